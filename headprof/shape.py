@@ -1,0 +1,75 @@
+"""The shape of a model's attention, which is also its fingerprint in the files this package writes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+_LABELS = {
+    "architecture": "architecture",
+    "num_layers": "layers",
+    "num_heads": "query heads",
+    "num_kv_heads": "KV heads",
+    "head_dim": "head dimension",
+    "vocab_size": "vocabulary size",
+}
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Everything about a model that a head profile or a compressed cache depends on.
+
+    Attributes:
+        architecture: class name of the model, such as `LlamaForCausalLM`.
+        num_layers: number of layers, `L`.
+        num_heads: number of query heads per layer, `H`.
+        num_kv_heads: number of key/value heads per layer, `K`.
+        head_dim: width of one head.
+        vocab_size: number of rows of the embedding.
+    """
+
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head, `g = H // K`."""
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def from_config(cls, config: Any) -> HeadShape:
+        """Read the shape from a Transformers configuration (its text part, for a multimodal model)."""
+        text = config.get_text_config()
+        num_heads = text.num_attention_heads
+        names = getattr(config, "architectures", None) or getattr(text, "architectures", None)
+        return cls(
+            architecture=names[0] if names else text.model_type,
+            num_layers=text.num_hidden_layers,
+            num_heads=num_heads,
+            num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+            vocab_size=text.vocab_size,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HeadShape:
+        """Inverse of `to_dict`; raises `KeyError` or `TypeError` when a field is missing or of the wrong type."""
+        return cls(
+            architecture=str(values["architecture"]),
+            **{field.name: int(values[field.name]) for field in fields(cls) if field.name != "architecture"},
+        )
+
+    def differences(self, other: HeadShape) -> list[str]:
+        """Say, field by field, how `self` differs from `other`: `["layers 30 instead of 32"]`; empty when equal."""
+        return [
+            f"{label} {getattr(self, name)} instead of {getattr(other, name)}"
+            for name, label in _LABELS.items()
+            if getattr(self, name) != getattr(other, name)
+        ]
