@@ -1,0 +1,75 @@
+"""The table of methods: each names one importance, one budget policy and one reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from headprof.compression.budget import BudgetPolicy, ProfileBudget, UniformBudget
+from headprof.compression.importance import Importance, WindowAttention
+from headprof.compression.reduction import Evict, Reduction
+from headprof.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress a cache.
+
+    Attributes:
+        importance: which tokens matter; none keeps the whole prompt.
+        budget: how many tokens each head keeps.
+        reduction: what becomes of the others.
+        sinks: first tokens of the prompt that every head keeps.
+        keep_last: last tokens of the prompt that every head keeps.
+    """
+
+    importance: Importance | None
+    budget: BudgetPolicy = UniformBudget()
+    reduction: Reduction = Evict()
+    sinks: int = 1
+    keep_last: int = 2
+
+    @property
+    def always_kept(self) -> int:
+        """Tokens that every head keeps, whatever its budget."""
+        return self.sinks + self.keep_last
+
+    def with_options(self, **options: Any) -> Method:
+        """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
+
+        Raises:
+            UsageError: no part of this method has such a parameter.
+        """
+        method = self
+        for name, value in options.items():
+            if value is None:
+                continue
+            holders = [None, *(part for part in ("importance", "budget", "reduction"))]
+            for holder in holders:
+                target = method if holder is None else getattr(method, holder)
+                if target is not None and name in {field.name for field in fields(target)}:
+                    changed = replace(target, **{name: value})
+                    method = changed if holder is None else replace(method, **{holder: changed})
+                    break
+            else:
+                raise UsageError(f"This method has no parameter {name!r}: leave --{name.replace('_', '-')} away.")
+        return method
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(None),
+    "snapkv": Method(WindowAttention(), UniformBudget(), Evict()),
+    "headkv": Method(WindowAttention(), ProfileBudget("retrieval"), Evict()),
+    "headkv-r2": Method(WindowAttention(), ProfileBudget("reasoning"), Evict()),
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UsageError: there is none; the message lists those there are.
+    """
+    if name not in METHODS:
+        raise UsageError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
+    return METHODS[name]

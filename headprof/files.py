@@ -1,0 +1,111 @@
+"""Writing files so that a reader finds the old content or the new, and never half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from headprof.errors import HeadprofError
+
+_MENDS = {
+    errno.ENOSPC: "There is no space left on the disk that holds {path}: free some or choose another place with -o.",
+    errno.EACCES: "Permission to write {path} is denied: change its permissions or choose another place with -o.",
+    errno.EROFS: "The disk that holds {path} is read-only: choose another place with -o.",
+    errno.EFBIG: "{path} would be larger than this disk or account allows: choose another place with -o.",
+    errno.EIO: "The disk that holds {path} failed while it was written: choose another place with -o.",
+    errno.EISDIR: "{path} is a folder: choose the name of a file with -o.",
+    errno.ENODEV: "{path} is a device, not a file: choose the name of a file with -o.",
+    errno.ENOTDIR: "{path} cannot be written because one of its folders is a file: choose another place with -o.",
+    errno.ENAMETOOLONG: "The name {path} is too long for this disk: choose a shorter one with -o.",
+}
+_MENDS |= {errno.EDQUOT: _MENDS[errno.ENOSPC], errno.EPERM: _MENDS[errno.EACCES], errno.EEXIST: _MENDS[errno.ENOTDIR]}
+_OTHER_MEND = "{path} cannot be written ({reason}): choose another place with -o."
+
+# safetensors raises its own exception and leaves the number of the system's error in the text alone.
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; on success it is synced to disk and renamed to `path`.
+
+    On any exception, an interrupt included, the temporary file is removed and `path` is left as it was. Missing
+    parent folders are made, a symbolic link is followed, and a file that is replaced keeps its permissions.
+    The temporary file must be closed by the end of the block.
+
+    Raises:
+        HeadprofError: the disk refused (no space, no permission, `path` is a folder); other exceptions pass through.
+    """
+    # Renaming over a symbolic link would replace the link, not the file behind it.
+    target = Path(path).resolve()
+    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.partial"
+    try:
+        mode = _create(temporary, target)
+        yield temporary
+        _commit(temporary, target, mode)
+    except Exception as error:
+        number = _os_error_number(error, temporary, target)
+        if number is None:
+            raise
+        raise HeadprofError(_explain(number, path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _create(temporary: Path, target: Path) -> int:
+    """Make the empty temporary file, before any long work is done for nothing; return the permissions to end with."""
+    if target.is_dir():
+        raise _os_error(errno.EISDIR, target)
+    if target.exists():
+        if not target.is_file():
+            raise _os_error(errno.ENODEV, target)
+        if not os.access(target, os.W_OK):
+            raise _os_error(errno.EACCES, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch(exist_ok=False)
+    return stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
+
+
+def _commit(temporary: Path, target: Path, mode: int) -> None:
+    # A writer that renames a file of its own over ours (safetensors does) has replaced the permissions too.
+    temporary.chmod(mode)
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    # Makes the rename itself durable; not every system lets a folder be opened.
+    with contextlib.suppress(OSError):
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _os_error(number: int, path: Path) -> OSError:
+    return OSError(number, os.strerror(number), str(path))
+
+
+def _os_error_number(error: Exception, temporary: Path, target: Path) -> int | None:
+    """The errno of a failure to write our file, or None when the exception is about something else."""
+    if isinstance(error, SafetensorError):
+        found = _RUST_OS_ERROR.search(str(error))
+        return int(found[1]) if found else None
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is None:
+        return error.errno if error.errno in _MENDS else None
+    ours = {str(temporary), str(target), *map(str, target.parents)}
+    return error.errno if str(error.filename) in ours else None
+
+
+def _explain(number: int, path: str | Path) -> str:
+    return _MENDS.get(number, _OTHER_MEND).format(path=path, reason=os.strerror(number))

@@ -1,0 +1,320 @@
+"""The head profile: a retrieval and a reasoning score per query head, how sure they are, and where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from headprof.assets import asset_dir
+from headprof.errors import ProfileError, UsageError
+from headprof.files import atomic_write
+from headprof.shape import HeadShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KINDS = ("retrieval", "reasoning")
+FORMAT = "headprof.profile"
+FORMAT_VERSION = "1"
+_RESERVED = ("format", "format_version", "model", "fingerprint")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadProfile:
+    """What each query head of one model is worth for long context.
+
+    Attributes:
+        model_name: hub id or folder of the model.
+        shape: the model's fingerprint.
+        scores: kind (`retrieval`, `reasoning`) to float32 `[L, H]`, zero or more; an imported profile may hold one.
+        standard_errors: the same for the standard error of each score; a kind is absent when its error is unknown.
+        probes_used: probes counted per kind; 0 when unknown.
+        metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
+
+    Raises:
+        ValueError: on construction, when the parts contradict each other.
+    """
+
+    model_name: str
+    shape: HeadShape
+    scores: Mapping[str, Tensor]
+    standard_errors: Mapping[str, Tensor] = field(default_factory=dict)
+    probes_used: Mapping[str, int] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if complaint := _find_contradiction(self):
+            raise ValueError(complaint)
+
+    @property
+    def retrieval(self) -> Tensor:
+        """Retrieval scores, float32 `[L, H]`; raises `ProfileError` when the profile holds none."""
+        return self.scores_of("retrieval")
+
+    @property
+    def reasoning(self) -> Tensor:
+        """Reasoning scores, float32 `[L, H]`; raises `ProfileError` when the profile holds none."""
+        return self.scores_of("reasoning")
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of score this profile holds, retrieval first."""
+        return tuple(kind for kind in KINDS if kind in self.scores)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The probe settings kept as JSON in the metadata; empty when they are absent or not a JSON object."""
+        try:
+            settings = json.loads(self.metadata.get("settings", "{}"))
+        except ValueError:
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
+    def scores_of(self, which: str) -> Tensor:
+        """Scores `[L, H]` of one kind; raises `UsageError` for an unknown kind, `ProfileError` for one not held."""
+        if which not in KINDS:
+            raise UsageError(f"There is no kind of head score named {which!r}: choose retrieval or reasoning.")
+        if which not in self.scores:
+            raise ProfileError(
+                f"The profile of {self.model_name} holds no {which} scores: use its {self.kinds[0]} scores, "
+                f"or run `{score_command(self.model_name)}`."
+            )
+        return self.scores[which]
+
+    def kv_head_scores(self, which: str, aggregate: Literal["max", "mean"] = "max") -> Tensor:
+        """Scores per KV head, float32 `[L, K]`: the max or mean over the `g` query heads that share it."""
+        grouped = self.scores_of(which).unflatten(1, (self.shape.num_kv_heads, self.shape.group_size))
+        if aggregate == "max":
+            return grouped.amax(dim=-1)
+        if aggregate == "mean":
+            return grouped.mean(dim=-1)
+        raise UsageError(f"Scores of a group cannot be joined by {aggregate!r}: choose max or mean.")
+
+    def top_heads(self, which: str, k: int) -> list[tuple[int, int, float]]:
+        """The `k` best query heads as (layer, head, score), best first; equal scores in order of layer, then head."""
+        scores = self.scores_of(which)
+        return [
+            (*divmod(index, self.shape.num_heads), float(scores.flatten()[index])) for index in _top_indices(scores, k)
+        ]
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the model's shape and the scores: equal for two profiles that allot budgets alike."""
+        sha = hashlib.sha256(json.dumps(self.shape.to_dict(), sort_keys=True).encode())
+        for kind in self.kinds:
+            sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile atomically as safetensors; raises `HeadprofError` when the disk refuses."""
+        import torch
+        from safetensors.torch import save
+
+        tensors = {kind: self.scores[kind] for kind in self.kinds}
+        tensors |= {f"{kind}_se": errors for kind, errors in self.standard_errors.items()}
+        tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in KINDS], dtype=torch.int64)
+        header = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "model": self.model_name,
+            "fingerprint": json.dumps(self.shape.to_dict()),
+        }
+        content = save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            metadata=header | dict(self.metadata),
+        )
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(content)
+
+    @classmethod
+    def load(cls, path: str | Path, shape: HeadShape | None = None, model_name: str | None = None) -> HeadProfile:
+        """Read a profile and check it, against the model's `shape` too when that is given.
+
+        Args:
+            path: the safetensors file.
+            shape: shape of the model that the profile is to be used with.
+            model_name: name of that model, for the command in the error message.
+
+        Raises:
+            ProfileError: the file is missing, damaged, not a profile, of another version, or for another model.
+        """
+        path = Path(path)
+        tensors, metadata = _read_safetensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
+        if (version := metadata.get("format_version")) != FORMAT_VERSION:
+            raise ProfileError(
+                f"The profile {path} has format version {version} where this headprof reads {FORMAT_VERSION}: "
+                f"update headprof, or run `{score_command(metadata.get('model'))}`."
+            )
+        try:
+            profile = _from_parts(tensors, metadata)
+        except ValueError as error:
+            raise ProfileError(
+                f"The profile {path} is damaged ({error}): restore it, or run "
+                f"`{score_command(model_name or metadata.get('model'))}`."
+            ) from error
+        if shape is not None and (differences := profile.shape.differences(shape)):
+            raise ProfileError(
+                f"The profile {path} is for another model ({', '.join(differences)}): choose another with --profile, "
+                f"or run `{score_command(model_name)}`."
+            )
+        return profile
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ProfileError(f"There is no profile file at {path}: check the path, or run `{score_command(None)}`.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        # The library's only word for a file whose header is whole and whose tensors are not.
+        fault = "is cut short or altered" if "not fully covered" in str(error) else "is not a safetensors file"
+        raise ProfileError(f"The profile {path} {fault}: restore it, or run `{score_command(None)}`.") from error
+    except OSError as error:
+        raise ProfileError(f"The profile {path} cannot be read ({error}): check its permissions.") from error
+
+
+def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadProfile:
+    """Build a profile from the parts of a file; raises `ValueError` saying which part is wrong."""
+    import torch
+
+    try:
+        shape = HeadShape.from_dict(json.loads(metadata["fingerprint"]))
+        model_name = metadata["model"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError("its model name or fingerprint is missing or unreadable") from error
+    known = {*KINDS, *(f"{kind}_se" for kind in KINDS), "probes_used"}
+    if unknown := sorted(tensors.keys() - known):
+        raise ValueError(f"it holds an unknown tensor {unknown[0]}")
+    counts = tensors.get("probes_used")
+    if counts is None or counts.dtype != torch.int64 or counts.shape != (len(KINDS),):
+        raise ValueError("its probes_used is not two int64 counts")
+    return HeadProfile(
+        model_name=model_name,
+        shape=shape,
+        scores={kind: tensors[kind] for kind in KINDS if kind in tensors},
+        standard_errors={kind: tensors[f"{kind}_se"] for kind in KINDS if f"{kind}_se" in tensors},
+        probes_used={kind: count for kind, count in zip(KINDS, counts.tolist(), strict=True) if count},
+        metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
+    )
+
+
+def _find_contradiction(profile: HeadProfile) -> str | None:
+    """What is wrong with the parts of a profile, as the end of a sentence; None when nothing is."""
+    shape = profile.shape
+    if min(shape.num_layers, shape.num_heads, shape.num_kv_heads) < 1 or shape.num_heads % shape.num_kv_heads:
+        return f"its fingerprint has {shape.num_heads} query heads for {shape.num_kv_heads} KV heads"
+    if not profile.scores:
+        return "it holds neither retrieval nor reasoning scores"
+    for name, kinds in (("standard errors", profile.standard_errors), ("probes", profile.probes_used)):
+        if orphans := [kind for kind in kinds if kind not in profile.scores]:
+            return f"it has {orphans[0]} {name} but no {orphans[0]} scores"
+    if unknown := [kind for kind in profile.scores if kind not in KINDS]:
+        return f"it holds scores of an unknown kind {unknown[0]!r}"
+    if any(count < 0 for count in profile.probes_used.values()):
+        return "it counts fewer than zero probes"
+    if reserved := [key for key in _RESERVED if key in profile.metadata]:
+        return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
+    for name, tensors in (("scores", profile.scores), ("standard errors", profile.standard_errors)):
+        for kind, tensor in tensors.items():
+            if fault := _tensor_fault(tensor, shape):
+                return f"its {kind} {name} {fault}"
+    return None
+
+
+def _tensor_fault(tensor: Tensor, shape: HeadShape) -> str | None:
+    import torch
+
+    expected = (shape.num_layers, shape.num_heads)
+    if tensor.dtype != torch.float32:
+        return f"are {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    if tuple(tensor.shape) != expected:
+        return f"have shape {list(tensor.shape)} where the fingerprint says {list(expected)}"
+    if not torch.isfinite(tensor).all():
+        return "are not all finite"
+    if (tensor < 0).any():
+        return "are not all zero or more"
+    return None
+
+
+def score_command(model_name: str | None) -> str:
+    """The command that makes a profile of `model_name`, as the user would type it."""
+    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}"
+
+
+def profile_filename(model_name: str) -> str:
+    """File name of a model's profile: the last part of its hub id or path, with `.safetensors`."""
+    name = Path(model_name).name
+    if name in ("", ".."):
+        name = Path(model_name).resolve().name
+    return f"{name.removesuffix('.gguf')}.safetensors"
+
+
+def user_profile_dir() -> Path:
+    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's place for user data."""
+    import platformdirs
+
+    root = os.environ.get("HEADPROF_DATA") or platformdirs.user_data_dir("headprof", appauthor=False)
+    return Path(root).expanduser() / "profiles"
+
+
+def profile_dirs() -> list[Path]:
+    """Folders that are searched for profiles, first one first: `./profiles`, the user's own, the shipped ones."""
+    return [Path("profiles"), user_profile_dir(), asset_dir("profiles")]
+
+
+def find_profile(model_name: str, explicit: Path | None = None) -> Path:
+    """The file of a model's profile: `explicit` when given, else the first match in `profile_dirs()`.
+
+    Raises:
+        ProfileError: there is none; the message names the command that makes it.
+    """
+    if explicit is not None:
+        if explicit.is_file():
+            return explicit
+        command = f"{score_command(model_name)} -o {shlex.quote(str(explicit))}"
+        raise ProfileError(f"There is no profile file at {explicit}: check the path, or run `{command}`.")
+    for folder in profile_dirs():
+        if (path := folder / profile_filename(model_name)).is_file():
+            return path
+    raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(model_name)}`.")
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of two score tensors of equal shape, ties ranked by their average; NaN if either is constant."""
+    if a.shape != b.shape:
+        raise ValueError(f"cannot correlate scores of shapes {list(a.shape)} and {list(b.shape)}")
+    x, y = (ranks - ranks.mean() for ranks in (_average_ranks(a), _average_ranks(b)))
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else math.nan
+
+
+def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
+    """Share of the `k` best heads of `a` that are also among the `k` best of `b`, 0 to 1 (1 when `k` is 0)."""
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare scores of shapes {list(a.shape)} and {list(b.shape)}")
+    best = set(_top_indices(a, k))
+    return len(best.intersection(_top_indices(b, k))) / len(best) if best else 1.0
+
+
+def _average_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64 `[n]`; equal values share the mean of the places they take together."""
+    _, group, counts = values.flatten().unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
+
+
+def _top_indices(scores: Tensor, k: int) -> list[int]:
+    """Flat indices of the `k` largest scores, best first; equal scores by index."""
+    if k < 0:
+        raise UsageError(f"{k} top heads cannot be listed: give 0 or more.")
+    return scores.flatten().argsort(descending=True, stable=True)[:k].tolist()
