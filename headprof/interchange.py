@@ -190,7 +190,7 @@ def _grid_size(path: Path, heads: Iterable[tuple[int, int]]) -> tuple[int, int]:
         grid = ((layer, head) for layer in range(num_layers) for head in range(num_heads))
         layer, head = next(place for place in grid if place not in present)
         raise ProfileError(
-            f"{path} has no score for head {layer}-{head} of the {num_layers} layers of {num_heads} heads that it names: "
+            f"{path} has no score for head {layer}-{head} among {num_layers} layers of {num_heads} heads: "
             "give every layer the same heads."
         )
     return num_layers, num_heads
