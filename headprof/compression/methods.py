@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from headprof.compression.budget import BudgetPolicy, ProfileBudget, UniformBudget
@@ -34,6 +34,10 @@ class Method:
         """Tokens that every head keeps, whatever its budget."""
         return self.sinks + self.keep_last
 
+    def has_option(self, name: str) -> bool:
+        """Whether a part of this method has a parameter of this name."""
+        return self._holder(name) is not None
+
     def with_options(self, **options: Any) -> Method:
         """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
 
@@ -44,16 +48,22 @@ class Method:
         for name, value in options.items():
             if value is None:
                 continue
-            holders = [None, *(part for part in ("importance", "budget", "reduction"))]
-            for holder in holders:
-                target = method if holder is None else getattr(method, holder)
-                if target is not None and name in {field.name for field in fields(target)}:
-                    changed = replace(target, **{name: value})
-                    method = changed if holder is None else replace(method, **{holder: changed})
-                    break
-            else:
+            holder = method._holder(name)
+            if holder is None:
                 raise UsageError(f"This method has no parameter {name!r}: leave --{name.replace('_', '-')} away.")
+            if holder == "method":
+                method = replace(method, **{name: value})
+            else:
+                method = replace(method, **{holder: replace(getattr(method, holder), **{name: value})})
         return method
+
+    def _holder(self, name: str) -> str | None:
+        """The part that has a parameter: `"method"`, or the name of one of the three axes."""
+        parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
+        for holder, part in parts.items():
+            if is_dataclass(part) and name in {field.name for field in fields(part)}:
+                return holder
+        return None
 
 
 METHODS: dict[str, Method] = {

@@ -1,0 +1,94 @@
+"""What the command line shows: progress and tables on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+Report = Callable[[str, int, int], None]
+"""Takes a description, the work done and the work in all."""
+
+
+class Terminal:
+    """Where the command line writes.
+
+    Attributes:
+        quiet: no progress, no tables, no remarks; results and errors only.
+        debug: let errors through with their traceback.
+    """
+
+    def __init__(self, *, quiet: bool = False, debug: bool = False):
+        self.quiet = quiet
+        self.debug = debug
+        self.stderr = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """A progress bar on stderr for work that reports itself; silent when stderr is no terminal."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        )
+        shown = self.stderr.is_terminal and not self.quiet
+        with Progress(*columns, console=self.stderr, disable=not shown, transient=True) as progress:
+            task = progress.add_task("", total=None, visible=False)
+
+            def report(description: str, done: int, total: int) -> None:
+                progress.update(task, description=description, completed=done, total=total or None, visible=True)
+
+            yield report
+
+    def remark(self, text: str) -> None:
+        """A line on stderr."""
+        self.stderr.print(text, markup=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table on stderr; columns after the first are right-aligned."""
+        self.stderr.print(_table(columns, rows, title))
+
+    def result_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table on stdout, for commands whose result is a table."""
+        Console(highlight=False, soft_wrap=True).print(_table(columns, rows, title))
+
+    def write(self, text: str) -> None:
+        """Text on stdout, as it is, at once."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def result(self, text: str) -> None:
+        """A line on stdout."""
+        self.write(text + "\n")
+
+    def json(self, value: Any) -> None:
+        self.result(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def error(self, message: str) -> None:
+        """One sentence on stderr, also when quiet."""
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {message}", markup=False)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 MB`: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,105 @@
+"""Needle probes under many methods and budgets, from one prefill each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from headprof.compression.cache import CompressionPlan, FanOutCache, HeadCache
+from headprof.compression.session import attending_ragged, prefill
+from headprof.probes.build import ProbeContext
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method at a budget, ready to run; `budget` is the text the user gave, empty for the full cache."""
+
+    method: str
+    budget: str
+    plan: CompressionPlan
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether one probe was answered right under one candidate.
+
+    Attributes:
+        probe: number of the probe, from 0.
+        kind, family: the probe's.
+        prompt_tokens: length of its prompt.
+        method, budget: the candidate's.
+        correct: each token of the right answer was the model's arg-max, with the tokens before it given.
+        cache_bytes: bytes that the cache held after the prompt.
+    """
+
+    probe: int
+    kind: str
+    family: str
+    prompt_tokens: int
+    method: str
+    budget: str
+    correct: bool
+    cache_bytes: int
+
+
+@torch.inference_mode()
+def answer_probes(
+    model: PreTrainedModel,
+    contexts: Iterable[ProbeContext],
+    candidates: Sequence[Candidate],
+    on_probe: Callable[[list[Answer]], None] = lambda _: None,
+) -> list[Answer]:
+    """Ask every probe under every candidate; the question is part of the prompt that is compressed.
+
+    The prompt ends with the question and the start of the model's turn. The beginning of the reply that a probe gives and
+    the right answer are fed over the compressed cache, so each answer token, the first one too, is predicted from what
+    the cache still holds.
+
+    Args:
+        model: the model that answers.
+        contexts: with one or more probes each; every probe is a prompt of its own.
+        candidates: methods at budgets.
+        on_probe: called with each probe's answers, one per candidate.
+    """
+    answers: list[Answer] = []
+    probes = ((context, probe) for context in contexts for probe in context.probes)
+    with attending_ragged(model):
+        for number, (context, probe) in enumerate(probes):
+            prompt = (*context.context_ids, *probe.question_ids)
+            reply = (*probe.reply_ids, *probe.answer_ids)
+            caches = [HeadCache(candidate.plan) for candidate in candidates]
+            last_logits = prefill(model, torch.tensor([prompt], device=model.device), FanOutCache(caches))
+            batch = [
+                Answer(
+                    probe=number,
+                    kind=probe.kind,
+                    family=probe.family,
+                    prompt_tokens=len(prompt),
+                    method=candidate.method,
+                    budget=candidate.budget,
+                    cache_bytes=cache.nbytes,
+                    correct=_answers(model, cache, last_logits, reply, len(probe.answer_ids)),
+                )
+                for candidate, cache in zip(candidates, caches, strict=True)
+            ]
+            on_probe(batch)
+            answers += batch
+    return answers
+
+
+def _answers(
+    model: PreTrainedModel, cache: HeadCache, last_logits: torch.Tensor, reply: Sequence[int], answer_length: int
+) -> bool:
+    """Whether each of the last `answer_length` tokens of `reply` is the arg-max after those before it."""
+    wanted = list(reply[-answer_length:])
+    predicted: list[int] = []
+    if len(reply) == answer_length:  # no given beginning: the prompt's last token predicts the first
+        predicted.append(int(last_logits[0].argmax()))
+    if len(reply) > 1:
+        fed = torch.tensor([reply[:-1]], device=model.device)
+        logits = model(fed, past_key_values=cache, use_cache=True).logits[0]
+        predicted += logits[-(answer_length - len(predicted)) :].argmax(dim=-1).tolist()
+    return predicted == wanted
