@@ -1,3 +1,43 @@
-"""Profile the attention heads of a language model, and spend a key/value-cache budget where it pays."""
+"""Profile the attention heads of a language model, and spend a key/value-cache budget where it pays.
+
+The names below are loaded when first used, so that importing the package is quick:
+
+    from headprof import HeadProfile, compressed, load_model
+
+    loaded = load_model("meta-llama/Meta-Llama-3-8B-Instruct")
+    profile = HeadProfile.load("profiles/Meta-Llama-3-8B-Instruct.safetensors", loaded.shape)
+    with compressed(loaded.model, profile, method="headkv-r2", budget=64):
+        loaded.model.generate(...)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "HeadCache": "headprof.compression.cache",
+    "HeadProfile": "headprof.profile",
+    "HeadprofError": "headprof.errors",
+    "METHODS": "headprof.compression.methods",
+    "compressed": "headprof.compression.session",
+    "load_model": "headprof.models",
+    "make_plan": "headprof.compression.session",
+}
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from headprof.compression.cache import HeadCache
+    from headprof.compression.methods import METHODS
+    from headprof.compression.session import compressed, make_plan
+    from headprof.errors import HeadprofError
+    from headprof.models import load_model
+    from headprof.profile import HeadProfile
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headprof' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

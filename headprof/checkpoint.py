@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,8 @@ from headprof.errors import ModelError
 Progress = Callable[[str, int, int], None]
 
 _GGUF_MAGIC = b"GGUF"
+_GGUF_STRING = 8  # type code of a string in a GGUF header
+_GGUF_HEADER_BYTES = 64 << 20  # larger than any header with its vocabulary
 
 
 def no_progress(description: str, completed: int, total: int) -> None:
@@ -43,9 +47,9 @@ class Source:
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
-    """The first line of an error's text, for quoting inside a sentence."""
+    """The first sentence of an error's text, for quoting inside one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".:") if lines else type(error).__name__
+    text = lines[0].split(". ")[0].rstrip(".:") if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -53,9 +57,9 @@ def one_line(error: BaseException, limit: int = 160) -> str:
 def quiet() -> Iterator[None]:
     """Silence the progress bars, log lines and warnings of Transformers and the hub client, and restore them after."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
+    gguf_reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     verbosity, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), are_progress_bars_disabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -63,7 +67,7 @@ def quiet() -> Iterator[None]:
     # The GGUF reader uses tqdm directly, which no setting of Transformers reaches.
     gguf_bar = getattr(gguf_reader, "tqdm", None)
     if gguf_bar is not None:
-        gguf_reader.tqdm = partial(gguf_bar, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+        gguf_reader.tqdm = partial(gguf_bar, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,16 +83,10 @@ def quiet() -> Iterator[None]:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise `ModelError` unless `path` starts as a GGUF file does and holds every tensor that its header lists."""
+    """Raise `ModelError` unless file `path` starts as a GGUF file does."""
     with path.open("rb") as file:
         if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
             raise ModelError(f"{path} is not a GGUF file; pass a .gguf file, a model folder or a hub id.")
-    from gguf import GGUFReader
-
-    try:
-        GGUFReader(path)
-    except Exception as error:  # the reader's failures on damaged bytes have no common class
-        raise ModelError(f"{path} is damaged or incomplete ({one_line(error)}); download it again.") from error
 
 
 def read_config(source: Source, trust_remote_code: bool) -> Any:
@@ -101,6 +99,21 @@ def read_config(source: Source, trust_remote_code: bool) -> Any:
         raise _reading_error(source, "configuration", error) from error
 
 
+def require_decoder(config: Any) -> None:
+    """Raise `ModelError` unless the configuration is that of a decoder language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    own_class = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # An encoder such as BERT has a causal class too, but its checkpoints were not trained for it.
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
+    if getattr(config, "is_encoder_decoder", False) or not (known or own_class):
+        raise ModelError(
+            f"A model of type {config.model_type} is not a decoder language model; "
+            "pass one such as Llama, Qwen or Mistral."
+        )
+
+
 def outline(config: Any, attn: Sequence[str], trust_remote_code: bool) -> tuple[str, int]:
     """Build the model without weights to learn what it supports.
 
@@ -111,12 +124,11 @@ def outline(config: Any, attn: Sequence[str], trust_remote_code: bool) -> tuple[
         The first implementation that the architecture supports, and the number of parameters.
 
     Raises:
-        ModelError: the configuration is not that of a decoder language model, or supports none of `attn`.
+        ModelError: the architecture supports none of `attn`.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    _require_decoder(config)
     failure: Exception | None = None
     for name in attn:
         try:
@@ -128,26 +140,9 @@ def outline(config: Any, attn: Sequence[str], trust_remote_code: bool) -> tuple[
             failure = error
             continue
         return name, sum(parameter.numel() for parameter in skeleton.parameters())
-    if failure is not None and "configuration class" in str(failure):
-        raise _not_a_decoder(config) from failure
     raise ModelError(
         f"Models of type {config.model_type} cannot run with the attention implementation {attn[-1]}; use `auto`."
     ) from failure
-
-
-def _require_decoder(config: Any) -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    # An encoder such as BERT has a causal class too, but its checkpoints were not trained for it.
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if encoder or getattr(config, "is_encoder_decoder", False):
-        raise _not_a_decoder(config)
-
-
-def _not_a_decoder(config: Any) -> ModelError:
-    return ModelError(
-        f"A model of type {config.model_type} is not a decoder language model; pass one such as Llama, Qwen or Mistral."
-    )
 
 
 def read_tokenizer(source: Source, trust_remote_code: bool) -> Any:
@@ -179,14 +174,25 @@ def _split_as_trained(tokenizer: Any, path: Path) -> None:
 
     Without it, spaces and line breaks before a number become other tokens than those the model was trained on.
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    kind = GGUFReader(path).get_field("tokenizer.ggml.pre")
-    if kind is not None and kind.contents() == "smollm":
+    if _gguf_string(path, b"tokenizer.ggml.pre") == b"smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+
+
+def _gguf_string(path: Path, key: bytes) -> bytes | None:
+    """One string of a GGUF header; a full parse takes seconds, since it visits every token of the vocabulary."""
+    with path.open("rb") as file:
+        header = file.read(_GGUF_HEADER_BYTES)
+    at = header.find(key)
+    if at < 0:
+        return None
+    at += len(key)
+    kind, length = struct.unpack_from("<IQ", header, at)
+    at += struct.calcsize("<IQ")
+    return header[at : at + length] if kind == _GGUF_STRING else None
 
 
 def read_model(source: Source, config: Any, trust_remote_code: bool, **options: Any) -> Any:
@@ -201,12 +207,14 @@ def read_model(source: Source, config: Any, trust_remote_code: bool, **options: 
     import torch
     from transformers import AutoModelForCausalLM
 
+    auto_model: Any = AutoModelForCausalLM
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_model.from_pretrained(
             source.location,
             config=config,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **source.options,
             **options,
         )
@@ -216,16 +224,28 @@ def read_model(source: Source, config: Any, trust_remote_code: bool, **options: 
         ) from error
     except Exception as error:
         raise _reading_error(source, "weights", error) from error
+    _check_weights(source, report)
+    if source.is_gguf:
+        _forget_quantization(model)
+    # A GGUF does not name its class, which is part of the fingerprint in the files that this package writes.
+    model.config.architectures = model.config.architectures or [type(model).__name__]
+    return model.eval().requires_grad_(False)
+
+
+def _check_weights(source: Source, report: dict[str, Any]) -> None:
+    """Transformers would go on with random numbers in place of weights that are missing or do not fit."""
     missing = sorted(report["missing_keys"])
     if missing:
-        # Transformers would go on with random numbers in their place.
         raise ModelError(
             f"{source.location} lacks {len(missing)} of the model's weights (the first is {missing[0]}); "
             "download the checkpoint again."
         )
-    if source.is_gguf:
-        _forget_quantization(model)
-    return model.eval().requires_grad_(False)
+    mismatched = sorted(key for key, *_ in report["mismatched_keys"])
+    if mismatched:
+        raise ModelError(
+            f"{len(mismatched)} weights in {source.location} have another shape than its config.json says "
+            f"(the first is {mismatched[0]}); download both again."
+        )
 
 
 def _forget_quantization(model: Any) -> None:
@@ -243,11 +263,20 @@ def _reading_error(source: Source, part: str, error: Exception) -> ModelError:
             f"{source.name} runs Python code of its own; read that code, and pass --trust-remote-code if you trust it."
         )
     if "does not recognize this architecture" in str(error):
-        return ModelError(f"The installed Transformers does not know {source.name} ({reason}); upgrade transformers.")
+        return ModelError(
+            f"The installed Transformers does not know the architecture of {source.name}; upgrade transformers."
+        )
+    if source.is_gguf:
+        path = Path(source.location) / source.options["gguf_file"]
+        return ModelError(
+            f"{path} is damaged, incomplete or of a kind that Transformers cannot read ({reason}); "
+            "download it again, or pass the model as a safetensors folder."
+        )
     if Path(source.location).is_dir():
+        files = "tokenizer.json" if part == "tokenizer" else "files"
         return ModelError(
             f"The {part} of {source.name} cannot be read from {source.location} ({reason}); "
-            "check that the folder is complete and undamaged."
+            f"put the model's complete {files} there."
         )
     return ModelError(
         f"The {part} of {source.name} cannot be had ({reason}); "

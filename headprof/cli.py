@@ -28,12 +28,16 @@ app = typer.Typer(
 terminal = Terminal()
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct.")
+    str | None,
+    typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")]
 Attn = Annotated[
-    str, typer.Option(help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model")
+    str,
+    typer.Option(
+        help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model"
+    ),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
@@ -54,7 +58,8 @@ Kernel = Annotated[
     int | None, typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method")
 ]
 PoolFactor = Annotated[
-    float | None, typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method")
+    float | None,
+    typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
 ]
 
 
@@ -104,7 +109,8 @@ def score(
     probes: Annotated[int | None, typer.Option(min=2, help="Number of probes, instead of the preset's.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None,
     needles: Annotated[
-        Path | None, typer.Option(help="JSONL with needle, real_needle, answer, question; instead of the built-in ones.")
+        Path | None,
+        typer.Option(help="JSONL with needle, real_needle, answer, question; instead of the built-in ones."),
     ] = None,
     haystack: Annotated[Path | None, typer.Option(help="Folder of .txt files to hide the needles in.")] = None,
     pack: Annotated[int | None, typer.Option(min=1, help="Needles that share one context.")] = None,
@@ -112,10 +118,13 @@ def score(
     decode: Annotated[
         str, typer.Option(help="teacher: the right answer is fed; greedy: the model answers, F1 above 0.5 counts.")
     ] = "teacher",
-    include_failed: Annotated[bool, typer.Option("--include-failed", help="Count wrongly answered probes too.")] = False,
+    include_failed: Annotated[
+        bool, typer.Option("--include-failed", help="Count wrongly answered probes too.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors.")
+        Path | None,
+        typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -151,7 +160,13 @@ def score(
         terminal.table(
             ["", "layer", "head", "score", "standard error"],
             [
-                [f"{place}.", str(layer), str(head), f"{value:.3f}", f"{profile.standard_errors[which][layer, head]:.3f}"]
+                [
+                    f"{place}.",
+                    str(layer),
+                    str(head),
+                    f"{value:.3f}",
+                    f"{profile.standard_errors[which][layer, head]:.3f}",
+                ]
                 for place, (layer, head, value) in enumerate(profile.top_heads(which, 5), 1)
             ],
             title=f"Top {which} heads, from {profile.probes_used[which]} answered probes",
@@ -188,10 +203,13 @@ def generate(
     profile: Profile = None,
     method: Annotated[str, typer.Option(help="full, snapkv, headkv or headkv-r2.")] = "headkv-r2",
     budget: Annotated[
-        str, typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB).")
+        str,
+        typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
     ] = "64",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file: the context of the question.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy decoding.")] = 0.0,
     seed: Seed = 0,
@@ -244,7 +262,9 @@ def generate(
     if json:
         from dataclasses import asdict
 
-        terminal.json({"prompt": question, "full_cache_bytes": full_bytes, "runs": {n: asdict(r) for n, r in runs.items()}})
+        terminal.json(
+            {"prompt": question, "full_cache_bytes": full_bytes, "runs": {n: asdict(r) for n, r in runs.items()}}
+        )
         return
     terminal.write("\n")
     if full is not None:
@@ -299,7 +319,9 @@ def _show_runs(runs, full_bytes: int) -> None:
 def evaluate(
     model: Model = None,
     profile: Profile = None,
-    tasks: Annotated[str, typer.Option(help="niah (retrieval probes), reasoning, or both, with a comma.")] = "niah,reasoning",
+    tasks: Annotated[
+        str, typer.Option(help="niah (retrieval probes), reasoning, or both, with a comma.")
+    ] = "niah,reasoning",
     methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "full,snapkv,headkv,headkv-r2",
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "16,32,64,128",
     probes: Annotated[int, typer.Option(min=1, help="Number of probes, over all tasks.")] = 120,

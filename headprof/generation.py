@@ -7,9 +7,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TextStreamer
+from transformers import TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.assets import asset_dir
@@ -119,12 +120,10 @@ def cache_nbytes(cache: Cache) -> int:
     """Bytes that a cache holds, ours or one of Transformers' dynamic ones."""
     if isinstance(cache, HeadCache):
         return cache.nbytes
-    return sum(
-        tensor.untyped_storage().nbytes()
-        for layer in cache.layers
-        if getattr(layer, "keys", None) is not None
-        for tensor in (layer.keys, layer.values)  # type: ignore[attr-defined]
-    )
+    held = [
+        tensor for layer in cache.layers for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+    ]
+    return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
 
 
 def generate_text(
@@ -148,7 +147,7 @@ def generate_text(
         seed: of the sampling.
         on_text: called with each piece of text as it becomes final.
     """
-    model: PreTrainedModel = loaded.model
+    model: Any = loaded.model
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config) if plan is None else HeadCache(plan)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)

@@ -13,13 +13,13 @@ _CONNECT_SECONDS = 10.0
 
 
 def find_on_hub(repo: str, progress: Progress) -> Source:
-    """Where to read hub model `repo` from: the hub at a fixed revision with its weights downloaded, or the hub's cache.
+    """Where to read hub model `repo` from: the hub, its weights downloaded with `progress`, or else the hub's cache.
 
     Raises:
         ModelError: there is no such model, it is gated, or the hub cannot be reached and the cache does not have it.
     """
     from huggingface_hub.constants import is_offline_mode
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     try:
         cached = _is_cached(repo)
@@ -28,15 +28,15 @@ def find_on_hub(repo: str, progress: Progress) -> Source:
             f"{repo!r} is neither a file or folder nor a hub id such as meta-llama/Llama-3.2-1B; check the name."
         ) from error
     if is_offline_mode():
-        failure: Exception = ConnectionError("HF_HUB_OFFLINE is set")
+        failure: Exception = OfflineModeIsEnabled()
     else:
         try:
-            revision = _revision(repo)
+            _ask(repo)
         except Exception as error:  # the hub client's network errors come from whichever HTTP library it uses
             failure = error
         else:
-            _download_weights(repo, revision, progress)
-            return Source(repo, repo, {"revision": revision})
+            _download_weights(repo, progress)
+            return Source(repo, repo)
     if cached:
         return Source(repo, repo, {"local_files_only": True})
     raise _unreachable(repo, failure) from failure
@@ -48,17 +48,28 @@ def _is_cached(repo: str) -> bool:
     return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
-def _revision(repo: str) -> str | None:
-    """Commit of the model's main branch, in one request that is not retried."""
+def _ask(repo: str) -> None:
+    """Ask for the model's configuration in one request that is not retried, unlike those of a download."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    return get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_CONNECT_SECONDS).commit_hash
+    get_hf_file_metadata(hf_hub_url(repo, "config.json"), timeout=_CONNECT_SECONDS)
 
 
 def _unreachable(repo: str, failure: Exception) -> ModelError:
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     match failure:
+        case OfflineModeIsEnabled():
+            return ModelError(
+                f"{repo} is not on this machine and HF_HUB_OFFLINE keeps it from being downloaded; "
+                "unset that, or pass a local folder with --model."
+            )
         case GatedRepoError():
             return ModelError(
                 f"{repo} is gated: accept its license on its hub page and run `hf auth login`, "
@@ -81,13 +92,13 @@ def _unreachable(repo: str, failure: Exception) -> ModelError:
     )
 
 
-def _download_weights(repo: str, revision: str | None, progress: Progress) -> None:
+def _download_weights(repo: str, progress: Progress) -> None:
     """Bring the safetensors files into the hub's cache. A model that has none is left to Transformers."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     def fetch(name: str, **options: Any) -> Path:
-        return Path(hf_hub_download(repo, name, revision=revision, **options))
+        return Path(hf_hub_download(repo, name, **options))
 
     try:
         try:

@@ -48,7 +48,9 @@ class Budget:
         if unit:
             return cls(amount * _UNITS[unit.removesuffix("B")], "bytes")
         if amount != int(amount):
-            raise UsageError(f"A budget of {text} tokens is not a whole number: round it, or write {text}% for a share.")
+            raise UsageError(
+                f"A budget of {text} tokens is not a whole number: round it, or write {text}% for a share."
+            )
         return cls(amount, "tokens")
 
     def tokens(self, prompt_length: int, bytes_per_token: int) -> int:
@@ -198,8 +200,10 @@ def headkv_allocation(
 class BudgetPolicy(Protocol):
     """How a method spends its budget over the heads: one axis of the table of methods."""
 
-    profile_scores: str | None
-    """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or none."""
+    @property
+    def profile_scores(self) -> str | None:
+        """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or none."""
+        ...
 
     def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
         """Tokens per KV head, int64 `[L, K]`, summing to `min(budget, context_length) * L * K`.

@@ -86,7 +86,9 @@ class HeadCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.keys = self.values = self.positions = None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.offsets: list[int] = []
         self.lengths: list[int] = []
         self.capacities: list[int] = []
@@ -193,9 +195,9 @@ class HeadCacheLayer(CacheLayerMixin):
         self.lengths = lengths
         self.capacities = [length + self.slack for length in lengths]
         self.offsets = [0, *accumulate(self.capacities)][:-1]
-        places = torch.cat(
-            [torch.arange(start, start + n) for start, n in zip(self.offsets, lengths, strict=True)]
-        ).to(self.device)
+        places = torch.cat([torch.arange(start, start + n) for start, n in zip(self.offsets, lengths, strict=True)]).to(
+            self.device
+        )
         total = sum(self.capacities)
         self.keys = keys.new_zeros(total, self.head_dim).index_copy_(0, places, keys)
         self.values = values.new_zeros(total, self.head_dim).index_copy_(0, places, values)
@@ -213,7 +215,7 @@ class FanOutLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self.is_initialized:
+        if any(layer.seen for layer in self.layers):
             raise CacheError("A fan-out cache takes one prompt: continue with one of the caches it filled.")
         for layer in self.layers:
             layer.update(key_states, value_states)
@@ -240,19 +242,18 @@ class HeadCache(Cache):
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
         self.plan = plan
-        super().__init__(layers=[HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
+        self.head_layers = [HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)]
+        super().__init__(layers=list(self.head_layers))
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the cache holds, free space and positions included."""
-        return sum(layer.nbytes for layer in self.layers)  # type: ignore[attr-defined]
+        return sum(layer.nbytes for layer in self.head_layers)
 
     @property
     def lengths(self) -> torch.Tensor:
         """Rows held by each head, int64 `[L, B, K]`."""
-        return torch.stack(
-            [torch.tensor(layer.lengths).reshape(layer.batch_size, -1) for layer in self.layers]  # type: ignore[attr-defined]
-        )
+        return torch.stack([torch.tensor(layer.lengths).reshape(layer.batch_size, -1) for layer in self.head_layers])
 
 
 class FanOutCache(Cache):
@@ -260,7 +261,9 @@ class FanOutCache(Cache):
 
     def __init__(self, caches: list[HeadCache]):
         self.caches = caches
-        super().__init__(layers=[FanOutLayer(list(layers)) for layers in zip(*(c.layers for c in caches), strict=True)])  # type: ignore[arg-type]
+        super().__init__(
+            layers=[FanOutLayer(list(layers)) for layers in zip(*(c.head_layers for c in caches), strict=True)]
+        )
 
 
 def compress_layer(layer: HeadCacheLayer | FanOutLayer, states: PromptStates, values: torch.Tensor) -> None:

@@ -36,9 +36,7 @@ def top_tokens(
 class Reduction(Protocol):
     """Shortens a layer's prompt to the rows that its heads keep."""
 
-    def reduce(
-        self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def reduce(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of all heads, one head after the other, `[kept.sum(), D]` each.
 
         Args:
@@ -52,7 +50,5 @@ class Reduction(Protocol):
 class Evict:
     """Keep the chosen tokens as they are and drop the others."""
 
-    def reduce(
-        self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def reduce(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return keys[kept], values[kept]

@@ -145,7 +145,7 @@ def compressed(
             hook.remove()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Run a prompt `[B, T]` into `cache`; returns the logits of its last token, `[B, vocabulary]`.
 

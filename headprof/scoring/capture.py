@@ -59,9 +59,7 @@ def attention_rows(
     return torch.cat([logits, sink_column], dim=-1).softmax(dim=-1)[..., :-1]
 
 
-def causal_visibility(
-    query_positions: torch.Tensor, num_keys: int, sliding_window: int | None = None
-) -> torch.Tensor:
+def causal_visibility(query_positions: torch.Tensor, num_keys: int, sliding_window: int | None = None) -> torch.Tensor:
     """Which of `num_keys` keys each query sees under the causal mask (and a sliding window, itself included).
 
     Args:

@@ -1,0 +1,41 @@
+"""Fixtures that many tests share. Tests never reach for the network unless they are about it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# The hub client reads these when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from tiny import save_tiny, save_tiny_gguf
+
+from headprof.models import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """The embedded model (its first use on a machine downloads 93 MB). For tests marked `model`; do not change it."""
+    return load_model(None, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with grouped-query attention and a chat template, as a checkpoint folder."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", "llama", chat=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tiny llama as a `.gguf` file."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+    save_tiny_gguf(path)
+    return path
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> LoadedModel:
+    """A freshly loaded tiny llama, which a test may change."""
+    return load_model(str(tiny_folder), device="cpu")

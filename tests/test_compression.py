@@ -1,0 +1,341 @@
+"""Importance, selection, ragged attention and the cache, each against a plain twin; and the full cache's tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_model
+from transformers.cache_utils import DynamicCache
+
+import headprof
+from headprof.compression.attention import RaggedRows, ragged_attention
+from headprof.compression.cache import FanOutCache, HeadCache
+from headprof.compression.importance import PromptStates, WindowAttention
+from headprof.compression.methods import METHODS, find_method
+from headprof.compression.reduction import top_tokens
+from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
+from headprof.errors import CacheError, ProfileError, UsageError
+from headprof.shape import HeadShape
+
+
+def random_profile(model, seed=0):
+    shape = HeadShape.from_config(model.config)
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.num_layers, shape.num_heads)
+    scores = {which: torch.rand(size, generator=generator) ** 4 for which in ("retrieval", "reasoning")}
+    return headprof.HeadProfile(model_name="tiny", shape=shape, scores=scores)
+
+
+def random_ids(batch, length, seed=0):
+    return torch.randint(3, 500, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def slow_window_attention(states, window, kernel):
+    """Loops over everything, in float64."""
+    batch, num_heads, num_tokens, _ = states.query.shape
+    num_kv_heads = states.key.shape[1]
+    group = num_heads // num_kv_heads
+    result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
+    for b in range(batch):
+        for head in range(num_heads):
+            for i in range(max(0, num_tokens - window), num_tokens):
+                seen = [j for j in range(i + 1) if states.valid[b, j]]
+                if states.sliding_window is not None:
+                    seen = [j for j in seen if j > i - states.sliding_window]
+                if not seen:
+                    continue
+                logits = (
+                    states.key[b, head // group, seen].double() @ states.query[b, head, i].double() * states.scaling
+                )
+                if states.softcap is not None:
+                    logits = states.softcap * torch.tanh(logits / states.softcap)
+                result[b, head // group, seen] += logits.softmax(-1)
+    observers = torch.arange(num_tokens, 0, -1).clamp(max=window)
+    result /= observers * group
+    reach = kernel // 2
+    return torch.stack([result[..., max(0, j - reach) : j + reach + 1].amax(dim=-1) for j in range(num_tokens)], dim=-1)
+
+
+@given(
+    st.integers(1, 2),
+    st.sampled_from([(4, 4), (4, 2), (4, 1), (6, 2)]),
+    st.integers(1, 24),
+    st.integers(1, 30),
+    st.sampled_from([1, 3, 7]),
+    st.sampled_from([None, 5]),
+    st.sampled_from([None, 2.0]),
+    st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_window_attention_equals_its_slow_twin(batch, heads, tokens, window, kernel, sliding, softcap, padding):
+    generator = torch.Generator().manual_seed(tokens * 31 + window)
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    valid[0, : min(padding, tokens - 1)] = False
+    states = PromptStates(
+        torch.randn(batch, heads[0], tokens, 8, generator=generator),
+        torch.randn(batch, heads[1], tokens, 8, generator=generator),
+        valid,
+        scaling=0.4,
+        softcap=softcap,
+        sliding_window=sliding,
+    )
+    fast = WindowAttention(window, kernel).score(states)
+    torch.testing.assert_close(fast.double(), slow_window_attention(states, window, kernel), atol=1e-5, rtol=1e-4)
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_top_tokens_keeps_exactly_the_best(data):
+    batch, heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
+    sinks, keep_last = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 4))
+    values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=tokens, max_size=tokens)  # many ties
+    importance = torch.tensor([[data.draw(values) for _ in range(heads)] for _ in range(batch)])
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    for b in range(batch):
+        valid[b, : data.draw(st.integers(0, tokens - 1))] = False
+    counts = torch.tensor(
+        [[data.draw(st.integers(0, int(valid[b].sum()))) for _ in range(heads)] for b in range(batch)]
+    )
+    kept = top_tokens(importance, counts, valid, sinks=sinks, keep_last=keep_last)
+    for b in range(batch):
+        real = [j for j in range(tokens) if valid[b, j]]
+        protected = {*real[:sinks], *(real[-keep_last:] if keep_last else [])}
+        for k in range(heads):
+            order = sorted(
+                real, key=lambda j: (j not in protected, 0 if j in protected else -importance[b, k, j].item(), j)
+            )
+            assert set(kept[b, k].nonzero().flatten().tolist()) == set(order[: int(counts[b, k])])
+
+
+def slow_ragged_attention(query, heads, scaling, softcap, sliding, sinks):
+    """float64, one query at a time. `heads[b][k]` is (keys, values, positions)."""
+    batch, num_heads, num_queries, head_dim = query.shape
+    output = torch.zeros(batch, num_queries, num_heads, head_dim, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_heads):
+            keys, values, positions = heads[b][h * len(heads[b]) // num_heads]
+            for i in range(num_queries):
+                own = int(positions[len(positions) - num_queries + i])
+                seen = [
+                    r for r, p in enumerate(positions.tolist()) if p <= own and (sliding is None or p > own - sliding)
+                ]
+                logits = keys[seen].double() @ query[b, h, i].double() * scaling
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[h : h + 1].double()])
+                weights = logits.softmax(-1)[: len(seen)]
+                output[b, i, h] = weights @ values[seen].double()
+    return output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("extras", [{}, {"softcap": 3.0}, {"sliding": 6}, {"sinks": True}])
+@pytest.mark.parametrize("num_queries", [1, 4])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_ragged_attention_equals_its_slow_twin(num_kv_heads, num_queries, extras, dtype):
+    batch, num_heads, head_dim = 2, 4, 16
+    generator = torch.Generator().manual_seed(7)
+    heads, flat, offsets, lengths = [], [], [], []
+    for b in range(batch):
+        heads.append([])
+        for k in range(num_kv_heads):
+            length = num_queries + 3 * b + 5 * k
+            old = torch.randperm(30, generator=generator)[: length - num_queries].sort().values
+            positions = torch.cat([old, torch.arange(30, 30 + num_queries)]).int()
+            keys = torch.randn(length, head_dim, generator=generator).to(dtype)
+            values = torch.randn(length, head_dim, generator=generator).to(dtype)
+            heads[b].append((keys, values, positions))
+            offsets.append(sum(len(p) for _, _, p in flat))
+            lengths.append(length)
+            space = torch.full((2, head_dim), float("nan"), dtype=dtype)  # free space must never be read
+            flat.append(
+                (
+                    torch.cat([keys, space]),
+                    torch.cat([values, space]),
+                    torch.cat([positions, positions[:1], positions[:1]]),
+                )
+            )
+    rows = RaggedRows(*(torch.cat(parts) for parts in zip(*flat, strict=True)), offsets, lengths)
+    query = torch.randn(batch, num_heads, num_queries, head_dim, generator=generator).to(dtype)
+    sinks = torch.randn(num_heads, generator=generator) if extras.get("sinks") else None
+    softcap, sliding = extras.get("softcap"), extras.get("sliding")
+    output = ragged_attention(
+        query, rows, num_kv_heads, scaling=0.5, softcap=softcap, sliding_window=sliding, sinks=sinks
+    )
+    assert output.shape == (batch, num_queries, num_heads, head_dim) and output.dtype == dtype
+    expected = slow_ragged_attention(query, heads, 0.5, softcap, sliding, sinks)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_budget_of_the_whole_context_gives_the_full_caches_tokens(arch, num_kv_heads, padding):
+    model = tiny_model(arch, num_kv_heads=num_kv_heads, layers=3)
+    ids = random_ids(3 if padding else 1, 40)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[1, :7] = 0
+        mask[2, :23] = 0
+        ids[mask == 0] = 2
+    options = {
+        "attention_mask": mask,
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 2,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    full = model.generate(ids, **options)
+    with compressed(model, random_profile(model), method="headkv-r2", budget=40):
+        made = model.generate(ids, **options)
+    assert isinstance(made.past_key_values, HeadCache)
+    assert torch.equal(full.sequences, made.sequences)
+    torch.testing.assert_close(torch.stack(made.logits), torch.stack(full.logits), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [4, 9, 17])
+@pytest.mark.parametrize("method", ["snapkv", "headkv", "headkv-r2"])
+def test_cache_holds_what_the_allocation_says(method, budget):
+    model = tiny_model(num_kv_heads=2, layers=3)
+    with compressed(model, random_profile(model), method=method, budget=budget, keep_last=2, sinks=1) as plan:
+        cache = HeadCache(plan, slack=5)
+        prefill(model, random_ids(1, 50), cache)
+        assert torch.equal(cache.lengths[:, 0], plan.allocation(50))
+        rows = int(plan.allocation(50).sum()) + 5 * 6
+        assert cache.nbytes == rows * (2 * 16 * 4 + 4)  # keys and values of 16 floats, a position
+        assert cache.get_seq_length() == 50
+        model(random_ids(1, 3), past_key_values=cache)
+        assert torch.equal(cache.lengths[:, 0], plan.allocation(50) + 3)
+        assert cache.nbytes == rows * (2 * 16 * 4 + 4)  # three tokens fit into the free space
+        assert cache.get_seq_length() == 53
+
+
+def test_kept_rows_are_the_prompts_rows():
+    model = tiny_model(num_kv_heads=2, layers=2)
+    ids = random_ids(1, 30)
+    full = DynamicCache()
+    model(ids, past_key_values=full)
+    with compressed(model, method="snapkv", budget=7) as plan:
+        cache = HeadCache(plan)
+        prefill(model, ids, cache)
+    for layer, whole in zip(cache.layers, full.layers, strict=True):
+        rows = layer.rows()
+        for head, (start, length) in enumerate(zip(rows.offsets, rows.lengths, strict=True)):
+            chosen = slice(start, start + length)
+            places = rows.positions[chosen].long()
+            assert places.tolist() == sorted(set(places.tolist()))
+            assert {0, 28, 29} <= set(places.tolist())  # the sink and the last two
+            torch.testing.assert_close(rows.keys[chosen], whole.keys[0, head, places])
+            torch.testing.assert_close(rows.values[chosen], whole.values[0, head, places])
+
+
+def test_appending_past_the_slack_loses_nothing():
+    model = tiny_model(num_kv_heads=2, layers=2)
+    ids = random_ids(1, 60)
+    with attending_ragged(model):
+        plan = make_plan(model, method="snapkv", budget=100)
+        tight, roomy = HeadCache(plan, slack=1), HeadCache(plan, slack=100)
+        for cache in (tight, roomy):
+            prefill(model, ids[:, :20], cache)
+        for start in range(20, 60, 4):
+            a = model(ids[:, start : start + 4], past_key_values=tight).logits
+            b = model(ids[:, start : start + 4], past_key_values=roomy).logits
+            torch.testing.assert_close(a, b)
+    assert torch.equal(tight.lengths, roomy.lengths)
+
+
+def test_several_tokens_at_once_equal_one_by_one_and_crop_takes_them_back():
+    model = tiny_model(num_kv_heads=2, layers=2)
+    ids = random_ids(1, 36)
+    with compressed(model, method="snapkv", budget=9) as plan:
+        one, many = HeadCache(plan), HeadCache(plan)
+        for cache in (one, many):
+            prefill(model, ids[:, :30], cache)
+        before = many.lengths
+        single = torch.cat([model(ids[:, i : i + 1], past_key_values=one).logits for i in range(30, 36)], dim=1)
+        for _ in range(2):
+            together = model(ids[:, 30:], past_key_values=many).logits
+            torch.testing.assert_close(together, single, atol=1e-5, rtol=1e-4)
+            many.crop(-6)
+            assert torch.equal(many.lengths, before) and many.get_seq_length() == 30
+
+
+def test_fan_out_equals_separate_prefills():
+    model = tiny_model(num_kv_heads=2, layers=3)
+    profile, ids = random_profile(model), random_ids(1, 40)
+    plans = [
+        make_plan(model, profile, method=method, budget=budget)
+        for method in ("snapkv", "headkv", "headkv-r2", "full")
+        for budget in (6, 12)
+    ]
+    with attending_ragged(model):
+        together = [HeadCache(plan) for plan in plans]
+        prefill(model, ids, FanOutCache(together))
+        for plan, cache in zip(plans, together, strict=True):
+            alone = HeadCache(plan)
+            prefill(model, ids, alone)
+            assert torch.equal(alone.lengths, cache.lengths)
+            for a, b in zip(alone.layers, cache.layers, strict=True):
+                assert torch.equal(a.keys, b.keys) and torch.equal(a.positions, b.positions)
+        with pytest.raises(CacheError, match="takes one prompt"):
+            prefill(model, ids, FanOutCache(together))
+
+
+def test_leaving_the_context_restores_the_model_also_after_an_exception():
+    model = tiny_model()
+    ids = random_ids(1, 20)
+    before = model(ids).logits
+    with pytest.raises(RuntimeError), compressed(model, method="snapkv", budget=8):
+        raise RuntimeError
+    assert model.config._attn_implementation == "sdpa"
+    after = model(ids, use_cache=True)
+    assert torch.equal(after.logits, before)
+    assert isinstance(after.past_key_values, DynamicCache)
+
+
+def test_a_users_own_dynamic_cache_still_works_inside():
+    model, ids = tiny_model(), random_ids(1, 20)
+    cache = DynamicCache()
+    model(ids[:, :10], past_key_values=cache)
+    expected = model(ids).logits[:, 10:]
+    with compressed(model, method="snapkv", budget=8):
+        torch.testing.assert_close(model(ids[:, 10:], past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_head_cache_outside_its_context_says_so():
+    model = tiny_model()
+    cache = HeadCache(make_plan(model, method="snapkv", budget=8))
+    model(random_ids(1, 10), past_key_values=cache)
+    with pytest.raises(CacheError, match="inside `with headprof.compressed"):
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_beam_search_is_refused():
+    model = tiny_model()
+    with compressed(model, method="snapkv", budget=8), pytest.raises(CacheError, match="num_beams=1"):
+        model.generate(random_ids(1, 10), max_new_tokens=4, num_beams=2, do_sample=False, pad_token_id=2)
+
+
+def test_plans_refuse_what_cannot_work():
+    model = tiny_model()
+    with pytest.raises(UsageError, match="no method 'magic'"):
+        make_plan(model, method="magic")
+    with pytest.raises(ProfileError, match="needs a head profile"):
+        make_plan(model, method="headkv-r2")
+    with pytest.raises(ProfileError, match="layers 3 instead of 2"):
+        make_plan(model, random_profile(tiny_model(layers=3)), method="headkv")
+    with pytest.raises(UsageError, match="no parameter 'pool_factor'"):
+        make_plan(model, method="snapkv", pool_factor=2.0)
+    with pytest.raises(UsageError, match="less than one token per head"):
+        make_plan(model, method="snapkv", budget="10B").allocation(100)
+
+
+def test_options_reach_the_part_that_has_them():
+    method = find_method("headkv-r2").with_options(window=5, keep_last=3, pool_factor=2.0, kernel=None)
+    assert (method.importance.window, method.keep_last, method.budget.pool_factor) == (5, 3, 2.0)
+    assert method.importance.kernel == METHODS["headkv-r2"].importance.kernel
+    assert METHODS["headkv-r2"].importance.window != 5 or METHODS["headkv-r2"].keep_last != 3
