@@ -26,7 +26,16 @@ _HOMES = {
     "load_model": "headprof.models",
     "make_plan": "headprof.compression.session",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "METHODS",
+    "HeadCache",
+    "HeadProfile",
+    "HeadprofError",
+    "__version__",
+    "compressed",
+    "load_model",
+    "make_plan",
+]
 
 if TYPE_CHECKING:
     from headprof.compression.cache import HeadCache

@@ -1,4 +1,4 @@
-"""The command line: one thin function a command. Heavy modules are imported where they are used, so `--help` is quick."""
+"""The command line: one thin function a command. Heavy modules are imported where they are used: `--help` is quick."""
 
 from __future__ import annotations
 

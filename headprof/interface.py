@@ -1,7 +1,7 @@
 """Plugging into Transformers' attention interface: wrap a model's attention function, and put it back.
 
-Nothing is registered on import, no modelling file is copied, and a wrapped model is restored when its context ends, also
-after an exception.
+Nothing is registered on import, no modelling file is copied, and a wrapped model is restored when its context ends,
+also after an exception.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 AttentionFunction = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
-"""`(module, query [B, H, Q, D], key [B, K, T, D], value, attention_mask, scaling=, ...) -> (output [B, Q, H, D], weights)`"""
+"""`(module, query [B, H, Q, D], key [B, K, T, D], value, attention_mask, ...) -> (output [B, Q, H, D], weights)`"""
 
 
 def _eager_attention(module: torch.nn.Module, *args, **kwargs):
     """The attention function that a modelling file keeps for itself, under the name every such file gives it."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+    modeling_file: Any = sys.modules[type(module).__module__]
+    return modeling_file.eager_attention_forward(module, *args, **kwargs)
 
 
 def _free_name(implementation: str) -> str:
@@ -41,7 +42,8 @@ def _free_name(implementation: str) -> str:
 def wrapped_attention(model: PreTrainedModel, wrap: Callable[[AttentionFunction], AttentionFunction]) -> Iterator[None]:
     """Run `model`'s decoder with its attention function `f` replaced by `wrap(f)` while the context lasts.
 
-    Contexts nest, and two models may be wrapped at once. Only the text decoder is touched: a vision tower keeps its own.
+    Contexts nest, and two models may be wrapped at once. Only the text decoder is touched: a vision tower keeps
+    its own.
 
     Raises:
         ModelError: the model's attention cannot be replaced, because its code does not use the attention interface.
@@ -56,8 +58,8 @@ def wrapped_attention(model: PreTrainedModel, wrap: Callable[[AttentionFunction]
         decoder.set_attn_implementation(name)
         if decoder.config._attn_implementation != name:
             raise ModelError(
-                f"{type(model).__name__} does not use Transformers' attention interface, so its heads cannot be reached: "
-                "choose a model whose Transformers code supports it."
+                f"{type(model).__name__} does not use Transformers' attention interface, so its heads cannot be "
+                "reached: choose a model whose Transformers code supports it."
             )
         yield
     finally:

@@ -310,7 +310,7 @@ def test_head_cache_outside_its_context_says_so():
     model = tiny_model()
     cache = HeadCache(make_plan(model, method="snapkv", budget=8))
     model(random_ids(1, 10), past_key_values=cache)
-    with pytest.raises(CacheError, match="inside `with headprof.compressed"):
+    with pytest.raises(CacheError, match=r"inside `with headprof\.compressed"):
         model(random_ids(1, 1), past_key_values=cache)
 
 

@@ -83,8 +83,9 @@ def normalized(scores: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
 def water_filled(shares: torch.Tensor, floor: float, lower: int, upper: torch.Tensor, total: int) -> torch.Tensor:
     """Whole numbers `n` that sum to `total` exactly, as near as can be to `floor + shares * x` within bounds.
 
-    `x` is chosen so that what a bound takes from one head is handed to (or taken from) the others in proportion to their
-    shares; what no share can take is spread evenly. Rounding is by largest remainder, so a larger share never gets less.
+    `x` is chosen so that what a bound takes from one head is handed to (or taken from) the others in proportion to
+    their shares; what no share can take is spread evenly. Rounding is by largest remainder, so a larger share never
+    gets less.
 
     Args:
         shares: non-negative, any shape, float64; sums to one.

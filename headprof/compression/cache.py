@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -139,6 +140,26 @@ class HeadCacheLayer(CacheLayerMixin):
         self._store(keys, values, positions, kept.sum(dim=-1).flatten().tolist())
         self.is_initialized = True
 
+    @classmethod
+    def stacked(cls, layers: Sequence[HeadCacheLayer]) -> HeadCacheLayer:
+        """One layer that holds copies of several as a batch; all must have seen the same number of tokens."""
+        first = layers[0]
+        if len({layer.seen for layer in layers}) != 1:
+            raise ValueError("only layers that have seen the same number of tokens can be stacked")
+        stack = cls(first.layer_idx, first.plan, first.slack)
+        stack.batch_size = sum(layer.batch_size for layer in layers)
+        stack.num_kv_heads, stack.head_dim = first.num_kv_heads, first.head_dim
+        stack.dtype, stack.device, stack.seen = first.dtype, first.device, first.seen
+        held = [layer.rows() for layer in layers]
+        stack.keys = torch.cat([rows.keys for rows in held])
+        stack.values = torch.cat([rows.values for rows in held])
+        stack.positions = torch.cat([rows.positions for rows in held])
+        stack.lengths = [length for rows in held for length in rows.lengths]
+        stack.capacities = [room for layer in layers for room in layer.capacities]
+        stack.offsets = [0, *accumulate(stack.capacities)][:-1]
+        stack.is_initialized = True
+        return stack
+
     def rows(self) -> RaggedRows:
         """What the heads hold now."""
         assert self.keys is not None and self.values is not None and self.positions is not None
@@ -254,6 +275,19 @@ class HeadCache(Cache):
     def lengths(self) -> torch.Tensor:
         """Rows held by each head, int64 `[L, B, K]`."""
         return torch.stack([torch.tensor(layer.lengths).reshape(layer.batch_size, -1) for layer in self.head_layers])
+
+
+def stack_caches(caches: Sequence[HeadCache]) -> HeadCache:
+    """One cache with a batch entry for each entry of several caches of the same prompt, whatever their methods.
+
+    One forward pass then continues them all.
+    """
+    stack = HeadCache(caches[0].plan)
+    stack.head_layers = [
+        HeadCacheLayer.stacked(layers) for layers in zip(*(cache.head_layers for cache in caches), strict=True)
+    ]
+    stack.layers = list(stack.head_layers)
+    return stack
 
 
 class FanOutCache(Cache):

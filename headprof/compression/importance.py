@@ -63,8 +63,8 @@ class Importance(Protocol):
 class WindowAttention:
     """Attention from the last queries of the prompt, pooled over neighboring tokens (SnapKV, Li et al. 2024).
 
-    Each token's score is the mean over the group's query heads and over those observing queries that can see it, so that
-    tokens inside the window are judged on the same scale as the rest.
+    Each token's score is the mean over the group's query heads and over those observing queries that can see it, so
+    that tokens inside the window are judged on the same scale as the rest.
 
     Attributes:
         window: number of observing queries.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from headprof.compression.budget import BudgetPolicy, ProfileBudget, UniformBudget
@@ -24,8 +24,8 @@ class Method:
     """
 
     importance: Importance | None
-    budget: BudgetPolicy = UniformBudget()
-    reduction: Reduction = Evict()
+    budget: BudgetPolicy = field(default_factory=UniformBudget)
+    reduction: Reduction = field(default_factory=Evict)
     sinks: int = 1
     keep_last: int = 2
 
@@ -61,7 +61,7 @@ class Method:
         """The part that has a parameter: `"method"`, or the name of one of the three axes."""
         parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
         for holder, part in parts.items():
-            if is_dataclass(part) and name in {field.name for field in fields(part)}:
+            if is_dataclass(part) and name in {each.name for each in fields(part)}:
                 return holder
         return None
 

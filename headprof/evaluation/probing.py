@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from headprof.compression.cache import CompressionPlan, FanOutCache, HeadCache
+from headprof.compression.cache import CompressionPlan, FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, prefill
 from headprof.probes.build import ProbeContext
 
@@ -54,9 +54,9 @@ def answer_probes(
 ) -> list[Answer]:
     """Ask every probe under every candidate; the question is part of the prompt that is compressed.
 
-    The prompt ends with the question and the start of the model's turn. The beginning of the reply that a probe gives and
-    the right answer are fed over the compressed cache, so each answer token, the first one too, is predicted from what
-    the cache still holds.
+    The prompt ends with the question and the start of the model's turn. The beginning of the reply that a probe gives
+    and the right answer are fed over the compressed cache, so each answer token, the first one too, is predicted from
+    what the cache still holds.
 
     Args:
         model: the model that answers.
@@ -72,6 +72,7 @@ def answer_probes(
             reply = (*probe.reply_ids, *probe.answer_ids)
             caches = [HeadCache(candidate.plan) for candidate in candidates]
             last_logits = prefill(model, torch.tensor([prompt], device=model.device), FanOutCache(caches))
+            correct = _correct(model, stack_caches(caches), last_logits, reply, len(probe.answer_ids))
             batch = [
                 Answer(
                     probe=number,
@@ -80,26 +81,25 @@ def answer_probes(
                     prompt_tokens=len(prompt),
                     method=candidate.method,
                     budget=candidate.budget,
+                    correct=right,
                     cache_bytes=cache.nbytes,
-                    correct=_answers(model, cache, last_logits, reply, len(probe.answer_ids)),
                 )
-                for candidate, cache in zip(candidates, caches, strict=True)
+                for candidate, cache, right in zip(candidates, caches, correct, strict=True)
             ]
             on_probe(batch)
             answers += batch
     return answers
 
 
-def _answers(
-    model: PreTrainedModel, cache: HeadCache, last_logits: torch.Tensor, reply: Sequence[int], answer_length: int
-) -> bool:
-    """Whether each of the last `answer_length` tokens of `reply` is the arg-max after those before it."""
-    wanted = list(reply[-answer_length:])
-    predicted: list[int] = []
-    if len(reply) == answer_length:  # no given beginning: the prompt's last token predicts the first
-        predicted.append(int(last_logits[0].argmax()))
+def _correct(
+    model: PreTrainedModel, stack: HeadCache, last_logits: torch.Tensor, reply: Sequence[int], answer_length: int
+) -> list[bool]:
+    """For each batch entry, whether each of `reply`'s last `answer_length` tokens is the arg-max after those before."""
+    entries = stack.head_layers[0].batch_size
+    wanted = torch.tensor(reply[-answer_length:], device=model.device)
+    predicted = last_logits.argmax(dim=-1).expand(entries)[:, None]  # what the prompt's last token predicts
     if len(reply) > 1:
-        fed = torch.tensor([reply[:-1]], device=model.device)
-        logits = model(fed, past_key_values=cache, use_cache=True).logits[0]
-        predicted += logits[-(answer_length - len(predicted)) :].argmax(dim=-1).tolist()
-    return predicted == wanted
+        fed = torch.tensor([reply[:-1]], device=model.device).expand(entries, -1)
+        logits = model(fed, past_key_values=stack, use_cache=True, logits_to_keep=answer_length).logits
+        predicted = torch.cat([predicted, logits.argmax(dim=-1)], dim=1)
+    return (predicted[:, -answer_length:] == wanted).all(dim=-1).tolist()

@@ -1,7 +1,7 @@
 """Reading attention where it is needed: the few query rows that predict an answer, one layer at a time.
 
-The model's own attention (SDPA, FlashAttention) does the forward pass; beside it, the chosen rows are computed once more
-in float32 from the same queries and keys. Extra memory is `O(H * N * T)` for one layer: never `T x T`.
+The model's own attention (SDPA, FlashAttention) does the forward pass; beside it, the chosen rows are computed once
+more in float32 from the same queries and keys. Extra memory is `O(H * N * T)` for one layer: never `T x T`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,8 @@ def attention_rows(
     logits = (grouped @ key.float().transpose(1, 2)).reshape(num_heads, num_queries, num_keys) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if visible.dtype == torch.bool:
-        logits = logits.masked_fill(~visible, float("-inf"))
-    else:
-        logits = logits + visible.float()
+    boolean = visible.dtype == torch.bool
+    logits = logits.masked_fill(~visible, float("-inf")) if boolean else logits + visible.float()
     if sinks is None:
         return logits.softmax(dim=-1)
     sink_column = sinks.float()[:, None, None].expand(num_heads, num_queries, 1)

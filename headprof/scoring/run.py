@@ -148,8 +148,8 @@ def make_profile(
         counted = [result.scores for result in of_kind if result.answered or include_failed]
         if len(counted) < min(MIN_COUNTED, len(of_kind)) or not counted:
             raise ProbeError(
-                f"The model answered {len(counted)} of {len(of_kind)} {kind} probes, too few for a profile: try shorter "
-                "--lengths, more --probes or easier needles, or let failed probes count with --include-failed."
+                f"The model answered {len(counted)} of {len(of_kind)} {kind} probes, too few for a profile: try "
+                "shorter --lengths, more --probes or easier needles, or let failed probes count with --include-failed."
             )
         values = torch.stack(counted)
         scores[kind] = values.mean(dim=0)

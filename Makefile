@@ -1,0 +1,44 @@
+# Everything runs in .venv; constraints.txt pins what the figures in the README were made with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-gpu check format profile wheel clean
+
+# Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
+demo: $(VENV)/.installed
+	$(BIN)/headprof score -o demo/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof heatmap demo/SmolLM2-135M-Instruct.safetensors -o heads.png
+	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --cov=headprof --cov-report=term --cov-fail-under=90
+
+# Tests that need CUDA; run them on a machine that has it.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The profile of the embedded model that ships in profiles/.
+profile: $(VENV)/.installed
+	$(BIN)/headprof score --preset standard -o profiles/SmolLM2-135M-Instruct.safetensors
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) build dist demo heads.png .coverage* .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	@touch $@
