@@ -25,5 +25,11 @@ class ProfileError(HeadprofError):
     """A head profile is missing, damaged, or belongs to another model."""
 
 
+class InterruptedRun(HeadprofError):
+    """The user stopped a run whose results so far are kept."""
+
+    exit_code = 130
+
+
 class CacheError(HeadprofError):
     """A compressed cache cannot be used in the way that was asked."""

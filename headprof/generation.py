@@ -151,7 +151,7 @@ def generate_text(
     ids = ids.to(model.device)
     cache = DynamicCache(config=model.config) if plan is None else HeadCache(plan)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
     with nullcontext() if plan is None else attending_ragged(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         start = time.perf_counter()

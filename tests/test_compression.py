@@ -30,7 +30,7 @@ def random_ids(batch, length, seed=0):
     return torch.randint(3, 500, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def slow_window_attention(states, window, kernel):
+def slow_window_attention(states, window, kernel, pooling):
     """Loops over everything, in float64."""
     batch, num_heads, num_tokens, _ = states.query.shape
     num_kv_heads = states.key.shape[1]
@@ -62,12 +62,15 @@ def slow_window_attention(states, window, kernel):
     st.integers(1, 24),
     st.integers(1, 30),
     st.sampled_from([1, 3, 7]),
+    st.sampled_from(["max", "mean"]),
     st.sampled_from([None, 5]),
     st.sampled_from([None, 2.0]),
     st.integers(0, 5),
 )
 @settings(max_examples=60, deadline=None)
-def test_window_attention_equals_its_slow_twin(batch, heads, tokens, window, kernel, sliding, softcap, padding):
+def test_window_attention_equals_its_slow_twin(
+    batch, heads, tokens, window, kernel, pooling, sliding, softcap, padding
+):
     generator = torch.Generator().manual_seed(tokens * 31 + window)
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     valid[0, : min(padding, tokens - 1)] = False
@@ -79,8 +82,9 @@ def test_window_attention_equals_its_slow_twin(batch, heads, tokens, window, ker
         softcap=softcap,
         sliding_window=sliding,
     )
-    fast = WindowAttention(window, kernel).score(states)
-    torch.testing.assert_close(fast.double(), slow_window_attention(states, window, kernel), atol=1e-5, rtol=1e-4)
+    fast = WindowAttention(window, kernel, pooling).score(states).double()
+    slow = slow_window_attention(states, window, kernel, pooling)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
 
 
 @given(st.data())

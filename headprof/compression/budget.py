@@ -243,8 +243,8 @@ class ProfileBudget:
     """
 
     profile_scores: str | None = "reasoning"
-    pool_factor: float = 1.2
-    temperature: float = 1.0
+    pool_factor: float = 1.5
+    temperature: float = 0.6
     minimum: int = 2
     aggregate: str = "max"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 
 @dataclass(frozen=True)
@@ -68,19 +69,20 @@ class WindowAttention:
 
     Attributes:
         window: number of observing queries.
-        kernel: width of the max-pool over tokens, odd; 1 for none.
+        kernel: width of the pooling over tokens, odd; 1 for none.
+        pooling: what a token takes from its neighbors: the paper's `"max"`, or the `"mean"`.
     """
 
     window: int = 16
-    kernel: int = 3
+    kernel: int = 7
+    pooling: str = "max"
 
     def score(self, states: PromptStates) -> torch.Tensor:
         num_tokens = states.key.shape[2]
         window = min(self.window, num_tokens)
-        attention = states.last_rows(window).sum(dim=(2, 3))  # [B, K, T]
+        attention = states.last_rows(window).sum(dim=3).mean(dim=2)  # [B, K, T]
         age = torch.arange(num_tokens, 0, -1, device=attention.device)  # 1 for the last token
-        group_size = states.query.shape[1] // states.key.shape[1]
-        attention = attention / (age.clamp(max=window) * group_size)
-        if self.kernel == 1:
-            return attention
-        return torch.nn.functional.max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
+        attention = attention / age.clamp(max=window)
+        if self.pooling == "mean":
+            return avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
+        return max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)

@@ -69,8 +69,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method(None),
     "snapkv": Method(WindowAttention(), UniformBudget(), Evict()),
-    "headkv": Method(WindowAttention(), ProfileBudget("retrieval"), Evict()),
-    "headkv-r2": Method(WindowAttention(), ProfileBudget("reasoning"), Evict()),
+    "headkv": Method(WindowAttention(kernel=9, pooling="mean"), ProfileBudget("retrieval"), Evict()),
+    "headkv-r2": Method(WindowAttention(kernel=9, pooling="mean"), ProfileBudget("reasoning"), Evict()),
 }
 
 

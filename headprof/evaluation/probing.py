@@ -68,7 +68,7 @@ def answer_probes(
     probes = ((context, probe) for context in contexts for probe in context.probes)
     with attending_ragged(model):
         for number, (context, probe) in enumerate(probes):
-            prompt = (*context.context_ids, *probe.question_ids)
+            prompt = (*context.context_ids, *probe.asked_ids)
             reply = (*probe.reply_ids, *probe.answer_ids)
             caches = [HeadCache(candidate.plan) for candidate in candidates]
             last_logits = prefill(model, torch.tensor([prompt], device=model.device), FanOutCache(caches))

@@ -15,6 +15,8 @@ from headprof.errors import ProbeError, UsageError
 
 PARAGRAPH_BREAK = "\n\n"
 _MIN_FOLDER_SENTENCES = 8
+# Verse, tables and lists hold "sentences" without end, which no short context could take.
+_MAX_WORDS = 60
 _SENTENCES_PER_PARAGRAPH = (4, 7)
 # A theme that fails this often in a row to make a new sentence has been used up.
 _MAX_REDRAWS = 200
@@ -69,7 +71,7 @@ class Haystack:
 
     @classmethod
     def composed(cls) -> Haystack:
-        """The shipped haystack: plain prose composed from `data/haystack`, millions of words before a sentence recurs."""
+        """The shipped haystack: plain prose composed from `data/haystack`; no sentence recurs in 40,000."""
         folder = asset_dir("data") / "haystack"
         common = json.loads((folder / "common.json").read_text(encoding="utf-8"))
         themes = []
@@ -138,13 +140,21 @@ def join_sentences(sentences: Sequence[str]) -> tuple[str, list[int]]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut running text after `.`, `!` or `?`; blank lines end a paragraph, other line breaks become blanks."""
+    """Cut running text after `.`, `!` or `?`, and at the latest after 60 words.
+
+    Blank lines end a paragraph, other line breaks become blanks.
+    """
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
-        found = _SENTENCE.findall(" ".join(paragraph.split()))
+        found = [piece for sentence in _SENTENCE.findall(" ".join(paragraph.split())) for piece in _pieces(sentence)]
         if found:
             sentences += [*found[:-1], found[-1] + PARAGRAPH_BREAK]
     return sentences
+
+
+def _pieces(sentence: str) -> list[str]:
+    words = sentence.split()
+    return [" ".join(words[at : at + _MAX_WORDS]) for at in range(0, len(words), _MAX_WORDS)]
 
 
 def _new_sentence(writer: _ThemeWriter, seen: set[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections import defaultdict
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from headprof import __version__
-from headprof.errors import ProbeError, UsageError
+from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile import HeadProfile
@@ -25,7 +26,7 @@ from headprof.scoring.probing import Prober, ProbeResult
 MIN_COUNTED = 8
 """Fewest answered probes of a kind from which a profile is made."""
 
-SAVE_EVERY = 10.0
+SAVE_EVERY = float(os.environ.get("HEADPROF_SAVE_EVERY", "10"))
 """Seconds between two writes of the partial results."""
 
 
@@ -103,12 +104,30 @@ def score_heads(
                 if time.monotonic() - last_save > SAVE_EVERY:
                     partial.save()
                     last_save = time.monotonic()
+        except KeyboardInterrupt:
+            partial.save()
+            raise InterruptedRun(_interrupted(partial)) from None
         except BaseException:
             partial.save()
             raise
-    profile = make_profile(loaded, builder.settings, partial.results(), include_failed, decode=decode, command=command)
+    try:
+        profile = make_profile(
+            loaded, builder.settings, partial.results(), include_failed, decode=decode, command=command
+        )
+    except ProbeError:
+        partial.save()  # so that --resume --include-failed need not run the model again
+        raise
     partial.remove()
     return profile
+
+
+def _interrupted(partial: PartialRun) -> str:
+    if partial.path is None or not partial.num_probes:
+        return "Interrupted before anything was scored."
+    return (
+        f"Interrupted: the results of {partial.num_probes} probes are kept in {partial.path}; give the same command "
+        "with --resume to go on."
+    )
 
 
 def _run_key(loaded: LoadedModel, settings: ProbeSettings, decode: str) -> str:
@@ -149,7 +168,8 @@ def make_profile(
         if len(counted) < min(MIN_COUNTED, len(of_kind)) or not counted:
             raise ProbeError(
                 f"The model answered {len(counted)} of {len(of_kind)} {kind} probes, too few for a profile: try "
-                "shorter --lengths, more --probes or easier needles, or let failed probes count with --include-failed."
+                "shorter --lengths, more --probes or easier needles, or count failed ones too with "
+                "--resume --include-failed."
             )
         values = torch.stack(counted)
         scores[kind] = values.mean(dim=0)

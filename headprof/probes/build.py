@@ -1,0 +1,256 @@
+"""Build probes: needles hidden in filler text, with the exact token spans of needle, answer and distractors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from headprof.errors import UsageError
+from headprof.probes.haystack import Haystack
+from headprof.probes.layout import fit
+from headprof.probes.needles import KINDS, SPLITS, Family, Needle, Split, load_families
+from headprof.probes.prompt import EncodedContext, EncodedQuestion, PromptFrame, Span
+
+# Filler that must part two needles: about one sentence.
+_FILLER_TOKENS_PER_NEEDLE = 24
+_COST_SAMPLES = 8
+_GOLDEN_RATIO = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question about a context.
+
+    Attributes:
+        depth: share of the filler text that stands before the needle, 0 to 1.
+        asked_ids: tokens after the shared context: question, end of turn, generation prompt.
+        reply_ids: the given beginning of the reply.
+        answer_ids: tokens that the model should then say.
+        needle_span, answer_span, distractor_spans: token positions in the full prompt, all within the context.
+    """
+
+    family: str
+    kind: str
+    depth: float
+    asked_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    needle_span: Span
+    answer_span: Span
+    distractor_spans: tuple[Span, ...]
+    question: str
+    answer: str
+
+    @property
+    def question_ids(self) -> tuple[int, ...]:
+        """Everything between the shared context and the answer."""
+        return self.asked_ids + self.reply_ids
+
+
+@dataclass(frozen=True)
+class ProbeContext:
+    """A context and the probes that share it: one prefill, and a short suffix for each question."""
+
+    index: int
+    context_ids: tuple[int, ...]
+    probes: tuple[Probe, ...]
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What to build: `probes` in all, in contexts whose `lengths` (tokens, question and answer included) take turns.
+
+    `split` names the half of the slot lists to draw from: "profile" and "eval" share no value.
+    """
+
+    probes: int
+    lengths: tuple[int, ...] = (1024,)
+    kinds: tuple[str, ...] = KINDS
+    families: tuple[str, ...] | None = None
+    needles_per_context: int = 8
+    seed: int = 0
+    split: Split = "profile"
+
+
+class ProbeBuilder:
+    """Builds the contexts of `settings` one by one; context `i` depends on the settings and `i` alone.
+
+    With `needles` (read from a file) these are used in place of families, one per context, since nothing says
+    whether two of them contradict each other.
+
+    Raises:
+        UsageError: the settings ask for something that does not exist or does not fit, before any work is done.
+        ProbeError: the tokenizer gives no character offsets.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        settings: ProbeSettings,
+        *,
+        max_positions: int,
+        families: list[Family] | None = None,
+        needles: list[Needle] | None = None,
+        haystack: Haystack | None = None,
+    ) -> None:
+        _check_settings(settings, max_positions)
+        self.settings = settings
+        self._frame = PromptFrame(tokenizer)
+        if needles is not None:
+            self._sources = _by_kind(needles, settings.kinds)
+            self._per_context = 1
+        else:
+            chosen = _named(load_families() if families is None else families, settings.families)
+            self._sources = _by_kind(chosen, settings.kinds)
+            self._per_context = min(settings.needles_per_context, settings.probes)
+        self._haystack = haystack or Haystack.composed()
+        self._check_room()
+
+    def __len__(self) -> int:
+        """Number of contexts."""
+        return -(-self.settings.probes // self._per_context)
+
+    def __iter__(self) -> Iterator[ProbeContext]:
+        return (self.context(index) for index in range(len(self)))
+
+    def context(self, index: int) -> ProbeContext:
+        """Context number `index`, from 0.
+
+        Raises:
+            IndexError: there is no such context.
+            ProbeError: the needles drawn do not fit into the length, or a slot list is used up.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"context {index} of {len(self)}")
+        rng = self._rng("context", index)
+        needles = self._draw_needles(index, rng)
+        suffixes = [self._frame.encode_question(n.question, n.answer_prefix, n.answer) for n in needles]
+        length = self.settings.lengths[index % len(self.settings.lengths)]
+        room = length - max(len(suffix) for suffix in suffixes)
+        texts = [needle.text for needle in needles]
+        layout = fit(texts, self._depths(index, len(needles)), room, self._haystack.sentences(rng), self._frame)
+        probes = tuple(
+            _make_probe(needle, suffix, *place, layout.encoded)
+            for needle, suffix, place in zip(needles, suffixes, layout.places, strict=True)
+        )
+        return ProbeContext(index, layout.encoded.ids, probes)
+
+    def _rng(self, *purpose: object) -> random.Random:
+        return random.Random(f"{self.settings.seed}/{self.settings.split}/{'/'.join(map(str, purpose))}")
+
+    def _draw_needles(self, index: int, rng: random.Random) -> list[Needle]:
+        """The needles of one context, in the order in which they will stand; no two share a slot value."""
+        total, contexts = self.settings.probes, len(self)
+        needles: list[Needle] = []
+        taken: set[str] = set()
+        for number in range(index * total // contexts, (index + 1) * total // contexts):
+            source, turn = self._source(number)
+            if isinstance(source, Family):
+                turn += self._rng("wording", source.name).randrange(len(source.variants))
+                source = source.sample(rng, self.settings.split, taken, turn)
+            needles.append(source)
+            taken.update(source.values)
+        return rng.sample(needles, len(needles))
+
+    def _source(self, number: int) -> tuple[Family | Needle, int]:
+        """Where probe `number` comes from, and how often that was used before.
+
+        Kinds alternate over the probes; within a kind each family has its turn before one has its next.
+        """
+        kinds = list(self._sources)
+        kind = kinds[number % len(kinds)]
+        sources = self._sources[kind]
+        turn, place = divmod(number // len(kinds), len(sources))
+        return sources[self._rng(kind, turn).sample(range(len(sources)), len(sources))[place]], turn
+
+    def _depths(self, index: int, count: int) -> list[float]:
+        """Depths in [0, 1], one from each of `count` equal strata; over the contexts each stratum is covered evenly."""
+        step = index // len(self.settings.lengths) * _GOLDEN_RATIO
+        return [(place + (self._rng("depth", place).random() + step) % 1.0) / count for place in range(count)]
+
+    def _check_room(self) -> None:
+        """Refuse a length that cannot hold the needles, judged by the longest of a few samples of each family."""
+        rng = self._rng("room")
+        samples = [
+            needle
+            for source in (source for sources in self._sources.values() for source in sources)
+            for needle in (
+                [source.sample(rng) for _ in range(_COST_SAMPLES)] if isinstance(source, Family) else [source]
+            )
+        ]
+        cost = max(self._frame.count([needle.text for needle in samples])) + _FILLER_TOKENS_PER_NEEDLE
+        suffix = max(len(self._frame.encode_question(n.question, n.answer_prefix, n.answer)) for n in samples)
+        overhead = len(self._frame.encode_context("").ids) + suffix
+        length = min(self.settings.lengths)
+        fitting = max(0, length - overhead) // cost
+        if fitting == 0:
+            raise UsageError(
+                f"A length of {length} tokens is too short for one needle; use at least {overhead + cost}."
+            )
+        if fitting < self._per_context:
+            raise UsageError(
+                f"A length of {length} tokens is too short for {self._per_context} needles per context; "
+                f"use at most {fitting}, or at least {overhead + cost * self._per_context} tokens."
+            )
+
+
+def _make_probe(
+    needle: Needle,
+    suffix: EncodedQuestion,
+    depth: float,
+    start: int,
+    encoded: EncodedContext,
+) -> Probe:
+    return Probe(
+        family=needle.family,
+        kind=needle.kind,
+        depth=depth,
+        asked_ids=suffix.asked,
+        reply_ids=suffix.reply,
+        answer_ids=suffix.answer,
+        needle_span=encoded.span(start, start + len(needle.text)),
+        answer_span=encoded.span(start + needle.answer_start, start + needle.answer_stop),
+        distractor_spans=tuple(encoded.span(start + first, start + stop) for first, stop in needle.distractors),
+        question=needle.question,
+        answer=needle.answer,
+    )
+
+
+def _check_settings(settings: ProbeSettings, max_positions: int) -> None:
+    if settings.probes < 1:
+        raise UsageError(f"Cannot build {settings.probes} probes; ask for at least 1.")
+    if settings.needles_per_context < 1:
+        raise UsageError(f"Cannot put {settings.needles_per_context} needles into a context; ask for at least 1.")
+    if settings.split not in SPLITS:
+        raise UsageError(f"There is no split {settings.split!r}; use one of {', '.join(SPLITS)}.")
+    wrong = [kind for kind in settings.kinds if kind not in KINDS]
+    if wrong or not settings.kinds:
+        raise UsageError(f"There is no probe kind {wrong[0] if wrong else ''!r}; use one of {', '.join(KINDS)}.")
+    if not settings.lengths:
+        raise UsageError("No context length is given; name at least one, such as 1024.")
+    if max(settings.lengths) > max_positions:
+        raise UsageError(
+            f"A length of {max(settings.lengths)} tokens is more than the {max_positions} positions of the model; "
+            f"use at most {max_positions}."
+        )
+
+
+def _named(families: Sequence[Family], names: tuple[str, ...] | None) -> list[Family]:
+    known = {family.name: family for family in families}
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"There is no needle family {name!r}; use some of {', '.join(sorted(known))}.")
+    return [known[name] for name in names] if names else list(families)
+
+
+def _by_kind(sources: Sequence[Family | Needle], kinds: Sequence[str]) -> dict[str, list[Family | Needle]]:
+    """The sources of each kind asked for, kinds without any left out."""
+    grouped = {kind: [source for source in sources if source.kind == kind] for kind in kinds}
+    grouped = {kind: members for kind, members in grouped.items() if members}
+    if not grouped:
+        raise UsageError(
+            f"None of the needles is of the kind {' or '.join(kinds)}; ask for another kind or other needles."
+        )
+    return grouped

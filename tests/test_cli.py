@@ -1,0 +1,411 @@
+"""The command line as its users meet it: every command on a tiny model, and one sentence for every mistake."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import save_tiny
+
+from headprof.profile import HeadProfile
+
+NEEDLE = {
+    "needle": "The key of the shed hangs behind the clock. The key of the barn lies under a stone.",
+    "real_needle": "The key of the shed hangs behind the clock.",
+    "answer": "The key of the shed hangs behind the clock.",
+    "question": "Where is the key of the shed?",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with models, documents and broken files, in which the commands run."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny(place / "tiny", "llama", chat=True, layers=3)
+    save_tiny(place / "other", "llama", chat=True, layers=2)
+    (place / "document.txt").write_text("The lighthouse keeper counted nine grey boats before breakfast. " * 20)
+    (place / "empty.txt").write_text("")
+    (place / "binary.txt").write_bytes(b"\xff\xfe\x00\x80" * 10)
+    (place / "truncated").mkdir()
+    for file in (place / "tiny").iterdir():
+        (place / "truncated" / file.name).write_bytes(file.read_bytes())
+    weights = place / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (place / "no-config").mkdir()
+    (place / "broken.gguf").write_bytes(b"not a gguf file")
+    (place / "broken.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    save_file({"retrieval": torch.zeros(3, 4)}, place / "foreign.safetensors")
+    (place / "haystack").mkdir()
+    (place / "no-text").mkdir()
+    (place / "blank").mkdir()
+    (place / "blank" / "a.txt").write_text("\n")
+    (place / "needles.jsonl").write_text(json.dumps(NEEDLE) + "\n")
+    (place / "bad-json.jsonl").write_text(json.dumps(NEEDLE) + "\n{oops\n")
+    (place / "no-question.jsonl").write_text(json.dumps({k: v for k, v in NEEDLE.items() if k != "question"}) + "\n")
+    (place / "elsewhere.jsonl").write_text(json.dumps(NEEDLE | {"real_needle": "It is lost."}) + "\n")
+    (place / "none.jsonl").write_text("")
+    made = headprof(place, *SCORE, "-o", "tiny.safetensors")
+    assert made.returncode == 0, made.stderr
+    return place
+
+
+# A random model answers nothing right, so failed probes count here.
+SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed")
+
+
+def headprof(place: Path, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own, as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "headprof", *arguments],
+        cwd=place,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HEADPROF_DATA": str(place / "data-home"), "HF_HUB_OFFLINE": "1"} | environment,
+    )
+
+
+GENERATE = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--prompt", "Who counted?")
+
+MISTAKES = {
+    "file that is not there": (
+        (*GENERATE, "--file", "absent.txt"),
+        2,
+        "There is no file absent.txt: check the path given with --file.",
+    ),
+    "empty file": ((*GENERATE, "--file", "empty.txt"), 2, "empty.txt is empty: give a file with text in it."),
+    "binary file": (
+        (*GENERATE, "--file", "binary.txt"),
+        2,
+        "binary.txt is not a UTF-8 text file: convert it to plain text first.",
+    ),
+    "folder as file": (
+        (*GENERATE, "--file", "haystack"),
+        2,
+        "haystack cannot be read (Is a directory): give a text file with --file.",
+    ),
+    "file without a question": (
+        ("generate", "--model", "tiny", "--file", "document.txt"),
+        2,
+        'There is no question about document.txt: ask one with --prompt "...".',
+    ),
+    "empty prompt": (
+        ("generate", "--model", "tiny", "--prompt", " "),
+        2,
+        'The prompt is empty: give one with --prompt "...".',
+    ),
+    "unknown method": (
+        (*GENERATE, "--method", "magic"),
+        2,
+        r"There is no method 'magic': choose one of full, snapkv, headkv, headkv-r2[\w, -]*.",
+    ),
+    "budget that is no budget": (
+        (*GENERATE, "--budget", "lots"),
+        2,
+        "A budget of 'lots' cannot be read: give tokens per KV head (64), a share of the prompt (1.5%) or bytes for "
+        "the whole cache (512MB).",
+    ),
+    "budget below what is always kept": (
+        (*GENERATE, "--budget", "4", "--keep-last", "8"),
+        2,
+        r"A budget of 4 tokens is below the \d+ that every head keeps: raise --budget, or lower --keep-last or "
+        "--sinks.",
+    ),
+    "budget of a few bytes": (
+        (*GENERATE, "--budget", "100B"),
+        2,
+        "A budget of 100 bytes is less than one token per head (768 bytes): raise --budget.",
+    ),
+    "parameter that the method lacks": (
+        (*GENERATE, "--method", "snapkv", "--pool-factor", "2"),
+        2,
+        "This method has no parameter 'pool_factor': leave --pool-factor away.",
+    ),
+    "prompt longer than the model's context": (
+        (*GENERATE, "--file", "document.txt", "--max-new-tokens", "5000"),
+        2,
+        r"The prompt of \d+ tokens and 5000 new ones exceed the 4096 that tiny can read: shorten the document by \d+ "
+        "tokens or lower --max-new-tokens.",
+    ),
+    "no profile for the model": (
+        ("generate", "--model", "other", "--prompt", "Who?"),
+        1,
+        r"There is no head profile for other[^\n]*`headprof score --model other`[^\n]*",
+    ),
+    "profile that is not there": (
+        ("generate", "--model", "tiny", "--profile", "absent.safetensors", "--prompt", "Who?"),
+        1,
+        r"[^\n]*absent.safetensors[^\n]*",
+    ),
+    "profile of another model": (
+        ("generate", "--model", "other", "--profile", "tiny.safetensors", "--prompt", "Who?"),
+        1,
+        r"[^\n]*tiny.safetensors[^\n]*layers[^\n]*headprof score --model other[^\n]*",
+    ),
+    "damaged profile": (("heatmap", "broken.safetensors"), 1, r"[^\n]*broken.safetensors[^\n]*"),
+    "tensors that are no profile": (("heatmap", "foreign.safetensors"), 1, r"[^\n]*foreign.safetensors[^\n]*"),
+    "unknown picture format": (("heatmap", "tiny.safetensors", "-o", "heads.bmp"), 2, r"[^\n]*\.png[^\n]*\.svg[^\n]*"),
+    "unknown score": (("heatmap", "tiny.safetensors", "--which", "luck"), 2, r"[^\n]*luck[^\n]*"),
+    "model folder without a model": ((*SCORE[:2], "no-config", *SCORE[3:]), 1, r"[^\n]*no-config[^\n]*"),
+    "model path that is not there": ((*SCORE[:2], "./absent", *SCORE[3:]), 1, r"[^\n]*absent[^\n]*"),
+    "truncated weights": ((*SCORE[:2], "truncated", *SCORE[3:]), 1, r"[^\n]*truncated[^\n]*"),
+    "broken gguf": ((*SCORE[:2], "broken.gguf", *SCORE[3:]), 1, r"[^\n]*broken.gguf[^\n]*"),
+    "hub id without a network": (
+        (*SCORE[:2], "meta-llama/Meta-Llama-3-8B-Instruct", *SCORE[3:]),
+        1,
+        r"[^\n]*meta-llama/Meta-Llama-3-8B-Instruct[^\n]*",
+    ),
+    "no such device": ((*SCORE, "--device", "tpu"), 2, r"Unknown device 'tpu'[^\n]*"),
+    "no such dtype": ((*SCORE, "--dtype", "int3"), 2, r"Unknown dtype 'int3'[^\n]*"),
+    "no such preset": (
+        ("score", "--model", "tiny", "--preset", "huge"),
+        2,
+        "There is no preset 'huge': choose one of quick, standard, thorough.",
+    ),
+    "no such way to decode": (
+        (*SCORE, "--decode", "beam"),
+        2,
+        "There is no way to decode called 'beam': choose teacher or greedy.",
+    ),
+    "length that is no length": (
+        (*SCORE, "--lengths", "1k,many"),
+        2,
+        "A length of 'many' cannot be read: write token counts such as 512,1k,4k.",
+    ),
+    "length beyond the model's context": (
+        (*SCORE, "--lengths", "100k"),
+        2,
+        "A length of 102400 tokens is more than the 4096 positions of the model; use at most 4096.",
+    ),
+    "length too short for the needles": ((*SCORE, "--lengths", "64"), 2, r"A length of 64 tokens is too short [^\n]*"),
+    "needles that are not there": (
+        (*SCORE, "--needles", "absent.jsonl"),
+        2,
+        "The needle file absent.jsonl does not exist; give a JSONL file with one needle a line.",
+    ),
+    "needles that are not JSON": (
+        (*SCORE, "--needles", "bad-json.jsonl"),
+        1,
+        r"Line 2 of bad-json.jsonl is not JSON [^\n]*",
+    ),
+    "needle without a question": (
+        (*SCORE, "--needles", "no-question.jsonl"),
+        1,
+        r"Line 1 of no-question.jsonl has no text in the field 'question'[^\n]*",
+    ),
+    "answer outside its needle": (
+        (*SCORE, "--needles", "elsewhere.jsonl"),
+        1,
+        "Line 1 of elsewhere.jsonl has a real_needle that is not in its needle; copy it from the needle, word for "
+        "word.",
+    ),
+    "empty needle file": (
+        (*SCORE, "--needles", "none.jsonl"),
+        1,
+        "The needle file none.jsonl is empty; write one JSON object with a needle on each line.",
+    ),
+    "haystack that is not there": (
+        (*SCORE, "--haystack", "absent"),
+        2,
+        "The haystack folder absent does not exist; give a folder that holds .txt files.",
+    ),
+    "haystack without text files": (
+        (*SCORE, "--haystack", "no-text"),
+        2,
+        "The haystack folder no-text holds no .txt file; put the filler text there as .txt.",
+    ),
+    "empty haystack": ((*SCORE, "--haystack", "blank"), None, r"The .txt files in blank hold 0 sentences [^\n]*"),
+    "output that is a folder": ((*SCORE, "-o", "haystack"), 1, r"[^\n]*haystack[^\n]*"),
+    "too few answered probes": (
+        tuple(part for part in SCORE if part != "--include-failed"),
+        1,
+        r"The model answered \d of 6 retrieval probes, too few for a profile: try shorter --lengths, more --probes or "
+        "easier needles, or count failed ones too with --resume --include-failed.",
+    ),
+    "no such task": (
+        ("eval", "--model", "tiny", "--tasks", "chess"),
+        2,
+        "There is no task 'chess': choose among niah, reasoning.",
+    ),
+    "no such family": (
+        ("eval", "--model", "tiny", "--methods", "full", "--families", "chess"),
+        2,
+        r"There is no needle family 'chess'; use some of [^\n]*",
+    ),
+}
+
+
+def listing(place: Path) -> set[str]:
+    return {str(file.relative_to(place)) for file in place.rglob("*") if "data-home" not in str(file)}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(place, mistake):
+    arguments, code, message = MISTAKES[mistake]
+    before = listing(place)
+    result = headprof(place, *arguments)
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    literal = not re.search(r"\\d|\[\^|\\w", message)
+    assert re.fullmatch("Error: " + (re.escape(message) if literal else message), lines[-1]), result.stderr
+    assert result.returncode == code if code is not None else result.returncode in (1, 2)
+    assert result.stdout == ""
+    left = {name for name in listing(place) - before if not name.endswith(".partial")}
+    assert left <= {"profiles"}, left
+
+
+def test_debug_shows_the_traceback(place):
+    result = headprof(place, "--debug", "heatmap", "broken.safetensors")
+    assert result.returncode == 1 and "Traceback" in result.stderr
+
+
+def test_usage_errors_exit_with_two(place):
+    assert headprof(place, "score", "--no-such-option").returncode == 2
+    assert headprof(place, "no-such-command").returncode == 2
+
+
+def test_help_is_quick_and_imports_no_torch(place):
+    code = "import sys, headprof.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert "heatmap" in headprof(place, "--help").stdout
+    assert headprof(place, "--version").stdout.startswith("headprof ")
+
+
+def test_score_heatmap_generate_in_that_order(place):
+    result = headprof(place, *SCORE)
+    assert result.stdout.strip() == "profiles/tiny.safetensors"
+    profile = HeadProfile.load(place / "profiles" / "tiny.safetensors")
+    assert profile.retrieval.shape == (3, 4) and profile.probes_used == {"retrieval": 6, "reasoning": 6}
+    assert json.loads(profile.metadata["settings"])["seed"] == 0
+    assert profile.metadata["command"].startswith("headprof score --model tiny")
+    picture = headprof(place, "heatmap", "--model", "tiny", "-o", "heads.svg")
+    assert picture.stdout.strip() == "heads.svg" and (place / "heads.svg").read_text().startswith("<?xml")
+    text = headprof(place, "generate", "--model", "tiny", "--budget", "12", "--max-new-tokens", "6", "--compare")
+    assert text.returncode == 0, text.stderr
+    assert "built-in question" in text.stderr and "headkv-r2, budget 12" in text.stderr and "full" in text.stderr
+    assert text.stdout.endswith("\n")
+
+
+def test_the_same_seed_gives_identical_tensors_and_another_does_not(place):
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        assert headprof(place, *SCORE, "--seed", seed, "-o", f"{name}.safetensors").returncode == 0
+    a, b, c = (HeadProfile.load(place / f"{name}.safetensors") for name in "abc")
+    for which in ("retrieval", "reasoning"):
+        assert torch.equal(a.scores[which], b.scores[which])
+        assert torch.equal(a.standard_errors[which], b.standard_errors[which])
+    assert not torch.equal(a.reasoning, c.reasoning)
+
+
+def test_generate_writes_json_and_reads_standard_input(place):
+    options = (
+        "generate",
+        "--model",
+        "tiny",
+        "--method",
+        "snapkv",
+        "--budget",
+        "50%",
+        "--max-new-tokens",
+        "5",
+        "--json",
+    )
+    result = headprof(place, *options, "--file", "document.txt", stdin="How many boats?\n")
+    report = json.loads(result.stdout)
+    (run,) = report["runs"].values()
+    assert report["prompt"] == "How many boats?"
+    assert run["new_tokens"] <= 5 and 0 < run["cache_bytes"] < report["full_cache_bytes"]
+
+
+def test_generate_with_the_full_budget_says_what_the_full_cache_says(place):
+    options = ("--model", "tiny", "--file", "document.txt", "--prompt", "How many?", "--max-new-tokens", "12")
+    full = headprof(place, "generate", *options, "--method", "full")
+    whole = headprof(place, "generate", *options, "--profile", "tiny.safetensors", "--budget", "100%")
+    assert full.returncode == whole.returncode == 0
+    assert full.stdout == whole.stdout
+
+
+def test_sampling_is_seeded(place):
+    options = ("generate", "--model", "tiny", "--method", "snapkv", "--prompt", "Who?", "--temperature", "1.5")
+    one, same, other = (
+        headprof(place, *options, "--max-new-tokens", "12", "--seed", seed).stdout for seed in ("1", "1", "2")
+    )
+    assert one == same != other
+
+
+def test_eval_prints_a_table_and_writes_every_answer(place):
+    options = ("eval", "--model", "tiny", "--profile", "tiny.safetensors", "--budgets", "8,100%", "--probes", "4")
+    result = headprof(place, *options, "--methods", "full,snapkv,headkv-r2", "-o", "results", "--json")
+    cells = json.loads(result.stdout)
+    assert [(cell["method"], cell["budget"]) for cell in cells] == [
+        ("full", ""),
+        ("snapkv", "8"),
+        ("snapkv", "100%"),
+        ("headkv-r2", "8"),
+        ("headkv-r2", "100%"),
+    ]
+    lines = (place / "results" / "answers.csv").read_text().splitlines()
+    assert len(lines) == 1 + 4 * 5
+    table = headprof(place, *options, "--methods", "full,snapkv")
+    assert "95 % interval" in table.stdout and "snapkv" in table.stdout
+
+
+def test_needles_of_the_papers_format(place):
+    (place / "haystack" / "a.txt").write_text("Rain fell on the roof all day. The river rose a little. " * 400)
+    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--probes", "9")
+    result = headprof(
+        place, *options, "--lengths", "512", "--include-failed", "--decode", "greedy", "-o", "p.safetensors"
+    )
+    assert result.returncode == 0, result.stderr
+    profile = HeadProfile.load(place / "p.safetensors")
+    assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
+    options = ("score", "--model", str(place / "tiny"), "--probes", "600", "--pack", "1", "--include-failed")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "headprof", *options, "-o", "cut.safetensors"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"HEADPROF_SAVE_EVERY": "0.2"},
+    )
+    partial = tmp_path / "cut.safetensors.partial"
+    deadline = time.monotonic() + 100
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(how)
+    _, errors = running.communicate(timeout=60)
+    assert partial.exists() and not (tmp_path / "cut.safetensors").exists()
+    if how == signal.SIGINT:
+        assert running.returncode == 130
+        assert re.fullmatch(
+            r"Error: Interrupted: the results of \d+ probes are kept in cut.safetensors.partial; give the same command "
+            "with --resume to go on.",
+            errors.strip().splitlines()[-1],
+        )
+    refused = headprof(tmp_path, *options, "-o", "cut.safetensors", "--resume", "--seed", "9")
+    assert refused.returncode == 2 and "of another model or other settings" in refused.stderr
+    assert headprof(tmp_path, *options, "-o", "cut.safetensors", "--resume").returncode == 0
+    assert headprof(tmp_path, *options, "-o", "whole.safetensors").returncode == 0
+    cut, whole = (HeadProfile.load(tmp_path / f"{name}.safetensors") for name in ("cut", "whole"))
+    for which in ("retrieval", "reasoning"):
+        assert torch.equal(cut.scores[which], whole.scores[which])
+    assert not partial.exists()
+
+
+def test_no_space_on_the_disk_leaves_nothing(place, tmp_path):
+    # A limit on file size makes every longer write fail, as a full disk does.
+    script = f"ulimit -f 1; exec {sys.executable} -m headprof heatmap {place / 'tiny.safetensors'} -o heads.png"
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
