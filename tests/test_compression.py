@@ -53,7 +53,8 @@ def slow_window_attention(states, window, kernel, pooling):
     observers = torch.arange(num_tokens, 0, -1).clamp(max=window)
     result /= observers * group
     reach = kernel // 2
-    return torch.stack([result[..., max(0, j - reach) : j + reach + 1].amax(dim=-1) for j in range(num_tokens)], dim=-1)
+    around = [result[..., max(0, j - reach) : j + reach + 1] for j in range(num_tokens)]
+    return torch.stack([part.amax(dim=-1) if pooling == "max" else part.mean(dim=-1) for part in around], dim=-1)
 
 
 @given(

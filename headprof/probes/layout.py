@@ -103,7 +103,7 @@ def _boundaries(before: Sequence[int], depths: Sequence[float]) -> list[int]:
     `before[b]` is the number of filler tokens before boundary `b`. Boundaries repeat only if there are too few.
     """
     last = len(before) - 1
-    chosen: list[tuple[str, int]] = []
+    chosen: list[int] = []
     for place, depth in enumerate(depths):
         target = depth * before[-1]
         nearest = bisect_left(before, target)

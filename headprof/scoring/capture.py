@@ -83,6 +83,7 @@ class RowReader:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        self.base = model.config.get_text_config()._attn_implementation
         self._request: tuple[torch.Tensor, RowSink] | None = None
 
     @contextmanager

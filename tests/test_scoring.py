@@ -1,0 +1,189 @@
+"""The scoring run: shared passes against single ones, every architecture, resuming, and what a profile says of it."""
+
+import json
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from transformers.cache_utils import DynamicCache
+
+from headprof.errors import ProbeError, UsageError
+from headprof.models import LoadedModel
+from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.scoring.estimators import reasoning_score, retrieval_score
+from headprof.scoring.partial import PartialRun
+from headprof.scoring.probing import Prober, ProbeResult
+from headprof.scoring.run import make_profile, score_heads
+from headprof.shape import HeadShape
+
+
+def load_tiny(arch="llama", **options) -> LoadedModel:
+    model = tiny_model(arch, **options)
+    tokenizer = tiny_tokenizer(chat=True)
+    return LoadedModel(model, tokenizer, HeadShape.from_config(model.config), f"tiny-{arch}", 4096)
+
+
+def builder_for(loaded, probes=8, pack=4, seed=0, length=1024) -> ProbeBuilder:
+    settings = ProbeSettings(probes=probes, lengths=(length,), needles_per_context=pack, seed=seed)
+    return ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
+
+
+def slow_scores(loaded, context, probe):
+    """One probe alone, from whole attention matrices, estimated head by head."""
+    ids = torch.tensor([[*context.context_ids, *probe.question_ids, *probe.answer_ids[:-1]]])
+    loaded.model.set_attn_implementation("eager")
+    output = loaded.model(ids, output_attentions=True)
+    count = len(probe.answer_ids)
+    rows = torch.stack([attention[0, :, -count:].float() for attention in output.attentions])
+    in_span = torch.zeros(ids.shape[1], dtype=torch.bool)
+    in_span[slice(*probe.answer_span)] = True
+    answer = torch.tensor(probe.answer_ids)
+    scores = [
+        retrieval_score(layer, in_span, ids[0], answer)
+        if probe.kind == "retrieval"
+        else reasoning_score(layer, in_span)
+        for layer in rows
+    ]
+    answered = output.logits[0, -count:].argmax(dim=-1).tolist() == answer.tolist()
+    return torch.stack(scores), answered
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_scores_equal_whole_attention_matrices(arch, num_kv_heads):
+    loaded = load_tiny(arch, num_kv_heads=num_kv_heads)
+    context = builder_for(loaded).context(1)
+    with Prober(loaded.model, loaded.shape) as prober:
+        results = prober.run(context)
+    assert len(results) == len(context.probes) == 4
+    for probe, result in zip(context.probes, results, strict=True):
+        scores, answered = slow_scores(loaded, context, probe)
+        torch.testing.assert_close(result.scores, scores, atol=1e-5, rtol=1e-3)
+        assert (result.answered, result.kind, result.family) == (answered, probe.kind, probe.family)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_shared_passes_equal_single_ones(attn, monkeypatch):
+    loaded = load_tiny(attn=attn)
+    context = builder_for(loaded).context(0)
+    with Prober(loaded.model, loaded.shape) as prober:
+        assert prober._shares_passes
+        together = prober.run(context)
+        monkeypatch.setattr(Prober, "_shares_passes", False)
+        alone = prober.run(context)
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-6, rtol=1e-4)
+        assert a.answered == b.answered
+
+
+@pytest.mark.parametrize(("arch", "shares"), [("llama", True), ("gemma2", False), ("gemma3", False)])
+def test_sliding_layers_are_asked_one_question_at_a_time(arch, shares):
+    loaded = load_tiny(arch)
+    with Prober(loaded.model, loaded.shape) as prober:
+        assert prober._shares_passes == shares
+
+
+def test_greedy_answers_are_the_models_own():
+    loaded = load_tiny()
+    context = builder_for(loaded, probes=2, pack=2).context(0)
+    with Prober(loaded.model, loaded.shape, "greedy", loaded.tokenizer) as prober:
+        results = prober.run(context)
+        cache = DynamicCache()
+        with torch.inference_mode():
+            prober._forward(context.context_ids, cache, keep=1)
+            said = prober._greedy_answer(context.probes[0], cache)
+        assert cache.get_seq_length() == len(context.context_ids)
+    prompt = torch.tensor([[*context.context_ids, *context.probes[0].question_ids]])
+    expected = loaded.model.generate(prompt, max_new_tokens=len(said), do_sample=False, pad_token_id=2)
+    assert list(said) == expected[0, prompt.shape[1] :].tolist()
+    assert [result.kind for result in results] == [probe.kind for probe in context.probes]
+
+
+def test_a_run_resumes_to_identical_tensors(tmp_path):
+    loaded = load_tiny()
+    builder = builder_for(loaded, probes=24)
+    whole = score_heads(loaded, builder, include_failed=True)
+    file = tmp_path / "run.partial"
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_three(progress):
+        if progress.done >= 12:
+            raise Stop
+
+    with pytest.raises(Stop):
+        score_heads(loaded, builder, include_failed=True, partial_file=file, on_progress=stop_after_three)
+    assert file.exists()
+    seen = []
+    resumed = score_heads(
+        loaded,
+        builder,
+        include_failed=True,
+        partial_file=file,
+        resume=True,
+        on_progress=lambda now: seen.append(now.done),
+    )
+    assert seen == [12, 12, 12, 16, 20, 24] and not file.exists()
+    for which in ("retrieval", "reasoning"):
+        assert torch.equal(whole.scores[which], resumed.scores[which])
+        assert torch.equal(whole.standard_errors[which], resumed.standard_errors[which])
+    assert resumed.probes_used == {"retrieval": 12, "reasoning": 12}
+
+
+def test_partial_results_of_another_run_are_refused(tmp_path):
+    loaded = load_tiny()
+    run = PartialRun.start(tmp_path / "p", "one key", resume=False)
+    run.save()
+    assert not (tmp_path / "p").exists()  # nothing to keep yet
+    run.add(0, [ProbeResult("retrieval", "code", True, torch.rand(2, 4))])
+    run.save()
+    again = PartialRun.start(tmp_path / "p", "one key", resume=True)
+    assert 0 in again and again.num_probes == again.num_answered == 1
+    assert torch.equal(again.results()[0].scores, run.results()[0].scores)
+    with pytest.raises(UsageError, match="of another model or other settings"):
+        score_heads(loaded, builder_for(loaded), partial_file=tmp_path / "p", resume=True)
+    (tmp_path / "p").write_bytes(b"junk")
+    with pytest.raises(UsageError, match="cannot be read"):
+        PartialRun.start(tmp_path / "p", "one key", resume=True)
+
+
+def results_of(kind, values, answered):
+    return [
+        ProbeResult(kind, f"{kind}-family", right, torch.full((2, 4), float(value)))
+        for value, right in zip(values, answered, strict=True)
+    ]
+
+
+def test_profile_averages_the_answered_probes_and_counts_the_others():
+    loaded = load_tiny()
+    values = [1, 2, 3, 4, 5, 6, 7, 8, 100, 100]
+    results = results_of("retrieval", values, [True] * 8 + [False] * 2)
+    settings = ProbeSettings(probes=10, seed=5)
+    profile = make_profile(loaded, settings, results)
+    assert profile.retrieval[0, 0] == 4.5
+    assert profile.standard_errors["retrieval"][1, 3] == pytest.approx((6.0**0.5) / 8**0.5)
+    assert profile.probes_used == {"retrieval": 8} and list(profile.scores) == ["retrieval"]
+    assert json.loads(profile.metadata["accuracy"]) == {"retrieval-family": [8, 10]}
+    assert profile.metadata["seed"] == "5"
+    everything = make_profile(loaded, settings, results, include_failed=True)
+    assert everything.probes_used == {"retrieval": 10} and everything.retrieval[0, 0] == pytest.approx(23.6)
+
+
+@pytest.mark.parametrize("answered", [0, 7])
+def test_too_few_answered_probes_are_an_error(answered):
+    loaded = load_tiny()
+    results = results_of("reasoning", [1.0] * 20, [True] * answered + [False] * (20 - answered))
+    with pytest.raises(ProbeError, match=f"answered {answered} of 20 reasoning probes"):
+        make_profile(loaded, ProbeSettings(probes=20), results)
+
+
+@pytest.mark.model
+def test_smollm2_scores_are_found_in_the_known_place(smollm2):
+    """Few heads carry retrieval, they lie in the upper half of the layers, and packed probes are mostly answered."""
+    profile = score_heads(smollm2, builder_for(smollm2, probes=32, pack=8))
+    accuracy = json.loads(profile.metadata["accuracy"])
+    assert profile.probes_used["retrieval"] >= 12 and sum(asked for _, asked in accuracy.values()) == 32
+    assert 0.02 < (profile.retrieval > 0.1).float().mean() < 0.2
+    assert all(layer >= 12 for layer, _, _ in profile.top_heads("retrieval", 5))
+    assert profile.retrieval.max() > 0.5
