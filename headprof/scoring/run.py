@@ -46,9 +46,9 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(240, (1024,), 8),
-    "standard": Preset(960, (1024, 2048), 8),
-    "thorough": Preset(4800, (1024, 2048, 4096), 8),
+    "quick": Preset(432, (1024,), 12),
+    "standard": Preset(1440, (1024, 2048), 12),
+    "thorough": Preset(7200, (1024, 2048, 4096), 12),
 }
 
 
