@@ -92,7 +92,7 @@ def _load(model: str | None, device: str = "auto", dtype: str = "auto", attn: st
 def _load_profile(loaded, explicit: Path | None):
     from headprof.profile import HeadProfile, find_profile
 
-    return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape)
+    return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape, model_name=loaded.name)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -297,7 +297,7 @@ def _full_cache_bytes(loaded, made) -> int:
 
 def _show_runs(runs, full_bytes: int) -> None:
     terminal.table(
-        ["cache", "prompt tokens", "new tokens", "cache bytes", "of full", "prefill tokens/s", "decode tokens/s"],
+        ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
         [
             [
                 name,

@@ -27,7 +27,7 @@ class Terminal:
     def __init__(self, *, quiet: bool = False, debug: bool = False):
         self.quiet = quiet
         self.debug = debug
-        self.stderr = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.stderr = _console(stderr=True, quiet=quiet)
 
     @contextmanager
     def progress(self) -> Iterator[Report]:
@@ -57,7 +57,7 @@ class Terminal:
 
     def result_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table on stdout, for commands whose result is a table."""
-        Console(highlight=False, soft_wrap=True).print(_table(columns, rows, title))
+        _console().print(_table(columns, rows, title))
 
     def write(self, text: str) -> None:
         """Text on stdout, as it is, at once."""
@@ -73,7 +73,15 @@ class Terminal:
 
     def error(self, message: str) -> None:
         """One sentence on stderr, also when quiet."""
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {message}", markup=False)
+        _console(stderr=True).print(f"Error: {message}", markup=False)
+
+
+def _console(**options: Any) -> Console:
+    """A console that folds nothing: in a pipe or a log, lines are as long as they are."""
+    console = Console(highlight=False, soft_wrap=True, **options)
+    if not console.is_terminal:
+        console.width = 160
+    return console
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:

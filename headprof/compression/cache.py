@@ -17,7 +17,7 @@ from headprof.compression.reduction import top_tokens
 from headprof.errors import CacheError, UsageError
 from headprof.shape import HeadShape
 
-SLACK = 64
+SLACK = 16
 """Rows of free space after each head, so that an appended token seldom moves the others."""
 
 
