@@ -57,6 +57,9 @@ KeepLast = Annotated[
 Kernel = Annotated[
     int | None, typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method")
 ]
+Pooling = Annotated[
+    str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
+]
 PoolFactor = Annotated[
     float | None,
     typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
@@ -93,6 +96,21 @@ def _load_profile(loaded, explicit: Path | None):
     from headprof.profile import HeadProfile, find_profile
 
     return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape, model_name=loaded.name)
+
+
+def _method_options(window, keep_last, kernel, pooling, pool_factor) -> dict[str, Any]:
+    """Parameters of a method's parts, checked; `None` leaves one at its default."""
+    if kernel is not None and kernel % 2 == 0:
+        raise UsageError(f"A kernel of {kernel} has no middle: give an odd --kernel, such as {kernel + 1}.")
+    if pooling not in (None, "max", "mean"):
+        raise UsageError(f"There is no pooling {pooling!r}: choose max or mean.")
+    return {
+        "window": window,
+        "keep_last": keep_last,
+        "kernel": kernel,
+        "pooling": pooling,
+        "pool_factor": pool_factor,
+    }
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -218,6 +236,7 @@ def generate(
     window: Window = None,
     keep_last: KeepLast = None,
     kernel: Kernel = None,
+    pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -237,7 +256,7 @@ def generate(
     from headprof.compression.session import make_plan
     from headprof.generation import generate_text, prompt_ids
 
-    options = {"window": window, "keep_last": keep_last, "kernel": kernel, "pool_factor": pool_factor}
+    options = _method_options(window, keep_last, kernel, pooling, pool_factor)
     chosen = find_method(method).with_options(**options)
     Budget.parse(budget)
     document, question = _what_to_ask(file, prompt)
@@ -277,7 +296,7 @@ def _what_to_ask(file: Path | None, prompt: str | None) -> tuple[str | None, str
     from headprof.generation import demo_document, read_document
 
     document = read_document(file) if file else None
-    if prompt is None and not sys.stdin.isatty():
+    if prompt is None and sys.stdin is not None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip() or None
     if prompt is not None and not prompt.strip():
         raise UsageError('The prompt is empty: give one with --prompt "...".')
@@ -333,6 +352,7 @@ def evaluate(
     window: Window = None,
     keep_last: KeepLast = None,
     kernel: Kernel = None,
+    pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -356,7 +376,7 @@ def evaluate(
         lengths=_lengths(lengths),
         families=families.split(",") if families else None,
         seed=seed,
-        options={"window": window, "keep_last": keep_last, "kernel": kernel, "pool_factor": pool_factor},
+        options=_method_options(window, keep_last, kernel, pooling, pool_factor),
     )
     needs_profile = request.check()
     loaded = _load(model, device, dtype, attn, trust_remote_code)

@@ -129,6 +129,12 @@ MISTAKES = {
         2,
         "This method has no parameter 'pool_factor': leave --pool-factor away.",
     ),
+    "even kernel": (
+        (*GENERATE, "--kernel", "4"),
+        2,
+        "A kernel of 4 has no middle: give an odd --kernel, such as 5.",
+    ),
+    "unknown pooling": ((*GENERATE, "--pooling", "median"), 2, "There is no pooling 'median': choose max or mean."),
     "prompt longer than the model's context": (
         (*GENERATE, "--file", "document.txt", "--max-new-tokens", "5000"),
         2,
