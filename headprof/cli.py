@@ -14,6 +14,21 @@ import typer
 from headprof import __version__
 from headprof.console import Terminal, human_bytes
 from headprof.errors import HeadprofError, UsageError
+from headprof.options import (
+    Attn,
+    Device,
+    Dtype,
+    JsonFlag,
+    KeepLast,
+    Kernel,
+    Model,
+    PoolFactor,
+    Pooling,
+    Profile,
+    Seed,
+    Trust,
+    Window,
+)
 
 app = typer.Typer(
     name="headprof",
@@ -26,44 +41,6 @@ app = typer.Typer(
     "[bold]--quiet[/] (no progress, no remarks) and [bold]--debug[/] (tracebacks) may stand anywhere.",
 )
 terminal = Terminal()
-
-Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct."),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")]
-Attn = Annotated[
-    str,
-    typer.Option(
-        help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model"
-    ),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
-]
-Profile = Annotated[
-    Path | None,
-    typer.Option("--profile", "-p", help="Head profile. Default: the one for the model, in ./profiles or shipped."),
-]
-Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-Window = Annotated[
-    int | None, typer.Option(min=1, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method")
-]
-KeepLast = Annotated[
-    int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
-]
-Kernel = Annotated[
-    int | None, typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method")
-]
-Pooling = Annotated[
-    str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
-]
-PoolFactor = Annotated[
-    float | None,
-    typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
-]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -254,12 +231,14 @@ def generate(
     from headprof.compression.budget import Budget
     from headprof.compression.methods import find_method
     from headprof.compression.session import make_plan
-    from headprof.generation import generate_text, prompt_ids
+    from headprof.generation import generate_text, prompt_ids, what_to_ask
 
     options = _method_options(window, keep_last, kernel, pooling, pool_factor)
     chosen = find_method(method).with_options(**options)
     Budget.parse(budget)
-    document, question = _what_to_ask(file, prompt)
+    document, question, built_in = what_to_ask(file, prompt, sys.stdin)
+    if built_in:
+        terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
     loaded = _load(model, device, dtype, attn, trust_remote_code)
     head_profile = _load_profile(loaded, profile) if chosen.budget.profile_scores else None
     ids = prompt_ids(loaded, document, question, max_new_tokens)
@@ -277,7 +256,9 @@ def generate(
     made = run(plan, (lambda _: None) if json else terminal.write)
     label = method if plan is None else f"{method}, budget {budget}"
     runs = {label: made} | ({"full": full} if full is not None else {})
-    full_bytes = full.cache_bytes if full else _full_cache_bytes(loaded, made)
+    tokens_cached = made.prompt_tokens + made.new_tokens - 1
+    per_token = loaded.shape.cache_bytes_per_token(loaded.model.dtype.itemsize)
+    full_bytes = full.cache_bytes if full else per_token * tokens_cached
     if json:
         from dataclasses import asdict
 
@@ -289,29 +270,6 @@ def generate(
     if full is not None:
         terminal.remark(f"\nWith the full cache: {full.text.strip()}")
     _show_runs(runs, full_bytes)
-
-
-def _what_to_ask(file: Path | None, prompt: str | None) -> tuple[str | None, str]:
-    """The document, if any, and the prompt; from the options, standard input or the built-in example."""
-    from headprof.generation import demo_document, read_document
-
-    document = read_document(file) if file else None
-    if prompt is None and sys.stdin is not None and not sys.stdin.isatty():
-        prompt = sys.stdin.read().strip() or None
-    if prompt is not None and not prompt.strip():
-        raise UsageError('The prompt is empty: give one with --prompt "...".')
-    if prompt is None and file is not None:
-        raise UsageError(f'There is no question about {file}: ask one with --prompt "...".')
-    if prompt is None:
-        document, prompt = demo_document()
-        terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {prompt}\n")
-    return document, prompt
-
-
-def _full_cache_bytes(loaded, made) -> int:
-    shape, element = loaded.shape, loaded.model.dtype.itemsize
-    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * element
-    return per_token * (made.prompt_tokens + made.new_tokens - 1)
 
 
 def _show_runs(runs, full_bytes: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import TextStreamer
@@ -73,6 +73,26 @@ def demo_document() -> tuple[str, str]:
     """The built-in document and the built-in question about it."""
     folder = asset_dir("data") / "demo"
     return (folder / "document.txt").read_text("utf-8").strip(), (folder / "question.txt").read_text("utf-8").strip()
+
+
+def what_to_ask(file: Path | None, prompt: str | None, stdin: TextIO | None) -> tuple[str | None, str, bool]:
+    """The document, if any, the prompt, and whether both are the built-in ones.
+
+    The prompt is the one given, else what `stdin` holds if it is no terminal, else the built-in question.
+
+    Raises:
+        UsageError: the file cannot be used, the prompt is empty, or there is a file but no question about it.
+    """
+    document = read_document(file) if file else None
+    if prompt is None and stdin is not None and not stdin.isatty():
+        prompt = stdin.read().strip() or None
+    if prompt is not None and not prompt.strip():
+        raise UsageError('The prompt is empty: give one with --prompt "...".')
+    if prompt is not None:
+        return document, prompt, False
+    if file is not None:
+        raise UsageError(f'There is no question about {file}: ask one with --prompt "...".')
+    return *demo_document(), True
 
 
 def read_document(path: Path) -> str:

@@ -40,6 +40,10 @@ class HeadShape:
         """Query heads that share one KV head, `g = H // K`."""
         return self.num_heads // self.num_kv_heads
 
+    def cache_bytes_per_token(self, bytes_per_element: int) -> int:
+        """Bytes that one token takes in a full cache, over all layers and KV heads, keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_element
+
     @classmethod
     def from_config(cls, config: Any) -> HeadShape:
         """Read the shape from a Transformers configuration (its text part, for a multimodal model)."""

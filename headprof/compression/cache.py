@@ -40,12 +40,6 @@ class CompressionPlan:
     bytes_per_element: int
     _allocations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token in the full cache, over all layers and KV heads."""
-        shape = self.shape
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.bytes_per_element
-
     def allocation(self, prompt_length: int) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
 
@@ -53,11 +47,12 @@ class CompressionPlan:
             UsageError: the budget is below what every head keeps.
         """
         if prompt_length not in self._allocations:
-            budget = self.budget.tokens(prompt_length, self.bytes_per_token)
+            bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
+            budget = self.budget.tokens(prompt_length, bytes_per_token)
             if budget < 1:
                 raise UsageError(
                     f"A budget of {int(self.budget.amount)} bytes is less than one token per head "
-                    f"({self.bytes_per_token} bytes): raise --budget."
+                    f"({bytes_per_token} bytes): raise --budget."
                 )
             if self.method.importance is None:
                 budget = prompt_length

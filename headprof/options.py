@@ -1,0 +1,46 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")]
+Attn = Annotated[
+    str,
+    typer.Option(
+        help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model"
+    ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", "-p", help="Head profile. Default: the one for the model, in ./profiles or shipped."),
+]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+Window = Annotated[
+    int | None, typer.Option(min=1, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method")
+]
+KeepLast = Annotated[
+    int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
+]
+Kernel = Annotated[
+    int | None, typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method")
+]
+Pooling = Annotated[
+    str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
+]
+PoolFactor = Annotated[
+    float | None,
+    typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
+]

@@ -1,0 +1,54 @@
+"""The embedded model from end to end, as the README shows it."""
+
+import pytest
+
+from headprof.assets import asset_dir
+from headprof.compression.session import make_plan
+from headprof.evaluation.command import EvalRequest, run_evaluation
+from headprof.evaluation.report import tabulate
+from headprof.generation import demo_document, generate_text, prompt_ids
+from headprof.profile import HeadProfile, find_profile
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def shipped(smollm2) -> HeadProfile:
+    return HeadProfile.load(asset_dir("profiles") / "SmolLM2-135M-Instruct.safetensors", smollm2.shape)
+
+
+def test_the_shipped_profile_is_found_and_says_how_it_was_made(smollm2, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HEADPROF_DATA", str(tmp_path))
+    assert HeadProfile.load(find_profile(smollm2.name), smollm2.shape).digest() == shipped.digest()
+    assert shipped.metadata["command"].startswith("headprof score")
+    assert shipped.probes_used["retrieval"] > 100 and shipped.probes_used["reasoning"] > 100
+
+
+@pytest.mark.parametrize("method", ["headkv-r2", "snapkv"])
+def test_budget_of_the_whole_context_gives_the_full_caches_tokens(smollm2, shipped, method):
+    document, question = demo_document()
+    ids = prompt_ids(smollm2, document[:2000], question, 64)
+    full = generate_text(smollm2, ids, max_new_tokens=64)
+    plan = make_plan(smollm2.model, shipped, method=method, budget=ids.shape[1])
+    made = generate_text(smollm2, ids, plan, max_new_tokens=64)
+    assert made.text == full.text and made.new_tokens == full.new_tokens > 5
+
+
+def test_the_demo_answers_right_under_a_budget_of_64(smollm2, shipped):
+    document, question = demo_document()
+    ids = prompt_ids(smollm2, document, question, 32)
+    pieces = []
+    plan = make_plan(smollm2.model, shipped, method="headkv-r2", budget=64)
+    made = generate_text(smollm2, ids, plan, max_new_tokens=32, on_text=pieces.append)
+    assert "Tobias Fennimore" in made.text and "".join(pieces) == made.text
+    full_bytes = smollm2.shape.cache_bytes_per_token(4) * (made.prompt_tokens + made.new_tokens)
+    assert made.cache_bytes < 0.08 * full_bytes
+
+
+def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
+    """A small version of the README's table: at budget 32 the gap is far wider than chance among 16 probes."""
+    request = EvalRequest(["niah"], ["full", "snapkv", "headkv-r2"], ["32"], 16, (1024,), seed=77)
+    full, snapkv, headkv = tabulate(run_evaluation(smollm2, shipped, request))
+    assert full.correct >= 12
+    assert headkv.correct >= snapkv.correct + 4
