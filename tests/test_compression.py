@@ -344,3 +344,21 @@ def test_options_reach_the_part_that_has_them():
     assert (method.importance.window, method.keep_last, method.budget.pool_factor) == (5, 3, 2.0)
     assert method.importance.kernel == METHODS["headkv-r2"].importance.kernel
     assert METHODS["headkv-r2"].importance.window != 5 or METHODS["headkv-r2"].keep_last != 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_on_cuda_the_budget_decides_the_rows_and_a_full_one_changes_nothing(arch):
+    model = tiny_model(arch, num_kv_heads=2, layers=3).cuda()
+    ids = random_ids(2, 40).cuda()
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    expected = model.generate(ids, **options)
+    with compressed(model, random_profile(model), method="headkv-r2", budget=40):
+        assert torch.equal(model.generate(ids, **options), expected)
+    with compressed(model, random_profile(model), method="headkv-r2", budget=7) as plan:
+        cache = HeadCache(plan)
+        prefill(model, ids, cache)
+    assert cache.head_layers[0].keys.is_cuda
+    if arch == "llama":
+        assert torch.equal(cache.lengths[:, 1], plan.allocation(40))
