@@ -411,7 +411,10 @@ def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
 def test_no_space_on_the_disk_leaves_nothing(place, tmp_path):
     # A limit on file size makes every longer write fail, as a full disk does.
     script = f"ulimit -f 1; exec {sys.executable} -m headprof heatmap {place / 'tiny.safetensors'} -o heads.png"
-    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=plain, check=False
+    )
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
