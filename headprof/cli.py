@@ -164,7 +164,7 @@ def score(
                 ]
                 for place, (layer, head, value) in enumerate(profile.top_heads(which, 5), 1)
             ],
-            title=f"Top {which} heads, from {profile.probes_used[which]} answered probes",
+            title=f"Top {which} heads, from {profile.probes_used[which]} counted probes",
         )
     terminal.result(str(target))
 
