@@ -151,6 +151,11 @@ def score(
                 f"Scoring {loaded.name}, {now.answered} of {now.done} right", now.done, now.total
             ),
         )
+    _show_top_heads(profile)
+    terminal.result(str(target))
+
+
+def _show_top_heads(profile) -> None:
     for which in profile.scores:
         terminal.table(
             ["", "layer", "head", "score", "standard error"],
@@ -166,7 +171,6 @@ def score(
             ],
             title=f"Top {which} heads, from {profile.probes_used[which]} counted probes",
         )
-    terminal.result(str(target))
 
 
 @app.command()
@@ -352,7 +356,11 @@ def evaluate(
     cells = tabulate(answers)
     if json:
         terminal.json([asdict(cell) for cell in cells])
-        return
+    else:
+        _show_cells(cells)
+
+
+def _show_cells(cells) -> None:
     terminal.result_table(
         ["method", "budget", "right", "share", "95 % interval", "cache bytes"],
         [

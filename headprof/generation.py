@@ -172,7 +172,8 @@ def generate_text(
     cache = DynamicCache(config=model.config) if plan is None else HeadCache(plan)
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
-    with nullcontext() if plan is None else attending_ragged(model), torch.random.fork_rng():
+    forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
+    with nullcontext() if plan is None else attending_ragged(model), forked:
         torch.manual_seed(seed)
         start = time.perf_counter()
         model.generate(
