@@ -30,7 +30,7 @@ format: $(VENV)/.installed
 
 # The profile of the embedded model that ships in profiles/.
 profile: $(VENV)/.installed
-	$(BIN)/headprof score --preset standard -o profiles/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
