@@ -116,8 +116,7 @@ MISTAKES = {
     "budget below what is always kept": (
         (*GENERATE, "--budget", "4", "--keep-last", "8"),
         2,
-        r"A budget of 4 tokens is below the \d+ that every head keeps: raise --budget, or lower --keep-last or "
-        "--sinks.",
+        r"A budget of 4 tokens is below the \d+ that every head keeps: raise --budget, or lower --keep-last.",
     ),
     "budget of a few bytes": (
         (*GENERATE, "--budget", "100B"),

@@ -185,7 +185,7 @@ def headkv_allocation(
     if budget < always_kept:
         raise UsageError(
             f"A budget of {budget} tokens is below the {always_kept} that every head keeps: raise --budget, or lower "
-            "--keep-last or --sinks."
+            "--keep-last."
         )
     base = budget - always_kept
     floor = always_kept + base * (1 - 1 / pool_factor)
