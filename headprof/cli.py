@@ -13,7 +13,7 @@ import typer
 
 from headprof import __version__
 from headprof.console import Terminal, human_bytes
-from headprof.errors import HeadprofError, UsageError
+from headprof.errors import HeadprofError
 from headprof.options import (
     Attn,
     Device,
@@ -76,11 +76,7 @@ def _load_profile(loaded, explicit: Path | None):
 
 
 def _method_options(window, keep_last, kernel, pooling, pool_factor) -> dict[str, Any]:
-    """Parameters of a method's parts, checked; `None` leaves one at its default."""
-    if kernel is not None and kernel % 2 == 0:
-        raise UsageError(f"A kernel of {kernel} has no middle: give an odd --kernel, such as {kernel + 1}.")
-    if pooling not in (None, "max", "mean"):
-        raise UsageError(f"There is no pooling {pooling!r}: choose max or mean.")
+    """Parameters of a method's parts; `None` leaves one at its default."""
     return {
         "window": window,
         "keep_last": keep_last,

@@ -335,6 +335,10 @@ def test_plans_refuse_what_cannot_work():
         make_plan(model, random_profile(tiny_model(layers=3)), method="headkv")
     with pytest.raises(UsageError, match="no parameter 'pool_factor'"):
         make_plan(model, method="snapkv", pool_factor=2.0)
+    with pytest.raises(UsageError, match="A kernel of 4 has no middle"):
+        make_plan(model, method="snapkv", kernel=4)
+    with pytest.raises(UsageError, match="no pooling 'median'"):
+        make_plan(model, method="snapkv", pooling="median")
     with pytest.raises(UsageError, match="less than one token per head"):
         make_plan(model, method="snapkv", budget="10B").allocation(100)
 

@@ -122,3 +122,5 @@ def test_a_request_that_needs_no_profile_says_so():
     assert not EvalRequest(["niah"], ["full", "snapkv"], ["8"], 2, (512,)).check()
     with pytest.raises(UsageError, match="no method 'magic'"):
         EvalRequest(["niah"], ["magic"], ["8"], 2, (512,)).check()
+    with pytest.raises(UsageError, match="no pooling 'median'"):
+        EvalRequest(["niah"], ["snapkv"], ["8"], 2, (512,), options={"pooling": "median"}).check()

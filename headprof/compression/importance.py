@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from headprof.errors import UsageError
+
 
 @dataclass(frozen=True)
 class PromptStates:
@@ -76,6 +78,14 @@ class WindowAttention:
     window: int = 16
     kernel: int = 7
     pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.kernel % 2 == 0:
+            raise UsageError(
+                f"A kernel of {self.kernel} has no middle: give an odd --kernel, such as {self.kernel + 1}."
+            )
+        if self.pooling not in ("max", "mean"):
+            raise UsageError(f"There is no pooling {self.pooling!r}: choose max or mean.")
 
     def score(self, states: PromptStates) -> torch.Tensor:
         num_tokens = states.key.shape[2]

@@ -54,16 +54,21 @@ class EvalRequest:
                 raise UsageError(f"There is no task {task!r}: choose among {', '.join(TASKS)}.")
         for budget in self.budgets:
             Budget.parse(budget)
+        for name in self.methods:
+            find_method(name).with_options(**self._options_of(name))
         return any(find_method(method).budget.profile_scores for method in self.methods)
+
+    def _options_of(self, name: str) -> dict[str, Any]:
+        """The options that this method has a parameter for."""
+        return {key: value for key, value in self.options.items() if find_method(name).has_option(key)}
 
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
         made = []
         for name in self.methods:
             method = find_method(name)
-            options = {key: value for key, value in self.options.items() if method.has_option(key)}
             for budget in self.budgets if method.importance is not None else [""]:
-                plan = make_plan(loaded.model, profile, method=name, budget=budget or 1, **options)
+                plan = make_plan(loaded.model, profile, method=name, budget=budget or 1, **self._options_of(name))
                 made.append(Candidate(name, budget, plan))
         return made
 
