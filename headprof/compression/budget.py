@@ -12,9 +12,11 @@ from typing import Protocol
 
 import torch
 
+from headprof.compression.reduction import largest
 from headprof.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_LEAST_SHARE = 1e-30
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|(?:[KMG]I?)?B)?", re.IGNORECASE)
 
 
@@ -88,7 +90,7 @@ def water_filled(shares: torch.Tensor, floor: float, lower: int, upper: torch.Te
     gets less.
 
     Args:
-        shares: non-negative, any shape, float64; sums to one.
+        shares: non-negative, any shape, float64; sums to one. What is below 1e-30 counts as no share.
         floor: tokens that every head gets before its share.
         lower: fewest tokens of a head.
         upper: most tokens of a head, same shape as `shares`; at least `lower`.
@@ -97,56 +99,66 @@ def water_filled(shares: torch.Tensor, floor: float, lower: int, upper: torch.Te
     Returns:
         int64, the shape of `shares`.
     """
-    upper = upper.double()
-
-    def filled(share_level: float, even_level: float) -> torch.Tensor:
-        return torch.minimum((floor + even_level + shares * share_level).clamp(min=lower), upper)
-
-    # Nothing above this level changes any head that has a share at all.
-    highest = float(upper.max()) / max(float(shares[shares > 0].min()), 1e-12)
-    if float(filled(highest, 0.0).sum()) >= total:
-        level = _bisected(lambda level: float(filled(level, 0.0).sum()), total, highest)
-        exact = filled(level, 0.0)
+    upper, even = upper.double(), torch.ones_like(shares)
+    slope = shares.where(shares > _LEAST_SHARE, 0.0)
+    start = torch.full_like(shares, floor)
+    if float(torch.minimum(start.clamp(min=lower), upper).sum()) > total:  # the floor alone is too much: lower it
+        exact = _risen(torch.zeros_like(shares), even, lower, upper, total)
     else:
-        level = _bisected(lambda level: float(filled(highest, level).sum()), total, float(upper.max()))
-        exact = filled(highest, level)
-    if float(filled(0.0, 0.0).sum()) > total:  # the floor alone is too much: lower it
-        level = _bisected(lambda level: float(filled(0.0, level - floor).sum()), total, floor)
-        exact = filled(0.0, level - floor)
-    return _largest_remainder(exact, upper, shares, total)
+        exact = _risen(start, slope, lower, upper, total)
+        if float(exact.sum()) < total - 0.5:  # every head that has a share is full
+            exact = _risen(exact, even, lower, upper, total)
+    return _largest_remainder(exact, shares, total)
 
 
-def _bisected(sum_at, total: int, highest: float) -> float:
-    """The level at which a non-decreasing sum reaches `total`."""
-    low, high = 0.0, highest
-    for _ in range(200):
-        middle = (low + high) / 2
-        if sum_at(middle) < total:
-            low = middle
+def _risen(start: torch.Tensor, slope: torch.Tensor, lower: int, upper: torch.Tensor, total: int) -> torch.Tensor:
+    """`start + slope * level` within bounds, at the level from zero up where it sums to `total`, or at the highest.
+
+    The sum is linear between the levels at which a head leaves a bound or meets one, so it is enough to find the two of
+    these levels that enclose `total`.
+    """
+
+    def risen_to(level: torch.Tensor) -> torch.Tensor:
+        return torch.minimum((start + slope * level).clamp(min=lower), upper)
+
+    rising = slope > 0
+    divisor = slope.where(rising, 1.0)
+    leaves_lower = ((lower - start) / divisor).clamp(min=0)
+    meets_upper = ((upper - start) / divisor).clamp(min=0)
+    levels = torch.cat([slope.new_zeros(1), leaves_lower[rising], meets_upper[rising]]).sort().values
+    below, above = 0, len(levels) - 1
+    if float(risen_to(levels[above]).sum()) <= total:
+        return risen_to(levels[above])
+    while above - below > 1:
+        middle = (below + above) // 2
+        if float(risen_to(levels[middle]).sum()) < total:
+            below = middle
         else:
-            high = middle
-    return high
+            above = middle
+    held = risen_to(levels[below])
+    moving = rising & (leaves_lower <= levels[below]) & (meets_upper >= levels[above])
+    return torch.where(moving, held + slope * ((total - held.sum()) / slope[moving].sum()), held)
 
 
-def _largest_remainder(exact: torch.Tensor, upper: torch.Tensor, shares: torch.Tensor, total: int) -> torch.Tensor:
-    exact = (exact * 1e6).round() / 1e6  # bisection noise must not decide between equal heads
-    whole = exact.floor()
-    order = sorted(
-        range(exact.numel()),
-        key=lambda head: (-float((exact - whole).flatten()[head]), -float(shares.flatten()[head]), head),
-    )
-    counts = whole.long().flatten()
-    bounds = upper.long().flatten()
-    missing = total - int(counts.sum())
-    while missing != 0:
-        step = 1 if missing > 0 else -1
-        for head in order if step > 0 else reversed(order):
-            if missing == 0:
-                break
-            if step < 0 or counts[head] < bounds[head]:
-                counts[head] += step
-                missing -= step
+def _largest_remainder(exact: torch.Tensor, shares: torch.Tensor, total: int) -> torch.Tensor:
+    """Round down, then up again where most was lost; of equal losses at the larger share, then at the earlier head."""
+    # In whole millionths, so that the noise of floating point does not decide between equal remainders.
+    millionths = (exact.flatten() * 1e6).round().long()
+    counts, lost = millionths // 10**6, millionths % 10**6
+    order = shares.flatten().argsort(descending=True, stable=True)
+    order = order[lost[order].argsort(descending=True, stable=True)]
+    counts[order[: total - int(counts.sum())]] += 1
     return counts.reshape(exact.shape)
+
+
+def _to_spend(budget: int, always_kept: int) -> int:
+    """What of a head's budget is free to go where it matters; raises `UsageError` when it does not cover the rest."""
+    if budget < always_kept:
+        raise UsageError(
+            f"A budget of {budget} tokens is below the {always_kept} that every head keeps: raise --budget, or lower "
+            "--keep-last."
+        )
+    return budget - always_kept
 
 
 def headkv_allocation(
@@ -182,12 +194,7 @@ def headkv_allocation(
     """
     if budget >= context_length:
         return torch.full(scores.shape, context_length, dtype=torch.int64)
-    if budget < always_kept:
-        raise UsageError(
-            f"A budget of {budget} tokens is below the {always_kept} that every head keeps: raise --budget, or lower "
-            "--keep-last."
-        )
-    base = budget - always_kept
+    base = _to_spend(budget, always_kept)
     floor = always_kept + base * (1 - 1 / pool_factor)
     return water_filled(
         normalized(scores, temperature),
@@ -214,12 +221,31 @@ class BudgetPolicy(Protocol):
             budget: average tokens per KV head.
             context_length: tokens of the prompt.
             always_kept: tokens that every head keeps.
+
+        Raises:
+            UsageError: the budget is smaller than what every head must keep.
         """
         ...
 
+    def spread(
+        self, counts: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, always_kept: int
+    ) -> torch.Tensor:
+        """Hand one layer's tokens on between its heads, once their importance is known; as it stands, leave them.
+
+        Args:
+            counts: what `allocate` gave the layer's heads, int64 `[B, K]`; at most the valid tokens of the sequence.
+            importance: float `[B, K, T]`; infinite for the tokens that every head keeps (see `reduction.ranking`).
+            valid: false where a token is padding, bool `[B, T]`.
+            always_kept: tokens that every head keeps.
+
+        Returns:
+            int64 `[B, K]`: the same sum for each sequence, and in each head at most the sequence's valid tokens.
+        """
+        return counts
+
 
 @dataclass(frozen=True)
-class UniformBudget:
+class UniformBudget(BudgetPolicy):
     """Every head keeps the same number of tokens (SnapKV, Li et al. 2024, and most others)."""
 
     profile_scores: str | None = None
@@ -231,7 +257,71 @@ class UniformBudget:
 
 
 @dataclass(frozen=True)
-class ProfileBudget:
+class PyramidBudget(BudgetPolicy):
+    """Layers keep linearly fewer tokens from the first to the last, their heads alike (PyramidKV, Cai et al. 2024).
+
+    With `base = budget - always_kept`, the last layer keeps `base / taper` tokens and the first
+    `2 * base - base / taper`, beside those that every head keeps. No layer holds more than the context; the surplus
+    goes to the others in proportion.
+
+    Attributes:
+        taper: the paper's `beta`, at least 1; 1 gives equal budgets.
+    """
+
+    profile_scores: str | None = None
+    taper: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.taper < 1:
+            raise UsageError(f"A taper of {self.taper} would turn the pyramid over: give at least 1.")
+
+    def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
+        num_layers, num_kv_heads = scores.shape
+        if budget >= context_length:
+            return torch.full(scores.shape, context_length, dtype=torch.int64)
+        _to_spend(budget, always_kept)
+        heights = torch.linspace(2 - 1 / self.taper, 1 / self.taper, num_layers, dtype=torch.float64)
+        layers = water_filled(
+            heights / heights.sum(),
+            floor=always_kept,
+            lower=always_kept,
+            upper=torch.full_like(heights, context_length),
+            total=budget * num_layers,
+        )
+        return layers[:, None].repeat(1, num_kv_heads)
+
+
+@dataclass(frozen=True)
+class AdaptiveBudget(UniformBudget):
+    """Heads of a layer share its tokens by where the layer's most important ones lie (AdaKV, Feng et al. 2024).
+
+    Each head first takes its most important tokens, up to its safeguard; what remains of the layer's total goes to the
+    most important of all other tokens, whichever head they belong to (of equal ones the earlier token, then the earlier
+    head). The paper's safeguard is a weighted mean with equal budgets; ours is the least that a head may have.
+
+    Attributes:
+        safeguard: share of its equal budget, beside the tokens always kept, that a head never goes below; 0 to 1.
+    """
+
+    safeguard: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.safeguard <= 1:
+            raise UsageError(f"A safeguard of {self.safeguard} is no share of a budget: give 0 to 1.")
+
+    def spread(
+        self, counts: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, always_kept: int
+    ) -> torch.Tensor:
+        spare = (counts - always_kept).clamp(min=0)
+        least = counts - spare + (spare.double() * self.safeguard).long()
+        ranked = importance.masked_fill(~valid[:, None], float("-inf"))
+        ranked = ranked.masked_fill(largest(ranked, least), float("inf"))
+        chosen = largest(ranked.transpose(1, 2).flatten(1), counts.sum(dim=-1))  # [B, T * K]
+        return chosen.unflatten(1, (-1, counts.shape[1])).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class ProfileBudget(BudgetPolicy):
     """Heads keep tokens in proportion to their score in a head profile (HeadKV and HeadKV-R2, Fu et al. 2025).
 
     Attributes:

@@ -20,7 +20,7 @@ class PromptStates:
     """One layer's queries and keys, right after that layer attended over the prompt.
 
     Attributes:
-        query: the prompt's queries, `[B, H, T, D]`.
+        query: the queries of the prompt's last `N <= T` tokens, `[B, H, N, D]`; an importance says how many it needs.
         key: the prompt's keys, `[B, K, T, D]`.
         valid: false where a token is padding, bool `[B, T]`.
         scaling: factor on the attention logits.
@@ -35,27 +35,47 @@ class PromptStates:
     softcap: float | None = None
     sliding_window: int | None = None
 
-    def last_rows(self, count: int) -> torch.Tensor:
-        """Softmax attention of the last `count` queries, float32 `[B, K, g, count, T]`."""
-        num_kv_heads, num_tokens, head_dim = self.key.shape[1:]
-        batch = self.query.shape[0]
-        query = self.query[:, :, -count:].float().reshape(batch, num_kv_heads, -1, head_dim)
-        logits = query @ self.key.float().transpose(2, 3) * self.scaling  # [B, K, g * count, T]
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Softmax attention of the tokens from `start` to before `stop`, float32 `[B, K, g, stop - start, stop]`.
+
+        Tokens from `stop` on are left out, since none of these queries sees them. A query that sees nothing but padding
+        has a row of zeros.
+
+        Raises:
+            ValueError: some of these queries are not held.
+        """
+        batch, num_kv_heads, num_tokens, head_dim = self.key.shape
+        first = num_tokens - self.query.shape[2]
+        if not first <= start <= stop <= num_tokens:
+            raise ValueError(f"queries {start} to {stop} asked for, {first} to {num_tokens} held")
+        group_size = self.query.shape[1] // num_kv_heads
+        query = self.query[:, :, start - first : stop - first].float() * self.scaling
+        query = query.reshape(batch, num_kv_heads, group_size * (stop - start), head_dim)
+        logits = query @ self.key[:, :, :stop].float().transpose(2, 3)  # [B, K, g * (stop - start), stop]
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        positions = torch.arange(num_tokens, device=self.key.device)
-        observers = positions[-count:, None]
+        positions = torch.arange(stop, device=self.key.device)
+        observers = positions[start:, None]
         visible = positions <= observers
         if self.sliding_window is not None:
             visible &= positions > observers - self.sliding_window
-        visible = (visible & self.valid[:, None, :])[:, None, None]  # [B, 1, 1, count, T]
-        logits = logits.reshape(batch, num_kv_heads, -1, count, num_tokens)
-        # A padding query sees nothing; its row is made zero instead of NaN.
-        return logits.masked_fill(~visible, float("-inf")).softmax(dim=-1).nan_to_num(nan=0.0)
+        visible = (visible & self.valid[:, None, :stop])[:, None, None]  # [B, 1, 1, stop - start, stop]
+        logits = logits.reshape(batch, num_kv_heads, group_size, stop - start, stop)
+        return logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1).nan_to_num_(nan=0.0)
+
+    def last_rows(self, count: int) -> torch.Tensor:
+        """Softmax attention of the last `count` queries, float32 `[B, K, g, count, T]`."""
+        num_tokens = self.key.shape[2]
+        return self.rows(num_tokens - count, num_tokens)
 
 
 class Importance(Protocol):
     """Scores the prompt's tokens for each KV head of a layer; higher is kept."""
+
+    @property
+    def queries(self) -> int | None:
+        """How many of the prompt's last queries it needs (all, if the prompt is shorter); none for all."""
+        ...
 
     def score(self, states: PromptStates) -> torch.Tensor:
         """Importance of each token, float32 `[B, K, T]`; any finite value for padding."""
@@ -80,12 +100,18 @@ class WindowAttention:
     pooling: str = "max"
 
     def __post_init__(self) -> None:
+        if self.window < 1:
+            raise UsageError(f"A window of {self.window} queries judges nothing: give a --window of at least 1.")
         if self.kernel % 2 == 0:
             raise UsageError(
                 f"A kernel of {self.kernel} has no middle: give an odd --kernel, such as {self.kernel + 1}."
             )
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"There is no pooling {self.pooling!r}: choose max or mean.")
+
+    @property
+    def queries(self) -> int:
+        return self.window
 
     def score(self, states: PromptStates) -> torch.Tensor:
         num_tokens = states.key.shape[2]
@@ -96,3 +122,62 @@ class WindowAttention:
         if self.pooling == "mean":
             return avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
         return max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """Attention from the last token of the prompt, averaged over all heads of the layer (TOVA, Oren et al. 2024).
+
+    All KV heads of the layer get the same scores.
+    """
+
+    queries = 1
+
+    def score(self, states: PromptStates) -> torch.Tensor:
+        attention = states.last_rows(1).mean(dim=(1, 2, 3))  # [B, T]
+        return attention[:, None].expand(states.key.shape[:3])
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Attention summed over all queries of the prompt, averaged over the group (H2O, Zhang et al. 2023).
+
+    Attributes:
+        block: queries at a time; a few float32 tensors `[B, H, block, T]` are held at once, never `T x T`.
+    """
+
+    block: int = 64
+    queries = None
+
+    def __post_init__(self) -> None:
+        if self.block < 1:
+            raise UsageError(f"A block of {self.block} queries is empty: give at least 1.")
+
+    def score(self, states: PromptStates) -> torch.Tensor:
+        num_tokens = states.key.shape[2]
+        total = states.key.new_zeros(states.key.shape[:3], dtype=torch.float32)
+        for start in range(0, num_tokens, self.block):
+            stop = min(start + self.block, num_tokens)
+            total[..., :stop] += states.rows(start, stop).sum(dim=3).mean(dim=2)
+        return total
+
+
+@dataclass(frozen=True)
+class KeyNorm:
+    """Minus the L2 norm of the key: tokens with small keys draw most attention (Devoto et al. 2024)."""
+
+    queries = 0
+
+    def score(self, states: PromptStates) -> torch.Tensor:
+        return -states.key.float().norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Recency:
+    """Later tokens matter more (StreamingLLM, Xiao et al. 2024, which keeps the first four as sinks)."""
+
+    queries = 0
+
+    def score(self, states: PromptStates) -> torch.Tensor:
+        places = torch.arange(states.key.shape[2], dtype=torch.float32, device=states.key.device)
+        return places.expand(states.key.shape[:3])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-from headprof.compression.budget import BudgetPolicy, ProfileBudget, UniformBudget
-from headprof.compression.importance import Importance, WindowAttention
-from headprof.compression.reduction import Evict, Reduction
+from torch import Tensor
+
+from headprof.compression.budget import AdaptiveBudget, BudgetPolicy, ProfileBudget, PyramidBudget, UniformBudget
+from headprof.compression.importance import Accumulated, Importance, KeyNorm, LastQuery, Recency, WindowAttention
+from headprof.compression.reduction import Evict, Reduction, ranking, top_tokens
 from headprof.errors import UsageError
 
 
@@ -21,6 +23,7 @@ class Method:
         reduction: what becomes of the others.
         sinks: first tokens of the prompt that every head keeps.
         keep_last: last tokens of the prompt that every head keeps.
+        recent_share: share of a head's own tokens that are the last of the prompt (H2O, Zhang et al. 2023); 0 to 1.
     """
 
     importance: Importance | None
@@ -28,11 +31,39 @@ class Method:
     reduction: Reduction = field(default_factory=Evict)
     sinks: int = 1
     keep_last: int = 2
+    recent_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recent_share <= 1:
+            raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
 
     @property
     def always_kept(self) -> int:
         """Tokens that every head keeps, whatever its budget."""
         return self.sinks + self.keep_last
+
+    def last_tokens_kept(self, counts: Tensor) -> int | Tensor:
+        """Last tokens of the prompt that heads with `counts` tokens keep: one number, or one for each, int64 `[B, K]`.
+
+        It is `max(keep_last, floor(recent_share * count))`, less where the sinks need the room.
+        """
+        if self.recent_share == 0:
+            return self.keep_last
+        recent = (counts.double() * self.recent_share).long()
+        return recent.minimum(counts - self.sinks).clamp(min=self.keep_last)
+
+    def choose(self, importance: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
+        """Mark the tokens that each head of a layer keeps, bool `[B, K, T]`.
+
+        Args:
+            importance: float `[B, K, T]`, finite.
+            counts: tokens allotted to each head, int64 `[B, K]`; at most the valid tokens of the sequence. The budget
+                policy may hand some on to other heads of the layer.
+            valid: false where a token is padding, bool `[B, T]`.
+        """
+        ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last)
+        counts = self.budget.spread(counts, ranked, valid, self.always_kept)
+        return top_tokens(importance, counts, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts))
 
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
@@ -71,6 +102,12 @@ METHODS: dict[str, Method] = {
     "snapkv": Method(WindowAttention(), UniformBudget(), Evict()),
     "headkv": Method(WindowAttention(kernel=9, pooling="mean"), ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(WindowAttention(kernel=9, pooling="mean"), ProfileBudget("reasoning"), Evict()),
+    "tova": Method(LastQuery(), UniformBudget(), Evict()),
+    "pyramidkv": Method(WindowAttention(), PyramidBudget(), Evict()),
+    "adakv": Method(WindowAttention(), AdaptiveBudget(), Evict()),
+    "h2o": Method(Accumulated(), UniformBudget(), Evict(), recent_share=0.5),
+    "streamingllm": Method(Recency(), UniformBudget(), Evict(), sinks=4),
+    "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
 }
 
 

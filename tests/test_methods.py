@@ -1,0 +1,279 @@
+"""The methods of the papers: every importance against loops in float64, the choice of tokens, and whole generations."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model
+
+import headprof
+from headprof.compression.cache import HeadCache
+from headprof.compression.importance import (
+    Accumulated,
+    KeyNorm,
+    LastQuery,
+    PromptStates,
+    Recency,
+    WindowAttention,
+)
+from headprof.compression.methods import METHODS, Method, find_method
+from headprof.compression.reduction import largest, ranking, top_tokens
+from headprof.compression.session import compressed, prefill
+from headprof.errors import UsageError
+from headprof.shape import HeadShape
+
+IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), Accumulated(block=3), KeyNorm(), Recency()]
+
+
+@st.composite
+def prompts(draw):
+    """One layer's queries and keys with any grouping, padding in front, and last tokens that only judge the others."""
+    batch, num_kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    tokens = draw(st.integers(1, 16))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    valid[0, : draw(st.integers(0, tokens - 1))] = False
+    valid[:, tokens - draw(st.integers(0, min(2, tokens - 1))) :] = False
+    return PromptStates(
+        torch.randn(batch, num_kv_heads * group, tokens, 8, generator=generator).to(dtype),
+        torch.randn(batch, num_kv_heads, tokens, 8, generator=generator).to(dtype),
+        valid,
+        scaling=draw(st.sampled_from([0.4, 2.0])),
+        softcap=draw(st.sampled_from([None, 2.0])),
+        sliding_window=draw(st.sampled_from([None, 1, 5])),
+    )
+
+
+def slow_attention(states):
+    """The whole attention matrix, float64 `[B, H, T, T]`, one query at a time."""
+    batch, num_heads, num_tokens, _ = states.query.shape
+    group = num_heads // states.key.shape[1]
+    attention = torch.zeros(batch, num_heads, num_tokens, num_tokens, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(num_heads):
+            for i in range(num_tokens):
+                seen = [j for j in range(i + 1) if states.valid[b, j]]
+                if states.sliding_window is not None:
+                    seen = [j for j in seen if j > i - states.sliding_window]
+                if not seen:
+                    continue
+                logits = states.key[b, h // group, seen].double() @ states.query[b, h, i].double() * states.scaling
+                if states.softcap is not None:
+                    logits = states.softcap * torch.tanh(logits / states.softcap)
+                attention[b, h, i, seen] = logits.softmax(-1)
+    return attention
+
+
+def slow_score(importance, states):
+    """Importance from the whole attention matrix, float64 `[B, K, T]`."""
+    attention = slow_attention(states)
+    batch, num_kv_heads, num_tokens, _ = states.key.shape
+    group = attention.shape[1] // num_kv_heads
+    result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
+    for b in range(batch):
+        for k in range(num_kv_heads):
+            of_group = attention[b, k * group : (k + 1) * group]
+            for j in range(num_tokens):
+                match importance:
+                    case LastQuery():
+                        result[b, k, j] = sum(attention[b, h, -1, j] for h in range(attention.shape[1]))
+                        result[b, k, j] /= attention.shape[1]
+                    case Accumulated():
+                        result[b, k, j] = sum(of_group[:, i, j].sum() for i in range(num_tokens)) / group
+                    case KeyNorm():
+                        result[b, k, j] = -math.sqrt(sum(float(x) ** 2 for x in states.key[b, k, j]))
+                    case Recency():
+                        result[b, k, j] = j
+                    case WindowAttention():
+                        observers = range(max(j, num_tokens - importance.window), num_tokens)
+                        result[b, k, j] = sum(of_group[:, i, j].mean() for i in observers) / len(observers)
+    if isinstance(importance, WindowAttention):
+        reach = importance.kernel // 2
+        around = [result[..., max(0, j - reach) : j + reach + 1].amax(dim=-1) for j in range(num_tokens)]
+        return torch.stack(around, dim=-1)
+    return result
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
+@given(prompts())
+@settings(max_examples=25, deadline=None)
+def test_importance_equals_its_slow_twin(importance, states):
+    score = importance.score(states)
+    assert score.dtype == torch.float32 and score.shape == states.key.shape[:3]
+    torch.testing.assert_close(score.double(), slow_score(importance, states), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
+@given(prompts(), st.integers(0, 20))
+@settings(max_examples=25, deadline=None)
+def test_the_queries_it_names_are_all_it_needs(importance, states, more):
+    num_tokens = states.key.shape[2]
+    needed = num_tokens if importance.queries is None else min(importance.queries, num_tokens)
+    held = min(needed + more, num_tokens)
+    fewer = PromptStates(
+        states.query[:, :, num_tokens - held :],
+        states.key,
+        states.valid,
+        states.scaling,
+        states.softcap,
+        states.sliding_window,
+    )
+    assert torch.equal(importance.score(fewer), importance.score(states))
+
+
+@given(prompts(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_rows_are_those_of_the_whole_matrix(states, data):
+    batch, num_kv_heads, num_tokens, _ = states.key.shape
+    start = data.draw(st.integers(0, num_tokens))
+    stop = data.draw(st.integers(max(1, start), num_tokens))
+    rows = states.rows(start, stop)
+    group = states.query.shape[1] // num_kv_heads
+    assert rows.shape == (batch, num_kv_heads, group, stop - start, stop)
+    expected = slow_attention(states)[:, :, start:stop]
+    assert not expected[..., stop:].any()
+    torch.testing.assert_close(rows.flatten(1, 2).double(), expected[..., :stop], atol=1e-5, rtol=1e-4)
+    assert torch.equal(states.last_rows(num_tokens - start), states.rows(start, num_tokens))
+
+
+def test_rows_of_queries_that_are_not_held_are_refused():
+    states = PromptStates(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 9, 4), torch.ones(1, 9, dtype=torch.bool), 1.0)
+    assert states.rows(6, 9).shape == (1, 2, 1, 3, 9)
+    with pytest.raises(ValueError, match="queries 5 to 9 asked for, 6 to 9 held"):
+        states.last_rows(4)
+
+
+def test_parameters_that_make_no_sense():
+    with pytest.raises(UsageError, match="window of 0 queries"):
+        WindowAttention(window=0)
+    with pytest.raises(UsageError, match="block of 0 queries"):
+        Accumulated(block=0)
+    with pytest.raises(UsageError, match=r"recent_share of 1\.5"):
+        find_method("h2o").with_options(recent_share=1.5)
+
+
+def slow_top_tokens(importance, counts, valid, sinks, keep_last):
+    """Sort everything; `keep_last` is `[B, K]`."""
+    from_start = valid.cumsum(dim=-1)[:, None]
+    from_end = valid.flip(-1).cumsum(dim=-1).flip(-1)[:, None]
+    protected = (from_start <= sinks) | (from_end <= keep_last[..., None])
+    ranked = importance.masked_fill(protected, float("inf")).masked_fill(~valid[:, None], float("-inf"))
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    kept = torch.zeros_like(ranked, dtype=torch.bool)
+    for b, k in torch.cartesian_prod(torch.arange(kept.shape[0]), torch.arange(kept.shape[1])).tolist():
+        kept[b, k, order[b, k, : int(counts[b, k])]] = True
+    return kept
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 7, 50, 300, 5000]),
+    st.sampled_from([1, 2, 10, 10**6]),
+    st.integers(0, 4),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=150, deadline=None)
+def test_top_tokens_equals_sorting(batch, heads, tokens, distinct, sinks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.randint(-distinct, distinct, (batch, heads, tokens), generator=generator) / distinct
+    lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
+    valid = torch.arange(tokens) >= tokens - lengths
+    counts = (torch.rand(batch, heads, generator=generator) ** 2 * (lengths + 1)).long()
+    keep_last = (torch.rand(batch, heads, generator=generator) * (counts + 3)).long()
+    kept = top_tokens(importance, counts, valid, sinks=sinks, keep_last=keep_last)
+    assert torch.equal(kept, slow_top_tokens(importance, counts, valid, sinks, keep_last))
+    assert torch.equal(kept.sum(-1), counts)
+    same = torch.full_like(counts, 2)
+    assert torch.equal(
+        top_tokens(importance, counts, valid, sinks=sinks, keep_last=2),
+        slow_top_tokens(importance, counts, valid, sinks, same),
+    )
+
+
+def test_largest_marks_the_earlier_of_equal_values():
+    values = torch.tensor([[2.0, 1.0, 2.0, 2.0], [0.0, -0.0, 0.0, 1.0]])
+    assert largest(values, torch.tensor([2, 3])).int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 1]]
+    assert largest(values, torch.tensor([0, 4])).int().tolist() == [[0, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_ranking_puts_padding_last_even_among_the_tokens_always_kept():
+    valid = torch.tensor([[False, True, True, True, True, False]])
+    ranked = ranking(torch.zeros(1, 1, 6), valid, sinks=1, keep_last=1)
+    inf = float("inf")
+    assert ranked.tolist() == [[[-inf, inf, 0, 0, inf, -inf]]]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.29, 0.5, 1.0])
+def test_a_recent_share_keeps_that_many_of_the_last(share):
+    method = Method(KeyNorm(), sinks=2, keep_last=3, recent_share=share)
+    importance = torch.linspace(1, 0, 40)[None, None].expand(1, 36, 40)  # without it the first would be kept
+    counts, valid = torch.arange(5, 41)[None], torch.ones(1, 40, dtype=torch.bool)
+    kept = method.choose(importance, counts, valid)
+    for count, row in zip(counts[0].tolist(), kept[0], strict=True):
+        recent = max(3, min(math.floor(share * count), count - 2))
+        assert row[:2].all() and row[40 - recent :].all() and int(row.sum()) == count
+        assert row[: count - recent].all()
+
+
+def test_adaptive_heads_compete_without_the_tokens_that_all_keep():
+    method = find_method("adakv").with_options(safeguard=0.0, sinks=1, keep_last=1)
+    importance = torch.tensor([[[0, 5, 4, 3, 2, 0], [99, 3.5, 3.4, 0, 1, 99]]])
+    kept = method.choose(importance, torch.tensor([[3, 3]]), torch.ones(1, 6, dtype=torch.bool))
+    assert kept.int().tolist() == [[[1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 1]]]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(9, 40), st.integers(0, 20), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padding, seed):
+    method = METHODS[name]
+    generator = torch.Generator().manual_seed(seed)
+    valid = torch.ones(batch, tokens, dtype=torch.bool)
+    valid[0, : min(padding, tokens - 9)] = False
+    importance = torch.rand(batch, heads, tokens, generator=generator)
+    counts = torch.stack(
+        [
+            method.budget.allocate(
+                torch.rand(2, heads, generator=generator),
+                budget=8,
+                context_length=int(length),
+                always_kept=method.always_kept,
+            )[0]
+            for length in valid.sum(-1)
+        ]
+    )
+    kept = method.choose(importance, counts, valid)
+    assert torch.equal(kept.sum(dim=(1, 2)), counts.sum(-1))
+    assert not (kept & ~valid[:, None]).any()
+    for b in range(batch):
+        real = valid[b].nonzero().flatten()
+        assert kept[b, :, real[: method.sinks]].all()
+        assert kept[b, :, real[len(real) - method.keep_last :]].all()
+
+
+def random_profile(model):
+    shape = HeadShape.from_config(model.config)
+    scores = torch.rand(shape.num_layers, shape.num_heads, generator=torch.Generator().manual_seed(0)) ** 4
+    return headprof.HeadProfile(model_name="tiny", shape=shape, scores={"retrieval": scores, "reasoning": scores})
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_generation_with_every_method(name):
+    model = tiny_model(num_kv_heads=2, layers=3)
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    full = model.generate(ids, **options)
+    with compressed(model, random_profile(model), method=name, budget=40):
+        assert torch.equal(model.generate(ids, **options), full)
+    with compressed(model, random_profile(model), method=name, budget=9) as plan:
+        cache = HeadCache(plan)
+        prefill(model, ids, cache)
+    lengths = cache.lengths[:, 0]
+    assert torch.equal(lengths.sum(-1), plan.allocation(40).sum(-1))
+    if name != "adakv":
+        assert torch.equal(lengths, plan.allocation(40))
+    assert int(lengths.min()) >= plan.method.always_kept
