@@ -10,6 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton reads this when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny import save_tiny, save_tiny_gguf
 
 from headprof.models import LoadedModel, load_model
