@@ -39,11 +39,15 @@ def _free_name(implementation: str) -> str:
 
 
 @contextmanager
-def wrapped_attention(model: PreTrainedModel, wrap: Callable[[AttentionFunction], AttentionFunction]) -> Iterator[None]:
+def wrapped_attention(
+    model: PreTrainedModel,
+    wrap: Callable[[AttentionFunction], AttentionFunction],
+    wrap_mask: Callable[[Callable], Callable] = lambda mask: mask,
+) -> Iterator[None]:
     """Run `model`'s decoder with its attention function `f` replaced by `wrap(f)` while the context lasts.
 
-    Contexts nest, and two models may be wrapped at once. Only the text decoder is touched: a vision tower keeps
-    its own.
+    The function that makes its masks is replaced by `wrap_mask` of it. Contexts nest, and two models may be wrapped at
+    once. Only the text decoder is touched: a vision tower keeps its own.
 
     Raises:
         ModelError: the model's attention cannot be replaced, because its code does not use the attention interface.
@@ -53,7 +57,7 @@ def wrapped_attention(model: PreTrainedModel, wrap: Callable[[AttentionFunction]
     base = _eager_attention if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
     name = _free_name(previous)
     ALL_ATTENTION_FUNCTIONS[name] = wrap(base)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[previous])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, wrap_mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))
     try:
         decoder.set_attn_implementation(name)
         if decoder.config._attn_implementation != name:

@@ -13,12 +13,11 @@ from headprof.compression.attention import RaggedRows
 from headprof.compression.budget import Budget
 from headprof.compression.importance import Importance, PromptStates
 from headprof.compression.methods import Method
-from headprof.compression.reduction import top_tokens
 from headprof.errors import CacheError, UsageError
 from headprof.shape import HeadShape
 
 SLACK = 16
-"""Rows of free space after each head, so that an appended token seldom moves the others."""
+"""Rows of free space after each head, so that an appended token does not move the others."""
 
 
 @dataclass
@@ -31,6 +30,8 @@ class CompressionPlan:
         shape: the model's.
         scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile.
         bytes_per_element: of a cached number, for budgets in bytes.
+        name: the method's, for files and messages.
+        profile_digest: of the head profile that the scores came from; empty without one.
     """
 
     method: Method
@@ -38,6 +39,8 @@ class CompressionPlan:
     shape: HeadShape
     scores: torch.Tensor
     bytes_per_element: int
+    name: str = ""
+    profile_digest: str = ""
     _allocations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def allocation(self, prompt_length: int) -> torch.Tensor:
@@ -65,14 +68,172 @@ class CompressionPlan:
         return self._allocations[prompt_length]
 
 
-class HeadCacheLayer(CacheLayerMixin):
-    """One layer: flat rows `[rows, D]`, one head after the other, each with some free space behind it.
+@dataclass(frozen=True)
+class CompactRows:
+    """The rows that a layer's heads hold, one head after the other without gaps.
 
-    It is filled by `compress`, which the attention function calls as soon as the layer has attended over the prompt;
-    later tokens are appended to every head.
+    Attributes:
+        keys, values: `[rows, D]`.
+        positions: each row's place in the sequence, int32 `[rows]`.
+        lengths: rows of each head, `B * K` numbers.
+        bias: added to the attention logits, float32 `[rows]`, or none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    lengths: list[int]
+    bias: torch.Tensor | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[CompactRows]) -> CompactRows:
+        """The heads of several, in order."""
+        biases: list[torch.Tensor] = []
+        if any(part.bias is not None for part in parts):
+            biases = [
+                part.keys.new_zeros(len(part.keys), dtype=torch.float32) if part.bias is None else part.bias
+                for part in parts
+            ]
+        return cls(
+            torch.cat([part.keys for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.positions for part in parts]),
+            [length for part in parts for length in part.lengths],
+            torch.cat(biases) if biases else None,
+        )
+
+    def of_heads(self, heads: Sequence[int]) -> CompactRows:
+        """The rows of these heads, in this order; a head may come more than once."""
+        starts = [0, *accumulate(self.lengths)]
+        lengths = [self.lengths[head] for head in heads]
+        rows = _places([starts[head] for head in heads], lengths, self.keys.device)
+        bias = None if self.bias is None else self.bias[rows]
+        return CompactRows(self.keys[rows], self.values[rows], self.positions[rows], lengths, bias)
+
+
+def _places(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`start, start + 1, ...` for each head, one head after the other, int64."""
+    counts = torch.tensor(lengths)
+    shifts = torch.tensor(starts) - (counts.cumsum(0) - counts)
+    places = torch.arange(sum(lengths)) + shifts.repeat_interleave(counts)
+    return places.to(device)
+
+
+def outside_context() -> CacheError:
+    """What to say when the model attends without looking at our rows."""
+    return CacheError("A HeadCache works only inside `with headprof.compressed(model, ...)`: open it first.")
+
+
+class PromptLayer(CacheLayerMixin):
+    """A cache layer on its way through a prompt: it sees the layer's queries, keys and values, then is `filled`.
+
+    A prompt may come in several chunks, one after the other through this layer before the next layer begins; then
+    `expected` says how many tokens belong to it. Of these the last `observers` only judge the others: they are not
+    kept, and do not count as seen.
     """
 
     is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.forget_prompt()
+
+    def forget_prompt(self) -> None:
+        self.expected = 0
+        self.observers = 0
+        self._whole: list[torch.Tensor] = []  # room for the keys and the values of a prompt in chunks
+        self._queries: list[torch.Tensor] = []
+
+    def queries_needed(self) -> int | None:
+        """How many of the prompt's last queries `filled` wants; none for all."""
+        raise NotImplementedError
+
+    def filled(self, states: PromptStates, values: torch.Tensor) -> None:
+        """Take what is to be kept of a prompt.
+
+        Args:
+            states: the prompt's last queries, and its keys.
+            values: the prompt's values, `[B, K, T, D]`.
+        """
+        raise NotImplementedError
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+
+    def gather(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompt's keys and values so far, `[B, K, tokens, D]`; the keys are marked with this layer.
+
+        The mark is how the attention function finds the layer: a model passes what it gets here on to it untouched.
+
+        Raises:
+            CacheError: the prompt was attended over without this package's attention.
+        """
+        keys, values = self._gathered(key_states, value_states)
+        keys.head_cache_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
+    def _gathered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start, stop = self.seen, self.seen + key_states.shape[2]
+        if start and start >= self.expected:
+            raise outside_context()
+        self.seen = stop
+        if start == 0:
+            self.lazy_initialization(key_states, value_states)
+            if stop >= self.expected:
+                return key_states, value_states
+            room = (self.batch_size, self.num_kv_heads, self.expected, self.head_dim)
+            self._whole = [key_states.new_empty(room), value_states.new_empty(room)]
+        for whole, part in zip(self._whole, (key_states, value_states), strict=True):
+            whole[:, :, start:stop] = part
+        keys, values = self._whole
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def attended(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor, **logits
+    ) -> None:
+        """Compress the layer once the attention over its whole prompt is done.
+
+        Args:
+            query: of the newest chunk, `[B, H, Q, D]`.
+            key, value: of the prompt so far, `[B, K, tokens, D]`.
+            valid: which of these tokens are no padding, bool `[B, tokens]`.
+            logits: `scaling`, `softcap` and `sliding_window` of this layer.
+        """
+        needed = self.queries_needed()
+        last = query if needed is None else query[:, :, query.shape[2] - min(needed, query.shape[2]) :]
+        if self.seen < self.expected:
+            self._queries.append(last.clone())
+            return
+        queries = torch.cat([*self._queries, last], dim=2)
+        if needed is not None:
+            queries = queries[:, :, queries.shape[2] - min(needed, queries.shape[2]) :]
+        if self.observers:
+            valid = valid.clone()
+            valid[:, -self.observers :] = False
+            self.seen -= self.observers
+        self.filled(PromptStates(queries, key, valid, **logits), value)
+        self.forget_prompt()
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: the position of the next one."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+
+class HeadCacheLayer(PromptLayer):
+    """One layer: flat rows `[rows, D]`, one head after the other, each with some free space behind it.
+
+    Its rows come from the prompt, as soon as the layer has attended over it; later tokens are appended to every head.
+    """
+
+    is_croppable = True
 
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
@@ -85,34 +246,35 @@ class HeadCacheLayer(CacheLayerMixin):
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
-        self.offsets: list[int] = []
-        self.lengths: list[int] = []
+        self.bias: torch.Tensor | None = None
+        self.kept: list[int] = []
         self.capacities: list[int] = []
+        self.appended = 0
         self.batch_size = 0
         self.seen = 0
         self.is_initialized = False
+        self.forget_prompt()
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
+    @property
+    def lengths(self) -> list[int]:
+        """Rows that each head holds, `B * K` numbers."""
+        return [length + self.appended for length in self.kept]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Take the keys and values of new tokens, `[B, K, Q, D]`; they come back marked with this layer.
-
-        The mark is how the attention function finds the rows: a model passes what it gets here on to it untouched.
-
-        Raises:
-            CacheError: the prompt was attended over without this package's attention.
-        """
-        if self.is_initialized:
-            self._append(key_states, value_states)
-        elif self.seen:
-            raise CacheError("A HeadCache works only inside `with headprof.compressed(model, ...)`: open it first.")
-        else:
-            self.lazy_initialization(key_states, value_states)
-        self.seen += key_states.shape[2]
+        """Take the keys and values of new tokens, `[B, K, Q, D]`; what comes back is marked with this layer."""
+        if not self.is_initialized:
+            return self.gather(key_states, value_states)
+        self._append(key_states, value_states)
         key_states.head_cache_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
+
+    def queries_needed(self) -> int | None:
+        importance = self.plan.method.importance
+        return 0 if importance is None else importance.queries
+
+    def filled(self, states: PromptStates, values: torch.Tensor) -> None:
+        importance = self.plan.method.importance
+        self.compress(states, values, None if importance is None else importance.score(states))
 
     def compress(self, states: PromptStates, values: torch.Tensor, importance: torch.Tensor | None) -> None:
         """Keep of the prompt what the plan allots.
@@ -125,15 +287,55 @@ class HeadCacheLayer(CacheLayerMixin):
         method = self.plan.method
         prompt_lengths = states.valid.sum(dim=-1).tolist()
         counts = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in prompt_lengths])
+        counts = counts.to(self.device)
         if importance is None:
             importance = torch.zeros(states.key.shape[:3], device=self.device)
-        kept = top_tokens(
-            importance, counts.to(self.device), states.valid, sinks=method.sinks, keep_last=method.keep_last
-        )
+        kept = method.choose(importance, counts, states.valid)
         keys, values = method.reduction.reduce(states.key, values, kept)
         positions = torch.arange(kept.shape[-1], dtype=torch.int32, device=self.device).expand_as(kept)[kept]
-        self._store(keys, values, positions, kept.sum(dim=-1).flatten().tolist())
+        self.hold(CompactRows(keys, values, positions, kept.sum(dim=-1).flatten().tolist()))
+
+    def hold(self, rows: CompactRows, appended: int = 0) -> None:
+        """Lay out rows with free space behind each head, instead of what the layer held.
+
+        Args:
+            rows: of `batch_size * num_kv_heads` heads.
+            appended: how many of each head's rows came after the prompt.
+        """
+        lengths, device = rows.lengths, rows.keys.device
+        self.kept, self.appended = [length - appended for length in lengths], appended
+        self.capacities = [length + self.slack for length in lengths]
+        starts = [0, *accumulate(self.capacities)]
+        places, total = _places(starts[:-1], lengths, device), starts[-1]
+        self.keys = rows.keys.new_zeros(total, rows.keys.shape[-1]).index_copy_(0, places, rows.keys)
+        self.values = rows.values.new_zeros(total, rows.values.shape[-1]).index_copy_(0, places, rows.values)
+        self.positions = rows.positions.new_zeros(total).index_copy_(0, places, rows.positions)
+        self.bias = None if rows.bias is None else rows.bias.new_zeros(total).index_copy_(0, places, rows.bias)
+        self._measure(starts)
         self.is_initialized = True
+
+    def _measure(self, starts: list[int]) -> None:
+        """Note where the heads' rows are, as appending and attention need it: on the device, without a way back."""
+        lengths = self.lengths
+        ends = [start + length for start, length in zip(starts, lengths, strict=False)]
+        bounds = [bound for pair in zip(starts, ends, strict=False) for bound in pair] + starts[-1:]
+        self._bounds = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        self._ends = torch.tensor(ends, device=self.device)
+        self._longest = max(lengths)
+        self._room = min(room - length for room, length in zip(self.capacities, lengths, strict=True))
+        self._uniform = self.capacities[0] if len(set(self.capacities)) == len(set(lengths)) == 1 else 0
+
+    def rows(self) -> RaggedRows:
+        """What the heads hold now, in place."""
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        return RaggedRows(self.keys, self.values, self.positions, self._bounds, self._longest, self._uniform, self.bias)
+
+    def compact_rows(self) -> CompactRows:
+        """What the heads hold now, copied together."""
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        used = _places([0, *accumulate(self.capacities)][:-1], self.lengths, self.device)
+        bias = None if self.bias is None else self.bias[used]
+        return CompactRows(self.keys[used], self.values[used], self.positions[used], self.lengths, bias)
 
     @classmethod
     def stacked(cls, layers: Sequence[HeadCacheLayer]) -> HeadCacheLayer:
@@ -141,125 +343,184 @@ class HeadCacheLayer(CacheLayerMixin):
         first = layers[0]
         if len({layer.seen for layer in layers}) != 1:
             raise ValueError("only layers that have seen the same number of tokens can be stacked")
-        stack = cls(first.layer_idx, first.plan, first.slack)
-        stack.batch_size = sum(layer.batch_size for layer in layers)
-        stack.num_kv_heads, stack.head_dim = first.num_kv_heads, first.head_dim
-        stack.dtype, stack.device, stack.seen = first.dtype, first.device, first.seen
-        held = [layer.rows() for layer in layers]
-        stack.keys = torch.cat([rows.keys for rows in held])
-        stack.values = torch.cat([rows.values for rows in held])
-        stack.positions = torch.cat([rows.positions for rows in held])
-        stack.lengths = [length for rows in held for length in rows.lengths]
-        stack.capacities = [room for layer in layers for room in layer.capacities]
-        stack.offsets = [0, *accumulate(stack.capacities)][:-1]
-        stack.is_initialized = True
+        stack = first.empty_like(sum(layer.batch_size for layer in layers))
+        stack.hold(
+            CompactRows.joined([layer.compact_rows() for layer in layers]), min(layer.appended for layer in layers)
+        )
         return stack
 
-    def rows(self) -> RaggedRows:
-        """What the heads hold now."""
-        assert self.keys is not None and self.values is not None and self.positions is not None
-        return RaggedRows(self.keys, self.values, self.positions, self.offsets, self.lengths)
+    def empty_like(self, batch_size: int) -> HeadCacheLayer:
+        """A layer that has seen as many tokens of as many sequences, but holds none yet."""
+        layer = HeadCacheLayer(self.layer_idx, self.plan, self.slack)
+        layer.batch_size, layer.seen = batch_size, self.seen
+        layer.num_kv_heads, layer.head_dim = self.num_kv_heads, self.head_dim
+        layer.dtype, layer.device = self.dtype, self.device
+        return layer
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that this layer holds, free space and positions included."""
-        tensors = (self.keys, self.values, self.positions)
+        tensors = (self.keys, self.values, self.positions, self.bias)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens that were appended after the prompt."""
+        """Forget the last `-tokens_to_remove` tokens, which must have come after the prompt.
+
+        Raises:
+            CacheError: not that many tokens came after the prompt; what the prompt lost cannot be given back.
+        """
         count = abs(tokens_to_remove)
-        self.lengths = [length - count for length in self.lengths]
-        self.seen -= count
+        if count > self.appended:
+            raise CacheError(
+                f"Only the {self.appended} tokens after the prompt can be taken out of a compressed cache, not {count}."
+            )
+        self._advance(-count)
 
-    def get_seq_length(self) -> int:
-        """Tokens seen, kept or not: the position of the next one."""
-        return self.seen
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
+        self.batch_select_indices(beam_idx)
 
-    def get_max_length(self) -> int:
-        return -1
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences of the batch, in this order; one may come more than once."""
+        if not self.is_initialized:
+            return
+        chosen = torch.arange(self.batch_size)[indices.cpu()].tolist()
+        heads = [b * self.num_kv_heads + head for b in chosen for head in range(self.num_kv_heads)]
+        self.batch_size = len(chosen)
+        self.hold(self.compact_rows().of_heads(heads), self.appended)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise CacheError("Beam search cannot reorder a compressed cache: generate with num_beams=1.")
+    def hide_newest(self, visible: torch.Tensor) -> None:
+        """Hide padding among the newest tokens from every query.
+
+        Args:
+            visible: false where one of the last `Q` tokens is padding, bool `[B, Q]`.
+        """
+        assert self.keys is not None
+        if self.bias is None:
+            self.bias = self.keys.new_zeros(len(self.keys), dtype=torch.float32)
+        count = visible.shape[1]
+        places = self._ends[:, None] - count + torch.arange(count, device=self.device)
+        hidden = ~visible.repeat_interleave(self.num_kv_heads, dim=0)
+        self.bias[places[hidden]] = float("-inf")
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         count = key_states.shape[2]
-        if any(length + count > room for length, room in zip(self.lengths, self.capacities, strict=True)):
-            self._grow(count)
+        if count > self._room:
+            self.slack = max(self.slack, 2 * count, sum(self.lengths) // (2 * len(self.kept)))
+            self.hold(self.compact_rows(), self.appended)
         assert self.keys is not None and self.values is not None and self.positions is not None
-        ends = torch.tensor([start + n for start, n in zip(self.offsets, self.lengths, strict=True)])
-        places = (ends[:, None] + torch.arange(count)).flatten().to(self.device)
-        self.keys.index_copy_(0, places, key_states.reshape(-1, self.head_dim))
-        self.values.index_copy_(0, places, value_states.reshape(-1, self.head_dim))
-        new = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=self.device)
-        self.positions.index_copy_(0, places, new.repeat(len(self.lengths)))
-        self.lengths = [length + count for length in self.lengths]
+        if count == 1:
+            places = self._ends
+            self.positions.index_fill_(0, places, self.seen)
+        else:
+            new = torch.arange(count, device=self.device)
+            places = (self._ends[:, None] + new).flatten()
+            self.positions.index_copy_(0, places, (self.seen + new).int().repeat(len(self.kept)))
+        self.keys.index_copy_(0, places, key_states.reshape(len(places), -1))
+        self.values.index_copy_(0, places, value_states.reshape(len(places), -1))
+        if self.bias is not None:
+            self.bias.index_fill_(0, places, 0.0)
+        self._advance(count)
 
-    def _grow(self, count: int) -> None:
-        assert self.keys is not None and self.values is not None and self.positions is not None
-        used = torch.cat(
-            [torch.arange(start, start + n) for start, n in zip(self.offsets, self.lengths, strict=True)]
-        ).to(self.device)
-        self.slack = max(self.slack, count, sum(self.lengths) // (2 * len(self.lengths)))
-        self._store(self.keys[used], self.values[used], self.positions[used], self.lengths)
-
-    def _store(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, lengths: list[int]) -> None:
-        """Lay out rows that come one head after the other, with free space behind each head."""
-        self.lengths = lengths
-        self.capacities = [length + self.slack for length in lengths]
-        self.offsets = [0, *accumulate(self.capacities)][:-1]
-        places = torch.cat([torch.arange(start, start + n) for start, n in zip(self.offsets, lengths, strict=True)]).to(
-            self.device
-        )
-        total = sum(self.capacities)
-        self.keys = keys.new_zeros(total, self.head_dim).index_copy_(0, places, keys)
-        self.values = values.new_zeros(total, self.head_dim).index_copy_(0, places, values)
-        self.positions = positions.new_zeros(total).index_copy_(0, places, positions)
+    def _advance(self, count: int) -> None:
+        self.seen += count
+        self.appended += count
+        self._longest += count
+        self._room -= count
+        self._ends += count
+        self._bounds[1::2] += count
 
 
-class FanOutLayer(CacheLayerMixin):
-    """The same layer of several caches, filled from one prefill."""
+class FanOutLayer(PromptLayer):
+    """The same layer of several caches, filled from one prefill; methods that judge alike share the judgement."""
 
     def __init__(self, layers: list[HeadCacheLayer]):
         super().__init__()
         self.layers = layers
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if self.is_initialized or any(layer.seen for layer in self.layers):
+            raise CacheError("A fan-out cache takes one prompt: continue with one of the caches it filled.")
+        return self.gather(key_states, value_states)
+
+    def queries_needed(self) -> int | None:
+        needed = [layer.queries_needed() for layer in self.layers]
+        return None if None in needed else max(count for count in needed if count is not None)
+
+    def filled(self, states: PromptStates, values: torch.Tensor) -> None:
+        judged: dict[Importance | None, torch.Tensor | None] = {None: None}
+        for layer in self.layers:
+            importance = layer.plan.method.importance
+            if importance is not None and importance not in judged:
+                judged[importance] = importance.score(states)
+            layer.lazy_initialization(states.key, values)
+            layer.seen = self.seen
+            layer.compress(states, values, judged[importance])
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if any(layer.seen for layer in self.layers):
-            raise CacheError("A fan-out cache takes one prompt: continue with one of the caches it filled.")
-        for layer in self.layers:
-            layer.update(key_states, value_states)
-        self.lazy_initialization(key_states, value_states)
-        key_states.head_cache_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
 
-    def get_seq_length(self) -> int:
-        return self.layers[0].get_seq_length()
+class PromptCache(Cache):
+    """A cache whose layers are filled from a prompt as soon as they have attended over it."""
 
-    def get_max_length(self) -> int:
-        return -1
+    def __init__(self, layers: Sequence[PromptLayer]):
+        self.prompt_layers = list(layers)
+        super().__init__(layers=list(layers))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.layers[0].get_mask_sizes(query_length)
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As Transformers' caches.
+
+        Raises:
+            CacheError: the layer before has not been compressed, so this package's attention is not in use.
+        """
+        before = self.prompt_layers[layer_idx - 1]
+        if layer_idx and before.seen and not before.is_initialized:
+            raise outside_context()
+        return self.prompt_layers[layer_idx].update(key_states, value_states)
+
+    def expect(self, prompt_tokens: int) -> None:
+        """Announce a prompt that each layer will get in chunks."""
+        for layer in self.prompt_layers:
+            if not layer.is_initialized:
+                layer.expected = prompt_tokens
+
+    def expect_observers(self, tokens: int) -> None:
+        """Announce that the last tokens of the coming prompt only judge those before them.
+
+        So a document can be compressed by what questions about it would look at, before there is a question: let the
+        model read the document and a stand-in for a question, and keep the document's tokens only.
+        """
+        for layer in self.prompt_layers:
+            layer.observers = tokens
 
 
-class HeadCache(Cache):
+class HeadCache(PromptCache):
     """A Transformers cache that keeps of a prompt what a method and a budget allot to each KV head.
 
     Pass it as `past_key_values` inside `with headprof.compressed(model, ...)`; new tokens keep their true positions,
     since `get_seq_length` is the number of tokens seen.
+
+    Args:
+        plan: from `headprof.make_plan`, or what `headprof.compressed` yields.
+        slack: rows of free space behind each head. When they are used up, the rows are laid out anew with half as much
+            again, so that long generations copy the cache seldom.
     """
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
         self.plan = plan
         self.head_layers = [HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)]
-        super().__init__(layers=list(self.head_layers))
+        super().__init__(self.head_layers)
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:
+        """A cache of layers that are filled already."""
+        cache = cls(layers[0].plan)
+        cache.head_layers = list(layers)
+        cache.prompt_layers, cache.layers = list(layers), list(layers)
+        return cache
 
     @property
     def nbytes(self) -> int:
@@ -277,30 +538,14 @@ def stack_caches(caches: Sequence[HeadCache]) -> HeadCache:
 
     One forward pass then continues them all.
     """
-    stack = HeadCache(caches[0].plan)
-    stack.head_layers = [
-        HeadCacheLayer.stacked(layers) for layers in zip(*(cache.head_layers for cache in caches), strict=True)
-    ]
-    stack.layers = list(stack.head_layers)
-    return stack
+    return HeadCache.of_layers(
+        [HeadCacheLayer.stacked(layers) for layers in zip(*(cache.head_layers for cache in caches), strict=True)]
+    )
 
 
-class FanOutCache(Cache):
+class FanOutCache(PromptCache):
     """Fills several caches from one prefill: the model runs over the prompt once for all of them."""
 
     def __init__(self, caches: list[HeadCache]):
         self.caches = caches
-        super().__init__(
-            layers=[FanOutLayer(list(layers)) for layers in zip(*(c.head_layers for c in caches), strict=True)]
-        )
-
-
-def compress_layer(layer: HeadCacheLayer | FanOutLayer, states: PromptStates, values: torch.Tensor) -> None:
-    """Compress a layer, or each of a fan-out's; methods that judge tokens alike share the judgement."""
-    judged: dict[Importance | None, torch.Tensor | None] = {None: None}
-    for each in layer.layers if isinstance(layer, FanOutLayer) else [layer]:
-        importance = each.plan.method.importance
-        if importance not in judged:
-            assert importance is not None
-            judged[importance] = importance.score(states)
-        each.compress(states, values, judged[importance])
+        super().__init__([FanOutLayer(list(layers)) for layers in zip(*(c.head_layers for c in caches), strict=True)])

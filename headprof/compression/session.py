@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
 
-from headprof.compression.attention import ragged_attention
+from headprof.compression.attention import check_backend, ragged_attention
 from headprof.compression.budget import Budget
-from headprof.compression.cache import CompressionPlan, FanOutLayer, HeadCache, HeadCacheLayer, compress_layer
-from headprof.compression.importance import PromptStates
+from headprof.compression.cache import CompressionPlan, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.chunked import chunked_prefill
 from headprof.compression.methods import find_method
-from headprof.errors import ProfileError
+from headprof.errors import ModelError, ProfileError
 from headprof.interface import AttentionFunction, wrapped_attention
 from headprof.shape import HeadShape
 
@@ -47,6 +47,7 @@ def make_plan(
     """
     chosen = find_method(method).with_options(**options)
     shape = HeadShape.from_config(model.config)
+    _check_layer_types(model)
     scores = torch.ones(shape.num_layers, shape.num_kv_heads)
     if (which := chosen.budget.profile_scores) is not None:
         if profile is None:
@@ -59,14 +60,28 @@ def make_plan(
             )
         scores = profile.kv_head_scores(which, getattr(chosen.budget, "aggregate", "max"))
     element = torch.empty(0, dtype=model.dtype).element_size()
-    return CompressionPlan(chosen, Budget.parse(budget), shape, scores, element)
+    digest = profile.digest() if which is not None and profile is not None else ""
+    return CompressionPlan(chosen, Budget.parse(budget), shape, scores, element, method, digest)
 
 
-def _compressing(base: AttentionFunction) -> AttentionFunction:
+def _check_layer_types(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ModelError: some layers keep something else than the keys and values of attention, or attend in chunks.
+    """
+    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    if other := sorted(set(types) - {"full_attention", "sliding_attention"}):
+        raise ModelError(
+            f"{type(model).__name__} has layers of the kind {', '.join(other)}, whose cache cannot be compressed per "
+            "head: choose a model with full or sliding attention only."
+        )
+
+
+def _compressing(base: AttentionFunction, backend: str) -> AttentionFunction:
     """The model's attention over a prompt, then compression; ragged attention for the tokens after it."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
-        layer: HeadCacheLayer | FanOutLayer | None = getattr(key, "head_cache_layer", None)
+        layer: PromptLayer | None = getattr(key, "head_cache_layer", None)
         if layer is None:  # another cache than ours
             return base(module, query, key, value, attention_mask, **kwargs)
         scaling = kwargs.get("scaling")
@@ -76,11 +91,14 @@ def _compressing(base: AttentionFunction) -> AttentionFunction:
             "sliding_window": kwargs.get("sliding_window"),
         }
         if isinstance(layer, HeadCacheLayer) and layer.is_initialized:
-            output = ragged_attention(query, layer.rows(), key.shape[1], sinks=kwargs.get("s_aux"), **logit_options)
+            if attention_mask is not None and query.shape[2] > 1:
+                _hide_padding(layer, attention_mask, query.shape[2])
+            output = ragged_attention(
+                query, layer.rows(), key.shape[1], sinks=kwargs.get("s_aux"), backend=backend, **logit_options
+            )
             return output, None
         output, weights = base(module, query, key, value, attention_mask, **kwargs)
-        valid = _valid_tokens(attention_mask, key)
-        compress_layer(layer, PromptStates(query, key, valid, **logit_options), value)
+        layer.attended(query, key, value, _valid_tokens(attention_mask, key), **logit_options)
         return output, weights
 
     return attention
@@ -97,14 +115,43 @@ def _valid_tokens(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     if mask.ndim == 2:
         return mask[:, :num_tokens].bool()
     last_row = mask[:, 0, -1, :num_tokens]
-    visible = last_row if last_row.dtype == torch.bool else last_row == 0
-    return visible.expand(batch, num_tokens)
+    return _visible(last_row).expand(batch, num_tokens)
+
+
+def _hide_padding(layer: HeadCacheLayer, mask: torch.Tensor, num_new: int) -> None:
+    """Hide padding among the newest tokens: what does not even see itself."""
+    newest = mask[..., -num_new:]
+    own = newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
+    if not bool(own.all()):
+        layer.hide_newest(own.expand(layer.batch_size, num_new))
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Boolean from a boolean mask, or from one that is added to the logits."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 @contextmanager
-def attending_ragged(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` fill and read `HeadCache`s passed as `past_key_values`; other caches work as ever."""
-    with wrapped_attention(model, _compressing):
+def attending_ragged(
+    model: PreTrainedModel, *, backend: str = "auto", prefill_chunk: int | None = None
+) -> Iterator[None]:
+    """Let `model` fill and read `HeadCache`s passed as `past_key_values`; other caches work as ever.
+
+    Args:
+        model: the model.
+        backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"` for the fastest that works here.
+        prefill_chunk: run each layer over a prompt in chunks of this many tokens, so that what it needs besides the
+            prompt's hidden states does not grow with the prompt; none for all at once.
+
+    Raises:
+        UsageError: the backend cannot be used here, or the chunk is not positive.
+        ModelError: the model's attention or layers cannot be reached.
+    """
+    check_backend(backend)
+    with ExitStack() as stack:
+        wrap_mask = stack.enter_context(chunked_prefill(model, prefill_chunk)) if prefill_chunk is not None else None
+        wraps = [] if wrap_mask is None else [wrap_mask]
+        stack.enter_context(wrapped_attention(model, lambda base: _compressing(base, backend), *wraps))
         yield
 
 
@@ -115,6 +162,8 @@ def compressed(
     *,
     method: str = "headkv-r2",
     budget: int | str | Budget = 64,
+    backend: str = "auto",
+    prefill_chunk: int | None = None,
     **options,
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
@@ -124,6 +173,7 @@ def compressed(
 
     Args:
         model, profile, method, budget, options: as for `make_plan`.
+        backend, prefill_chunk: as for `attending_ragged`.
 
     Yields:
         The plan, from which `HeadCache(plan)` makes caches to pass in by hand.
@@ -137,7 +187,7 @@ def compressed(
             kwargs["past_key_values"] = HeadCache(plan)
         return args, kwargs
 
-    with attending_ragged(model):
+    with attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk):
         hook = model.register_forward_pre_hook(start_head_cache, with_kwargs=True)
         try:
             yield plan

@@ -1,0 +1,184 @@
+"""A compressed document on disk: compress once, ask in later processes, many times.
+
+A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
+`[B, K]`, and `.bias` float32 `[rows]` where rows carry one. Its metadata name the model (shape, weights and tokenizer
+fingerprints), the method, the budget, the profile, the tokens seen, and a checksum over all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headprof.compression.cache import CompactRows, HeadCache, HeadCacheLayer
+from headprof.compression.session import make_plan
+from headprof.errors import CacheError
+from headprof.files import atomic_write, read_safetensors
+from headprof.shape import HeadShape
+
+if TYPE_CHECKING:
+    from headprof.models import LoadedModel
+
+FORMAT = "headprof.cache"
+FORMAT_VERSION = "1"
+_MEND = "make it again with `headprof compress`"
+_SAMPLES = 64
+
+
+def save_document(
+    cache: HeadCache, path: str | Path, loaded: LoadedModel, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a compressed cache atomically; free space is left out.
+
+    Args:
+        cache: filled from a document, on any device.
+        path: the file.
+        loaded: the model and tokenizer that filled it.
+        notes: more metadata, such as the document's name.
+
+    Raises:
+        HeadprofError: the disk refused.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(cache.head_layers):
+        rows = layer.compact_rows()
+        lengths = torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads)
+        parts = {"keys": rows.keys, "values": rows.values, "positions": rows.positions, "lengths": lengths}
+        if rows.bias is not None:
+            parts["bias"] = rows.bias
+        tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts.items()}
+    plan = cache.plan
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": loaded.name,
+        "fingerprint": json.dumps(loaded.shape.to_dict()),
+        "weights": weights_fingerprint(loaded.model),
+        "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+        "method": plan.name,
+        "budget": json.dumps(asdict(plan.budget)),
+        "profile": plan.profile_digest,
+        "tokens_seen": str(cache.get_seq_length()),
+    } | dict(notes or {})
+    metadata["checksum"] = _checksum(tensors, metadata)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dict[str, str]]:
+    """Read a compressed cache for the model that made it.
+
+    Continue it inside `attending_ragged(loaded.model)` or `compressed(...)`, with the tokens that follow the document.
+
+    Returns:
+        The cache, on the model's devices, and the file's metadata.
+
+    Raises:
+        CacheError: the file is missing, damaged, altered, no compressed cache, of another version, or made with
+            another model, tokenizer or dtype.
+    """
+    path = Path(path)
+    tensors, metadata = read_safetensors(path, "compressed document", _MEND, CacheError)
+    if metadata.get("format") != FORMAT:
+        raise CacheError(f"{path} is a safetensors file but not a compressed document: {_MEND}.")
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise CacheError(
+            f"The compressed document {path} has format version {version} where this headprof reads {FORMAT_VERSION}: "
+            f"update headprof, or {_MEND}."
+        )
+    if _checksum(tensors, metadata) != metadata.get("checksum"):
+        raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
+    _check_model(path, metadata, loaded, tensors["layers.0.keys"].dtype)
+    plan = make_plan(loaded.model, method="full", budget=1)
+    layers = [
+        _restored(index, tensors, loaded, HeadCacheLayer(index, plan), int(metadata["tokens_seen"]))
+        for index in range(loaded.shape.num_layers)
+    ]
+    return HeadCache.of_layers(layers), metadata
+
+
+def _restored(
+    index: int, tensors: dict[str, torch.Tensor], loaded: LoadedModel, layer: HeadCacheLayer, seen: int
+) -> HeadCacheLayer:
+    parts = {name: tensors.get(f"layers.{index}.{name}") for name in ("keys", "values", "positions", "bias")}
+    lengths = tensors[f"layers.{index}.lengths"]
+    keys, values, positions, bias = (
+        None if part is None else part.to(_layer_device(loaded, index)) for part in parts.values()
+    )
+    assert keys is not None and values is not None and positions is not None
+    layer.batch_size, layer.num_kv_heads, layer.head_dim = *lengths.shape, keys.shape[-1]
+    layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, seen
+    layer.hold(CompactRows(keys, values, positions, lengths.flatten().tolist(), bias))
+    return layer
+
+
+def _layer_device(loaded: LoadedModel, index: int) -> torch.device:
+    """Where a layer's attention runs; layers may lie on several devices."""
+    layers = getattr(loaded.model.get_decoder(), "layers", None)
+    if layers is None:
+        return loaded.device
+    device = next(layers[index].parameters()).device
+    return loaded.device if device.type == "meta" else device
+
+
+def _check_model(path: Path, metadata: Mapping[str, str], loaded: LoadedModel, dtype: torch.dtype) -> None:
+    made_with = metadata.get("model")
+    mend = f"load that model with --model, or {_MEND}"
+    if differences := HeadShape.from_dict(json.loads(metadata["fingerprint"])).differences(loaded.shape):
+        raise CacheError(
+            f"The compressed document {path} was made with another model, {made_with} ({', '.join(differences)}): "
+            f"{mend}."
+        )
+    if dtype != loaded.dtype:
+        was = str(dtype).removeprefix("torch.")
+        raise CacheError(f"The compressed document {path} was made in {was}: load the model with --dtype {was}.")
+    if metadata.get("weights") != weights_fingerprint(loaded.model):
+        raise CacheError(
+            f"The compressed document {path} was made with another model, {made_with} (same shape, other weights): "
+            f"{mend}."
+        )
+    if metadata.get("tokenizer") != tokenizer_fingerprint(loaded.tokenizer):
+        raise CacheError(
+            f"The compressed document {path} was made with another tokenizer or chat template than this one of "
+            f"{loaded.name}: {mend}."
+        )
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of all tensors and of all metadata but itself."""
+    kept = {name: text for name, text in metadata.items() if name != "checksum"}
+    sha = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for name in sorted(tensors):
+        sha.update(f"{name}{list(tensors[name].shape)}{tensors[name].dtype}".encode())
+        sha.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def weights_fingerprint(model: Any) -> str:
+    """SHA-256 (hex) of the names and shapes of a model's parameters and of a few numbers from each.
+
+    Two models of one shape, such as a base model and its instruct version, differ in it.
+    """
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(f"{name}{list(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        if flat.is_meta or flat.numel() == 0:
+            continue
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)]
+        sha.update(sample.float().cpu().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 (hex) of a tokenizer's vocabulary and chat template."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template or ""]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
