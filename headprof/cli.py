@@ -11,19 +11,24 @@ from typing import Annotated, Any
 
 import typer
 
-from headprof import __version__
-from headprof.console import Terminal, human_bytes
+from headprof import __version__, tables
+from headprof.console import Terminal
 from headprof.errors import HeadprofError
 from headprof.options import (
     Attn,
+    Backend,
+    BudgetText,
     Device,
     Dtype,
     JsonFlag,
     KeepLast,
     Kernel,
+    MaxNewTokens,
+    Method,
     Model,
     PoolFactor,
     Pooling,
+    PrefillChunk,
     Profile,
     Seed,
     Trust,
@@ -84,6 +89,30 @@ def _method_options(window, keep_last, kernel, pooling, pool_factor) -> dict[str
         "pooling": pooling,
         "pool_factor": pool_factor,
     }
+
+
+def _check_method(method: str, budget: str, options: dict[str, Any]) -> None:
+    """Complain about a method, a parameter or a budget before anything is loaded."""
+    from headprof.compression.budget import Budget
+    from headprof.compression.methods import find_method
+
+    find_method(method).with_options(**options)
+    Budget.parse(budget)
+
+
+def _plan(loaded, profile: Path | None, method: str, budget: str, options: dict[str, Any], prompt_length: int = 0):
+    """How to compress a prompt; none for the full cache. A budget that cannot be met is an error before any work."""
+    from headprof.compression.methods import find_method
+    from headprof.compression.session import make_plan
+
+    if method == "full" and prompt_length:
+        return None
+    needs_profile = find_method(method).budget.profile_scores
+    head_profile = _load_profile(loaded, profile) if needs_profile else None
+    plan = make_plan(loaded.model, head_profile, method=method, budget=budget, **options)
+    if prompt_length:
+        plan.allocation(prompt_length)
+    return plan
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -147,26 +176,9 @@ def score(
                 f"Scoring {loaded.name}, {now.answered} of {now.done} right", now.done, now.total
             ),
         )
-    _show_top_heads(profile)
-    terminal.result(str(target))
-
-
-def _show_top_heads(profile) -> None:
     for which in profile.scores:
-        terminal.table(
-            ["", "layer", "head", "score", "standard error"],
-            [
-                [
-                    f"{place}.",
-                    str(layer),
-                    str(head),
-                    f"{value:.3f}",
-                    f"{profile.standard_errors[which][layer, head]:.3f}",
-                ]
-                for place, (layer, head, value) in enumerate(profile.top_heads(which, 5), 1)
-            ],
-            title=f"Top {which} heads, from {profile.probes_used[which]} counted probes",
-        )
+        terminal.table(*tables.top_heads(profile, which))
+    terminal.result(str(target))
 
 
 @app.command()
@@ -196,16 +208,16 @@ def heatmap(
 def generate(
     model: Model = None,
     profile: Profile = None,
-    method: Annotated[str, typer.Option(help="full, snapkv, headkv or headkv-r2.")] = "headkv-r2",
-    budget: Annotated[
-        str,
-        typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
-    ] = "64",
+    method: Method = "headkv-r2",
+    budget: BudgetText = "64",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file: the context of the question.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Compressed document (.kv.safetensors), instead of --file.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 for greedy decoding.")] = 0.0,
     seed: Seed = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
@@ -215,6 +227,8 @@ def generate(
     kernel: Kernel = None,
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
+    backend: Backend = "auto",
+    prefill_chunk: PrefillChunk = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
@@ -226,39 +240,50 @@ def generate(
     document is asked.
 
     [dim]headprof generate --budget 64
-    headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare[/]
+    headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
+    headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
     """
-    from headprof.compression.budget import Budget
-    from headprof.compression.methods import find_method
-    from headprof.compression.session import make_plan
-    from headprof.generation import generate_text, prompt_ids, what_to_ask
+    from headprof.compression.attention import check_backend
+    from headprof.compression.document import load_document
+    from headprof.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
 
+    check_backend(backend)
+    check_sources(file, cache, compare)
     options = _method_options(window, keep_last, kernel, pooling, pool_factor)
-    chosen = find_method(method).with_options(**options)
-    Budget.parse(budget)
-    document, question, built_in = what_to_ask(file, prompt, sys.stdin)
+    _check_method(method, budget, options)
+    document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
     loaded = _load(model, device, dtype, attn, trust_remote_code)
-    head_profile = _load_profile(loaded, profile) if chosen.budget.profile_scores else None
-    ids = prompt_ids(loaded, document, question, max_new_tokens)
-    plan = None
-    if method != "full":
-        plan = make_plan(loaded.model, head_profile, method=method, budget=budget, **options)
-        plan.allocation(ids.shape[1])  # a budget that cannot be met is an error before any work
+    plan = held = None
+    if cache is not None:
+        held, notes = load_document(cache, loaded)
+        label = f"{cache.name} ({notes['method']})"
+        ids = question_ids(loaded, held, question, max_new_tokens)
+    else:
+        label = method if method == "full" else f"{method}, budget {budget}"
+        ids = prompt_ids(loaded, document, question, max_new_tokens)
+        plan = _plan(loaded, profile, method, budget, options, ids.shape[1])
 
     def run(with_plan, on_text=lambda _: None):
         return generate_text(
-            loaded, ids, with_plan, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_text=on_text
+            loaded,
+            ids,
+            with_plan,
+            cache=held,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            backend=backend,
+            prefill_chunk=prefill_chunk,
+            on_text=on_text,
         )
 
     full = run(None) if compare and plan is not None else None
     made = run(plan, (lambda _: None) if json else terminal.write)
-    label = method if plan is None else f"{method}, budget {budget}"
     runs = {label: made} | ({"full": full} if full is not None else {})
     tokens_cached = made.prompt_tokens + made.new_tokens - 1
-    per_token = loaded.shape.cache_bytes_per_token(loaded.model.dtype.itemsize)
-    full_bytes = full.cache_bytes if full else per_token * tokens_cached
+    full_bytes = full.cache_bytes if full else loaded.full_cache_bytes(tokens_cached)
     if json:
         from dataclasses import asdict
 
@@ -269,26 +294,84 @@ def generate(
     terminal.write("\n")
     if full is not None:
         terminal.remark(f"\nWith the full cache: {full.text.strip()}")
-    _show_runs(runs, full_bytes)
+    terminal.table(*tables.runs(runs, full_bytes))
 
 
-def _show_runs(runs, full_bytes: int) -> None:
-    terminal.table(
-        ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
-        [
-            [
-                name,
-                str(run.prompt_tokens),
-                str(run.new_tokens),
-                human_bytes(run.cache_bytes),
-                f"{run.cache_bytes / full_bytes:.1%}",
-                f"{run.prefill_rate:.0f}",
-                f"{run.decode_rate:.1f}" if run.decode_rate else "-",
-            ]
-            for name, run in runs.items()
-        ]
-        + ([["full (not run)", "", "", human_bytes(full_bytes), "100.0%", "", ""]] if len(runs) == 1 else []),
-    )
+@app.command()
+@guarded
+def compress(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Text file to compress.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Compressed document to write. Default: ./NAME.kv.safetensors."),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", "-q", help="Ask this at once; may be repeated.")
+    ] = None,
+    model: Model = None,
+    profile: Profile = None,
+    method: Method = "headkv-r2",
+    budget: BudgetText = "64",
+    max_new_tokens: MaxNewTokens = 128,
+    json: JsonFlag = False,
+    window: Window = None,
+    keep_last: KeepLast = None,
+    kernel: Kernel = None,
+    pooling: Pooling = None,
+    pool_factor: PoolFactor = None,
+    backend: Backend = "auto",
+    prefill_chunk: PrefillChunk = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a document's cache to a file that answers questions in later processes.
+
+    The answers to --question go to stdout, one a line; without questions, the path of the file. The questions do not
+    change the file: any other can be asked of it.
+
+    [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
+    headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
+    """
+    from headprof.compression.attention import check_backend
+    from headprof.compression.cache import stack_caches
+    from headprof.compression.document import save_document
+    from headprof.generation import compress_document, generate_text, question_ids, read_document
+
+    check_backend(backend)
+    options = _method_options(window, keep_last, kernel, pooling, pool_factor)
+    _check_method(method, budget, options)
+    document = read_document(file)
+    target = output or Path(f"{file.stem}.kv.safetensors")
+    loaded = _load(model, device, dtype, attn, trust_remote_code)
+    plan = _plan(loaded, profile, method, budget, options)
+    with terminal.progress() as report:
+        cache = compress_document(
+            loaded,
+            document,
+            plan,
+            backend=backend,
+            prefill_chunk=prefill_chunk,
+            on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
+        )
+    save_document(cache, target, loaded, {"document": file.name})
+    asked = [(each, question_ids(loaded, cache, each, max_new_tokens)) for each in question or []]
+    answers = {
+        each: generate_text(loaded, ids, cache=stack_caches([cache]), max_new_tokens=max_new_tokens, backend=backend)
+        for each, ids in asked
+    }
+    summary = tables.compression(cache, target, loaded.full_cache_bytes(cache.get_seq_length()))
+    if json:
+        terminal.json(summary | {"answers": {each: answer.text.strip() for each, answer in answers.items()}})
+        return
+    for answer in answers.values():
+        terminal.result(" ".join(answer.text.split()))
+    if answers:
+        terminal.remark(f"\nThe compressed document is {target}.")
+    else:
+        terminal.result(str(target))
+    terminal.table(*tables.summary(summary))
 
 
 @app.command(name="eval")
@@ -353,24 +436,7 @@ def evaluate(
     if json:
         terminal.json([asdict(cell) for cell in cells])
     else:
-        _show_cells(cells)
-
-
-def _show_cells(cells) -> None:
-    terminal.result_table(
-        ["method", "budget", "right", "share", "95 % interval", "cache bytes"],
-        [
-            [
-                cell.method,
-                cell.budget or "-",
-                f"{cell.correct}/{cell.asked}",
-                f"{cell.share:.0%}",
-                f"{cell.low:.0%} to {cell.high:.0%}",
-                human_bytes(cell.cache_bytes),
-            ]
-            for cell in cells
-        ],
-    )
+        terminal.result_table(*tables.cells(cells))
 
 
 def _version(shown: bool) -> None:

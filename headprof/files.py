@@ -10,10 +10,14 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from headprof.errors import HeadprofError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MENDS = {
     errno.ENOSPC: "There is no space left on the disk that holds {path}: free some or choose another place with -o.",
@@ -59,6 +63,33 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_safetensors(
+    path: Path, what: str, mend: str, error_class: type[HeadprofError]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Args:
+        path: the file.
+        what: what it should be, for the messages: `"profile"`.
+        mend: how to get another: "run `headprof score`".
+        error_class: what to raise.
+
+    Raises:
+        HeadprofError: of the given class, when the file is missing, damaged or not readable.
+    """
+    if not path.is_file():
+        raise error_class(f"There is no {what} file at {path}: check the path, or {mend}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        # The library's only word for a file whose header is whole and whose tensors are not.
+        fault = "is cut short or altered" if "not fully covered" in str(error) else "is not a safetensors file"
+        raise error_class(f"The {what} {path} {fault}: restore it, or {mend}.") from error
+    except OSError as error:
+        raise error_class(f"The {what} {path} cannot be read ({error}): check its permissions.") from error
 
 
 def _create(temporary: Path, target: Path) -> int:

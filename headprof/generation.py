@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,8 +14,9 @@ from transformers import TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.assets import asset_dir
+from headprof.chat import ChatFormat
 from headprof.compression.cache import CompressionPlan, HeadCache
-from headprof.compression.session import attending_ragged
+from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.models import LoadedModel
 
@@ -27,6 +28,7 @@ class Generation:
     Attributes:
         text: the new text alone.
         prompt_tokens, new_tokens: tokens read and written.
+        cached_tokens: those of the prompt that came from a cache already filled.
         cache_bytes: bytes that the cache held when the text was done.
         prefill_seconds: until the first token, compression included.
         decode_seconds: from the first token to the last.
@@ -38,11 +40,12 @@ class Generation:
     cache_bytes: int
     prefill_seconds: float
     decode_seconds: float
+    cached_tokens: int = 0
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds
+        """Prompt tokens read per second."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds
 
     @property
     def decode_rate(self) -> float:
@@ -75,13 +78,16 @@ def demo_document() -> tuple[str, str]:
     return (folder / "document.txt").read_text("utf-8").strip(), (folder / "question.txt").read_text("utf-8").strip()
 
 
-def what_to_ask(file: Path | None, prompt: str | None, stdin: TextIO | None) -> tuple[str | None, str, bool]:
+def what_to_ask(
+    file: Path | None, prompt: str | None, stdin: TextIO | None, about: Path | None = None
+) -> tuple[str | None, str, bool]:
     """The document, if any, the prompt, and whether both are the built-in ones.
 
     The prompt is the one given, else what `stdin` holds if it is no terminal, else the built-in question.
 
     Raises:
-        UsageError: the file cannot be used, the prompt is empty, or there is a file but no question about it.
+        UsageError: the file cannot be used, the prompt is empty, or there is a file (or something else that the
+            question should be `about`) but no question.
     """
     document = read_document(file) if file else None
     if prompt is None and stdin is not None and not stdin.isatty():
@@ -90,9 +96,22 @@ def what_to_ask(file: Path | None, prompt: str | None, stdin: TextIO | None) -> 
         raise UsageError('The prompt is empty: give one with --prompt "...".')
     if prompt is not None:
         return document, prompt, False
-    if file is not None:
-        raise UsageError(f'There is no question about {file}: ask one with --prompt "...".')
+    if (about := about or file) is not None:
+        raise UsageError(f'There is no question about {about}: ask one with --prompt "...".')
     return *demo_document(), True
+
+
+def check_sources(file: Path | None, cache: Path | None, compare: bool) -> None:
+    """
+    Raises:
+        UsageError: a compressed document is to be used together with what it stands for.
+    """
+    if cache is not None and file is not None:
+        raise UsageError("A compressed document and a file cannot be used together: leave --file or --cache away.")
+    if cache is not None and compare:
+        raise UsageError(
+            "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
+        )
 
 
 def read_document(path: Path) -> str:
@@ -120,20 +139,81 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
     """
-    tokenizer = loaded.tokenizer
-    content = f"{document}\n\n{prompt}" if document else prompt
-    if tokenizer.chat_template:
-        content = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    ids = tokenizer(content, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
-    if (needed := ids.shape[1] + max_new_tokens) > loaded.max_positions:
+    chat = ChatFormat(loaded.tokenizer)
+    ids = chat.document_ids(document) + chat.question_ids(prompt) if document else chat.prompt_ids(prompt)
+    return _fitting(loaded, ids, 0, max_new_tokens)
+
+
+def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_tokens: int) -> torch.Tensor:
+    """Tokens of a question about a document that a cache holds, int64 `[1, Q]`.
+
+    Raises:
+        UsageError: document, question and answer together are longer than the model's context.
+    """
+    ids = ChatFormat(loaded.tokenizer).question_ids(question)
+    return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
+
+
+def _fitting(loaded: LoadedModel, ids: list[int], seen: int, max_new_tokens: int) -> torch.Tensor:
+    prompt = seen + len(ids)
+    if (needed := prompt + max_new_tokens) > loaded.max_positions:
         raise UsageError(
-            f"The prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones exceed the {loaded.max_positions} that "
+            f"The prompt of {prompt} tokens and {max_new_tokens} new ones exceed the {loaded.max_positions} that "
             f"{loaded.name} can read: shorten the document by {needed - loaded.max_positions} tokens or lower "
             "--max-new-tokens."
         )
-    return ids
+    return torch.tensor([ids])
+
+
+def compress_document(
+    loaded: LoadedModel,
+    document: str,
+    plan: CompressionPlan,
+    *,
+    backend: str = "auto",
+    prefill_chunk: int | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> HeadCache:
+    """A compressed cache of a document, ready for questions about it.
+
+    Args:
+        loaded: the model.
+        document: the text.
+        plan: how to compress it; the question is not known, so the method sees the document alone.
+        backend, prefill_chunk: as for `headprof.compressed`.
+        on_layer: called with the number of layers that are compressed, and of all.
+
+    Raises:
+        UsageError: the document is longer than the model's context, or the budget cannot be met.
+    """
+    ids = _fitting(loaded, ChatFormat(loaded.tokenizer).document_ids(document), 0, 0)
+    plan.allocation(ids.shape[1])
+    cache = HeadCache(plan)
+    with (
+        attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
+        _layer_by_layer(loaded, on_layer),
+    ):
+        prefill(loaded.model, ids.to(loaded.device), cache)
+    return cache
+
+
+@contextmanager
+def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -> Iterator[None]:
+    """Report each decoder layer that has run."""
+    layers = getattr(loaded.model.get_decoder(), "layers", [])
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        on_layer(done, len(layers))
+
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cache_nbytes(cache: Cache) -> int:
@@ -151,37 +231,46 @@ def generate_text(
     ids: torch.Tensor,
     plan: CompressionPlan | None = None,
     *,
+    cache: HeadCache | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    backend: str = "auto",
+    prefill_chunk: int | None = None,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generation:
     """Continue a prompt.
 
     Args:
         loaded: the model.
-        ids: the prompt, int64 `[1, T]`.
+        ids: the prompt, int64 `[1, T]`; what follows the document, when there is a cache that holds one.
         plan: how to compress the prompt's cache; none for Transformers' own full cache.
+        cache: one that is filled already; it is continued in place.
         max_new_tokens: most tokens to write.
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
+        backend, prefill_chunk: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
     """
     model: Any = loaded.model
-    ids = ids.to(model.device)
-    cache = DynamicCache(config=model.config) if plan is None else HeadCache(plan)
+    filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
+    seen = 0 if cache is None else cache.get_seq_length()
+    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
+    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
+    used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
-    forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
-    with nullcontext() if plan is None else attending_ragged(model), forked:
+    ours = isinstance(used, HeadCache)
+    attending = attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk) if ours else nullcontext()
+    with attending, torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
         torch.manual_seed(seed)
         start = time.perf_counter()
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            past_key_values=used,
             max_new_tokens=max_new_tokens,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
+            pad_token_id=filler,
             streamer=streamer,
             **sampling,
         )
@@ -190,7 +279,8 @@ def generate_text(
         text="".join(streamer.pieces),
         prompt_tokens=ids.shape[1],
         new_tokens=len(times),
-        cache_bytes=cache_nbytes(cache),
+        cache_bytes=cache_nbytes(used),
         prefill_seconds=times[0] - start,
         decode_seconds=times[-1] - times[0],
+        cached_tokens=seen,
     )

@@ -63,6 +63,10 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    def full_cache_bytes(self, tokens: int) -> int:
+        """Bytes that the full cache of this many tokens of one sequence takes."""
+        return self.shape.cache_bytes_per_token(self.dtype.itemsize) * tokens
+
 
 def load_model(
     model: str | None = None,

@@ -44,3 +44,24 @@ PoolFactor = Annotated[
     float | None,
     typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
 ]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="full, snapkv, tova, headkv, headkv-r2, pyramidkv, adakv, h2o, streamingllm or knorm: what is kept."
+    ),
+]
+BudgetText = Annotated[
+    str,
+    typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Attention over the compressed cache: auto, torch, triton, flash-attn, varlen.", rich_help_panel="Model"
+    ),
+]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(min=1, help="Read the prompt in chunks of this many tokens, to save memory.", rich_help_panel="Model"),
+]

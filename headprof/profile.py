@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.assets import asset_dir
 from headprof.errors import ProfileError, UsageError
-from headprof.files import atomic_write
+from headprof.files import atomic_write, read_safetensors
 from headprof.shape import HeadShape
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class HeadProfile:
             ProfileError: the file is missing, damaged, not a profile, of another version, or for another model.
         """
         path = Path(path)
-        tensors, metadata = _read_safetensors(path)
+        tensors, metadata = read_safetensors(path, "profile", f"run `{score_command(None)}`", ProfileError)
         if metadata.get("format") != FORMAT:
             raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
         if (version := metadata.get("format_version")) != FORMAT_VERSION:
@@ -166,22 +166,6 @@ class HeadProfile:
                 f"or run `{score_command(model_name)}`."
             )
         return profile
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise ProfileError(f"There is no profile file at {path}: check the path, or run `{score_command(None)}`.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        # The library's only word for a file whose header is whole and whose tensors are not.
-        fault = "is cut short or altered" if "not fully covered" in str(error) else "is not a safetensors file"
-        raise ProfileError(f"The profile {path} {fault}: restore it, or run `{score_command(None)}`.") from error
-    except OSError as error:
-        raise ProfileError(f"The profile {path} cannot be read ({error}): check its permissions.") from error
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadProfile:

@@ -6,17 +6,13 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from headprof.errors import ModelError, ProbeError
+from headprof.chat import GAP, first_ids, template_parts
+from headprof.errors import ProbeError
 
 Span = tuple[int, int]
 """`[start, stop)` token positions in the full prompt."""
 
 INSTRUCTION = "Read this text and answer the question that follows it."
-_GAP = "\n\n"
-_MARK = "HEADPROF-CONTENT"
-# Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
-# question from its answer; templates that know neither ignore both.
-_TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "01 Jan 2025", "enable_thinking": False}
 
 
 @dataclass(frozen=True)
@@ -74,18 +70,16 @@ class PromptFrame:
         self._tokenizer = tokenizer
         self._first_ids: tuple[int, ...] = ()
         if getattr(tokenizer, "chat_template", None):
-            self._before, self._after = _template_parts(tokenizer)
+            self._before, self._after = template_parts(tokenizer)
             self._ask = ""
         else:
             self._before, self._after, self._ask = "", "\nAnswer:", "Question: "
-            bos = tokenizer.bos_token_id
-            if bos is not None and tokenizer("a").input_ids[:1] == [bos]:
-                self._first_ids = (bos,)
+            self._first_ids = tuple(first_ids(tokenizer))
 
     def encode_context(self, body: str) -> EncodedContext:
         """Token ids of everything before the question."""
-        head = f"{self._before}{INSTRUCTION}{_GAP}"
-        ids, offsets = self._encode(f"{head}{body}{_GAP}")
+        head = f"{self._before}{INSTRUCTION}{GAP}"
+        ids, offsets = self._encode(f"{head}{body}{GAP}")
         outside = (-len(head),) * len(self._first_ids)
         return EncodedContext(
             ids=(*self._first_ids, *ids),
@@ -98,11 +92,11 @@ class PromptFrame:
 
         A blank before the answer belongs to the answer if the tokenizer makes one token of it and the first word.
         """
-        asked = f"{_GAP}{self._ask}{question}{self._after}"
+        asked = f"{GAP}{self._ask}{question}{self._after}"
         text = _append(_append(asked, answer_prefix), answer)
         answer_at = len(text) - len(answer)
         ids, offsets = self._encode(text)
-        placed = [(token, stop) for token, (_, stop) in zip(ids, offsets, strict=True) if stop > len(_GAP)]
+        placed = [(token, stop) for token, (_, stop) in zip(ids, offsets, strict=True) if stop > len(GAP)]
         return EncodedQuestion(
             asked=tuple(token for token, stop in placed if stop <= len(asked)),
             reply=tuple(token for token, stop in placed if len(asked) < stop <= answer_at),
@@ -124,16 +118,3 @@ class PromptFrame:
 def _append(text: str, more: str) -> str:
     """Join with a blank, unless there is white space already or nothing to add."""
     return text + more if not more or text[-1:].isspace() else f"{text} {more}"
-
-
-def _template_parts(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template writes before and after the user's text, generation prompt included."""
-    messages = [{"role": "user", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
-    if rendered.count(_MARK) != 1:
-        raise ModelError(
-            "The tokenizer's chat template does not repeat the user's text exactly once; "
-            "set tokenizer.chat_template to None to ask without it."
-        )
-    before, after = rendered.split(_MARK)
-    return before, after

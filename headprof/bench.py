@@ -1,0 +1,726 @@
+"""Speed and memory of decoding with compressed caches, beside Transformers' own full cache, in one run."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from headprof.checkpoint import quiet
+from headprof.compression.attention import check_backend
+from headprof.compression.budget import Budget
+from headprof.compression.cache import CompressionPlan, HeadCache, PromptLayer
+from headprof.compression.methods import METHODS, find_method
+from headprof.compression.session import attending_ragged, make_plan, prefill
+from headprof.errors import UsageError
+from headprof.generation import cache_nbytes
+from headprof.profile import KINDS, HeadProfile
+from headprof.shape import HeadShape
+
+Result = TypeVar("Result")
+Progress = Callable[[str, int, int], None]
+"""Told what is being run, how many runs are done, and of how many."""
+
+
+def _shape(
+    model_type: str,
+    *,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden: int,
+    mlp: int,
+    vocab: int,
+    positions: int,
+    theta: float,
+    eps: float,
+    tied: bool = False,
+    **others: Any,
+) -> dict[str, Any]:
+    """Arguments of `AutoConfig.for_model`."""
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rms_norm_eps": eps,
+        "tie_word_embeddings": tied,
+        **others,
+    }
+
+
+_8B: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096}
+_135M: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "tied": True}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # With the context of Llama 3.1: Llama 3 itself was made for 8192 tokens.
+    "llama-3-8b": _shape("llama", layers=32, **_8B, mlp=14336, vocab=128256, positions=131072, theta=5e5, eps=1e-5),
+    # Version 0.3; earlier ones have a sliding window.
+    "mistral-7b": _shape(
+        "mistral", layers=32, **_8B, mlp=14336, vocab=32768, positions=32768, theta=1e6, eps=1e-5, sliding_window=None
+    ),
+    "qwen3-8b": _shape("qwen3", layers=36, **_8B, mlp=12288, vocab=151936, positions=40960, theta=1e6, eps=1e-6),
+    "smollm2-135m": _shape("llama", layers=30, **_135M, mlp=1536, vocab=49152, positions=8192, theta=1e5, eps=1e-5),
+}
+"""Published models by the numbers of their configurations, for speed without weights."""
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """Methods times budgets times backends times prompt lengths, and the full cache at each length.
+
+    Attributes:
+        methods: names in the table of methods; `full` adds nothing, since the full cache is always run.
+        budgets: as the command line takes them.
+        lengths: prompt lengths in tokens.
+        new_tokens: tokens to decode after the prompt.
+        repeats: timed runs of each case.
+        batch: sequences decoded together.
+        backends: attentions over the compressed cache, names in `BACKENDS` or `auto`.
+        prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
+        seed: of the random prompts.
+        options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    new_tokens: int = 32
+    repeats: int = 3
+    batch: int = 1
+    backends: tuple[str, ...] = ("auto",)
+    prefill_chunk: int | None = None
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Find mistakes that need no model.
+
+        Raises:
+            UsageError: an unknown method or backend, a budget that cannot be read, or a number that is too small.
+        """
+        for name in self.methods:
+            find_method(name).with_options(**self.options_of(name))
+        for budget in self.budgets:
+            Budget.parse(budget)
+        for backend in self.backends:
+            check_backend(backend)
+        for what in ("budgets", "lengths", "backends"):
+            if not getattr(self, what):
+                raise UsageError(f"There is nothing to run without {what}: name at least one with --{what}.")
+        least = {"new_tokens": 2, "repeats": 1, "batch": 1}
+        given = [(name, getattr(self, name), least[name]) for name in least]
+        given += [("lengths", length, 1) for length in self.lengths]
+        given += [("prefill_chunk", self.prefill_chunk, 1)] if self.prefill_chunk is not None else []
+        for name, value, lowest in given:
+            if value < lowest:
+                raise UsageError(f"--{name.replace('_', '-')} {value} is too small: give at least {lowest}.")
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether one of the methods spends its budget by a head profile."""
+        return any(find_method(name).budget.profile_scores is not None for name in self.methods)
+
+    def options_of(self, method: str) -> dict[str, Any]:
+        """The options that this method has a parameter for."""
+        return {name: value for name, value in self.options.items() if find_method(method).has_option(name)}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one case took. Numbers are `None` where they could not be measured, all of them where the case failed.
+
+    Attributes:
+        method, budget: as requested; `full` and an empty budget for Transformers' own cache.
+        backend: of the attention over the compressed cache; for the full cache the model's own attention.
+        length: prompt tokens of each sequence.
+        batch: sequences.
+        prefill_seconds: until the first new token, compression included; median.
+        overhead_seconds: of these, spent on choosing and keeping the prompt's tokens; median.
+        decode_rate: new tokens per second, over all sequences, at the median time between two tokens.
+        cache_bytes: that the cache holds right after the prompt.
+        peak_bytes: most memory in use beyond what was before the run, weights and prompt ids not counted: on CUDA what
+            PyTorch allocates, on Linux what is resident.
+        step_bytes: that decoding one token per sequence has to read: weights and cache.
+        floor_rate: tokens per second if reading these at the measured bandwidth were all there is to do.
+        failed: why the case could not be run; empty if it could.
+    """
+
+    method: str
+    budget: str
+    backend: str
+    length: int
+    batch: int
+    prefill_seconds: float | None = None
+    overhead_seconds: float | None = None
+    decode_rate: float | None = None
+    cache_bytes: int | None = None
+    peak_bytes: int | None = None
+    step_bytes: int | None = None
+    floor_rate: float | None = None
+    failed: str = ""
+
+    @property
+    def overhead_share(self) -> float | None:
+        """Share of the prefill that compression took, 0 to 1."""
+        return _ratio(self.overhead_seconds, self.prefill_seconds)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All cases of a run.
+
+    Attributes:
+        bandwidth: of the device's memory, bytes per second (see `measure_bandwidth`).
+        measurements: the cases, grouped by length, the full cache first.
+        environment: device, dtype, versions and date.
+    """
+
+    bandwidth: float
+    measurements: list[Measurement]
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A measurement relative to the full cache of the same length and batch; `None` where either number is missing.
+
+    Attributes:
+        decode_ratio: times the full cache's decode rate; above 1 is faster.
+        prefill_ratio: times its prefill time; below 1 is faster.
+        cache_ratio, peak_ratio: times its bytes.
+    """
+
+    measurement: Measurement
+    decode_ratio: float | None
+    prefill_ratio: float | None
+    cache_ratio: float | None
+    peak_ratio: float | None
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """How many sequences fit.
+
+    Attributes:
+        method, budget, backend, length: as in `Measurement`.
+        batch: the largest batch that was decoded; 0 if not even one sequence could be.
+        decode_rate: new tokens per second over all sequences of that batch, at the median time between two tokens.
+        cache_bytes: that the cache of that batch holds right after the prompt.
+    """
+
+    method: str
+    budget: str
+    backend: str
+    length: int
+    batch: int
+    decode_rate: float | None = None
+    cache_bytes: int | None = None
+
+
+def run_bench(
+    model: Any,
+    max_positions: int,
+    profile: HeadProfile | None,
+    request: BenchRequest,
+    on_progress: Progress = lambda text, done, total: None,
+) -> BenchResult:
+    """Decode the same random prompts with every case, each repeat of all cases before the next.
+
+    A case that runs out of memory is reported as failed, and the others go on.
+
+    Args:
+        model: a Transformers decoder language model.
+        max_positions: longest sequence it was made for, in tokens.
+        profile: its head profile, for methods that need one.
+        request: what to run.
+        on_progress: called before each run.
+
+    Raises:
+        UsageError: the request cannot be met (see `BenchRequest.check`), or is longer than the model's context.
+        ProfileError: a method needs a profile and there is none, or it belongs to another model.
+    """
+    cases = _cases(model, max_positions, profile, request)
+    device = _device_of(model)
+    prompts = {length: _random_ids(model, request.batch, length, request.seed) for length in request.lengths}
+    bandwidth = measure_bandwidth(device)
+    warm_ups = [case for case in cases if case.length == min(request.lengths)]
+    total, done = len(warm_ups) + request.repeats * len(cases), 0
+    for case in warm_ups:
+        on_progress(f"Warming up: {case.label}", done, total)
+        _attempt(partial(_run, model, case, prompts[case.length], 2, request.prefill_chunk))
+        done += 1
+    for _ in range(request.repeats):
+        for case in cases:
+            on_progress(case.label, done, total)
+            if not case.failed:
+                work = partial(_run, model, case, prompts[case.length], request.new_tokens, request.prefill_chunk)
+                case.add(_attempt(work))
+            done += 1
+    weights = weight_bytes_per_step(model)
+    measurements = [_measured(case, request.batch, weights, bandwidth) for case in cases]
+    return BenchResult(bandwidth, measurements, describe_environment(model))
+
+
+def comparison(result: BenchResult) -> list[Comparison]:
+    """Every measurement, the full cache's own included, beside the full cache's of the same length and batch."""
+    full = {(each.length, each.batch): each for each in result.measurements if each.method == "full"}
+    rows = []
+    for each in result.measurements:
+        beside = full.get((each.length, each.batch), Measurement("full", "", "", each.length, each.batch))
+        rows.append(
+            Comparison(
+                each,
+                decode_ratio=_ratio(each.decode_rate, beside.decode_rate),
+                prefill_ratio=_ratio(each.prefill_seconds, beside.prefill_seconds),
+                cache_ratio=_ratio(each.cache_bytes, beside.cache_bytes),
+                peak_ratio=_ratio(each.peak_bytes, beside.peak_bytes),
+            )
+        )
+    return rows
+
+
+def largest_batches(
+    model: Any,
+    max_positions: int,
+    profile: HeadProfile | None,
+    request: BenchRequest,
+    on_progress: Progress = lambda text, done, total: None,
+    at_most: int = 1 << 16,
+) -> list[LargestBatch]:
+    """How many sequences of each case can be decoded together, to within two percent, and how fast.
+
+    One prompt is read and its cache repeated, so the prefill of a batch need not fit where its decoding does. Every
+    batch that is tried decodes `new_tokens`, the room these take included.
+
+    Args:
+        model, max_positions, profile, request, on_progress: as for `run_bench`; `batch` and `repeats` are not used.
+        at_most: batches beyond this are not tried.
+
+    Raises:
+        UsageError: as for `run_bench`, or the model is not on a CUDA device, which alone says when memory is full.
+    """
+    cases = _cases(model, max_positions, profile, request)
+    if _device_of(model).type != "cuda":
+        raise UsageError("The largest batch can only be found on a CUDA device: choose one with --device cuda.")
+    found = []
+    for done, case in enumerate(cases):
+        on_progress(f"Largest batch: {case.label}", done, len(cases))
+        found.append(_largest_batch(model, case, request, at_most))
+    return found
+
+
+def _largest_batch(model: Any, case: _Case, request: BenchRequest, at_most: int) -> LargestBatch:
+    ids = _random_ids(model, 1, case.length, request.seed)
+
+    def decoded(batch: int) -> _Decoded | None:
+        return _attempt(partial(_decode_copies, model, case, ids, batch, request.new_tokens, request.prefill_chunk))
+
+    batch, result = largest_that_works(decoded, at_most)
+    row = LargestBatch(case.method, case.budget, case.backend, case.length, batch)
+    return row if result is None else replace(row, decode_rate=result.rate, cache_bytes=result.cache_bytes)
+
+
+def largest_that_works(
+    work: Callable[[int], Result | None], at_most: int, precision: float = 0.02
+) -> tuple[int, Result | None]:
+    """The largest number that `work` returns something for, and what; found by doubling, then bisecting.
+
+    Args:
+        work: returns none for numbers that are too large.
+        at_most: no larger number is tried.
+        precision: stop where no number that fails is known to be more than this share larger, or next to it.
+    """
+    best, result, failed = 0, None, at_most + 1
+    while failed - best > max(1, int(precision * best)):
+        number = min(2 * best or 1, at_most) if failed > at_most else (best + failed) // 2
+        if (returned := work(number)) is None:
+            failed = number
+        else:
+            best, result = number, returned
+    return best, result
+
+
+def measure_bandwidth(device: torch.device | str, repeats: int = 7) -> float:
+    """Bytes per second, read and written, of copying a buffer far larger than any processor cache; the median.
+
+    The buffer takes 256 MB on a CPU and 1 GiB elsewhere, twice.
+    """
+    device = torch.device(device)
+    size = 256 * 10**6 if device.type == "cpu" else 1 << 30
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source).copy_(source)
+    seconds = []
+    for _ in range(repeats):
+        start = _now(device)
+        target.copy_(source)
+        seconds.append(_now(device) - start)
+    return 2 * size / median(seconds)
+
+
+def weight_bytes_per_step(model: Any) -> int:
+    """Bytes of the weights that decoding one token reads, each weight once.
+
+    An input embedding that is not the output's too is not counted, since a step reads one row of it per sequence. The
+    experts of a mixture are all counted.
+    """
+    output = model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    read = {id(weight): weight for part in (model.get_decoder(), output) for weight in part.parameters()}
+    if output.weight is not embedding:
+        read.pop(id(embedding), None)
+    return sum(weight.numel() * weight.element_size() for weight in read.values())
+
+
+def random_model(shape_name: str, dtype: torch.dtype, device: torch.device | str, attn: str | None = None) -> Any:
+    """A model with the shape of a published one and random weights, made on the device in its dtype.
+
+    Its speed and memory are those of the published model; its text is noise.
+
+    Args:
+        shape_name: a name in `SHAPES`.
+        dtype: of the weights.
+        device: where they are made.
+        attn: attention implementation; none for Transformers' choice.
+
+    Raises:
+        UsageError: there is no shape of this name; the message lists those there are.
+    """
+    if shape_name not in SHAPES:
+        raise UsageError(f"There is no model shape {shape_name!r}: choose one of {', '.join(SHAPES)}.")
+    config = AutoConfig.for_model(**SHAPES[shape_name])
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet():
+        torch.manual_seed(0)
+        with device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
+    model.config.architectures = [type(model).__name__]
+    return model.eval().requires_grad_(False)
+
+
+def random_profile(model: Any, seed: int = 0) -> HeadProfile:
+    """A head profile for a model with random weights: few heads with high scores, as real ones have, but any heads."""
+    shape = HeadShape.from_config(model.config)
+    generator = torch.Generator().manual_seed(seed)
+    draw = {which: torch.rand(shape.num_layers, shape.num_heads, generator=generator) for which in KINDS}
+    return HeadProfile("random", shape, {which: scores**4 for which, scores in draw.items()})
+
+
+def describe_environment(model: Any) -> dict[str, Any]:
+    """Device, threads, dtype, versions and date, as plain values for a report."""
+    device = _device_of(model)
+    packages = ("headprof", "torch", "transformers", "triton", "flash-attn")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+    } | {name: found for name in packages if (found := _version(name)) is not None}
+
+
+@dataclass(frozen=True)
+class _Run:
+    prefill_seconds: float
+    overhead_seconds: float
+    gaps: list[float]
+    cache_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass
+class _Case:
+    """One way to decode prompts of one length, and how its runs went."""
+
+    method: str
+    budget: str
+    backend: str
+    length: int
+    plan: CompressionPlan | None = None
+    runs: list[_Run] = field(default_factory=list)
+    failed: str = ""
+
+    @property
+    def label(self) -> str:
+        way = f"{self.method}, budget {self.budget}, {self.backend}" if self.plan else "full cache"
+        return f"{way}, {self.length} tokens"
+
+    def add(self, run: _Run | None) -> None:
+        if run is None:
+            self.failed = "out of memory"
+        else:
+            self.runs.append(run)
+
+    def new_cache(self, model: Any) -> Cache:
+        return DynamicCache(config=model.config) if self.plan is None else HeadCache(self.plan)
+
+    def attending(self, model: Any, prefill_chunk: int | None) -> AbstractContextManager[None]:
+        if self.plan is None:
+            return nullcontext()
+        return attending_ragged(model, backend=self.backend, prefill_chunk=prefill_chunk)
+
+
+def _cases(model: Any, max_positions: int, profile: HeadProfile | None, request: BenchRequest) -> list[_Case]:
+    """All cases, with budgets that are known to suffice; raises what `run_bench` raises."""
+    request.check()
+    if max(request.lengths) + request.new_tokens > max_positions:
+        raise UsageError(
+            f"Prompts of {max(request.lengths)} tokens and {request.new_tokens} new ones exceed the {max_positions} "
+            "that the model can read: lower --lengths or --new-tokens."
+        )
+    plans = [
+        (name, budget, make_plan(model, profile, method=name, budget=budget, **request.options_of(name)))
+        for name in request.methods
+        if METHODS[name].importance is not None
+        for budget in request.budgets
+    ]
+    cases = []
+    for length in request.lengths:
+        cases.append(_Case("full", "", model.config._attn_implementation, length))
+        for name, budget, plan in plans:
+            plan.allocation(length)
+            cases += [_Case(name, budget, backend, length, plan) for backend in request.backends]
+    return cases
+
+
+def _run(model: Any, case: _Case, ids: torch.Tensor, new_tokens: int, prefill_chunk: int | None) -> _Run:
+    """Read prompts `[B, T]` and decode, once."""
+    device = ids.device
+    cache = case.new_cache(model)
+    clock = _TokenClock(cache, device)
+    memory = _PeakMemory(device)
+    with case.attending(model, prefill_chunk), _timing_compression(device) as compressing:
+        start = _now(device)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+    return _Run(clock.prefilled - start, sum(compressing), clock.gaps, clock.cache_bytes, memory.used())
+
+
+def _measured(case: _Case, batch: int, weight_bytes: int, bandwidth: float) -> Measurement:
+    measurement = Measurement(case.method, case.budget, case.backend, case.length, batch, failed=case.failed)
+    if case.failed:
+        return measurement
+    runs = case.runs
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    cache_bytes = runs[-1].cache_bytes
+    step_bytes = weight_bytes + cache_bytes
+    return replace(
+        measurement,
+        prefill_seconds=median(run.prefill_seconds for run in runs),
+        overhead_seconds=median(run.overhead_seconds for run in runs),
+        decode_rate=batch / median(gap for run in runs for gap in run.gaps),
+        cache_bytes=cache_bytes,
+        peak_bytes=max(peaks, default=None),
+        step_bytes=step_bytes,
+        floor_rate=batch * bandwidth / step_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    rate: float
+    cache_bytes: int
+
+
+@torch.no_grad()
+def _decode_copies(
+    model: Any, case: _Case, ids: torch.Tensor, batch: int, new_tokens: int, prefill_chunk: int | None
+) -> _Decoded:
+    """Read one prompt `[1, T]`, and decode greedily from `batch` copies of its cache."""
+    with case.attending(model, prefill_chunk):
+        cache: Any = case.new_cache(model)
+        token = prefill(model, ids, cache).argmax(dim=-1, keepdim=True).repeat(batch, 1)
+        cache.batch_repeat_interleave(batch)
+        cache_bytes = cache_nbytes(cache)
+        times = [_now(ids.device)]
+        for _ in range(new_tokens - 1):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
+            times.append(_now(ids.device))
+    gaps = [after - before for before, after in pairwise(times)]
+    return _Decoded(batch / median(gaps), cache_bytes)
+
+
+class _TokenClock(BaseStreamer):
+    """Takes tokens from `generate`, of any batch; notes when they came, and what the cache holds after the prompt."""
+
+    def __init__(self, cache: Cache, device: torch.device):
+        self.cache, self.device = cache, device
+        self.prefilled = 0.0
+        self.cache_bytes = 0
+        self.gaps: list[float] = []
+        self._last: float | None = None
+        self._prompt_came = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_came:
+            self._prompt_came = True
+            return
+        now = _now(self.device)
+        if self._last is None:
+            self.prefilled, self.cache_bytes = now, cache_nbytes(self.cache)
+            now = _now(self.device)
+        else:
+            self.gaps.append(now - self._last)
+        self._last = now
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def _timing_compression(device: torch.device) -> Iterator[list[float]]:
+    """Collect the seconds that each cache layer takes to choose and keep a prompt's tokens."""
+    seconds: list[float] = []
+    attended = PromptLayer.attended
+
+    def timed(layer: PromptLayer, *args, **kwargs) -> None:
+        start = _now(device)
+        attended(layer, *args, **kwargs)
+        seconds.append(_now(device) - start)
+
+    PromptLayer.attended = timed  # type: ignore[method-assign, assignment]
+    try:
+        yield seconds
+    finally:
+        PromptLayer.attended = attended  # type: ignore[method-assign]
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+class _PeakMemory:
+    """Most bytes in use at a time since it was made, beyond those in use then."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before: int | None = torch.cuda.memory_allocated(device)
+        else:
+            self._before = _restarted_resident_peak() if device.type == "cpu" else None
+
+    def used(self) -> int | None:
+        """None where the system does not say."""
+        if self._before is None:
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _process_bytes("VmHWM")
+        return None if peak is None else max(0, peak - self._before)
+
+
+def _restarted_resident_peak() -> int | None:
+    """Resident bytes, from which the system's record of their peak starts anew; none where it keeps none."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what is allocated next
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    peak, resident = _process_bytes("VmHWM"), _process_bytes("VmRSS")
+    if peak is None or resident is None or peak > resident + _PAGES_NOT_YET_COUNTED:
+        return None
+    return resident
+
+
+_PAGES_NOT_YET_COUNTED = 16 << 20
+"""By how much Linux's two counts may differ right after they were made equal, since threads report late."""
+
+
+def _process_bytes(name: str) -> int | None:
+    """A figure of this process that Linux gives in kB."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+def _attempt(work: Callable[[], Result]) -> Result | None:
+    """What `work` returns; none when memory runs out, which is then free again."""
+    try:
+        return work()
+    except MemoryError:
+        pass
+    except RuntimeError as error:
+        known = any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+        if not known and not isinstance(error, torch.OutOfMemoryError):
+            raise
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def _random_ids(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids `[batch, length]` on the model's device."""
+    vocab_size = HeadShape.from_config(model.config).vocab_size
+    ids = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return ids.to(_device_of(model))
+
+
+def _device_of(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _ratio(value: float | None, beside: float | None) -> float | None:
+    return None if value is None or not beside else value / beside
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

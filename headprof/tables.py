@@ -1,0 +1,102 @@
+"""Rows of the tables that the command line shows: `(columns, rows)` or `(columns, rows, title)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headprof.console import human_bytes
+
+if TYPE_CHECKING:
+    from headprof.compression.cache import HeadCache
+    from headprof.evaluation.report import Cell
+    from headprof.generation import Generation
+    from headprof.profile import HeadProfile
+
+Rows = list[list[str]]
+
+
+def top_heads(profile: HeadProfile, which: str, count: int = 5) -> tuple[list[str], Rows, str]:
+    """The best heads of a profile."""
+    errors = profile.standard_errors.get(which)
+    rows = [
+        [
+            f"{place}.",
+            str(layer),
+            str(head),
+            f"{value:.3f}",
+            "-" if errors is None else f"{errors[layer, head]:.3f}",
+        ]
+        for place, (layer, head, value) in enumerate(profile.top_heads(which, count), 1)
+    ]
+    title = f"Top {which} heads, from {profile.probes_used.get(which, 0)} counted probes"
+    return ["", "layer", "head", "score", "standard error"], rows, title
+
+
+def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[str], Rows]:
+    """What each way of answering took, beside the full cache."""
+    rows = [
+        [
+            name,
+            str(run.prompt_tokens),
+            str(run.new_tokens),
+            human_bytes(run.cache_bytes),
+            f"{run.cache_bytes / full_bytes:.1%}",
+            f"{run.prefill_rate:.0f}",
+            f"{run.decode_rate:.1f}" if run.decode_rate else "-",
+        ]
+        for name, run in generations.items()
+    ]
+    if len(generations) == 1:
+        rows.append(["full (not run)", "", "", human_bytes(full_bytes), "100.0%", "", ""])
+    return (
+        ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
+        rows,
+    )
+
+
+def cells(table: Iterable[Cell]) -> tuple[list[str], Rows]:
+    """Methods at budgets, with intervals."""
+    rows = [
+        [
+            cell.method,
+            cell.budget or "-",
+            f"{cell.correct}/{cell.asked}",
+            f"{cell.share:.0%}",
+            f"{cell.low:.0%} to {cell.high:.0%}",
+            human_bytes(cell.cache_bytes),
+        ]
+        for cell in table
+    ]
+    return ["method", "budget", "right", "share", "95 % interval", "cache bytes"], rows
+
+
+def compression(cache: HeadCache, file: Path, full_bytes: int) -> dict[str, Any]:
+    """What a compressed document came to, as numbers."""
+    return {
+        "file": str(file),
+        "method": cache.plan.name,
+        "document_tokens": cache.get_seq_length(),
+        "tokens_per_head": float(cache.lengths.float().mean()),
+        "cache_bytes": cache.nbytes,
+        "file_bytes": file.stat().st_size,
+        "full_cache_bytes": full_bytes,
+    }
+
+
+def summary(numbers: Mapping[str, Any]) -> tuple[list[str], Rows]:
+    """The same as a table."""
+    share = numbers["file_bytes"] / numbers["full_cache_bytes"]
+    return (
+        ["method", "document tokens", "tokens per head", "file", "of the full cache"],
+        [
+            [
+                numbers["method"],
+                str(numbers["document_tokens"]),
+                f"{numbers['tokens_per_head']:.1f}",
+                human_bytes(numbers["file_bytes"]),
+                f"{share:.1%}",
+            ]
+        ],
+    )

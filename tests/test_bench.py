@@ -1,0 +1,392 @@
+"""The benchmark: the same work on both sides, exact bytes, and failures that stay where they are."""
+
+import dataclasses
+import gc
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_compression import random_profile
+from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from headprof import bench
+from headprof.bench import BenchRequest, BenchResult, Measurement
+from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.session import compressed
+from headprof.errors import ProfileError, UsageError
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
+ROW_BYTES = 2 * HEAD_DIM * 4
+REQUEST = BenchRequest(methods=("snapkv", "headkv"), budgets=("12",), lengths=(24, 40), new_tokens=4, repeats=2)
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch):
+    """A bandwidth without copying 256 MB in every test."""
+    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e9)
+
+
+@pytest.fixture(autouse=True)
+def small_heap():
+    """Each run collects garbage; what was there before the test need not be looked at again and again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama", layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=64)
+
+
+def run(model, request=REQUEST, **others):
+    return bench.run_bench(model, 64, random_profile(model), request, **others)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_case_is_measured_and_its_bytes_are_exact(model, batch):
+    request = dataclasses.replace(REQUEST, methods=("full", "snapkv", "headkv"), batch=batch, backends=("torch",))
+    result = run(model, request)
+    assert [(each.method, each.budget, each.backend, each.length) for each in result.measurements] == [
+        (*case, length)
+        for length in (24, 40)
+        for case in [("full", "", "sdpa"), ("snapkv", "12", "torch"), ("headkv", "12", "torch")]
+    ]
+    weights = bench.weight_bytes_per_step(model)
+    for each in result.measurements:
+        assert each.failed == "" and each.batch == batch
+        assert each.prefill_seconds > 0 and each.decode_rate > 0
+        assert each.peak_bytes is None or each.peak_bytes >= 0
+        heads = batch * LAYERS * KV_HEADS
+        if each.method == "full":
+            assert each.cache_bytes == heads * each.length * ROW_BYTES
+            assert each.overhead_seconds == each.overhead_share == 0
+        else:
+            assert each.cache_bytes == heads * (12 + SLACK) * (ROW_BYTES + 4)  # and the row's position
+            assert 0 < each.overhead_share < 1
+        assert each.step_bytes == weights + each.cache_bytes
+        assert each.floor_rate == pytest.approx(batch * 1e9 / each.step_bytes)
+    assert result.bandwidth == 1e9
+    assert json.loads(json.dumps(dataclasses.asdict(result)))["environment"]["dtype"] == "float32"
+
+
+def test_all_cases_do_the_same_work_in_turn(model):
+    """Caches, prompts and numbers of forward passes, as the model sees them."""
+    seen = []
+
+    def note(_module, _args, kwargs):
+        attention = model.config._attn_implementation
+        seen.append((type(kwargs["past_key_values"]), kwargs["input_ids"].tolist(), attention))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), batch=2, lengths=(24,))
+    progress = []
+    run(model, request, on_progress=lambda text, done, total: progress.append((text, done, total)))
+    warm_up, repeats = seen[: 2 * 2], seen[2 * 2 :]
+    assert [kind for kind, *_ in warm_up] == [DynamicCache] * 2 + [HeadCache] * 2
+    assert [kind for kind, *_ in repeats] == ([DynamicCache] * 4 + [HeadCache] * 4) * 2
+    prompts = [ids for _, ids, _ in seen if len(ids[0]) > 1]
+    assert len(prompts) == 6 and all(prompt == prompts[0] for prompt in prompts)
+    assert (len(prompts[0]), len(prompts[0][0])) == (2, 24)
+    assert {attention for kind, _, attention in seen if kind is DynamicCache} == {"sdpa"}
+    assert [(done, total) for _, done, total in progress] == [(done, 6) for done in range(6)]
+    assert progress[-1][0] == "snapkv, budget 12, auto, 24 tokens"
+    assert PromptLayer.attended.__qualname__ == "PromptLayer.attended"
+
+
+def test_decoding_goes_on_past_an_end_token(model):
+    model.generation_config.eos_token_id = list(range(512))
+    result = run(model, dataclasses.replace(REQUEST, lengths=(24,)))
+    assert all(each.decode_rate > 0 for each in result.measurements)
+
+
+def more_than_there_is():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def cuda_is_full():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fail", [more_than_there_is, cuda_is_full])
+def test_a_case_without_memory_fails_alone(model, monkeypatch, fail):
+    before = HeadCacheLayer.filled
+
+    def filled(layer, states, values):
+        if layer.plan.name == "snapkv" and states.key.shape[2] == 40:
+            fail()
+        before(layer, states, values)
+
+    monkeypatch.setattr(HeadCacheLayer, "filled", filled)
+    measurements = run(model).measurements
+    failed = [each for each in measurements if each.failed]
+    assert failed == [Measurement("snapkv", "12", "auto", 40, 1, failed="out of memory")]
+    assert all(each.decode_rate is not None for each in measurements if not each.failed)
+    assert PromptLayer.attended.__qualname__ == "PromptLayer.attended"
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(HeadCacheLayer, "filled", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("snapvk",)}, "no method 'snapvk'"),
+        ({"budgets": ("many",)}, "budget of 'many' cannot be read"),
+        ({"budgets": ()}, "without budgets.*--budgets"),
+        ({"lengths": ()}, "without lengths.*--lengths"),
+        ({"backends": ("fast",)}, "no attention backend 'fast'"),
+        ({"new_tokens": 1}, "--new-tokens 1 is too small: give at least 2"),
+        ({"repeats": 0}, "--repeats 0 is too small: give at least 1"),
+        ({"batch": 0}, "--batch 0 is too small"),
+        ({"lengths": (24, 0)}, "--lengths 0 is too small"),
+        ({"prefill_chunk": 0}, "--prefill-chunk 0 is too small"),
+        ({"lengths": (24, 61)}, "61 tokens and 4 new ones exceed the 64 that the model can read"),
+        ({"budgets": ("2",)}, "budget of 2 tokens is below"),
+    ],
+)
+def test_requests_that_cannot_be_met(model, change, message):
+    seen = []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(UsageError, match=message):
+        run(model, dataclasses.replace(REQUEST, **change))
+    assert not seen
+
+
+def test_a_request_knows_whether_it_needs_a_profile(model):
+    assert REQUEST.needs_profile and not dataclasses.replace(REQUEST, methods=("snapkv", "full")).needs_profile
+    with pytest.raises(ProfileError, match="needs a head profile"):
+        bench.run_bench(model, 64, None, REQUEST)
+
+
+def test_options_reach_the_methods_that_have_them(model):
+    request = dataclasses.replace(REQUEST, methods=("snapkv", "knorm"), options={"window": 5, "keep_last": 0})
+    assert request.options_of("snapkv") == {"window": 5, "keep_last": 0}
+    assert request.options_of("knorm") == {"keep_last": 0}
+    cases = bench._cases(model, 64, None, request)
+    assert cases[1].plan.method.importance.window == 5 and cases[2].plan.method.keep_last == 0
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_the_prefill_may_be_chunked(model, chunk):
+    result = run(model, dataclasses.replace(REQUEST, prefill_chunk=chunk, lengths=(24,)))
+    assert [each.cache_bytes for each in result.measurements[1:]] == [
+        LAYERS * KV_HEADS * (12 + SLACK) * (ROW_BYTES + 4)
+    ] * 2
+
+
+def test_a_step_reads_an_untied_models_weights_without_its_input_embedding(model):
+    hidden, mlp, heads, vocab = 64, 128, 4, 512
+    attention = 2 * hidden * heads * HEAD_DIM + 2 * hidden * KV_HEADS * HEAD_DIM
+    layer = attention + 3 * hidden * mlp + 2 * hidden
+    expected = 4 * (LAYERS * layer + hidden + vocab * hidden)
+    assert bench.weight_bytes_per_step(model) == expected
+    assert bench.weight_bytes_per_step(model.to(torch.bfloat16)) == expected / 2
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert bench.weight_bytes_per_step(model) == expected / 2
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_a_step_reads_a_tied_models_weights_once(arch):
+    model = tiny_model(arch)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert bench.weight_bytes_per_step(model) == sum(weight.nbytes for weight in model.state_dict().values()) - (
+        model.lm_head.weight.nbytes  # listed twice
+    )
+
+
+def measurement(method, length=1000, batch=1, **numbers):
+    return Measurement(method, "" if method == "full" else "64", "x", length, batch, **numbers)
+
+
+def test_comparison_is_with_the_full_cache_of_the_same_length_and_batch():
+    full = measurement("full", prefill_seconds=2.0, decode_rate=10.0, cache_bytes=4000, peak_bytes=8000)
+    longer = measurement("full", 2000, failed="out of memory")
+    other = measurement("full", batch=4, prefill_seconds=5.0, decode_rate=5.0, cache_bytes=10, peak_bytes=0)
+    fast = measurement("snapkv", prefill_seconds=3.0, decode_rate=25.0, cache_bytes=100, peak_bytes=None)
+    alone = measurement("snapkv", 2000, prefill_seconds=3.0, decode_rate=25.0, cache_bytes=100, peak_bytes=9)
+    four = measurement("snapkv", batch=4, prefill_seconds=5.0, decode_rate=20.0, cache_bytes=1, peak_bytes=5)
+    stray = measurement("snapkv", 3000, prefill_seconds=5.0, decode_rate=20.0, cache_bytes=1, peak_bytes=5)
+    measurements = [full, longer, other, fast, alone, four, stray]
+    rows = bench.comparison(BenchResult(1e9, measurements, {}))
+    assert [row.measurement for row in rows] == measurements
+    assert [(row.decode_ratio, row.prefill_ratio, row.cache_ratio, row.peak_ratio) for row in rows] == [
+        (1.0, 1.0, 1.0, 1.0),
+        (None, None, None, None),
+        (1.0, 1.0, 1.0, None),
+        (2.5, 1.5, 0.025, None),
+        (None, None, None, None),
+        (4.0, 1.0, 0.1, None),
+        (None, None, None, None),
+    ]
+
+
+def test_overhead_share():
+    assert measurement("snapkv", prefill_seconds=2.0, overhead_seconds=0.5).overhead_share == 0.25
+    assert measurement("snapkv", failed="out of memory").overhead_share is None
+
+
+@given(limit=st.integers(0, 300), at_most=st.integers(1, 300), precision=st.sampled_from([0.0, 0.02, 0.3]))
+def test_the_largest_that_works_is_found(limit, at_most, precision):
+    tried = []
+
+    def work(number):
+        assert 1 <= number <= at_most and number not in tried
+        tried.append(number)
+        return f"result of {number}" if number <= limit else None
+
+    best, result = bench.largest_that_works(work, at_most, precision)
+    largest = min(limit, at_most)
+    assert best <= largest and largest - best < max(1, precision * best)
+    assert result == (f"result of {best}" if best else None)
+
+
+@pytest.mark.parametrize("method", ["full", "headkv"])
+def test_copies_of_a_prompt_decode_as_the_prompt_does(model, method):
+    profile, inputs = random_profile(model), []
+    request = dataclasses.replace(REQUEST, methods=("headkv",))
+    case = next(each for each in bench._cases(model, 64, profile, request) if each.method == method)
+    ids = bench._random_ids(model, 1, 24, seed=3)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if method == "full":
+        expected = model.generate(ids, **options)
+    else:
+        with compressed(model, profile, method=method, budget=12):
+            expected = model.generate(ids, **options)
+    model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]) if args[0].shape[0] == 3 else None)
+    decoded = bench._decode_copies(model, case, ids, 3, 6, None)
+    assert decoded.rate > 0
+    rows = 24 * ROW_BYTES if method == "full" else (12 + SLACK) * (ROW_BYTES + 4)
+    assert decoded.cache_bytes == 3 * LAYERS * KV_HEADS * rows
+    assert torch.equal(torch.cat(inputs, dim=1), expected[:, 24:-1].expand(3, -1))
+
+
+def test_the_largest_batch_needs_cuda(model):
+    with pytest.raises(UsageError, match="only be found on a CUDA device"):
+        bench.largest_batches(model, 64, random_profile(model), REQUEST)
+
+
+def test_the_largest_batch_is_where_memory_ends(model, monkeypatch):
+    decode = bench._decode_copies
+
+    def scarce(model, case, ids, batch, new_tokens, chunk):
+        if batch > (13 if case.method == "headkv" else 0):
+            cuda_is_full()
+        return decode(model, case, ids, batch, new_tokens, chunk)
+
+    monkeypatch.setattr(bench, "_decode_copies", scarce)
+    case = bench._cases(model, 64, random_profile(model), REQUEST)[2]
+    found = bench._largest_batch(model, case, REQUEST, at_most=100)
+    assert (found.method, found.budget, found.length, found.batch) == ("headkv", "12", 24, 13)
+    assert found.decode_rate > 0
+    assert found.cache_bytes == 13 * LAYERS * KV_HEADS * (12 + SLACK) * (ROW_BYTES + 4)
+    none = bench._largest_batch(model, dataclasses.replace(case, method="other"), REQUEST, at_most=100)
+    assert none.batch == 0 and none.decode_rate is none.cache_bytes is None
+
+
+def test_bandwidth_is_that_of_real_copies(monkeypatch):
+    monkeypatch.undo()
+    assert 1e8 < bench.measure_bandwidth("cpu", repeats=1) < 1e13
+
+
+def test_peak_memory_counts_what_was_freed_again():
+    memory = bench._PeakMemory(torch.device("cpu"))
+    if memory.used() is None:
+        pytest.skip("this system keeps no record of the peak")
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    del held
+    used = memory.used()
+    assert 60 << 20 < used < 200 << 20
+    assert bench._PeakMemory(torch.device("cpu")).used() < 60 << 20
+
+
+@pytest.mark.parametrize("figures", [{}, {"VmRSS": 1 << 30}, {"VmRSS": 1 << 30, "VmHWM": 2 << 30}])
+def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, figures):
+    monkeypatch.setattr(bench, "_process_bytes", figures.get)
+    assert bench._PeakMemory(torch.device("cpu")).used() is None
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 288, "intermediate_size": 96, "vocab_size": 128}
+
+
+@pytest.fixture(params=bench.SHAPES)
+def small_shape(request, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, request.param, bench.SHAPES[request.param] | SMALL | {"initializer_range": 0.2})
+    return request.param
+
+
+def test_a_random_model_decodes_as_one_made_the_usual_way(small_shape):
+    state = torch.random.get_rng_state()
+    made = bench.random_model(small_shape, torch.float32, "cpu")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bench.SHAPES[small_shape])).eval()
+    usual.load_state_dict(made.state_dict())
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = bench._random_ids(made, 2, 20, seed=0)
+    assert torch.equal(made.generate(ids, **options), usual.generate(ids, **options))
+    tied = bench.SHAPES[small_shape]["tie_word_embeddings"]
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
+    weights = dict(made.named_parameters())
+    assert all(weight.std() > 0 for name, weight in weights.items() if "norm" not in name)
+
+
+def test_a_random_model_in_16_bits_has_exact_rotary_frequencies(small_shape):
+    made = bench.random_model(small_shape, torch.bfloat16, "cpu")
+    assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
+    shape = bench.SHAPES[small_shape]
+    half = torch.arange(0, shape["head_dim"], 2, dtype=torch.float64) / shape["head_dim"]
+    expected = shape["rope_parameters"]["rope_theta"] ** -half
+    torch.testing.assert_close(made.model.rotary_emb.inv_freq.double(), expected, rtol=1e-5, atol=0.0)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3-8b", 8_030_261_248),
+        ("mistral-7b", 7_248_023_552),
+        ("qwen3-8b", 8_190_735_360),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_shapes_have_as_many_parameters_as_the_published_models(name, parameters):
+    model = bench.random_model(name, torch.bfloat16, "meta")
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+def test_a_random_model_runs_with_a_random_profile(small_shape):
+    model = bench.random_model(small_shape, torch.float32, "cpu")
+    request = dataclasses.replace(REQUEST, methods=("headkv-r2",), lengths=(24,))
+    result = bench.run_bench(model, 64, bench.random_profile(model), request)
+    assert not any(each.failed for each in result.measurements)
+
+
+def test_an_unknown_shape():
+    with pytest.raises(UsageError, match="no model shape 'gpt-5': choose one of llama-3-8b, mistral-7b"):
+        bench.random_model("gpt-5", torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda(monkeypatch):
+    monkeypatch.setitem(
+        bench.SHAPES, "smollm2-135m", bench.SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 512}
+    )
+    model = bench.random_model("smollm2-135m", torch.bfloat16, "cuda")
+    request = BenchRequest(("headkv-r2",), ("64",), lengths=(256, 1024), new_tokens=20, batch=2)
+    result = bench.run_bench(model, 8192, bench.random_profile(model), request)
+    for each in result.measurements:
+        assert each.failed == "" and each.peak_bytes >= each.cache_bytes > 0 and each.decode_rate > 0
+    assert result.environment["device"] == torch.cuda.get_device_name()
+    for each in bench.largest_batches(model, 8192, bench.random_profile(model), request, at_most=4):
+        assert each.batch == 4 and each.decode_rate > 0 and each.cache_bytes > 0

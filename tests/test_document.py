@@ -1,0 +1,263 @@
+"""Compressed documents on disk: the same answers in another process, and no file that is not what it says."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_cli import headprof
+from test_compression import random_ids, random_profile
+from tiny import save_tiny
+
+from headprof.cli import main
+from headprof.compression.cache import HeadCache, stack_caches
+from headprof.compression.document import load_document, save_document, tokenizer_fingerprint, weights_fingerprint
+from headprof.compression.session import attending_ragged, make_plan, prefill
+from headprof.errors import CacheError, HeadprofError
+from headprof.generation import compress_document, generate_text, question_ids
+from headprof.models import load_model
+
+TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
+QUESTIONS = ["Who counted?", "How many boats were there?"]
+
+
+def compressed_document(loaded, method="headkv-r2", budget=24):
+    plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=budget)
+    return compress_document(loaded, TEXT, plan)
+
+
+@pytest.mark.parametrize("method", ["headkv-r2", "snapkv", "full"])
+def test_a_loaded_document_answers_as_the_one_that_was_saved(tiny, tmp_path, method):
+    cache = compressed_document(tiny, method)
+    save_document(cache, tmp_path / "doc.kv.safetensors", tiny, {"document": "keeper.txt"})
+    loaded, notes = load_document(tmp_path / "doc.kv.safetensors", tiny)
+    assert (notes["method"], notes["document"], notes["model"]) == (method, "keeper.txt", "tiny-llama")
+    assert json.loads(notes["budget"]) == {"amount": 24.0, "unit": "tokens"}
+    assert notes["profile"] == (random_profile(tiny.model).digest() if method == "headkv-r2" else "")
+    assert loaded.get_seq_length() == cache.get_seq_length() and torch.equal(loaded.lengths, cache.lengths)
+    assert loaded.nbytes == cache.nbytes
+    for question in QUESTIONS:
+        ids = question_ids(tiny, cache, question, 16)
+        answers = [generate_text(tiny, ids, cache=stack_caches([each]), max_new_tokens=16) for each in (cache, loaded)]
+        assert answers[0].text == answers[1].text and answers[0].new_tokens == answers[1].new_tokens
+        assert answers[0].cached_tokens == cache.get_seq_length()
+
+
+def test_a_document_kept_whole_answers_as_the_full_cache(tiny):
+    from headprof.generation import prompt_ids
+
+    cache = compressed_document(tiny, "full")
+    made = generate_text(tiny, question_ids(tiny, cache, QUESTIONS[0], 32), cache=cache, max_new_tokens=32)
+    whole = generate_text(tiny, prompt_ids(tiny, TEXT, QUESTIONS[0], 32), max_new_tokens=32)
+    assert made.text == whole.text and made.prompt_tokens == whole.prompt_tokens
+
+
+def test_a_batch_with_a_bias_survives_the_file(tiny, tmp_path):
+    plan = make_plan(tiny.model, random_profile(tiny.model), budget=9)
+    cache = HeadCache(plan)
+    with attending_ragged(tiny.model), torch.no_grad():
+        prefill(tiny.model, random_ids(2, 40), cache)
+        mask = torch.ones(2, 43, dtype=torch.int64)
+        mask[1, 40:42] = 0
+        tiny.model(random_ids(2, 3), attention_mask=mask, past_key_values=cache)
+        save_document(cache, tmp_path / "batch.safetensors", tiny)
+        loaded, _ = load_document(tmp_path / "batch.safetensors", tiny)
+        assert loaded.head_layers[0].bias is not None and torch.equal(loaded.lengths, cache.lengths)
+        following = random_ids(2, 4, seed=8)
+        expected = tiny.model(following, past_key_values=cache).logits
+        torch.testing.assert_close(tiny.model(following, past_key_values=loaded).logits, expected)
+
+
+def test_size_on_disk_is_that_of_the_cache(tmp_path):
+    """With the embedded model's layers and heads."""
+    folder = save_tiny(tmp_path / "wide", "llama", chat=True, layers=30, num_heads=6, num_kv_heads=3, head_dim=64, hidden=48)
+    loaded = load_model(str(folder), device="cpu")
+    cache = compressed_document(loaded, budget=32)
+    save_document(cache, tmp_path / "doc.safetensors", loaded)
+    rows = int(cache.lengths.sum())
+    assert rows == 32 * 90
+    held = rows * (2 * 64 * 4 + 4)
+    assert cache.nbytes == held + 90 * 16 * (2 * 64 * 4 + 4)  # and the free space, which is not written
+    assert held < (tmp_path / "doc.safetensors").stat().st_size < 1.02 * held
+
+
+def altered(path, change):
+    """Write the file again, with its tensors and metadata changed."""
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
+
+
+def edit_values(tensors, metadata):
+    tensors["layers.1.values"][0, 0] += 1
+
+
+def edit_budget(tensors, metadata):
+    metadata["budget"] = json.dumps({"amount": 8.0, "unit": "tokens"})
+
+
+def older(tensors, metadata):
+    metadata["format_version"] = "0"
+
+
+def no_cache(tensors, metadata):
+    metadata["format"] = "something"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (edit_values, r"doc\.safetensors has been altered since it was made: restore it, or make it again with"),
+        (edit_budget, r"has been altered since it was made"),
+        (older, r"has format version 0 where this headprof reads 1: update headprof, or make it again"),
+        (no_cache, r"is a safetensors file but not a compressed document: make it again"),
+    ],
+)
+def test_an_edited_file_is_refused(tiny, tmp_path, change, message):
+    path = tmp_path / "doc.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    altered(path, change)
+    with pytest.raises(CacheError, match=message):
+        load_document(path, tiny)
+
+
+@pytest.mark.parametrize("length", [0, 4, 300, -100, -1])
+def test_a_cut_file_is_refused(tiny, tmp_path, length):
+    path = tmp_path / "doc.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CacheError, match=r"The compressed document .* (is cut short or altered|is not a safetensors)"):
+        load_document(path, tiny)
+
+
+def test_another_models_file_is_refused(tiny, tmp_path):
+    path = tmp_path / "doc.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    with pytest.raises(CacheError, match=r"There is no compressed document file at .*absent: check the path"):
+        load_document(tmp_path / "absent", tiny)
+    other = load_model(str(save_tiny(tmp_path / "deep", "llama", chat=True, layers=5)), device="cpu")
+    with pytest.raises(CacheError, match=r"made with another model, tiny-llama \(layers 2 instead of 5\): load that"):
+        load_document(path, other)
+    other = load_model(str(save_tiny(tmp_path / "twin", "llama", chat=True, seed=3)), device="cpu")
+    with pytest.raises(CacheError, match=r"another model, tiny-llama \(same shape, other weights\)"):
+        load_document(path, other)
+    tiny.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(CacheError, match=r"another tokenizer or chat template than this one of tiny-llama"):
+        load_document(path, tiny)
+    tiny.model.to(torch.bfloat16)
+    with pytest.raises(CacheError, match=r"made in float32: load the model with --dtype float32"):
+        load_document(path, tiny)
+
+
+def test_fingerprints_see_what_matters(tiny):
+    weights, words = weights_fingerprint(tiny.model), tokenizer_fingerprint(tiny.tokenizer)
+    assert (weights, words) == (weights_fingerprint(tiny.model), tokenizer_fingerprint(tiny.tokenizer))
+    tiny.tokenizer.add_tokens(["<new>"])
+    assert tokenizer_fingerprint(tiny.tokenizer) != words
+    with torch.no_grad():
+        tiny.model.model.norm.weight[0] += 1
+    assert weights_fingerprint(tiny.model) != weights
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_fails_while_writing_leaves_nothing(tiny, tmp_path, monkeypatch, error):
+    path = tmp_path / "doc.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    before = path.read_bytes()
+
+    def half(tensors, file, metadata):
+        Path(file).write_bytes(before[: len(before) // 2])
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises((KeyboardInterrupt, HeadprofError)) as caught:
+        save_document(compressed_document(tiny), path, tiny)
+    if isinstance(error, OSError):
+        assert "no space left on the disk" in str(caught.value)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    save_tiny(place / "tiny", "llama", chat=True, layers=3)
+    (place / "keeper.txt").write_text(TEXT)
+    return place
+
+
+COMPRESS = ("compress", "--model", "tiny", "--method", "snapkv", "--budget", "24", "--file", "keeper.txt")
+
+
+def test_compress_here_and_ask_there(place):
+    asked = [part for question in QUESTIONS for part in ("--question", question)]
+    made = headprof(place, *COMPRESS, *asked, "--max-new-tokens", "12")
+    assert made.returncode == 0, made.stderr
+    answers = made.stdout.splitlines()
+    assert len(answers) == 2 and "keeper.kv.safetensors" in made.stderr
+    for _ in range(2):
+        for question, answer in zip(QUESTIONS, answers, strict=True):
+            ask = ("generate", "--model", "tiny", "--cache", "keeper.kv.safetensors", "--max-new-tokens", "12")
+            there = headprof(place, *ask, "--prompt", question)
+            assert there.returncode == 0, there.stderr
+            assert " ".join(there.stdout.split()) == answer
+    plain = headprof(place, *COMPRESS, "-o", "plain.kv.safetensors", "--prefill-chunk", "100")
+    assert plain.stdout == "plain.kv.safetensors\n"
+    report = headprof(place, *COMPRESS, *asked, "--json", "--max-new-tokens", "12")
+    numbers = json.loads(report.stdout)
+    assert list(numbers["answers"]) == QUESTIONS and numbers["tokens_per_head"] == 24.0
+    assert numbers["file_bytes"] == (place / "keeper.kv.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cache", "keeper.txt", "--prompt", "Who?"), "The compressed document keeper.txt is not a safetensors file"),
+        (("--cache", "absent", "--prompt", "Who?"), "There is no compressed document file at absent"),
+        (("--cache", "a", "--file", "b", "--prompt", "Who?"), "cannot be used together: leave --file or --cache away"),
+        (("--cache", "a", "--compare", "--prompt", "Who?"), "leave --compare away"),
+        (("--cache", "absent"), 'There is no question about absent: ask one with --prompt "..."'),
+        (("--backend", "magic", "--prompt", "Who?"), "There is no attention backend 'magic'"),
+    ],
+)
+def test_mistakes_with_caches(place, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", "tiny", *arguments])
+    errors = capsys.readouterr().err
+    assert ended.value.code in (1, 2) and message in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_full_disk_leaves_no_document(place):
+    script = f"ulimit -f 8; exec {sys.executable} -m headprof {' '.join(COMPRESS)} -o full.kv.safetensors"
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    before = set(place.iterdir())
+    result = subprocess.run(["bash", "-c", script], cwd=place, capture_output=True, text=True, env=plain, check=False)
+    assert result.returncode == 1 and result.stderr.startswith("Error: ")
+    assert len(result.stderr.strip().splitlines()) == 1 and set(place.iterdir()) == before
+
+
+def test_an_interrupt_while_writing_leaves_no_document(place):
+    """The process interrupts itself as soon as the temporary file is there."""
+    script = (
+        "import os, signal, headprof.cli as cli, safetensors.torch as st\n"
+        "def save_file(tensors, file, metadata):\n"
+        "    open(file, 'wb').write(b'half')\n"
+        f"    os.kill(os.getpid(), {int(signal.SIGINT)})\n"
+        "st.save_file = save_file\n"
+        f"cli.main({[*COMPRESS, '-o', 'cut.kv.safetensors']!r})\n"
+    )
+    before = set(place.iterdir())
+    result = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True, check=False)
+    assert result.returncode == 130 and result.stderr.strip() == "Error: Interrupted."
+    assert set(place.iterdir()) == before
