@@ -19,11 +19,9 @@ from statistics import median
 from typing import Any, TypeVar
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from headprof.checkpoint import quiet
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
 from headprof.compression.cache import CompressionPlan, HeadCache, PromptLayer
@@ -31,62 +29,12 @@ from headprof.compression.methods import METHODS, find_method
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.generation import cache_nbytes
-from headprof.profile import KINDS, HeadProfile
+from headprof.profile import HeadProfile
 from headprof.shape import HeadShape
 
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Told what is being run, how many runs are done, and of how many."""
-
-
-def _shape(
-    model_type: str,
-    *,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    hidden: int,
-    mlp: int,
-    vocab: int,
-    positions: int,
-    theta: float,
-    eps: float,
-    tied: bool = False,
-    **others: Any,
-) -> dict[str, Any]:
-    """Arguments of `AutoConfig.for_model`."""
-    return {
-        "model_type": model_type,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-        "max_position_embeddings": positions,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "rms_norm_eps": eps,
-        "tie_word_embeddings": tied,
-        **others,
-    }
-
-
-_8B: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096}
-_135M: dict[str, Any] = {"heads": 9, "kv_heads": 3, "head_dim": 64, "hidden": 576, "tied": True}
-
-SHAPES: dict[str, dict[str, Any]] = {
-    # With the context of Llama 3.1: Llama 3 itself was made for 8192 tokens.
-    "llama-3-8b": _shape("llama", layers=32, **_8B, mlp=14336, vocab=128256, positions=131072, theta=5e5, eps=1e-5),
-    # Version 0.3; earlier ones have a sliding window.
-    "mistral-7b": _shape(
-        "mistral", layers=32, **_8B, mlp=14336, vocab=32768, positions=32768, theta=1e6, eps=1e-5, sliding_window=None
-    ),
-    "qwen3-8b": _shape("qwen3", layers=36, **_8B, mlp=12288, vocab=151936, positions=40960, theta=1e6, eps=1e-6),
-    "smollm2-135m": _shape("llama", layers=30, **_135M, mlp=1536, vocab=49152, positions=8192, theta=1e5, eps=1e-5),
-}
-"""Published models by the numbers of their configurations, for speed without weights."""
 
 
 @dataclass(frozen=True)
@@ -394,40 +342,6 @@ def weight_bytes_per_step(model: Any) -> int:
     if output.weight is not embedding:
         read.pop(id(embedding), None)
     return sum(weight.numel() * weight.element_size() for weight in read.values())
-
-
-def random_model(shape_name: str, dtype: torch.dtype, device: torch.device | str, attn: str | None = None) -> Any:
-    """A model with the shape of a published one and random weights, made on the device in its dtype.
-
-    Its speed and memory are those of the published model; its text is noise.
-
-    Args:
-        shape_name: a name in `SHAPES`.
-        dtype: of the weights.
-        device: where they are made.
-        attn: attention implementation; none for Transformers' choice.
-
-    Raises:
-        UsageError: there is no shape of this name; the message lists those there are.
-    """
-    if shape_name not in SHAPES:
-        raise UsageError(f"There is no model shape {shape_name!r}: choose one of {', '.join(SHAPES)}.")
-    config = AutoConfig.for_model(**SHAPES[shape_name])
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet():
-        torch.manual_seed(0)
-        with device:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
-    model.config.architectures = [type(model).__name__]
-    return model.eval().requires_grad_(False)
-
-
-def random_profile(model: Any, seed: int = 0) -> HeadProfile:
-    """A head profile for a model with random weights: few heads with high scores, as real ones have, but any heads."""
-    shape = HeadShape.from_config(model.config)
-    generator = torch.Generator().manual_seed(seed)
-    draw = {which: torch.rand(shape.num_layers, shape.num_heads, generator=generator) for which in KINDS}
-    return HeadProfile("random", shape, {which: scores**4 for which, scores in draw.items()})
 
 
 def describe_environment(model: Any) -> dict[str, Any]:

@@ -439,6 +439,95 @@ def evaluate(
         terminal.result_table(*tables.cells(cells))
 
 
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="generate")
+@guarded
+def bench_generate(
+    model: Model = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a published shape, instead of --model: llama-3-8b, qwen3-8b, ..."),
+    ] = None,
+    profile: Profile = None,
+    methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is always run.")] = "headkv-r2",
+    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto",
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
+    ] = False,
+    prefill_chunk: PrefillChunk = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
+    json: JsonFlag = False,
+    window: Window = None,
+    keep_last: KeepLast = None,
+    kernel: Kernel = None,
+    pooling: Pooling = None,
+    pool_factor: PoolFactor = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time decoding with compressed caches beside Transformers' own full cache.
+
+    The floor is what reading weights and cache at the memory's measured bandwidth would allow.
+
+    [dim]headprof bench generate --budgets 64,128 --lengths 4k,8000
+    headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench import BenchRequest, largest_batches, run_bench
+
+    request = BenchRequest(
+        methods=tuple(methods.split(",")),
+        budgets=tuple(budgets.split(",")),
+        lengths=_lengths(lengths),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        batch=batch,
+        backends=tuple(backends.split(",")),
+        prefill_chunk=prefill_chunk,
+        seed=seed,
+        options=_method_options(window, keep_last, kernel, pooling, pool_factor),
+    )
+    request.check()
+    head_profile: Any
+    if shape is not None:
+        from headprof.random_models import load_random
+
+        loaded, head_profile = load_random(shape, device=device, dtype=dtype, attn=attn, seed=seed)
+    else:
+        loaded = _load(model, device, dtype, attn, trust_remote_code)
+        head_profile = _load_profile(loaded, profile) if request.needs_profile else None
+    with terminal.progress() as report:
+        result = run_bench(loaded.model, loaded.max_positions, head_profile, request, report)
+        found = (
+            largest_batches(loaded.model, loaded.max_positions, head_profile, request, report) if largest_batch else []
+        )
+    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in found]}
+    if output is not None:
+        from headprof.files import write_json
+
+        write_json(output, figures)
+    if json:
+        terminal.json(figures)
+        return
+    environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
+    terminal.result_table(*tables.benchmark(result))
+    if found:
+        terminal.result_table(*tables.largest_batches(found))
+
+
 def _version(shown: bool) -> None:
     if shown:
         terminal.result(f"headprof {__version__}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headprof.console import human_bytes
 
 if TYPE_CHECKING:
+    from headprof.bench import BenchResult, LargestBatch
     from headprof.compression.cache import HeadCache
     from headprof.evaluation.report import Cell
     from headprof.generation import Generation
@@ -100,3 +101,53 @@ def summary(numbers: Mapping[str, Any]) -> tuple[list[str], Rows]:
             ]
         ],
     )
+
+
+def _number(value: float | None, style: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{style}}{unit}"
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else human_bytes(value)
+
+
+def benchmark(result: BenchResult) -> tuple[list[str], Rows]:
+    """Every case beside the full cache of the same length."""
+    from headprof.bench import comparison
+
+    rows = []
+    for compared in comparison(result):
+        case = compared.measurement
+        rows.append(
+            [
+                f"{case.method} {case.budget}".strip(),
+                case.backend,
+                str(case.length),
+                _number(case.prefill_seconds, ".2f", " s") if not case.failed else case.failed,
+                _number(case.overhead_share, ".1%"),
+                _number(case.decode_rate, ".1f"),
+                _number(compared.decode_ratio, ".2f", "x"),
+                _number(case.floor_rate, ".1f"),
+                _bytes(case.cache_bytes),
+                _number(compared.cache_ratio, ".1%"),
+                _bytes(case.peak_bytes),
+            ]
+        )
+    columns = ["cache", "attention", "prompt", "prefill", "compressing", "tokens/s", "of full", "floor tokens/s"]
+    return [*columns, "cache bytes", "of full ", "peak"], rows
+
+
+def largest_batches(found: Iterable[LargestBatch]) -> tuple[list[str], Rows]:
+    """How many sequences fit, and how fast they decode together."""
+    rows = [
+        [
+            f"{each.method} {each.budget}".strip(),
+            each.backend,
+            str(each.length),
+            str(each.batch),
+            _number(each.decode_rate, ".0f"),
+            _bytes(each.cache_bytes),
+        ]
+        for each in found
+    ]
+    return ["cache", "attention", "prompt", "largest batch", "tokens/s", "cache bytes"], rows

@@ -13,7 +13,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from headprof import bench
+from headprof import bench, random_models
 from headprof.bench import BenchRequest, BenchResult, Measurement
 from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.session import compressed
@@ -319,31 +319,33 @@ def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, figu
 SMALL = {"num_hidden_layers": 2, "hidden_size": 288, "intermediate_size": 96, "vocab_size": 128}
 
 
-@pytest.fixture(params=bench.SHAPES)
+@pytest.fixture(params=random_models.SHAPES)
 def small_shape(request, monkeypatch):
-    monkeypatch.setitem(bench.SHAPES, request.param, bench.SHAPES[request.param] | SMALL | {"initializer_range": 0.2})
+    monkeypatch.setitem(
+        random_models.SHAPES, request.param, random_models.SHAPES[request.param] | SMALL | {"initializer_range": 0.2}
+    )
     return request.param
 
 
 def test_a_random_model_decodes_as_one_made_the_usual_way(small_shape):
     state = torch.random.get_rng_state()
-    made = bench.random_model(small_shape, torch.float32, "cpu")
+    made = random_models.random_model(small_shape, torch.float32, "cpu")
     assert torch.equal(torch.random.get_rng_state(), state)
-    usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**bench.SHAPES[small_shape])).eval()
+    usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**random_models.SHAPES[small_shape])).eval()
     usual.load_state_dict(made.state_dict())
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = bench._random_ids(made, 2, 20, seed=0)
     assert torch.equal(made.generate(ids, **options), usual.generate(ids, **options))
-    tied = bench.SHAPES[small_shape]["tie_word_embeddings"]
+    tied = random_models.SHAPES[small_shape]["tie_word_embeddings"]
     assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
     weights = dict(made.named_parameters())
     assert all(weight.std() > 0 for name, weight in weights.items() if "norm" not in name)
 
 
 def test_a_random_model_in_16_bits_has_exact_rotary_frequencies(small_shape):
-    made = bench.random_model(small_shape, torch.bfloat16, "cpu")
+    made = random_models.random_model(small_shape, torch.bfloat16, "cpu")
     assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
-    shape = bench.SHAPES[small_shape]
+    shape = random_models.SHAPES[small_shape]
     half = torch.arange(0, shape["head_dim"], 2, dtype=torch.float64) / shape["head_dim"]
     expected = shape["rope_parameters"]["rope_theta"] ** -half
     torch.testing.assert_close(made.model.rotary_emb.inv_freq.double(), expected, rtol=1e-5, atol=0.0)
@@ -360,33 +362,35 @@ def test_a_random_model_in_16_bits_has_exact_rotary_frequencies(small_shape):
     ],
 )
 def test_shapes_have_as_many_parameters_as_the_published_models(name, parameters):
-    model = bench.random_model(name, torch.bfloat16, "meta")
+    model = random_models.random_model(name, torch.bfloat16, "meta")
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
 def test_a_random_model_runs_with_a_random_profile(small_shape):
-    model = bench.random_model(small_shape, torch.float32, "cpu")
+    model = random_models.random_model(small_shape, torch.float32, "cpu")
     request = dataclasses.replace(REQUEST, methods=("headkv-r2",), lengths=(24,))
-    result = bench.run_bench(model, 64, bench.random_profile(model), request)
+    result = bench.run_bench(model, 64, random_models.random_profile(model), request)
     assert not any(each.failed for each in result.measurements)
 
 
 def test_an_unknown_shape():
     with pytest.raises(UsageError, match="no model shape 'gpt-5': choose one of llama-3-8b, mistral-7b"):
-        bench.random_model("gpt-5", torch.float32, "cpu")
+        random_models.random_model("gpt-5", torch.float32, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(monkeypatch):
     monkeypatch.setitem(
-        bench.SHAPES, "smollm2-135m", bench.SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 512}
+        random_models.SHAPES,
+        "smollm2-135m",
+        random_models.SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 512},
     )
-    model = bench.random_model("smollm2-135m", torch.bfloat16, "cuda")
+    model = random_models.random_model("smollm2-135m", torch.bfloat16, "cuda")
     request = BenchRequest(("headkv-r2",), ("64",), lengths=(256, 1024), new_tokens=20, batch=2)
-    result = bench.run_bench(model, 8192, bench.random_profile(model), request)
+    result = bench.run_bench(model, 8192, random_models.random_profile(model), request)
     for each in result.measurements:
         assert each.failed == "" and each.peak_bytes >= each.cache_bytes > 0 and each.decode_rate > 0
     assert result.environment["device"] == torch.cuda.get_device_name()
-    for each in bench.largest_batches(model, 8192, bench.random_profile(model), request, at_most=4):
+    for each in bench.largest_batches(model, 8192, random_models.random_profile(model), request, at_most=4):
         assert each.batch == 4 and each.decode_rate > 0 and each.cache_bytes > 0

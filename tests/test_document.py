@@ -77,7 +77,9 @@ def test_a_batch_with_a_bias_survives_the_file(tiny, tmp_path):
 
 def test_size_on_disk_is_that_of_the_cache(tmp_path):
     """With the embedded model's layers and heads."""
-    folder = save_tiny(tmp_path / "wide", "llama", chat=True, layers=30, num_heads=6, num_kv_heads=3, head_dim=64, hidden=48)
+    folder = save_tiny(
+        tmp_path / "wide", "llama", chat=True, layers=30, num_heads=6, num_kv_heads=3, head_dim=64, hidden=48
+    )
     loaded = load_model(str(folder), device="cpu")
     cache = compressed_document(loaded, budget=32)
     save_document(cache, tmp_path / "doc.safetensors", loaded)
