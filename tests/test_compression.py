@@ -31,7 +31,7 @@ def random_ids(batch, length, seed=0):
     return torch.randint(3, 500, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def slow_window_attention(states, window, kernel, pooling):
+def slow_window_attention(states, window, kernel, pooling, power, ramp):
     """Loops over everything, in float64."""
     batch, num_heads, num_tokens, _ = states.query.shape
     num_kv_heads = states.key.shape[1]
@@ -50,9 +50,12 @@ def slow_window_attention(states, window, kernel, pooling):
                 )
                 if states.softcap is not None:
                     logits = states.softcap * torch.tanh(logits / states.softcap)
-                result[b, head // group, seen] += logits.softmax(-1)
-    observers = torch.arange(num_tokens, 0, -1).clamp(max=window)
-    result /= observers * group
+                weight = i - max(0, num_tokens - window) + 1 if ramp else 1
+                result[b, head // group, seen] += weight * logits.softmax(-1) ** power
+    observers = range(max(0, num_tokens - window), num_tokens)
+    for j in range(num_tokens):
+        weights = [n if ramp else 1 for n, i in enumerate(observers, 1) if i >= j]
+        result[:, :, j] = (result[:, :, j] / (sum(weights) * group)) ** (1 / power)
     reach = kernel // 2
     around = [result[..., max(0, j - reach) : j + reach + 1] for j in range(num_tokens)]
     return torch.stack([part.amax(dim=-1) if pooling == "max" else part.mean(dim=-1) for part in around], dim=-1)
@@ -68,10 +71,12 @@ def slow_window_attention(states, window, kernel, pooling):
     st.sampled_from([None, 5]),
     st.sampled_from([None, 2.0]),
     st.integers(0, 5),
+    st.sampled_from([1, 2, 3.5]),
+    st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
 def test_window_attention_equals_its_slow_twin(
-    batch, heads, tokens, window, kernel, pooling, sliding, softcap, padding
+    batch, heads, tokens, window, kernel, pooling, sliding, softcap, padding, power, ramp
 ):
     generator = torch.Generator().manual_seed(tokens * 31 + window)
     valid = torch.ones(batch, tokens, dtype=torch.bool)
@@ -84,8 +89,8 @@ def test_window_attention_equals_its_slow_twin(
         softcap=softcap,
         sliding_window=sliding,
     )
-    fast = WindowAttention(window, kernel, pooling).score(states).double()
-    slow = slow_window_attention(states, window, kernel, pooling)
+    fast = WindowAttention(window, kernel, pooling, power, ramp).score(states).double()
+    slow = slow_window_attention(states, window, kernel, pooling, power, ramp)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
 
 
@@ -206,6 +211,8 @@ def test_plans_refuse_what_cannot_work():
         make_plan(model, method="snapkv", kernel=4)
     with pytest.raises(UsageError, match="no pooling 'median'"):
         make_plan(model, method="snapkv", pooling="median")
+    with pytest.raises(UsageError, match="power of 0 does not exist"):
+        make_plan(model, method="snapkv", power=0)
     with pytest.raises(UsageError, match="less than one token per head"):
         make_plan(model, method="snapkv", budget="10B").allocation(100)
 

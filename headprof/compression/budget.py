@@ -333,7 +333,7 @@ class ProfileBudget(BudgetPolicy):
     """
 
     profile_scores: str | None = "reasoning"
-    pool_factor: float = 1.5
+    pool_factor: float = 1.2
     temperature: float = 0.6
     minimum: int = 2
     aggregate: str = "max"

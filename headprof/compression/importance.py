@@ -93,11 +93,16 @@ class WindowAttention:
         window: number of observing queries.
         kernel: width of the pooling over tokens, odd; 1 for none.
         pooling: what a token takes from its neighbors: the paper's `"max"`, or the `"mean"`.
+        power: of the mean over queries and heads. The paper's 1 is the plain mean; with 2, the root of the mean
+            square, one query or head that looks hard at a token outweighs many that glance.
+        ramp: count the observing queries by their order, 1 for the oldest up to `window` for the last.
     """
 
     window: int = 16
     kernel: int = 7
     pooling: str = "max"
+    power: float = 1.0
+    ramp: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -108,6 +113,8 @@ class WindowAttention:
             )
         if self.pooling not in ("max", "mean"):
             raise UsageError(f"There is no pooling {self.pooling!r}: choose max or mean.")
+        if self.power <= 0:
+            raise UsageError(f"A mean to the power of {self.power} does not exist: give a power above 0.")
 
     @property
     def queries(self) -> int:
@@ -116,9 +123,13 @@ class WindowAttention:
     def score(self, states: PromptStates) -> torch.Tensor:
         num_tokens = states.key.shape[2]
         window = min(self.window, num_tokens)
-        attention = states.last_rows(window).sum(dim=3).mean(dim=2)  # [B, K, T]
-        age = torch.arange(num_tokens, 0, -1, device=attention.device)  # 1 for the last token
-        attention = attention / age.clamp(max=window)
+        rows = states.last_rows(window)  # [B, K, g, window, T]
+        device = rows.device
+        weights = torch.arange(1.0, window + 1, device=device) if self.ramp else torch.ones(window, device=device)
+        attention = (rows**self.power * weights[:, None]).sum(dim=3).mean(dim=2)
+        age = torch.arange(num_tokens, 0, -1, device=device)  # 1 for the last token
+        weight_of_newest = weights.flip(0).cumsum(0)  # of the last query, the last two ...
+        attention = (attention / weight_of_newest[age.clamp(max=window) - 1]) ** (1 / self.power)
         if self.pooling == "mean":
             return avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
         return max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)

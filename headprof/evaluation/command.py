@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from headprof.chat import ChatFormat
 from headprof.compression.budget import Budget
 from headprof.compression.methods import find_method
 from headprof.compression.session import make_plan
@@ -31,6 +32,8 @@ class EvalRequest:
         lengths: prompt lengths in tokens.
         families: probe families to ask; all when none are named.
         seed: of the probes.
+        question_known: whether the question is part of the prompt that is compressed; if not, the document alone is.
+        observe: if not, the text that is put in the question's place to judge the document, or an empty one.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
     """
 
@@ -41,6 +44,8 @@ class EvalRequest:
     lengths: tuple[int, ...]
     families: list[str] | None = None
     seed: int = 1000
+    question_known: bool = True
+    observe: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> bool:
@@ -101,4 +106,11 @@ def run_evaluation(
         done += 1
         on_done(done)
 
-    return answer_probes(loaded.model, builder, candidates, count)
+    return answer_probes(
+        loaded.model,
+        builder,
+        candidates,
+        count,
+        question_known=request.question_known,
+        observer_ids=ChatFormat(loaded.tokenizer).question_ids(request.observe) if request.observe else (),
+    )

@@ -51,10 +51,14 @@ def answer_probes(
     contexts: Iterable[ProbeContext],
     candidates: Sequence[Candidate],
     on_probe: Callable[[list[Answer]], None] = lambda _: None,
+    *,
+    question_known: bool = True,
+    observer_ids: Sequence[int] = (),
 ) -> list[Answer]:
-    """Ask every probe under every candidate; the question is part of the prompt that is compressed.
+    """Ask every probe under every candidate.
 
-    The prompt ends with the question and the start of the model's turn. The beginning of the reply that a probe gives
+    If the question is known, the prompt that is compressed ends with it and the start of the model's turn; else the
+    context alone is compressed, and the question read afterwards. Then the beginning of the reply that a probe gives
     and the right answer are fed over the compressed cache, so each answer token, the first one too, is predicted from
     what the cache still holds.
 
@@ -63,22 +67,26 @@ def answer_probes(
         contexts: with one or more probes each; every probe is a prompt of its own.
         candidates: methods at budgets.
         on_probe: called with each probe's answers, one per candidate.
+        question_known: whether the question is part of what is compressed.
+        observer_ids: if not, tokens after the context that judge it and are not kept.
     """
     answers: list[Answer] = []
     probes = ((context, probe) for context in contexts for probe in context.probes)
     with attending_ragged(model):
         for number, (context, probe) in enumerate(probes):
-            prompt = (*context.context_ids, *probe.asked_ids)
-            reply = (*probe.reply_ids, *probe.answer_ids)
+            prompt = (*context.context_ids, *(probe.asked_ids if question_known else observer_ids))
+            reply = (*(() if question_known else probe.asked_ids), *probe.reply_ids, *probe.answer_ids)
             caches = [HeadCache(candidate.plan) for candidate in candidates]
-            last_logits = prefill(model, torch.tensor([prompt], device=model.device), FanOutCache(caches))
+            together = FanOutCache(caches)
+            together.expect_observers(0 if question_known else len(observer_ids))
+            last_logits = prefill(model, torch.tensor([prompt], device=model.device), together)
             correct = _correct(model, stack_caches(caches), last_logits, reply, len(probe.answer_ids))
             batch = [
                 Answer(
                     probe=number,
                     kind=probe.kind,
                     family=probe.family,
-                    prompt_tokens=len(prompt),
+                    prompt_tokens=caches[0].get_seq_length(),
                     method=candidate.method,
                     budget=candidate.budget,
                     correct=right,
