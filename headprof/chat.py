@@ -9,6 +9,11 @@ from headprof.errors import ModelError
 GAP = "\n\n"
 """Between a document and a question about it."""
 
+OBSERVATION = (
+    "Who, what, where, when, which, how many, how much? Give the name, the place, the number, the code, the date."
+)
+"""What stands in for the question while a document is compressed, when the question is not known yet."""
+
 _MARK = "HEADPROF-CONTENT"
 # Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
 # question from its answer; templates that know neither ignore both.

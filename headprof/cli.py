@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from headprof import __version__, tables
+from headprof.chat import OBSERVATION
 from headprof.console import Terminal
 from headprof.errors import HeadprofError
 from headprof.options import (
@@ -26,6 +27,7 @@ from headprof.options import (
     MaxNewTokens,
     Method,
     Model,
+    Observe,
     PoolFactor,
     Pooling,
     PrefillChunk,
@@ -314,6 +316,7 @@ def compress(
     budget: BudgetText = "64",
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
+    observe: Observe = OBSERVATION,
     window: Window = None,
     keep_last: KeepLast = None,
     kernel: Kernel = None,
@@ -351,6 +354,7 @@ def compress(
             loaded,
             document,
             plan,
+            observe=observe,
             backend=backend,
             prefill_chunk=prefill_chunk,
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
@@ -388,8 +392,12 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 1k,2k.")] = "1k",
     families: Annotated[str | None, typer.Option(help="Only these probe families, with commas.")] = None,
     seed: Seed = 1000,
+    query_agnostic: Annotated[
+        bool, typer.Option("--query-agnostic", help="Compress the document alone, before the question is known.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for answers.csv.")] = None,
     json: JsonFlag = False,
+    observe: Observe = OBSERVATION,
     window: Window = None,
     keep_last: KeepLast = None,
     kernel: Kernel = None,
@@ -417,6 +425,8 @@ def evaluate(
         lengths=_lengths(lengths),
         families=families.split(",") if families else None,
         seed=seed,
+        question_known=not query_agnostic,
+        observe=observe,
         options=_method_options(window, keep_last, kernel, pooling, pool_factor),
     )
     needs_profile = request.check()

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.assets import asset_dir
-from headprof.chat import ChatFormat
+from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.cache import CompressionPlan, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
@@ -170,6 +170,7 @@ def compress_document(
     document: str,
     plan: CompressionPlan,
     *,
+    observe: str = OBSERVATION,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -179,16 +180,21 @@ def compress_document(
     Args:
         loaded: the model.
         document: the text.
-        plan: how to compress it; the question is not known, so the method sees the document alone.
+        plan: how to compress it.
+        observe: text in the place of the question, which is not known yet: methods that judge by the last queries judge
+            by its tokens. They are not kept. If empty, the end of the document judges.
         backend, prefill_chunk: as for `headprof.compressed`.
         on_layer: called with the number of layers that are compressed, and of all.
 
     Raises:
         UsageError: the document is longer than the model's context, or the budget cannot be met.
     """
-    ids = _fitting(loaded, ChatFormat(loaded.tokenizer).document_ids(document), 0, 0)
-    plan.allocation(ids.shape[1])
-    cache = HeadCache(plan)
+    chat = ChatFormat(loaded.tokenizer)
+    document_ids, observers = chat.document_ids(document), chat.question_ids(observe) if observe else []
+    ids = _fitting(loaded, document_ids + observers, 0, 0)
+    plan.allocation(len(document_ids))
+    cache = HeadCache(plan.for_observers(len(observers)))
+    cache.expect_observers(len(observers))
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
         _layer_by_layer(loaded, on_layer),

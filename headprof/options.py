@@ -65,3 +65,10 @@ PrefillChunk = Annotated[
     int | None,
     typer.Option(min=1, help="Read the prompt in chunks of this many tokens, to save memory.", rich_help_panel="Model"),
 ]
+Observe = Annotated[
+    str,
+    typer.Option(
+        help="Text that judges a document while the question is not known; empty: its own end.",
+        rich_help_panel="Method",
+    ),
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -42,6 +42,10 @@ class CompressionPlan:
     name: str = ""
     profile_digest: str = ""
     _allocations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def for_observers(self, count: int) -> CompressionPlan:
+        """This plan for a prompt whose last `count` tokens only judge (`PromptCache.expect_observers`)."""
+        return replace(self, method=self.method.for_observers(count)) if count else self
 
     def allocation(self, prompt_length: int) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.

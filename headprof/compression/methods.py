@@ -65,6 +65,11 @@ class Method:
         counts = self.budget.spread(counts, ranked, valid, self.always_kept)
         return top_tokens(importance, counts, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts))
 
+    def for_observers(self, count: int) -> Method:
+        """This method for a prompt whose last `count` tokens only judge: a window is just they, all counting alike."""
+        options = {"window": count, "ramp": False}
+        return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
+
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
         return self._holder(name) is not None

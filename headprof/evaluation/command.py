@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from headprof.chat import ChatFormat
+from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.budget import Budget
 from headprof.compression.methods import find_method
 from headprof.compression.session import make_plan
@@ -33,7 +33,7 @@ class EvalRequest:
         families: probe families to ask; all when none are named.
         seed: of the probes.
         question_known: whether the question is part of the prompt that is compressed; if not, the document alone is.
-        observe: if not, the text that is put in the question's place to judge the document, or an empty one.
+        observe: if not, the text in the question's place that judges the document; empty for the document's own end.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
     """
 
@@ -45,7 +45,7 @@ class EvalRequest:
     families: list[str] | None = None
     seed: int = 1000
     question_known: bool = True
-    observe: str = ""
+    observe: str = OBSERVATION
     options: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> bool:
@@ -66,6 +66,12 @@ class EvalRequest:
     def _options_of(self, name: str) -> dict[str, Any]:
         """The options that this method has a parameter for."""
         return {key: value for key, value in self.options.items() if find_method(name).has_option(key)}
+
+    def observer_ids(self, loaded: LoadedModel) -> list[int]:
+        """Tokens that judge the document in the question's place; none if the question is known."""
+        if self.question_known or not self.observe:
+            return []
+        return ChatFormat(loaded.tokenizer).question_ids(self.observe)
 
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
@@ -95,7 +101,11 @@ def run_evaluation(
         split="eval",
     )
     builder = ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
-    candidates = request.candidates(loaded, profile)
+    observers = request.observer_ids(loaded)
+    candidates = [
+        replace(candidate, plan=candidate.plan.for_observers(len(observers)))
+        for candidate in request.candidates(loaded, profile)
+    ]
     for candidate in candidates:  # a budget that cannot be met is an error before any work
         for length in request.lengths:
             candidate.plan.allocation(length)
@@ -112,5 +122,5 @@ def run_evaluation(
         candidates,
         count,
         question_known=request.question_known,
-        observer_ids=ChatFormat(loaded.tokenizer).question_ids(request.observe) if request.observe else (),
+        observer_ids=observers,
     )
