@@ -33,6 +33,7 @@ from headprof.options import (
     PrefillChunk,
     Profile,
     Seed,
+    Settings,
     Trust,
     Window,
 )
@@ -82,15 +83,18 @@ def _load_profile(loaded, explicit: Path | None):
     return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape, model_name=loaded.name)
 
 
-def _method_options(window, keep_last, kernel, pooling, pool_factor) -> dict[str, Any]:
+def _method_options(window, keep_last, kernel, pooling, pool_factor, settings) -> dict[str, Any]:
     """Parameters of a method's parts; `None` leaves one at its default."""
-    return {
+    from headprof.compression.methods import parse_settings
+
+    named = {
         "window": window,
         "keep_last": keep_last,
         "kernel": kernel,
         "pooling": pooling,
         "pool_factor": pool_factor,
     }
+    return named | parse_settings(settings or [])
 
 
 def _check_method(method: str, budget: str, options: dict[str, Any]) -> None:
@@ -229,6 +233,7 @@ def generate(
     kernel: Kernel = None,
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
+    settings: Settings = None,
     backend: Backend = "auto",
     prefill_chunk: PrefillChunk = None,
     device: Device = "auto",
@@ -251,7 +256,7 @@ def generate(
 
     check_backend(backend)
     check_sources(file, cache, compare)
-    options = _method_options(window, keep_last, kernel, pooling, pool_factor)
+    options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
     _check_method(method, budget, options)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
@@ -322,6 +327,7 @@ def compress(
     kernel: Kernel = None,
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
+    settings: Settings = None,
     backend: Backend = "auto",
     prefill_chunk: PrefillChunk = None,
     device: Device = "auto",
@@ -343,7 +349,7 @@ def compress(
     from headprof.generation import compress_document, generate_text, question_ids, read_document
 
     check_backend(backend)
-    options = _method_options(window, keep_last, kernel, pooling, pool_factor)
+    options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
     _check_method(method, budget, options)
     document = read_document(file)
     target = output or Path(f"{file.stem}.kv.safetensors")
@@ -403,6 +409,7 @@ def evaluate(
     kernel: Kernel = None,
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
+    settings: Settings = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
@@ -427,7 +434,7 @@ def evaluate(
         seed=seed,
         question_known=not query_agnostic,
         observe=observe,
-        options=_method_options(window, keep_last, kernel, pooling, pool_factor),
+        options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
     )
     needs_profile = request.check()
     loaded = _load(model, device, dtype, attn, trust_remote_code)
@@ -481,6 +488,7 @@ def bench_generate(
     kernel: Kernel = None,
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
+    settings: Settings = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
@@ -507,7 +515,7 @@ def bench_generate(
         backends=tuple(backends.split(",")),
         prefill_chunk=prefill_chunk,
         seed=seed,
-        options=_method_options(window, keep_last, kernel, pooling, pool_factor),
+        options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
     )
     request.check()
     head_profile: Any

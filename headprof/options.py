@@ -72,3 +72,11 @@ Observe = Annotated[
         rich_help_panel="Method",
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any parameter of the method, such as temperature=0.8 or ramp=true; may be repeated.",
+        rich_help_panel="Method",
+    ),
+]

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 import headprof
 from headprof.compression.cache import FanOutCache, HeadCache
 from headprof.compression.importance import PromptStates, WindowAttention
-from headprof.compression.methods import METHODS, find_method
+from headprof.compression.methods import METHODS, find_method, parse_settings
 from headprof.compression.reduction import top_tokens
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ProfileError, UsageError
@@ -215,6 +215,42 @@ def test_plans_refuse_what_cannot_work():
         make_plan(model, method="snapkv", power=0)
     with pytest.raises(UsageError, match="less than one token per head"):
         make_plan(model, method="snapkv", budget="10B").allocation(100)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("power", r"A setting of 'power' cannot be read: write --set name=value"),
+        ("=2", "cannot be read"),
+        ("magic=2", "no parameter 'magic'"),
+        ("importance=2", "no parameter 'importance'"),
+        ("window=many", r"'window' cannot be 'many': give a whole number"),
+        ("window=2.5", r"'window' cannot be 2\.5: give a whole number"),
+        ("ramp=1", r"'ramp' cannot be 1: give true or false"),
+        ("temperature=hot", r"'temperature' cannot be 'hot': give a number"),
+        ("temperature=-1", "cannot be below 0"),
+        ("pool_factor=0.5", "give 1 or more"),
+        ("aggregate=sum", "choose max or mean"),
+        ("sinks=-1", "A head cannot keep -1 tokens: give sinks at least 0"),
+        ("recent_share=2", "is no share"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        find_method("headkv-r2").with_options(**parse_settings([text]))
+
+
+def test_settings_are_read_by_kind():
+    settings = parse_settings(["power=3", "ramp=False", "temperature=1", "aggregate=mean"])
+    assert settings == {"power": 3, "ramp": False, "temperature": 1, "aggregate": "mean"}
+    method = find_method("headkv-r2").with_options(**settings)
+    assert (method.importance.power, method.importance.ramp, method.budget.aggregate) == (3, False, "mean")
+
+
+def test_observers_become_the_window():
+    method = find_method("headkv-r2").for_observers(29)
+    assert (method.importance.window, method.importance.ramp) == (29, False)
+    assert find_method("knorm").for_observers(29) == find_method("knorm")
 
 
 def test_options_reach_the_part_that_has_them():

@@ -338,6 +338,14 @@ class ProfileBudget(BudgetPolicy):
     minimum: int = 2
     aggregate: str = "max"
 
+    def __post_init__(self) -> None:
+        if self.pool_factor < 1:
+            raise UsageError(f"A pool factor of {self.pool_factor} would give heads less than nothing: give 1 or more.")
+        if self.temperature < 0 or self.minimum < 0:
+            raise UsageError("Temperature and minimum cannot be below 0: give 0 or more.")
+        if self.aggregate not in ("max", "mean"):
+            raise UsageError(f"Scores of a group cannot be joined by {self.aggregate!r}: choose max or mean.")
+
     def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
         return headkv_allocation(
             scores,

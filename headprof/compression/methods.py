@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -34,6 +36,9 @@ class Method:
     recent_share: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("sinks", "keep_last"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"A head cannot keep {getattr(self, name)} tokens: give {name} at least 0.")
         if not 0 <= self.recent_share <= 1:
             raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
 
@@ -78,7 +83,7 @@ class Method:
         """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
 
         Raises:
-            UsageError: no part of this method has such a parameter.
+            UsageError: no part of this method has such a parameter, or the value is not of its kind.
         """
         method = self
         for name, value in options.items():
@@ -87,17 +92,17 @@ class Method:
             holder = method._holder(name)
             if holder is None:
                 raise UsageError(f"This method has no parameter {name!r}: leave --{name.replace('_', '-')} away.")
-            if holder == "method":
-                method = replace(method, **{name: value})
-            else:
-                method = replace(method, **{holder: replace(getattr(method, holder), **{name: value})})
+            part: Any = method if holder == "method" else getattr(method, holder)
+            part = replace(part, **{name: _of_kind(name, value, getattr(part, name))})
+            method = part if holder == "method" else replace(method, **{holder: part})
         return method
 
     def _holder(self, name: str) -> str | None:
         """The part that has a parameter: `"method"`, or the name of one of the three axes."""
         parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
         for holder, part in parts.items():
-            if is_dataclass(part) and name in {each.name for each in fields(part)}:
+            known = {each.name for each in fields(part)} if is_dataclass(part) else set()
+            if name in known and isinstance(getattr(part, name), (bool, int, float, str)):
                 return holder
         return None
 
@@ -129,3 +134,34 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Parameters as the command line takes them: `["power=2", "ramp=true"]` is `{"power": 2, "ramp": True}`.
+
+    Raises:
+        UsageError: a text is not `name=value`.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise UsageError(f"A setting of {text!r} cannot be read: write --set name=value, such as --set power=2.")
+        settings[name] = _SETTING.get(value.lower(), value)
+        for number in (int, float):
+            with suppress(ValueError):
+                settings[name] = number(value)
+                break
+    return settings
+
+
+_SETTING = {"true": True, "false": False}
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def _of_kind(name: str, value: Any, present: Any) -> Any:
+    """The value, if it is of the kind of the present one."""
+    kind = type(present)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise UsageError(f"The parameter {name!r} cannot be {value!r}: give {_KINDS[kind]}.")
+    return value
