@@ -22,9 +22,12 @@ _HOMES = {
     "HeadProfile": "headprof.profile",
     "HeadprofError": "headprof.errors",
     "METHODS": "headprof.compression.methods",
+    "compress_document": "headprof.generation",
     "compressed": "headprof.compression.session",
+    "load_document": "headprof.compression.document",
     "load_model": "headprof.models",
     "make_plan": "headprof.compression.session",
+    "save_document": "headprof.compression.document",
 }
 __all__ = [
     "METHODS",
@@ -32,16 +35,21 @@ __all__ = [
     "HeadProfile",
     "HeadprofError",
     "__version__",
+    "compress_document",
     "compressed",
+    "load_document",
     "load_model",
     "make_plan",
+    "save_document",
 ]
 
 if TYPE_CHECKING:
     from headprof.compression.cache import HeadCache
+    from headprof.compression.document import load_document, save_document
     from headprof.compression.methods import METHODS
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError
+    from headprof.generation import compress_document
     from headprof.models import load_model
     from headprof.profile import HeadProfile
 

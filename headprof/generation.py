@@ -156,7 +156,13 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
 
 def _fitting(loaded: LoadedModel, ids: list[int], seen: int, max_new_tokens: int) -> torch.Tensor:
     prompt = seen + len(ids)
-    if (needed := prompt + max_new_tokens) > loaded.max_positions:
+    needed = prompt + max_new_tokens
+    if needed > loaded.max_positions and not max_new_tokens:
+        raise UsageError(
+            f"The document of {prompt} tokens exceeds the {loaded.max_positions} that {loaded.name} can read: shorten "
+            f"it by {needed - loaded.max_positions} tokens."
+        )
+    if needed > loaded.max_positions:
         raise UsageError(
             f"The prompt of {prompt} tokens and {max_new_tokens} new ones exceed the {loaded.max_positions} that "
             f"{loaded.name} can read: shorten the document by {needed - loaded.max_positions} tokens or lower "

@@ -16,11 +16,12 @@ from test_cli import headprof
 from test_compression import random_ids, random_profile
 from tiny import save_tiny
 
+from headprof.chat import ChatFormat
 from headprof.cli import main
 from headprof.compression.cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document, tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.session import attending_ragged, make_plan, prefill
-from headprof.errors import CacheError, HeadprofError
+from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.generation import compress_document, generate_text, question_ids
 from headprof.models import load_model
 
@@ -88,6 +89,26 @@ def test_size_on_disk_is_that_of_the_cache(tmp_path):
     held = rows * (2 * 64 * 4 + 4)
     assert cache.nbytes == held + 90 * 16 * (2 * 64 * 4 + 4)  # and the free space, which is not written
     assert held < (tmp_path / "doc.safetensors").stat().st_size < 1.02 * held
+
+
+def test_a_document_too_long_for_the_model_is_refused(tiny):
+    plan = make_plan(tiny.model, method="snapkv", budget=24)
+    with pytest.raises(
+        UsageError, match=r"The document of \d+ tokens exceeds the 4096 that tiny-llama can read: shorten"
+    ):
+        compress_document(tiny, TEXT * 20, plan)
+
+
+@pytest.mark.parametrize("observe", ["", "Who?"])
+def test_the_document_alone_is_kept(tiny, observe):
+    plan = make_plan(tiny.model, method="snapkv", budget=24)
+    layers = []
+    cache = compress_document(
+        tiny, TEXT, plan, observe=observe, on_layer=lambda done, total: layers.append((done, total))
+    )
+    document = ChatFormat(tiny.tokenizer).document_ids(TEXT)
+    assert cache.get_seq_length() == len(document) and (cache.lengths == 24).all()
+    assert layers == [(1, 2), (2, 2)]
 
 
 def altered(path, change):

@@ -80,7 +80,8 @@ def load_tiny():
     return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
 
 
-def test_answers_are_judged_as_the_model_itself_would_answer():
+@pytest.mark.parametrize(("known", "observers"), [(True, ()), (False, ()), (False, (5, 6, 7))])
+def test_answers_are_judged_as_the_model_itself_would_answer(known, observers):
     """With the model's own greedy answer as the right one, the full cache is always right."""
     from dataclasses import replace
 
@@ -98,7 +99,7 @@ def test_answers_are_judged_as_the_model_itself_would_answer():
             for right in (said, (*said[:-1], said[-1] + 1)):
                 contexts.append(replace(context, probes=(replace(probe, reply_ids=reply, answer_ids=right),)))
     full = Candidate("full", "", make_plan(loaded.model, method="full", budget=1))
-    answers = answer_probes(loaded.model, contexts, [full])
+    answers = answer_probes(loaded.model, contexts, [full], question_known=known, observer_ids=observers)
     assert [each.correct for each in answers] == [True, False] * 6
 
 
@@ -116,6 +117,19 @@ def test_a_request_runs_every_method_at_every_budget():
         assert by[probe, "snapkv", "100%"].correct == by[probe, "headkv", "100%"].correct == full.correct
         assert by[probe, "snapkv", "8"].cache_bytes < full.cache_bytes / 10
         assert by[probe, "snapkv", "8"].cache_bytes == by[probe, "headkv", "8"].cache_bytes
+
+
+@pytest.mark.parametrize("observe", ["", "Who and when?"])
+def test_a_document_alone_is_compressed_when_the_question_is_not_known(observe):
+    loaded = load_tiny()
+    methods = ["full", "snapkv", "knorm"]
+    request = EvalRequest(["niah"], methods, ["8"], 2, (512,), question_known=False, observe=observe)
+    assert bool(request.observer_ids(loaded)) == bool(observe)
+    answers = run_evaluation(loaded, None, request)
+    known = run_evaluation(loaded, None, EvalRequest(["niah"], methods, ["8"], 2, (512,)))
+    for one, other in zip(answers, known, strict=True):
+        assert one.prompt_tokens < other.prompt_tokens
+        assert (one.cache_bytes < other.cache_bytes) if one.method == "full" else one.cache_bytes == other.cache_bytes
 
 
 def test_a_request_that_needs_no_profile_says_so():
