@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from headprof import bench, random_models
 from headprof.bench import BenchRequest, BenchResult, Measurement
+from headprof.cli import main
 from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.session import compressed
 from headprof.errors import ProfileError, UsageError
@@ -394,3 +395,41 @@ def test_on_cuda(monkeypatch):
     assert result.environment["device"] == torch.cuda.get_device_name()
     for each in bench.largest_batches(model, 8192, random_models.random_profile(model), request, at_most=4):
         assert each.batch == 4 and each.decode_rate > 0 and each.cache_bytes > 0
+
+
+def test_the_command_prints_a_table_and_keeps_all_figures(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["bench", "generate", "--model", str(tiny_folder), "--methods", "snapkv,knorm", "--budgets", "8"]
+    options += ["--lengths", "40", "--new-tokens", "3", "--repeats", "1", "--set", "sinks=2"]
+    with pytest.raises(SystemExit) as ended:
+        main([*options, "-o", "figures.json"])
+    shown = capsys.readouterr()
+    assert ended.value.code == 0 and "GB/s" in shown.err
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["cache", "full", "snapkv", "knorm"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["model"] == "tiny-llama" and len(figures["measurements"]) == 3
+    with pytest.raises(SystemExit):
+        main([*options, "--json"])
+    assert len(json.loads(capsys.readouterr().out)["measurements"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shape", "gpt-5"), "gpt-5"),
+        (("--shape", "smollm2-135m", "--dtype", "int4"), "There is no dtype 'int4': choose one of auto, float32"),
+        (("--methods", "magic"), "There is no method 'magic'"),
+        (("--largest-batch", "--lengths", "40", "--repeats", "1", "--new-tokens", "2"), "CUDA"),
+    ],
+)
+def test_mistakes_get_one_sentence(tiny_folder, monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "generate", "--model", str(tiny_folder), "--methods", "snapkv", "--budgets", "8", *arguments])
+    shown = capsys.readouterr()
+    assert ended.value.code in (1, 2) and shown.out == ""
+    assert message in shown.err and len(shown.err.strip().splitlines()) == 1
+
+
+def test_a_random_model_is_loaded_by_its_shape(small_shape):
+    loaded, profile = random_models.load_random(small_shape, device="cpu")
+    assert loaded.name == small_shape and loaded.dtype == torch.float32 and profile.shape == loaded.shape

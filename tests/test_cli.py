@@ -113,6 +113,26 @@ MISTAKES = {
         "A budget of 'lots' cannot be read: give tokens per KV head (64), a share of the prompt (1.5%) or bytes for "
         "the whole cache (512MB).",
     ),
+    "setting that is no setting": (
+        (*GENERATE, "--set", "power"),
+        2,
+        "A setting of 'power' cannot be read: write --set name=value, such as --set power=2.",
+    ),
+    "setting of the wrong kind": (
+        (*GENERATE, "--set", "ramp=perhaps"),
+        2,
+        "The parameter 'ramp' cannot be 'perhaps': give true or false.",
+    ),
+    "nothing to compress": (
+        ("compress", "--model", "tiny", "--file", "empty.txt"),
+        2,
+        "empty.txt is empty: give a file with text in it.",
+    ),
+    "compressing below what is always kept": (
+        ("compress", "--model", "tiny", "--method", "snapkv", "--file", "document.txt", "--budget", "2"),
+        2,
+        r"A budget of 2 tokens is below the \d+ that every head keeps: raise --budget, or lower --keep-last.",
+    ),
     "budget below what is always kept": (
         (*GENERATE, "--budget", "4", "--keep-last", "8"),
         2,
@@ -343,6 +363,17 @@ def test_sampling_is_seeded(place):
         headprof(place, *options, "--max-new-tokens", "12", "--seed", seed).stdout for seed in ("1", "1", "2")
     )
     assert one == same != other
+
+
+def test_eval_without_knowing_the_question(place):
+    options = ("eval", "--model", "tiny", "--methods", "full,snapkv", "--budgets", "8", "--probes", "2", "--json")
+    sizes = {}
+    for more in ((), ("--query-agnostic",), ("--query-agnostic", "--observe", "")):
+        result = headprof(place, *options, *more)
+        assert result.returncode == 0, result.stderr
+        sizes[more] = json.loads(result.stdout)[0]["cache_bytes"]
+    known, observed, alone = sizes.values()
+    assert observed == alone < known
 
 
 def test_eval_prints_a_table_and_writes_every_answer(place):
