@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -273,18 +274,26 @@ def generate(
         plan = _plan(loaded, profile, method, budget, options, ids.shape[1])
 
     def run(with_plan, on_text=lambda _: None):
-        return generate_text(
-            loaded,
-            ids,
-            with_plan,
-            cache=held,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            backend=backend,
-            prefill_chunk=prefill_chunk,
-            on_text=on_text,
-        )
+        with ExitStack() as reading:
+            report = reading.enter_context(terminal.progress())
+
+            def begin(text):
+                reading.close()  # no bar beside the text
+                on_text(text)
+
+            return generate_text(
+                loaded,
+                ids,
+                with_plan,
+                cache=held,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                backend=backend,
+                prefill_chunk=prefill_chunk,
+                on_text=begin,
+                on_layer=lambda done, total: report("Reading the prompt, layer", done, total),
+            )
 
     full = run(None) if compare and plan is not None else None
     made = run(plan, (lambda _: None) if json else terminal.write)

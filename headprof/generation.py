@@ -211,14 +211,15 @@ def compress_document(
 
 @contextmanager
 def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -> Iterator[None]:
-    """Report each decoder layer that has run."""
+    """Report each decoder layer when it has run for the first time."""
     layers = getattr(loaded.model.get_decoder(), "layers", [])
     done = 0
 
     def count(*_: Any) -> None:
         nonlocal done
         done += 1
-        on_layer(done, len(layers))
+        if done <= len(layers):
+            on_layer(done, len(layers))
 
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
@@ -250,6 +251,7 @@ def generate_text(
     backend: str = "auto",
     prefill_chunk: int | None = None,
     on_text: Callable[[str], None] = lambda _: None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -263,6 +265,7 @@ def generate_text(
         seed: of the sampling.
         backend, prefill_chunk: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
+        on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
     """
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
@@ -274,7 +277,8 @@ def generate_text(
     sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
     ours = isinstance(used, HeadCache)
     attending = attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk) if ours else nullcontext()
-    with attending, torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+    forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
+    with attending, forked, _layer_by_layer(loaded, on_layer):
         torch.manual_seed(seed)
         start = time.perf_counter()
         model.generate(
