@@ -327,7 +327,7 @@ def compress(
     model: Model = None,
     profile: Profile = None,
     method: Method = "headkv-r2",
-    budget: BudgetText = "64",
+    budget: BudgetText = "256",
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
     observe: Observe = OBSERVATION,

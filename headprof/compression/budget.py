@@ -333,8 +333,8 @@ class ProfileBudget(BudgetPolicy):
     """
 
     profile_scores: str | None = "reasoning"
-    pool_factor: float = 1.2
-    temperature: float = 0.6
+    pool_factor: float = 1.4
+    temperature: float = 0.5
     minimum: int = 2
     aggregate: str = "max"
 
