@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu check format profile wheel clean
+.PHONY: demo test test-gpu check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -31,6 +31,15 @@ format: $(VENV)/.installed
 # The profile of the embedded model that ships in profiles/.
 profile: $(VENV)/.installed
 	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
+
+# The figures of the README: half an hour on 2 cores that do nothing else.
+METHODS := full,headkv-r2,headkv,snapkv,adakv,pyramidkv,tova,h2o,knorm,streamingllm
+results: $(VENV)/.installed
+	$(BIN)/headprof eval --methods $(METHODS) -o results/known
+	$(BIN)/headprof eval --methods snapkv --kernel 11 --pooling mean --set power=2 --set ramp=true -o results/same-judge
+	$(BIN)/headprof eval --methods $(METHODS) --query-agnostic --budgets 32,64,128,256 -o results/agnostic
+	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 -o results/bench-float32.json
+	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 --dtype bfloat16 -o results/bench-bfloat16.json
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
