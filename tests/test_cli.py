@@ -413,6 +413,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"HEADPROF_SAVE_EVERY": "0.2"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background ignore
     )
     partial = tmp_path / "cut.safetensors.partial"
     deadline = time.monotonic() + 100
