@@ -406,7 +406,7 @@ def test_needles_of_the_papers_format(place):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
-    options = ("score", "--model", str(place / "tiny"), "--probes", "600", "--pack", "1", "--include-failed")
+    options = ("score", "--model", str(place / "tiny"), "--probes", "60", "--pack", "1", "--include-failed")
     running = subprocess.Popen(
         [sys.executable, "-m", "headprof", *options, "-o", "cut.safetensors"],
         cwd=tmp_path,
