@@ -24,6 +24,12 @@ def padded_ids(batch, length=40):
     return ids.masked_fill(mask == 0, 2), mask
 
 
+def three_layers(arch, num_kv_heads):
+    """A tiny model; Gemma-2 with eager attention, since sdpa, the default of older versions, forgets its softcap."""
+    attn = "eager" if arch == "gemma2" else None
+    return tiny_model(arch, num_kv_heads=num_kv_heads, layers=3, attn=attn)
+
+
 def generated(model, ids, mask):
     """64 greedy tokens `[B, 64]`, and the logits they were chosen by `[64, B, vocabulary]`."""
     options = GREEDY | {"attention_mask": mask, "max_new_tokens": 64}
@@ -35,7 +41,7 @@ def generated(model, ids, mask):
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_budget_of_the_whole_context_gives_the_full_caches_tokens(arch, num_kv_heads, batch):
-    model = tiny_model(arch, num_kv_heads=num_kv_heads, layers=3)
+    model = three_layers(arch, num_kv_heads)
     ids, mask = padded_ids(batch)
     tokens, logits, _ = generated(model, ids, mask)
     with compressed(model, random_profile(model), method="headkv-r2", budget=40):
@@ -54,7 +60,7 @@ def test_in_bfloat16_tokens_differ_at_most_from_a_tie_on(arch, num_kv_heads, bat
     That happens with padding alone, where the full cache attends over masked rows and the compressed one has none, and
     with Gemma-2's eager attention, which rounds the attention weights.
     """
-    model = tiny_model(arch, num_kv_heads=num_kv_heads, layers=3).to(torch.bfloat16)
+    model = three_layers(arch, num_kv_heads).to(torch.bfloat16)
     ids, mask = padded_ids(batch)
     tokens, logits, _ = generated(model, ids, mask)
     with compressed(model, random_profile(model), method="headkv-r2", budget=40):
@@ -72,7 +78,7 @@ def test_in_bfloat16_tokens_differ_at_most_from_a_tie_on(arch, num_kv_heads, bat
 @pytest.mark.parametrize("chunk", [1, 7, 13, 40])
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "phi3"])
 def test_prefill_in_chunks_gives_the_same_cache(arch, chunk, method):
-    model = tiny_model(arch, num_kv_heads=2, layers=3)
+    model = three_layers(arch, 2)
     ids, mask = padded_ids(2)
     plan = make_plan(model, random_profile(model), method=method, budget=12)
     caches = {}
@@ -89,7 +95,7 @@ def test_prefill_in_chunks_gives_the_same_cache(arch, chunk, method):
     torch.testing.assert_close(after.logits, whole_after, atol=1e-4, rtol=1e-4)
     for one, other in zip(caches[None].head_layers, caches[chunk].head_layers, strict=True):
         assert one.lengths == other.lengths and torch.equal(one.positions, other.positions)
-        torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.keys, other.keys, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
