@@ -24,8 +24,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
-from headprof.compression.cache import CompressionPlan, HeadCache, PromptLayer
+from headprof.compression.cache import HeadCache, PromptLayer
 from headprof.compression.methods import METHODS, find_method
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.generation import cache_nbytes

@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.assets import asset_dir
 from headprof.chat import OBSERVATION, ChatFormat
-from headprof.compression.cache import CompressionPlan, HeadCache
+from headprof.compression.cache import HeadCache
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.models import LoadedModel

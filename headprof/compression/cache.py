@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headprof.compression.attention import RaggedRows
-from headprof.compression.budget import Budget
 from headprof.compression.importance import Importance, PromptStates
-from headprof.compression.methods import Method
-from headprof.errors import CacheError, UsageError
-from headprof.shape import HeadShape
+from headprof.compression.plan import CompressionPlan
+from headprof.errors import CacheError
 
 SLACK = 16
 """Rows of free space after each head, so that an appended token does not move the others."""
-
-
-@dataclass
-class CompressionPlan:
-    """A method with its budget, for a model of a certain shape.
-
-    Attributes:
-        method: what to keep, how much per head, and what becomes of the rest.
-        budget: average tokens per KV head.
-        shape: the model's.
-        scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile.
-        bytes_per_element: of a cached number, for budgets in bytes.
-        name: the method's, for files and messages.
-        profile_digest: of the head profile that the scores came from; empty without one.
-    """
-
-    method: Method
-    budget: Budget
-    shape: HeadShape
-    scores: torch.Tensor
-    bytes_per_element: int
-    name: str = ""
-    profile_digest: str = ""
-    _allocations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
-
-    def for_observers(self, count: int) -> CompressionPlan:
-        """This plan for a prompt whose last `count` tokens only judge (`PromptCache.expect_observers`)."""
-        return replace(self, method=self.method.for_observers(count)) if count else self
-
-    def allocation(self, prompt_length: int) -> torch.Tensor:
-        """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
-
-        Raises:
-            UsageError: the budget is below what every head keeps.
-        """
-        if prompt_length not in self._allocations:
-            bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
-            budget = self.budget.tokens(prompt_length, bytes_per_token)
-            if budget < 1:
-                raise UsageError(
-                    f"A budget of {int(self.budget.amount)} bytes is less than one token per head "
-                    f"({bytes_per_token} bytes): raise --budget."
-                )
-            if self.method.importance is None:
-                budget = prompt_length
-            self._allocations[prompt_length] = self.method.budget.allocate(
-                self.scores,
-                budget=budget,
-                context_length=prompt_length,
-                always_kept=self.method.always_kept,
-            )
-        return self._allocations[prompt_length]
 
 
 @dataclass(frozen=True)
@@ -470,8 +417,9 @@ class FanOutLayer(PromptLayer):
 class PromptCache(Cache):
     """A cache whose layers are filled from a prompt as soon as they have attended over it."""
 
+    layers: list[Any]  # of PromptLayer
+
     def __init__(self, layers: Sequence[PromptLayer]):
-        self.prompt_layers = list(layers)
         super().__init__(layers=list(layers))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -480,14 +428,14 @@ class PromptCache(Cache):
         Raises:
             CacheError: the layer before has not been compressed, so this package's attention is not in use.
         """
-        before = self.prompt_layers[layer_idx - 1]
+        before = self.layers[layer_idx - 1]
         if layer_idx and before.seen and not before.is_initialized:
             raise outside_context()
-        return self.prompt_layers[layer_idx].update(key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states)
 
     def expect(self, prompt_tokens: int) -> None:
         """Announce a prompt that each layer will get in chunks."""
-        for layer in self.prompt_layers:
+        for layer in self.layers:
             if not layer.is_initialized:
                 layer.expected = prompt_tokens
 
@@ -497,7 +445,7 @@ class PromptCache(Cache):
         So a document can be compressed by what questions about it would look at, before there is a question: let the
         model read the document and a stand-in for a question, and keep the document's tokens only.
         """
-        for layer in self.prompt_layers:
+        for layer in self.layers:
             layer.observers = tokens
 
 
@@ -515,16 +463,19 @@ class HeadCache(PromptCache):
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
         self.plan = plan
-        self.head_layers = [HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)]
-        super().__init__(self.head_layers)
+        super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:
         """A cache of layers that are filled already."""
         cache = cls(layers[0].plan)
-        cache.head_layers = list(layers)
-        cache.prompt_layers, cache.layers = list(layers), list(layers)
+        cache.layers = list(layers)
         return cache
+
+    @property
+    def head_layers(self) -> list[HeadCacheLayer]:
+        """The layers, by the name of their kind."""
+        return self.layers
 
     @property
     def nbytes(self) -> int:

@@ -11,9 +11,10 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.attention import check_backend, ragged_attention
 from headprof.compression.budget import Budget
-from headprof.compression.cache import CompressionPlan, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.cache import HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.chunked import chunked_prefill
 from headprof.compression.methods import find_method
+from headprof.compression.plan import CompressionPlan
 from headprof.errors import ModelError, ProfileError
 from headprof.interface import AttentionFunction, wrapped_attention
 from headprof.shape import HeadShape

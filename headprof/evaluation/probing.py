@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from headprof.compression.cache import CompressionPlan, FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.probes.build import ProbeContext
 
