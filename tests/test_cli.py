@@ -1,5 +1,10 @@
-"""The command line as its users meet it: every command on a tiny model, and one sentence for every mistake."""
+"""The command line as its users meet it: every command on a tiny model, and one sentence for every mistake.
 
+Most commands run inside the test's process, since importing PyTorch and Transformers anew takes seconds. Processes of
+their own are left to what only they can show, and to a comparison of both ways.
+"""
+
+import io
 import json
 import os
 import re
@@ -11,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from tiny import save_tiny
 
+from headprof.cli import main
 from headprof.profile import HeadProfile
 
 NEEDLE = {
@@ -60,7 +67,29 @@ def place(tmp_path_factory) -> Path:
 SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed")
 
 
-def headprof(place: Path, *arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess:
+def headprof(place: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    """Run the command line in folder `place`, inside this process."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("HEADPROF_DATA", str(place / "data-home"))
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)  # its variable was read at import
+        patch.setattr(sys, "argv", ["headprof", *arguments])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(sys, "stderr", stderr)
+        patch.setattr(sys, "excepthook", sys.excepthook)  # which typer replaces
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            code = 1
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
+def headprof_process(place: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     """Run the command line in a process of its own, as a user would."""
     return subprocess.run(
         [sys.executable, "-m", "headprof", *arguments],
@@ -69,7 +98,7 @@ def headprof(place: Path, *arguments: str, stdin: str = "", **environment: str) 
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"HEADPROF_DATA": str(place / "data-home"), "HF_HUB_OFFLINE": "1"} | environment,
+        env=os.environ | {"HEADPROF_DATA": str(place / "data-home"), "HF_HUB_OFFLINE": "1"},
     )
 
 
@@ -287,21 +316,51 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(place, mistake):
     assert left <= {"profiles"}, left
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("heatmap", "broken.safetensors"),
+        (*GENERATE, "--budget", "100B"),
+        ("eval", "--model", "tiny", "--methods", "snapkv", "--budgets", "8", "--probes", "1", "--json"),
+    ],
+)
+def test_a_process_of_its_own_says_the_same(place, arguments):
+    alone, here = headprof_process(place, *arguments), headprof(place, *arguments)
+    assert (alone.returncode, alone.stdout, alone.stderr) == (here.returncode, here.stdout, here.stderr)
+    assert len(alone.stderr.splitlines()) == (0 if alone.returncode == 0 else 1)
+
+
+def test_generate_in_a_process_of_its_own(place):
+    options = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--budget", "12")
+    alone, here = (
+        run(place, *options, "--file", "document.txt", "--max-new-tokens", "12", stdin="How many boats?\n")
+        for run in (headprof_process, headprof)
+    )
+    assert alone.returncode == here.returncode == 0
+    assert alone.stdout == here.stdout and len(alone.stdout.strip()) > 0
+    assert "headkv-r2, budget 12" in alone.stderr and "headkv-r2, budget 12" not in alone.stdout
+    # The figures are times, but their rows and columns are the same.
+    assert [line.split()[:2] for line in alone.stderr.splitlines()] == [
+        line.split()[:2] for line in here.stderr.splitlines()
+    ]
+
+
 def test_debug_shows_the_traceback(place):
     result = headprof(place, "--debug", "heatmap", "broken.safetensors")
     assert result.returncode == 1 and "Traceback" in result.stderr
 
 
 def test_usage_errors_exit_with_two(place):
-    assert headprof(place, "score", "--no-such-option").returncode == 2
-    assert headprof(place, "no-such-command").returncode == 2
+    for arguments in (("score", "--no-such-option"), ("no-such-command",)):
+        alone, here = headprof_process(place, *arguments), headprof(place, *arguments)
+        assert alone.returncode == here.returncode == 2 and alone.stdout == here.stdout == ""
 
 
 def test_help_is_quick_and_imports_no_torch(place):
     code = "import sys, headprof.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert "heatmap" in headprof(place, "--help").stdout
-    assert headprof(place, "--version").stdout.startswith("headprof ")
+    assert "heatmap" in headprof_process(place, "--help").stdout
+    assert headprof_process(place, "--version").stdout.startswith("headprof ")
 
 
 def test_score_heatmap_generate_in_that_order(place):
@@ -404,11 +463,21 @@ def test_needles_of_the_papers_format(place):
     assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning"]
 
 
+LONG = ("score", "--model", "tiny", "--probes", "60", "--pack", "1", "--include-failed")
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> HeadProfile:
+    """What `LONG` gives when nothing interrupts it."""
+    assert headprof(place, *LONG, "-o", "whole.safetensors").returncode == 0
+    return HeadProfile.load(place / "whole.safetensors")
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
-    options = ("score", "--model", str(place / "tiny"), "--probes", "60", "--pack", "1", "--include-failed")
+def test_an_interrupted_run_goes_on_where_it_stood(place, whole, tmp_path, how):
+    (tmp_path / "tiny").symlink_to(place / "tiny")
     running = subprocess.Popen(
-        [sys.executable, "-m", "headprof", *options, "-o", "cut.safetensors"],
+        [sys.executable, "-m", "headprof", *LONG, "-o", "cut.safetensors"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
@@ -429,11 +498,10 @@ def test_an_interrupted_run_goes_on_where_it_stood(place, tmp_path, how):
             "with --resume to go on.",
             errors.strip().splitlines()[-1],
         )
-    refused = headprof(tmp_path, *options, "-o", "cut.safetensors", "--resume", "--seed", "9")
+    refused = headprof(tmp_path, *LONG, "-o", "cut.safetensors", "--resume", "--seed", "9")
     assert refused.returncode == 2 and "of another model or other settings" in refused.stderr
-    assert headprof(tmp_path, *options, "-o", "cut.safetensors", "--resume").returncode == 0
-    assert headprof(tmp_path, *options, "-o", "whole.safetensors").returncode == 0
-    cut, whole = (HeadProfile.load(tmp_path / f"{name}.safetensors") for name in ("cut", "whole"))
+    assert headprof(tmp_path, *LONG, "-o", "cut.safetensors", "--resume").returncode == 0
+    cut = HeadProfile.load(tmp_path / "cut.safetensors")
     for which in ("retrieval", "reasoning"):
         assert torch.equal(cut.scores[which], whole.scores[which])
     assert not partial.exists()
