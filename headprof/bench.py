@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
 from headprof.compression.cache import HeadCache, PromptLayer
-from headprof.compression.methods import METHODS, find_method
+from headprof.compression.methods import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
@@ -53,6 +53,7 @@ class BenchRequest:
         prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
         seed: of the random prompts.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
+        decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
     """
 
     methods: tuple[str, ...]
@@ -65,6 +66,7 @@ class BenchRequest:
     prefill_chunk: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         """Find mistakes that need no model.
@@ -112,6 +114,9 @@ class Measurement:
         overhead_seconds: of these, spent on choosing and keeping the prompt's tokens; median.
         decode_rate: new tokens per second, over all sequences, at the median time between two tokens.
         cache_bytes: that the cache holds right after the prompt.
+        largest_cache_bytes: most that it holds while decoding.
+        steadiness: decode rate over the last twelfth of the new tokens, as a multiple of that over the first twelfth
+            after the cache had come to its largest size (or after the prompt, if it grows to the end); 1 is steady.
         peak_bytes: most memory in use beyond what was before the run, weights and prompt ids not counted: on CUDA what
             PyTorch allocates, on Linux what is resident.
         step_bytes: that decoding one token per sequence has to read: weights and cache.
@@ -128,6 +133,8 @@ class Measurement:
     overhead_seconds: float | None = None
     decode_rate: float | None = None
     cache_bytes: int | None = None
+    largest_cache_bytes: int | None = None
+    steadiness: float | None = None
     peak_bytes: int | None = None
     step_bytes: int | None = None
     floor_rate: float | None = None
@@ -325,9 +332,9 @@ def measure_bandwidth(device: torch.device | str, repeats: int = 7) -> float:
     target = torch.empty_like(source).copy_(source)
     seconds = []
     for _ in range(repeats):
-        start = _now(device)
+        start = now(device)
         target.copy_(source)
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
     return 2 * size / median(seconds)
 
 
@@ -366,7 +373,15 @@ class _Run:
     overhead_seconds: float
     gaps: list[float]
     cache_bytes: int
+    sizes: list[int]
     peak_bytes: int | None
+
+    @property
+    def steadiness(self) -> float | None:
+        part = len(self.gaps) // 12
+        fill = self.sizes.index(max(self.sizes)) + 1
+        first, last = self.gaps[fill if fill + 2 * part <= len(self.gaps) else 0 :][:part], self.gaps[-part:]
+        return sum(first) / sum(last) if part else None
 
 
 @dataclass
@@ -410,16 +425,20 @@ def _cases(model: Any, max_positions: int, profile: HeadProfile | None, request:
             "that the model can read: lower --lengths or --new-tokens."
         )
     plans = [
-        (name, budget, make_plan(model, profile, method=name, budget=budget, **request.options_of(name)))
+        (
+            name,
+            budget,
+            make_plan(model, profile, method=name, budget=budget, **request.options_of(name), **request.decoding),
+        )
         for name in request.methods
-        if METHODS[name].importance is not None
+        if find_method(name).importance is not None
         for budget in request.budgets
     ]
     cases = []
     for length in request.lengths:
         cases.append(_Case("full", "", model.config._attn_implementation, length))
         for name, budget, plan in plans:
-            plan.allocation(length)
+            plan.check(length)
             cases += [_Case(name, budget, backend, length, plan) for backend in request.backends]
     return cases
 
@@ -431,7 +450,7 @@ def _run(model: Any, case: _Case, ids: torch.Tensor, new_tokens: int, prefill_ch
     clock = _TokenClock(cache, device)
     memory = _PeakMemory(device)
     with case.attending(model, prefill_chunk), _timing_compression(device) as compressing:
-        start = _now(device)
+        start = now(device)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -445,7 +464,7 @@ def _run(model: Any, case: _Case, ids: torch.Tensor, new_tokens: int, prefill_ch
             pad_token_id=0,
             streamer=clock,
         )
-    return _Run(clock.prefilled - start, sum(compressing), clock.gaps, clock.cache_bytes, memory.used())
+    return _Run(clock.prefilled - start, sum(compressing), clock.gaps, clock.cache_bytes, clock.sizes, memory.used())
 
 
 def _measured(case: _Case, batch: int, weight_bytes: int, bandwidth: float) -> Measurement:
@@ -462,6 +481,8 @@ def _measured(case: _Case, batch: int, weight_bytes: int, bandwidth: float) -> M
         overhead_seconds=median(run.overhead_seconds for run in runs),
         decode_rate=batch / median(gap for run in runs for gap in run.gaps),
         cache_bytes=cache_bytes,
+        largest_cache_bytes=max(max(run.sizes) for run in runs),
+        steadiness=_median_of([run.steadiness for run in runs]),
         peak_bytes=max(peaks, default=None),
         step_bytes=step_bytes,
         floor_rate=batch * bandwidth / step_bytes,
@@ -484,10 +505,10 @@ def _decode_copies(
         token = prefill(model, ids, cache).argmax(dim=-1, keepdim=True).repeat(batch, 1)
         cache.batch_repeat_interleave(batch)
         cache_bytes = cache_nbytes(cache)
-        times = [_now(ids.device)]
+        times = [now(ids.device)]
         for _ in range(new_tokens - 1):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
-            times.append(_now(ids.device))
+            times.append(now(ids.device))
     gaps = [after - before for before, after in pairwise(times)]
     return _Decoded(batch / median(gaps), cache_bytes)
 
@@ -500,6 +521,7 @@ class _TokenClock(BaseStreamer):
         self.prefilled = 0.0
         self.cache_bytes = 0
         self.gaps: list[float] = []
+        self.sizes: list[int] = []  # of the cache, once for each gap
         self._last: float | None = None
         self._prompt_came = False
 
@@ -507,13 +529,14 @@ class _TokenClock(BaseStreamer):
         if not self._prompt_came:
             self._prompt_came = True
             return
-        now = _now(self.device)
+        moment = now(self.device)
+        size = cache_nbytes(self.cache)
         if self._last is None:
-            self.prefilled, self.cache_bytes = now, cache_nbytes(self.cache)
-            now = _now(self.device)
+            self.prefilled, self.cache_bytes = moment, size
         else:
-            self.gaps.append(now - self._last)
-        self._last = now
+            self.gaps.append(moment - self._last)
+            self.sizes.append(size)
+        self._last = now(self.device)  # what was looked at here counts as no one's time
 
     def end(self) -> None:
         pass
@@ -526,9 +549,9 @@ def _timing_compression(device: torch.device) -> Iterator[list[float]]:
     attended = PromptLayer.attended
 
     def timed(layer: PromptLayer, *args, **kwargs) -> None:
-        start = _now(device)
+        start = now(device)
         attended(layer, *args, **kwargs)
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
 
     PromptLayer.attended = timed  # type: ignore[method-assign, assignment]
     try:
@@ -537,7 +560,7 @@ def _timing_compression(device: torch.device) -> Iterator[list[float]]:
         PromptLayer.attended = attended  # type: ignore[method-assign]
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds, once the device has done all it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -619,6 +642,11 @@ def _random_ids(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
 
 def _device_of(model: Any) -> torch.device:
     return model.get_input_embeddings().weight.device
+
+
+def _median_of(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def _ratio(value: float | None, beside: float | None) -> float | None:

@@ -20,6 +20,8 @@ from headprof.options import (
     Attn,
     Backend,
     BudgetText,
+    Buffer,
+    DecodeBudget,
     Device,
     Dtype,
     JsonFlag,
@@ -98,6 +100,14 @@ def _method_options(window, keep_last, kernel, pooling, pool_factor, settings) -
     return named | parse_settings(settings or [])
 
 
+def _decoding(decode_budget: str | None, buffer: int | None) -> dict[str, Any]:
+    """How a cache is compressed while generating; what is not given keeps its default, a buffer of 0 is none."""
+    from headprof.compression.budget import Budget
+
+    given: dict[str, Any] = {} if decode_budget is None else {"decode_budget": Budget.parse(decode_budget)}
+    return given if buffer is None else given | {"buffer": buffer or None}
+
+
 def _check_method(method: str, budget: str, options: dict[str, Any]) -> None:
     """Complain about a method, a parameter or a budget before anything is loaded."""
     from headprof.compression.budget import Budget
@@ -118,7 +128,7 @@ def _plan(loaded, profile: Path | None, method: str, budget: str, options: dict[
     head_profile = _load_profile(loaded, profile) if needs_profile else None
     plan = make_plan(loaded.model, head_profile, method=method, budget=budget, **options)
     if prompt_length:
-        plan.allocation(prompt_length)
+        plan.check(prompt_length)
     return plan
 
 
@@ -235,6 +245,8 @@ def generate(
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     settings: Settings = None,
+    decode_budget: DecodeBudget = None,
+    buffer: Buffer = None,
     backend: Backend = "auto",
     prefill_chunk: PrefillChunk = None,
     device: Device = "auto",
@@ -251,6 +263,8 @@ def generate(
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
     headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
     """
+    from dataclasses import replace
+
     from headprof.compression.attention import check_backend
     from headprof.compression.document import load_document
     from headprof.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
@@ -258,6 +272,7 @@ def generate(
     check_backend(backend)
     check_sources(file, cache, compare)
     options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
+    decoding = _decoding(decode_budget, buffer)
     _check_method(method, budget, options)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
@@ -266,12 +281,13 @@ def generate(
     plan = held = None
     if cache is not None:
         held, notes = load_document(cache, loaded)
+        held.continue_with(replace(held.plan, **decoding))
         label = f"{cache.name} ({notes['method']})"
         ids = question_ids(loaded, held, question, max_new_tokens)
     else:
         label = method if method == "full" else f"{method}, budget {budget}"
         ids = prompt_ids(loaded, document, question, max_new_tokens)
-        plan = _plan(loaded, profile, method, budget, options, ids.shape[1])
+        plan = _plan(loaded, profile, method, budget, options | decoding, ids.shape[1])
 
     def run(with_plan, on_text=lambda _: None):
         with ExitStack() as reading:
@@ -337,6 +353,8 @@ def compress(
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     settings: Settings = None,
+    decode_budget: DecodeBudget = None,
+    buffer: Buffer = None,
     backend: Backend = "auto",
     prefill_chunk: PrefillChunk = None,
     device: Device = "auto",
@@ -359,11 +377,12 @@ def compress(
 
     check_backend(backend)
     options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
+    decoding = _decoding(decode_budget, buffer)
     _check_method(method, budget, options)
     document = read_document(file)
     target = output or Path(f"{file.stem}.kv.safetensors")
     loaded = _load(model, device, dtype, attn, trust_remote_code)
-    plan = _plan(loaded, profile, method, budget, options)
+    plan = _plan(loaded, profile, method, budget, options | decoding)
     with terminal.progress() as report:
         cache = compress_document(
             loaded,
@@ -399,12 +418,22 @@ def evaluate(
     model: Model = None,
     profile: Profile = None,
     tasks: Annotated[
-        str, typer.Option(help="niah (retrieval probes), reasoning, or both, with a comma.")
+        str, typer.Option(help="niah (retrieval probes), reasoning (probes), perplexity; with commas.")
     ] = "niah,reasoning",
     methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "full,snapkv,headkv,headkv-r2",
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "16,32,64,128",
     probes: Annotated[int, typer.Option(min=1, help="Number of probes, over all tasks.")] = 120,
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 1k,2k.")] = "1k",
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Tokens of a prompt, such as 1k,2k, or of a text for perplexity. Default: 1k, 4k."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Texts for perplexity: .txt, .jsonl (field context or text), or a folder of these."),
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Texts for perplexity: the first that are long enough.")] = 20,
+    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.")] = 0,
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens at a text's end that are predicted.")] = 512,
     families: Annotated[str | None, typer.Option(help="Only these probe families, with commas.")] = None,
     seed: Seed = 1000,
     query_agnostic: Annotated[
@@ -419,50 +448,69 @@ def evaluate(
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     settings: Settings = None,
+    decode_budget: DecodeBudget = None,
+    buffer: Buffer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Compare methods and budgets on probes that no profile was made from.
+    """Compare methods and budgets on probes that no profile was made from, and by the perplexity of texts.
 
-    [dim]headprof eval --methods full,snapkv,headkv-r2 --budgets 32,64[/]
+    For perplexity all but the end of a text is compressed; while the end is read, the cache is compressed on.
+
+    [dim]headprof eval --methods full,snapkv,headkv-r2 --budgets 32,64
+    headprof eval --tasks perplexity --data-dir texts --methods full,h2o,ems --budgets 64,256[/]
     """
     from dataclasses import asdict
 
-    from headprof.evaluation.command import EvalRequest, run_evaluation
+    from headprof.evaluation.command import EvalRequest, run_evaluation, run_perplexity
+    from headprof.evaluation.perplexity import losses_csv, tabulate_losses
     from headprof.evaluation.report import answers_csv, tabulate
+    from headprof.files import write_text
 
     request = EvalRequest(
         tasks=tasks.split(","),
         methods=methods.split(","),
         budgets=budgets.split(","),
         probes=probes,
-        lengths=_lengths(lengths),
+        lengths=_lengths(lengths) if lengths else None,
         families=families.split(",") if families else None,
         seed=seed,
         question_known=not query_agnostic,
         observe=observe,
+        data_dir=data_dir,
+        documents=documents,
+        skip=skip,
+        continuation=continuation,
         options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
+        decoding=_decoding(decode_budget, buffer),
     )
     needs_profile = request.check()
     loaded = _load(model, device, dtype, attn, trust_remote_code)
     head_profile = _load_profile(loaded, profile) if needs_profile else None
+    answers, losses = [], []
     with terminal.progress() as report:
-        answers = run_evaluation(
-            loaded, head_profile, request, lambda done: report(f"Asking {loaded.name}", done, probes)
-        )
-    if output is not None:
-        from headprof.files import atomic_write
-
-        with atomic_write(output / "answers.csv") as temporary:
-            temporary.write_text(answers_csv(answers), encoding="utf-8")
-        terminal.remark(f"Every answer is in {output / 'answers.csv'}.")
-    cells = tabulate(answers)
+        if request.probe_tasks:
+            answers = run_evaluation(
+                loaded, head_profile, request, lambda done: report(f"Asking {loaded.name}", done, probes)
+            )
+        if "perplexity" in request.tasks:
+            losses = run_perplexity(
+                loaded, head_profile, request, lambda done, total: report("Reading texts", done, total)
+            )
+    cells, texts = tabulate(answers), tabulate_losses(losses)
+    if output is not None and answers:
+        write_text(output / "answers.csv", answers_csv(answers))
+    if output is not None and losses:
+        write_text(output / "losses.csv", losses_csv(losses))
     if json:
-        terminal.json([asdict(cell) for cell in cells])
-    else:
+        terminal.json([asdict(cell) for cell in cells] + [asdict(cell) for cell in texts])
+        return
+    if cells:
         terminal.result_table(*tables.cells(cells))
+    if texts:
+        terminal.result_table(*tables.perplexities(texts))
 
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
@@ -498,6 +546,8 @@ def bench_generate(
     pooling: Pooling = None,
     pool_factor: PoolFactor = None,
     settings: Settings = None,
+    decode_budget: DecodeBudget = None,
+    buffer: Buffer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     attn: Attn = "auto",
@@ -525,6 +575,7 @@ def bench_generate(
         prefill_chunk=prefill_chunk,
         seed=seed,
         options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
+        decoding=_decoding(decode_budget, buffer),
     )
     request.check()
     head_profile: Any
@@ -553,6 +604,49 @@ def bench_generate(
     terminal.result_table(*tables.benchmark(result))
     if found:
         terminal.result_table(*tables.largest_batches(found))
+
+
+@bench.command(name="merge")
+@guarded
+def bench_merge(
+    shape: Annotated[
+        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
+    ] = "llama-3-8b",
+    budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "64,256",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "4k",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 9,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+    device: Device = "auto",
+) -> None:
+    """Time evict-then-merge over all heads of a layer at once, beside a loop over the heads.
+
+    [dim]headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256[/]
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from headprof.bench_merge import run_merge_bench
+    from headprof.models import choose_device
+
+    place = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
+    with terminal.progress() as report:
+        times = run_merge_bench(
+            shape,
+            _lengths(lengths),
+            _lengths(budgets),
+            batch=batch,
+            repeats=repeats,
+            device=place,
+            seed=seed,
+            on_progress=report,
+        )
+    if json:
+        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
+    else:
+        terminal.result_table(*tables.merging(times))
 
 
 def _version(shown: bool) -> None:

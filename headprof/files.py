@@ -66,6 +66,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text atomically, in UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, atomically; raises `HeadprofError` when the disk refuses."""
     with atomic_write(path) as temporary:

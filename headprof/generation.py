@@ -199,7 +199,7 @@ def compress_document(
     chat = ChatFormat(loaded.tokenizer)
     document_ids, observers = chat.document_ids(document), chat.question_ids(observe) if observe else []
     ids = _fitting(loaded, document_ids + observers, 0, 0)
-    plan.allocation(len(document_ids))
+    plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))
     cache.expect_observers(len(observers))
     with (
@@ -207,6 +207,7 @@ def compress_document(
         _layer_by_layer(loaded, on_layer),
     ):
         prefill(loaded.model, ids.to(loaded.device), cache)
+    cache.continue_with(plan)
     return cache
 
 

@@ -47,12 +47,30 @@ PoolFactor = Annotated[
 Method = Annotated[
     str,
     typer.Option(
-        help="full, snapkv, tova, headkv, headkv-r2, pyramidkv, adakv, h2o, streamingllm or knorm: what is kept."
+        help="full, headkv-r2, headkv, headkv-ems, ems, snapkv, tova, pyramidkv, adakv, h2o, streamingllm or knorm: "
+        "what is kept. Parameters may follow: ems:mass=false."
     ),
 ]
 BudgetText = Annotated[
     str,
     typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
+]
+DecodeBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--decode-budget",
+        help="Average rows per KV head while generating, as --budget. Default: that of the prompt.",
+        rich_help_panel="Method",
+    ),
+]
+Buffer = Annotated[
+    int | None,
+    typer.Option(
+        "--buffer",
+        min=0,
+        help="New tokens that a head takes beyond its budget before it is compressed again (64); 0 keeps them all.",
+        rich_help_panel="Method",
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
 Backend = Annotated[

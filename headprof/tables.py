@@ -10,7 +10,9 @@ from headprof.console import human_bytes
 
 if TYPE_CHECKING:
     from headprof.bench import BenchResult, LargestBatch
+    from headprof.bench_merge import MergeTimes
     from headprof.compression.cache import HeadCache
+    from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.report import Cell
     from headprof.generation import Generation
     from headprof.profile import HeadProfile
@@ -73,6 +75,23 @@ def cells(table: Iterable[Cell]) -> tuple[list[str], Rows]:
     return ["method", "budget", "right", "share", "95 % interval", "cache bytes"], rows
 
 
+def perplexities(table: Iterable[PerplexityCell]) -> tuple[list[str], Rows]:
+    """Methods at budgets, beside the full cache if it was run."""
+    rows = [
+        [
+            cell.method,
+            cell.budget or "-",
+            str(cell.documents),
+            f"{cell.perplexity:.2f}",
+            _number(cell.ratio, ".3f", "x"),
+            "-" if cell.ratio_interval is None else "{:.3f} to {:.3f}".format(*cell.ratio_interval),
+            human_bytes(cell.cache_bytes),
+        ]
+        for cell in table
+    ]
+    return ["method", "budget", "texts", "perplexity", "of full", "95 % interval", "cache bytes"], rows
+
+
 def compression(cache: HeadCache, file: Path, full_bytes: int) -> dict[str, Any]:
     """What a compressed document came to, as numbers."""
     return {
@@ -130,11 +149,31 @@ def benchmark(result: BenchResult) -> tuple[list[str], Rows]:
                 _number(case.floor_rate, ".1f"),
                 _bytes(case.cache_bytes),
                 _number(compared.cache_ratio, ".1%"),
+                _bytes(case.largest_cache_bytes),
+                _number(case.steadiness, ".2f"),
                 _bytes(case.peak_bytes),
             ]
         )
     columns = ["cache", "attention", "prompt", "prefill", "compressing", "tokens/s", "of full", "floor tokens/s"]
-    return [*columns, "cache bytes", "of full ", "peak"], rows
+    return [*columns, "cache bytes", "of full ", "at most", "steadiness", "peak"], rows
+
+
+def merging(times: Iterable[MergeTimes]) -> tuple[list[str], Rows]:
+    """All heads at once beside one after the other."""
+    rows = [
+        [
+            each.shape,
+            str(each.length),
+            str(each.budget),
+            str(each.batch),
+            f"{each.together * 1e3:.2f} ms",
+            f"{each.looped * 1e3:.2f} ms",
+            f"{each.ratio:.2f}x",
+            "yes" if each.equal else "NO",
+        ]
+        for each in times
+    ]
+    return ["shape", "prompt", "budget", "batch", "all heads", "head by head", "ratio", "same rows"], rows
 
 
 def largest_batches(found: Iterable[LargestBatch]) -> tuple[list[str], Rows]:

@@ -57,8 +57,14 @@ def slow_window_attention(states, window, kernel, pooling, power, ramp):
         weights = [n if ramp else 1 for n, i in enumerate(observers, 1) if i >= j]
         result[:, :, j] = (result[:, :, j] / (sum(weights) * group)) ** (1 / power)
     reach = kernel // 2
-    around = [result[..., max(0, j - reach) : j + reach + 1] for j in range(num_tokens)]
-    return torch.stack([part.amax(dim=-1) if pooling == "max" else part.mean(dim=-1) for part in around], dim=-1)
+    pooled = torch.zeros_like(result)
+    for b in range(batch):
+        for j in range(num_tokens):
+            around = [i for i in range(max(0, j - reach), min(j + reach + 1, num_tokens)) if states.valid[b, i]]
+            if around:
+                part = result[b, :, around]
+                pooled[b, :, j] = part.amax(dim=-1) if pooling == "max" else part.mean(dim=-1)
+    return pooled
 
 
 @given(

@@ -24,7 +24,7 @@ from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError
 from headprof.shape import HeadShape
 
-IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), Accumulated(block=3), KeyNorm(), Recency()]
+IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), KeyNorm(), Recency()]
 
 
 @st.composite
@@ -149,8 +149,6 @@ def test_rows_of_queries_that_are_not_held_are_refused():
 def test_parameters_that_make_no_sense():
     with pytest.raises(UsageError, match="window of 0 queries"):
         WindowAttention(window=0)
-    with pytest.raises(UsageError, match="block of 0 queries"):
-        Accumulated(block=0)
     with pytest.raises(UsageError, match=r"recent_share of 1\.5"):
         find_method("h2o").with_options(recent_share=1.5)
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from headprof.compression.importance import per_head
 from headprof.compression.reduction import largest
 from headprof.errors import UsageError
 
@@ -208,6 +209,9 @@ def headkv_allocation(
 class BudgetPolicy(Protocol):
     """How a method spends its budget over the heads: one axis of the table of methods."""
 
+    spreads: bool = False
+    """Whether `spread` hands tokens on from head to head."""
+
     @property
     def profile_scores(self) -> str | None:
         """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or none."""
@@ -233,15 +237,15 @@ class BudgetPolicy(Protocol):
         """Hand one layer's tokens on between its heads, once their importance is known; as it stands, leave them.
 
         Args:
-            counts: what `allocate` gave the layer's heads, int64 `[B, K]`; at most the valid tokens of the sequence.
+            counts: what `allocate` gave the layer's heads, int64 `[B, K]`.
             importance: float `[B, K, T]`; infinite for the tokens that every head keeps (see `reduction.ranking`).
-            valid: false where a token is padding, bool `[B, T]`.
+            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
             always_kept: tokens that every head keeps.
 
         Returns:
-            int64 `[B, K]`: the same sum for each sequence, and in each head at most the sequence's valid tokens.
+            int64 `[B, K]`, in each head at most its valid tokens.
         """
-        return counts
+        return counts.minimum(per_head(valid).sum(dim=-1))
 
 
 @dataclass(frozen=True)
@@ -304,6 +308,7 @@ class AdaptiveBudget(UniformBudget):
     """
 
     safeguard: float = 0.2
+    spreads = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.safeguard <= 1:
@@ -313,10 +318,12 @@ class AdaptiveBudget(UniformBudget):
         self, counts: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, always_kept: int
     ) -> torch.Tensor:
         spare = (counts - always_kept).clamp(min=0)
-        least = counts - spare + (spare.double() * self.safeguard).long()
-        ranked = importance.masked_fill(~valid[:, None], float("-inf"))
+        held = per_head(valid).sum(dim=-1)
+        least = (counts - spare + (spare.double() * self.safeguard).long()).minimum(held)
+        ranked = importance.masked_fill(~per_head(valid), float("-inf"))
         ranked = ranked.masked_fill(largest(ranked, least), float("inf"))
-        chosen = largest(ranked.transpose(1, 2).flatten(1), counts.sum(dim=-1))  # [B, T * K]
+        total = counts.sum(dim=-1).minimum(held.expand_as(counts).sum(dim=-1))
+        chosen = largest(ranked.transpose(1, 2).flatten(1), total)  # [B, T * K]
         return chosen.unflatten(1, (-1, counts.shape[1])).sum(dim=1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headprof.compression.attention import RaggedRows
-from headprof.compression.importance import Importance, PromptStates
+from headprof.compression.importance import Importance, Judgement, PromptStates
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.reduction import Rows, largest
 from headprof.errors import CacheError
 
 SLACK = 16
@@ -28,6 +29,7 @@ class CompactRows:
         positions: each row's place in the sequence, int32 `[rows]`.
         lengths: rows of each head, `B * K` numbers.
         bias: added to the attention logits, float32 `[rows]`, or none.
+        received: attention that each row has received so far, float32 `[rows]`, or none (see `Judgement.received`).
     """
 
     keys: torch.Tensor
@@ -35,22 +37,26 @@ class CompactRows:
     positions: torch.Tensor
     lengths: list[int]
     bias: torch.Tensor | None = None
+    received: torch.Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[CompactRows]) -> CompactRows:
         """The heads of several, in order."""
-        biases: list[torch.Tensor] = []
-        if any(part.bias is not None for part in parts):
-            biases = [
-                part.keys.new_zeros(len(part.keys), dtype=torch.float32) if part.bias is None else part.bias
-                for part in parts
-            ]
+
+        def together(name: str) -> torch.Tensor | None:
+            given = [getattr(part, name) for part in parts]
+            if all(each is None for each in given):
+                return None
+            zeros = [part.keys.new_zeros(len(part.keys), dtype=torch.float32) for part in parts]
+            return torch.cat([zero if each is None else each for each, zero in zip(given, zeros, strict=True)])
+
         return cls(
             torch.cat([part.keys for part in parts]),
             torch.cat([part.values for part in parts]),
             torch.cat([part.positions for part in parts]),
             [length for part in parts for length in part.lengths],
-            torch.cat(biases) if biases else None,
+            together("bias"),
+            together("received"),
         )
 
     def of_heads(self, heads: Sequence[int]) -> CompactRows:
@@ -58,8 +64,9 @@ class CompactRows:
         starts = [0, *accumulate(self.lengths)]
         lengths = [self.lengths[head] for head in heads]
         rows = _places([starts[head] for head in heads], lengths, self.keys.device)
-        bias = None if self.bias is None else self.bias[rows]
-        return CompactRows(self.keys[rows], self.values[rows], self.positions[rows], lengths, bias)
+        return CompactRows(
+            self.keys[rows], self.values[rows], self.positions[rows], lengths, *_some(rows, self.bias, self.received)
+        )
 
 
 def _places(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -68,6 +75,11 @@ def _places(starts: Sequence[int], lengths: Sequence[int], device: torch.device)
     shifts = torch.tensor(starts) - (counts.cumsum(0) - counts)
     places = torch.arange(sum(lengths)) + shifts.repeat_interleave(counts)
     return places.to(device)
+
+
+def _some(rows: torch.Tensor, *columns: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """These rows of each column that there is."""
+    return [None if column is None else column[rows] for column in columns]
 
 
 def outside_context() -> CacheError:
@@ -178,10 +190,85 @@ class PromptLayer(CacheLayerMixin):
         return self.seen + query_length, 0
 
 
+@dataclass
+class RecentQueries:
+    """The newest queries of a layer, by which its rows are judged next.
+
+    Attributes:
+        queries: in order, `[B, H, Q, D]` each.
+        judges: which of each are no padding, bool `[B, Q]`; none for all.
+        logits: the layer's `scaling`, `softcap` and `sliding_window`.
+    """
+
+    queries: list[torch.Tensor] = field(default_factory=list)
+    judges: list[torch.Tensor | None] = field(default_factory=list)
+    logits: dict[str, Any] = field(default_factory=lambda: {"scaling": 1.0})
+
+    def __len__(self) -> int:
+        return sum(query.shape[2] for query in self.queries)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.queries, *(each for each in self.judges if each is not None)]
+
+    def add(self, query: torch.Tensor, judges: torch.Tensor | None, needed: int | None) -> None:
+        """Take newer ones, and forget those before the last `needed`, if it is a number."""
+        self.queries.append(query)
+        self.judges.append(judges)
+        while needed is not None and len(self) - self.queries[0].shape[2] >= needed:
+            del self.queries[0], self.judges[0]
+
+    def joined(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """All queries, `[B, H, N, D]`, and which are no padding, bool `[B, N]`; none if there are none, or all are."""
+        if not self.queries:
+            return None, None
+        judges = None
+        if any(each is not None for each in self.judges):
+            judges = torch.cat(
+                [
+                    query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if each is None else each
+                    for query, each in zip(self.queries, self.judges, strict=True)
+                ],
+                dim=1,
+            )
+        return torch.cat(self.queries, dim=2), judges
+
+    def drop(self, count: int) -> None:
+        """Forget the last `count`, or all if they are fewer."""
+        query, judges = self.joined()
+        if query is not None:
+            rest = max(0, query.shape[2] - count)
+            self.queries, self.judges = [query[:, :, :rest]], [None if judges is None else judges[:, :rest]]
+
+    def forget(self) -> None:
+        self.queries, self.judges = [], []
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep those of these sequences of the batch, in this order."""
+        self.queries = [query[sequences] for query in self.queries]
+        self.judges = [None if each is None else each[sequences] for each in self.judges]
+
+    @classmethod
+    def stacked(cls, parts: Sequence[RecentQueries]) -> RecentQueries:
+        """Those of several as a batch; none if they are not equally many."""
+        if len({len(part) for part in parts}) != 1 or not parts[0].queries:
+            return cls(logits=parts[0].logits)
+        together = [part.joined() for part in parts]
+        queries = [query for query, _ in together if query is not None]
+        judges = [
+            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if judge is None else judge
+            for query, judge in together
+            if query is not None
+        ]
+        return cls([torch.cat(queries)], [torch.cat(judges)], parts[0].logits)
+
+
 class HeadCacheLayer(PromptLayer):
     """One layer: flat rows `[rows, D]`, one head after the other, each with some free space behind it.
 
     Its rows come from the prompt, as soon as the layer has attended over it; later tokens are appended to every head.
+    When a head has outgrown its budget by the plan's buffer, all are compressed again, by what the queries that came
+    since look at.
     """
 
     is_croppable = True
@@ -198,12 +285,15 @@ class HeadCacheLayer(PromptLayer):
         self.values: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self.received: torch.Tensor | None = None
         self.kept: list[int] = []
         self.capacities: list[int] = []
         self.appended = 0
         self.batch_size = 0
         self.seen = 0
         self.is_initialized = False
+        self._recent = RecentQueries()
+        self._until_compressed: int | None = None
         self.forget_prompt()
 
     @property
@@ -215,6 +305,8 @@ class HeadCacheLayer(PromptLayer):
         """Take the keys and values of new tokens, `[B, K, Q, D]`; what comes back is marked with this layer."""
         if not self.is_initialized:
             return self.gather(key_states, value_states)
+        if self.plan.compresses_while_generating:
+            self._make_room(key_states.shape[2])
         self._append(key_states, value_states)
         key_states.head_cache_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
@@ -225,26 +317,134 @@ class HeadCacheLayer(PromptLayer):
 
     def filled(self, states: PromptStates, values: torch.Tensor) -> None:
         importance = self.plan.method.importance
-        self.compress(states, values, None if importance is None else importance.score(states))
+        self.compress(states, values, None if importance is None else importance.judge(states))
 
-    def compress(self, states: PromptStates, values: torch.Tensor, importance: torch.Tensor | None) -> None:
+    def compress(self, states: PromptStates, values: torch.Tensor, judgement: Judgement | None) -> None:
         """Keep of the prompt what the plan allots.
 
         Args:
             states: the prompt's queries and keys.
             values: the prompt's values, `[B, K, T, D]`.
-            importance: `[B, K, T]`; none keeps everything.
+            judgement: of the prompt's tokens; none keeps everything.
         """
-        method = self.plan.method
+        if judgement is None:
+            judgement = Judgement(torch.zeros(states.key.shape[:3], device=self.device))
         prompt_lengths = states.valid.sum(dim=-1).tolist()
         counts = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in prompt_lengths])
-        counts = counts.to(self.device)
-        if importance is None:
-            importance = torch.zeros(states.key.shape[:3], device=self.device)
-        kept = method.choose(importance, counts, states.valid)
-        keys, values = method.reduction.reduce(states.key, values, kept)
-        positions = torch.arange(kept.shape[-1], dtype=torch.int32, device=self.device).expand_as(kept)[kept]
-        self.hold(CompactRows(keys, values, positions, kept.sum(dim=-1).flatten().tolist()))
+        self._reduce(states, values, judgement, counts.to(self.device))
+        if self.plan.compresses_while_generating:
+            self._remember(states)
+
+    def _remember(self, states: PromptStates) -> None:
+        """Keep the prompt's last queries if the rows will be judged again before enough new ones have come."""
+        short = (self.queries_needed() or 0) - max(0, self._left(self._targets()))
+        if short > 0 and not self.observers:
+            query = states.query[:, :, max(0, states.query.shape[2] - short) :].clone()
+            judges = states.valid[:, -query.shape[2] :]
+            logits = {"scaling": states.scaling, "softcap": states.softcap, "sliding_window": states.sliding_window}
+            self._recent = RecentQueries([query], [None if bool(judges.all()) else judges], logits)
+
+    def _reduce(self, states: PromptStates, values: torch.Tensor, judgement: Judgement, counts: torch.Tensor) -> None:
+        """Hold `counts` rows per head, int64 `[B, K]`, of those that were judged."""
+        method = self.plan.method
+        ranked, counts = method.ranked(judgement.importance, counts, states.valid)
+        kept = largest(ranked, counts)
+        weights = judgement.importance if judgement.weights is None else judgement.weights
+        received = judgement.received if self.plan.compresses_while_generating else None
+        reduced = method.reduction.reduce(Rows(states.key, values, ranked, weights, states.bias, received), kept)
+        positions = states.row_positions()[kept].int()
+        lengths = kept.sum(dim=-1).flatten().tolist()
+        self.hold(CompactRows(reduced.keys, reduced.values, positions, lengths, reduced.bias, reduced.received))
+        self._until_compressed = None
+
+    def continue_with(self, plan: CompressionPlan) -> None:
+        """Compress by another plan from now on."""
+        self.plan = plan
+        self._until_compressed = None
+        if not plan.compresses_while_generating:
+            self._recent.forget()
+
+    def observe(self, query: torch.Tensor, judges: torch.Tensor | None = None, **logits) -> None:
+        """Remember the queries of the newest tokens as far as the next compression needs them.
+
+        Args:
+            query: of tokens whose keys have been appended, `[B, H, Q, D]`.
+            judges: false for padding, bool `[B, Q]`; none if there is none.
+            logits: `scaling`, `softcap` and `sliding_window` of this layer.
+        """
+        needed = self.queries_needed()
+        if self.plan.compresses_while_generating and needed != 0:
+            self._recent.add(query, judges, needed)
+            self._recent.logits = logits
+
+    def _make_room(self, count: int) -> None:
+        """Compress if `count` more rows would put a head beyond its budget and the buffer."""
+        assert self.plan.buffer is not None
+        if self._until_compressed is None:
+            self._until_compressed = self._left(self._targets())
+        if count > self._until_compressed:
+            targets = self._targets()
+            if count > self._left(targets):
+                self._compress_again(targets)
+            self._until_compressed = self._left(targets)
+        self._until_compressed -= count
+
+    def _targets(self) -> torch.Tensor:
+        """Rows that each head is compressed to, int64 `[K]`."""
+        return self.plan.decode_allocation(self.seen)[self.layer_idx]
+
+    def _left(self, targets: torch.Tensor) -> int:
+        """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
+        assert self.plan.buffer is not None
+        if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
+            heads = self.num_kv_heads
+            held = max(sum(self.lengths[b * heads : (b + 1) * heads]) for b in range(self.batch_size))
+            return (int(targets.sum()) + self.plan.buffer * heads - held) // heads
+        allowed = (targets + self.plan.buffer).tolist() * self.batch_size
+        return min(most - length for most, length in zip(allowed, self.lengths, strict=True))
+
+    def _compress_again(self, targets: torch.Tensor) -> None:
+        """Reduce every head that holds more than its target, int64 `[K]`, to that."""
+        importance = self.plan.method.importance
+        assert importance is not None
+        self.slack = max(self.slack, self.plan.buffer or 0)
+        states, values = self._held_states()
+        counts = targets.to(self.device).expand(self.batch_size, -1)
+        self._reduce(states, values, importance.judge(states), counts)
+        if importance.queries is None:
+            self._recent.forget()
+
+    def _held_states(self) -> tuple[PromptStates, torch.Tensor]:
+        """The rows of all heads with the queries that judge them, and the values; hidden rows count as padding."""
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        shape = (self.batch_size, self.num_kv_heads, self._longest)
+        starts, ends = self._bounds[0:-1:2, None].long(), self._ends[:, None]
+        places = ends + torch.arange(-self._longest, 0, device=self.device)
+        valid = (places >= starts).view(shape)
+        places = places.maximum(starts).flatten()
+        bias, received = (
+            None if column is None else column[places].view(shape) for column in (self.bias, self.received)
+        )
+        if bias is not None:
+            valid = valid & (bias > float("-inf"))
+            bias = bias.masked_fill(~valid, 0.0)
+        keys = self.keys[places].view(*shape, -1)
+        query, judges = self._recent.joined()
+        if query is None:
+            query = keys[:, :, :0]
+        states = PromptStates(
+            query,
+            keys,
+            valid,
+            **self._recent.logits,
+            positions=self.positions[places].view(shape),
+            places=torch.arange(self.seen - query.shape[2], self.seen, device=self.device),
+            seen=self.seen,
+            bias=bias,
+            received=received,
+            judges=judges,
+        )
+        return states, self.values[places].view(*shape, -1)
 
     def hold(self, rows: CompactRows, appended: int = 0) -> None:
         """Lay out rows with free space behind each head, instead of what the layer held.
@@ -261,7 +461,10 @@ class HeadCacheLayer(PromptLayer):
         self.keys = rows.keys.new_zeros(total, rows.keys.shape[-1]).index_copy_(0, places, rows.keys)
         self.values = rows.values.new_zeros(total, rows.values.shape[-1]).index_copy_(0, places, rows.values)
         self.positions = rows.positions.new_zeros(total).index_copy_(0, places, rows.positions)
-        self.bias = None if rows.bias is None else rows.bias.new_zeros(total).index_copy_(0, places, rows.bias)
+        self.bias, self.received = (
+            None if column is None else column.new_zeros(total).index_copy_(0, places, column)
+            for column in (rows.bias, rows.received)
+        )
         self._measure(starts)
         self.is_initialized = True
 
@@ -285,8 +488,8 @@ class HeadCacheLayer(PromptLayer):
         """What the heads hold now, copied together."""
         assert self.keys is not None and self.values is not None and self.positions is not None
         used = _places([0, *accumulate(self.capacities)][:-1], self.lengths, self.device)
-        bias = None if self.bias is None else self.bias[used]
-        return CompactRows(self.keys[used], self.values[used], self.positions[used], self.lengths, bias)
+        extras = _some(used, self.bias, self.received)
+        return CompactRows(self.keys[used], self.values[used], self.positions[used], self.lengths, *extras)
 
     @classmethod
     def stacked(cls, layers: Sequence[HeadCacheLayer]) -> HeadCacheLayer:
@@ -295,6 +498,10 @@ class HeadCacheLayer(PromptLayer):
         if len({layer.seen for layer in layers}) != 1:
             raise ValueError("only layers that have seen the same number of tokens can be stacked")
         stack = first.empty_like(sum(layer.batch_size for layer in layers))
+        if all(layer.plan is first.plan for layer in layers):
+            stack._recent = RecentQueries.stacked([layer._recent for layer in layers])
+        else:  # there is no one way to compress them on
+            stack.plan = replace(first.plan, buffer=None)
         stack.hold(
             CompactRows.joined([layer.compact_rows() for layer in layers]), min(layer.appended for layer in layers)
         )
@@ -310,8 +517,8 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that this layer holds, free space and positions included."""
-        tensors = (self.keys, self.values, self.positions, self.bias)
+        """Bytes of memory that this layer holds; free space, positions and remembered queries included."""
+        tensors = (self.keys, self.values, self.positions, self.bias, self.received, *self._recent.tensors)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -326,6 +533,9 @@ class HeadCacheLayer(PromptLayer):
                 f"Only the {self.appended} tokens after the prompt can be taken out of a compressed cache, not {count}."
             )
         self._advance(-count)
+        if self._until_compressed is not None:
+            self._until_compressed += count
+        self._recent.drop(count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
@@ -338,6 +548,7 @@ class HeadCacheLayer(PromptLayer):
         chosen = torch.arange(self.batch_size)[indices.cpu()].tolist()
         heads = [b * self.num_kv_heads + head for b in chosen for head in range(self.num_kv_heads)]
         self.batch_size = len(chosen)
+        self._recent.select(chosen)
         self.hold(self.compact_rows().of_heads(heads), self.appended)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -361,7 +572,10 @@ class HeadCacheLayer(PromptLayer):
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         count = key_states.shape[2]
         if count > self._room:
-            self.slack = max(self.slack, 2 * count, sum(self.lengths) // (2 * len(self.kept)))
+            if self._until_compressed is None:
+                self.slack = max(self.slack, 2 * count, sum(self.lengths) // (2 * len(self.kept)))
+            else:  # no more than will come before the rows are compressed again
+                self.slack = max(self.slack, count, count + self._until_compressed)
             self.hold(self.compact_rows(), self.appended)
         assert self.keys is not None and self.values is not None and self.positions is not None
         if count == 1:
@@ -373,8 +587,9 @@ class HeadCacheLayer(PromptLayer):
             self.positions.index_copy_(0, places, (self.seen + new).int().repeat(len(self.kept)))
         self.keys.index_copy_(0, places, key_states.reshape(len(places), -1))
         self.values.index_copy_(0, places, value_states.reshape(len(places), -1))
-        if self.bias is not None:
-            self.bias.index_fill_(0, places, 0.0)
+        for column in (self.bias, self.received):
+            if column is not None:
+                column.index_fill_(0, places, 0.0)
         self._advance(count)
 
     def _advance(self, count: int) -> None:
@@ -403,11 +618,11 @@ class FanOutLayer(PromptLayer):
         return None if None in needed else max(count for count in needed if count is not None)
 
     def filled(self, states: PromptStates, values: torch.Tensor) -> None:
-        judged: dict[Importance | None, torch.Tensor | None] = {None: None}
+        judged: dict[Importance | None, Judgement | None] = {None: None}
         for layer in self.layers:
             importance = layer.plan.method.importance
             if importance is not None and importance not in judged:
-                judged[importance] = importance.score(states)
+                judged[importance] = importance.judge(states)
             layer.lazy_initialization(states.key, values)
             layer.seen = self.seen
             layer.compress(states, values, judged[importance])
@@ -477,9 +692,15 @@ class HeadCache(PromptCache):
         """The layers, by the name of their kind."""
         return self.layers
 
+    def continue_with(self, plan: CompressionPlan) -> None:
+        """Compress by another plan from now on, for the same model."""
+        self.plan = plan
+        for layer in self.head_layers:
+            layer.continue_with(plan)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds, free space and positions included."""
+        """Bytes of memory that the cache holds; free space, positions and remembered queries included."""
         return sum(layer.nbytes for layer in self.head_layers)
 
     @property

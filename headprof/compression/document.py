@@ -1,8 +1,10 @@
 """A compressed document on disk: compress once, ask in later processes, many times.
 
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
-`[B, K]`, and `.bias` float32 `[rows]` where rows carry one. Its metadata name the model (shape, weights and tokenizer
-fingerprints), the method, the budget, the profile, the tokens seen, and a checksum over all of it.
+`[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; and
+`scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its metadata name the model (shape,
+weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the tokens seen, and a
+checksum over all of it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headprof.compression.budget import Budget
 from headprof.compression.cache import CompactRows, HeadCache, HeadCacheLayer
-from headprof.compression.session import make_plan
+from headprof.compression.methods import find_method
+from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
 from headprof.files import atomic_write, read_safetensors
 from headprof.shape import HeadShape
@@ -26,7 +30,7 @@ if TYPE_CHECKING:
     from headprof.models import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _MEND = "make it again with `headprof compress`"
 _SAMPLES = 64
 
@@ -52,10 +56,10 @@ def save_document(
         rows = layer.compact_rows()
         lengths = torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads)
         parts = {"keys": rows.keys, "values": rows.values, "positions": rows.positions, "lengths": lengths}
-        if rows.bias is not None:
-            parts["bias"] = rows.bias
+        parts |= {name: part for name, part in (("bias", rows.bias), ("received", rows.received)) if part is not None}
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts.items()}
     plan = cache.plan
+    tensors["scores"] = plan.scores.float().contiguous()
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -64,7 +68,10 @@ def save_document(
         "weights": weights_fingerprint(loaded.model),
         "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
         "method": plan.name,
+        "options": json.dumps(plan.method.options()),
         "budget": json.dumps(asdict(plan.budget)),
+        "decode_budget": json.dumps(plan.decode_budget and asdict(plan.decode_budget)),
+        "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
     } | dict(notes or {})
@@ -97,7 +104,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     if _checksum(tensors, metadata) != metadata.get("checksum"):
         raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
     _check_model(path, metadata, loaded, tensors["layers.0.keys"].dtype)
-    plan = make_plan(loaded.model, method="full", budget=1)
+    plan = _saved_plan(loaded, metadata, tensors["scores"])
     layers = [
         _restored(index, tensors, loaded, HeadCacheLayer(index, plan), int(metadata["tokens_seen"]))
         for index in range(loaded.shape.num_layers)
@@ -105,18 +112,36 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     return HeadCache.of_layers(layers), metadata
 
 
+def _saved_plan(loaded: LoadedModel, metadata: Mapping[str, str], scores: torch.Tensor) -> CompressionPlan:
+    """The plan by which the document was compressed, for what comes after it."""
+    given = json.loads(metadata["decode_budget"])
+    return CompressionPlan(
+        find_method(metadata["method"]).with_options(**json.loads(metadata["options"])),
+        Budget(**json.loads(metadata["budget"])),
+        loaded.shape,
+        scores,
+        torch.empty(0, dtype=loaded.dtype).element_size(),
+        name=metadata["method"],
+        profile_digest=metadata["profile"],
+        decode_budget=None if given is None else Budget(**given),
+        buffer=json.loads(metadata["buffer"]),
+    )
+
+
 def _restored(
     index: int, tensors: dict[str, torch.Tensor], loaded: LoadedModel, layer: HeadCacheLayer, seen: int
 ) -> HeadCacheLayer:
-    parts = {name: tensors.get(f"layers.{index}.{name}") for name in ("keys", "values", "positions", "bias")}
+    parts = {
+        name: tensors.get(f"layers.{index}.{name}") for name in ("keys", "values", "positions", "bias", "received")
+    }
     lengths = tensors[f"layers.{index}.lengths"]
-    keys, values, positions, bias = (
+    keys, values, positions, bias, received = (
         None if part is None else part.to(_layer_device(loaded, index)) for part in parts.values()
     )
     assert keys is not None and values is not None and positions is not None
     layer.batch_size, layer.num_kv_heads, layer.head_dim = *lengths.shape, keys.shape[-1]
     layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, seen
-    layer.hold(CompactRows(keys, values, positions, lengths.flatten().tolist(), bias))
+    layer.hold(CompactRows(keys, values, positions, lengths.flatten().tolist(), bias, received))
     return layer
 
 

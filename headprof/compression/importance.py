@@ -6,26 +6,34 @@ Shapes: `B` sequences, `H` query heads, `K` KV heads, `g = H // K` query heads p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
+from headprof.compression.column_sums import column_sums
 from headprof.errors import UsageError
 
 
 @dataclass(frozen=True)
 class PromptStates:
-    """One layer's queries and keys, right after that layer attended over the prompt.
+    """One layer's newest queries and the keys they judge: a whole prompt's, or the rows that its heads still hold.
 
     Attributes:
-        query: the queries of the prompt's last `N <= T` tokens, `[B, H, N, D]`; an importance says how many it needs.
-        key: the prompt's keys, `[B, K, T, D]`.
-        valid: false where a token is padding, bool `[B, T]`.
+        query: the queries of the last `N` tokens, `[B, H, N, D]`; an importance says how many it needs.
+        key: the keys, `[B, K, T, D]`.
+        valid: false where there is nothing to judge (padding), bool `[B, T]`, or `[B, K, T]` if heads differ.
         scaling: factor on the attention logits.
         softcap: bound on the logits (Gemma-2), or none.
         sliding_window: tokens that a query of this layer sees, or none for all.
+        positions: each row's place in the sequence, `[B, K, T]`; none if the keys are those of tokens `0` to `T - 1`.
+        places: each query's place in the sequence, int64 `[N]`; none if they are the last of these tokens.
+        seen: tokens of the sequence so far; none for `T`.
+        bias: added to the logits, float32 `[B, K, T]`, or none.
+        received: attention that queries before these paid to each row, summed, float32 `[B, K, T]`; none for none.
+        judges: false for queries that do not count (padding), bool `[B, N]`; none if all do.
+        shared: what several importances need of these states, computed once.
     """
 
     query: torch.Tensor
@@ -34,9 +42,16 @@ class PromptStates:
     scaling: float
     softcap: float | None = None
     sliding_window: int | None = None
+    positions: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    seen: int | None = None
+    bias: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+    judges: torch.Tensor | None = None
+    shared: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Softmax attention of the tokens from `start` to before `stop`, float32 `[B, K, g, stop - start, stop]`.
+        """Softmax attention of a prompt's tokens `start` to before `stop`, float32 `[B, K, g, stop - start, stop]`.
 
         Tokens from `stop` on are left out, since none of these queries sees them. A query that sees nothing but padding
         has a row of zeros.
@@ -44,29 +59,88 @@ class PromptStates:
         Raises:
             ValueError: some of these queries are not held.
         """
-        batch, num_kv_heads, num_tokens, head_dim = self.key.shape
+        num_tokens = self.key.shape[2]
         first = num_tokens - self.query.shape[2]
         if not first <= start <= stop <= num_tokens:
             raise ValueError(f"queries {start} to {stop} asked for, {first} to {num_tokens} held")
-        group_size = self.query.shape[1] // num_kv_heads
-        query = self.query[:, :, start - first : stop - first].float() * self.scaling
-        query = query.reshape(batch, num_kv_heads, group_size * (stop - start), head_dim)
-        logits = query @ self.key[:, :, :stop].float().transpose(2, 3)  # [B, K, g * (stop - start), stop]
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        positions = torch.arange(stop, device=self.key.device)
-        observers = positions[start:, None]
-        visible = positions <= observers
-        if self.sliding_window is not None:
-            visible &= positions > observers - self.sliding_window
-        visible = (visible & self.valid[:, None, :stop])[:, None, None]  # [B, 1, 1, stop - start, stop]
-        logits = logits.reshape(batch, num_kv_heads, group_size, stop - start, stop)
-        return logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1).nan_to_num_(nan=0.0)
+        return self._attention(start - first, stop - first, stop)
 
     def last_rows(self, count: int) -> torch.Tensor:
-        """Softmax attention of the last `count` queries, float32 `[B, K, g, count, T]`."""
+        """Softmax attention of the last `count` queries, or of all if they are fewer, float32 `[B, K, g, count, T]`.
+
+        Raises:
+            ValueError: some of these queries of a prompt are not held.
+        """
+        held = self.query.shape[2]
+        if self.positions is None:
+            num_tokens = self.key.shape[2]
+            return self.rows(num_tokens - min(count, num_tokens), num_tokens)
+        return self._attention(held - min(count, held), held, self.key.shape[2])
+
+    def query_places(self) -> torch.Tensor:
+        """Each query's place in the sequence, int64 `[N]`."""
+        if self.places is not None:
+            return self.places
         num_tokens = self.key.shape[2]
-        return self.rows(num_tokens - count, num_tokens)
+        return torch.arange(num_tokens - self.query.shape[2], num_tokens, device=self.key.device)
+
+    def row_positions(self) -> torch.Tensor:
+        """Each row's place in the sequence, `[B, K, T]`."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.key.shape[2], device=self.key.device).expand(self.key.shape[:3])
+
+    def valid_rows(self) -> torch.Tensor:
+        """Which rows each head has, bool `[B, K, T]`."""
+        return per_head(self.valid).expand(self.key.shape[:3])
+
+    def _attention(self, first: int, last: int, num_keys: int) -> torch.Tensor:
+        """Softmax attention of held queries `first` to before `last` over the first `num_keys` keys."""
+        batch, num_kv_heads, _, head_dim = self.key.shape
+        group_size, count = self.query.shape[1] // num_kv_heads, last - first
+        query = self.query[:, :, first:last].float() * self.scaling
+        query = query.reshape(batch, num_kv_heads, group_size * count, head_dim)
+        logits = query @ self.key[:, :, :num_keys].float().transpose(2, 3)  # [B, K, g * count, num_keys]
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits.reshape(batch, num_kv_heads, group_size, count, num_keys)
+        if self.bias is not None:
+            logits = logits + self.bias[:, :, None, None, :num_keys]
+        places = self.query_places()[first:last, None]
+        if self.positions is None:
+            positions = torch.arange(num_keys, device=self.key.device)[None, None, None]
+        else:
+            positions = self.positions[:, :, None, :num_keys]
+        visible = positions <= places  # [B or 1, K or 1, count, num_keys]
+        if self.sliding_window is not None:
+            visible &= positions > places - self.sliding_window
+        visible = (visible & per_head(self.valid)[:, :, None, :num_keys])[:, :, None]
+        attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1).nan_to_num_(nan=0.0)
+        if self.judges is not None:
+            attention *= self.judges[:, None, None, first:last, None]
+        return attention
+
+
+def per_head(valid: torch.Tensor) -> torch.Tensor:
+    """`[B, T]` as `[B, 1, T]`; `[B, K, T]` as it is."""
+    return valid[:, None] if valid.ndim == 2 else valid
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What an importance says of a layer's rows.
+
+    Attributes:
+        importance: of each row, float32 `[B, K, T]`; higher is kept; any finite value for padding.
+        weights: attention that each row can expect, at least 0, by which rows that merge are weighed, `[B, K, T]`; none
+            if the importance serves.
+        received: attention that each row has received from all queries so far, `[B, K, T]`, for importances that go
+            on counting while the model generates; none for others.
+    """
+
+    importance: torch.Tensor
+    weights: torch.Tensor | None = None
+    received: torch.Tensor | None = None
 
 
 class Importance(Protocol):
@@ -74,16 +148,20 @@ class Importance(Protocol):
 
     @property
     def queries(self) -> int | None:
-        """How many of the prompt's last queries it needs (all, if the prompt is shorter); none for all."""
+        """How many of the last queries it needs (all, if there are fewer); none for all since it last judged."""
         ...
 
     def score(self, states: PromptStates) -> torch.Tensor:
-        """Importance of each token, float32 `[B, K, T]`; any finite value for padding."""
+        """Importance of each row, float32 `[B, K, T]`; any finite value for padding."""
         ...
+
+    def judge(self, states: PromptStates) -> Judgement:
+        """The score, and what goes with it."""
+        return Judgement(self.score(states))
 
 
 @dataclass(frozen=True)
-class WindowAttention:
+class WindowAttention(Importance):
     """Attention from the last queries of the prompt, pooled over neighboring tokens (SnapKV, Li et al. 2024).
 
     Each token's score is the mean over the group's query heads and over those observing queries that can see it, so
@@ -121,60 +199,198 @@ class WindowAttention:
         return self.window
 
     def score(self, states: PromptStates) -> torch.Tensor:
-        num_tokens = states.key.shape[2]
-        window = min(self.window, num_tokens)
-        rows = states.last_rows(window)  # [B, K, g, window, T]
-        device = rows.device
+        return self.pooled(self.attention(states), states)
+
+    def pooled(self, attention: torch.Tensor, states: PromptStates) -> torch.Tensor:
+        """Each row's score from its own and its neighbors' attention, `[B, K, T]`; padding is nobody's neighbor."""
+        padding = self.kernel // 2
+        if self.pooling == "max":
+            return max_pool1d(attention, self.kernel, stride=1, padding=padding)
+        mean = avg_pool1d(attention, self.kernel, stride=1, padding=padding, count_include_pad=False)
+        if bool(states.valid.all()):
+            return mean
+        valid = states.valid_rows().float()
+        share = avg_pool1d(valid, self.kernel, stride=1, padding=padding, count_include_pad=False)
+        return mean / share.clamp(min=0.5 / self.kernel)
+
+    def attention(self, states: PromptStates) -> torch.Tensor:
+        """Each row's mean attention, before pooling, float32 `[B, K, T]`."""
+        rows = states.last_rows(self.window)  # [B, K, g, window, T]
+        window, device = rows.shape[3], rows.device
+        if window == 0:
+            return rows.sum(dim=(2, 3))
         weights = torch.arange(1.0, window + 1, device=device) if self.ramp else torch.ones(window, device=device)
         attention = (rows**self.power * weights[:, None]).sum(dim=3).mean(dim=2)
-        age = torch.arange(num_tokens, 0, -1, device=device)  # 1 for the last token
-        weight_of_newest = weights.flip(0).cumsum(0)  # of the last query, the last two ...
-        attention = (attention / weight_of_newest[age.clamp(max=window) - 1]) ** (1 / self.power)
-        if self.pooling == "mean":
-            return avg_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
-        return max_pool1d(attention, self.kernel, stride=1, padding=self.kernel // 2)
+        if states.judges is not None:
+            weights = weights * states.judges[:, -window:]
+        # A row is judged by the weights of the queries from its own on; by none if it is newer than all.
+        weight_from = weights.flip(-1).cumsum(-1).flip(-1).expand(rows.shape[0], window)
+        weight_from = torch.nn.functional.pad(weight_from, (0, 1)).clamp(min=1e-30)
+        first_judge = (states.row_positions() - states.query_places()[-window]).clamp(0, window)
+        weight = weight_from.gather(1, first_judge.flatten(1)).view(first_judge.shape)
+        return (attention / weight) ** (1 / self.power)
 
 
 @dataclass(frozen=True)
-class LastQuery:
+class LastQuery(Importance):
     """Attention from the last token of the prompt, averaged over all heads of the layer (TOVA, Oren et al. 2024).
 
-    All KV heads of the layer get the same scores.
+    All KV heads of the layer get the same scores; of rows that not all of them hold, those that do have a say.
     """
 
     queries = 1
 
     def score(self, states: PromptStates) -> torch.Tensor:
-        attention = states.last_rows(1).mean(dim=(1, 2, 3))  # [B, T]
-        return attention[:, None].expand(states.key.shape[:3])
+        attention = states.last_rows(1).sum(dim=3).mean(dim=2)  # [B, K, T]
+        if states.positions is None:
+            return attention.mean(dim=1, keepdim=True).expand(states.key.shape[:3])
+        places, row = torch.unique(states.positions.long(), return_inverse=True)
+        of_place = attention.new_zeros(2, attention.shape[0], len(places))
+        of_place[0].scatter_add_(1, row.flatten(1), (attention * states.valid_rows()).flatten(1))
+        of_place[1].scatter_add_(1, row.flatten(1), states.valid_rows().float().flatten(1))
+        mean = of_place[0] / of_place[1].clamp(min=1)
+        return mean.gather(1, row.flatten(1)).view(attention.shape)
 
 
 @dataclass(frozen=True)
-class Accumulated:
-    """Attention summed over all queries of the prompt, averaged over the group (H2O, Zhang et al. 2023).
+class Accumulated(Importance):
+    """Attention summed over all queries so far, averaged over the group (H2O, Zhang et al. 2023)."""
 
-    Attributes:
-        block: queries at a time; a few float32 tensors `[B, H, block, T]` are held at once, never `T x T`.
-    """
-
-    block: int = 64
     queries = None
 
-    def __post_init__(self) -> None:
-        if self.block < 1:
-            raise UsageError(f"A block of {self.block} queries is empty: give at least 1.")
-
     def score(self, states: PromptStates) -> torch.Tensor:
-        num_tokens = states.key.shape[2]
-        total = states.key.new_zeros(states.key.shape[:3], dtype=torch.float32)
-        for start in range(0, num_tokens, self.block):
-            stop = min(start + self.block, num_tokens)
-            total[..., :stop] += states.rows(start, stop).sum(dim=3).mean(dim=2)
-        return total
+        return received_attention(states)
+
+    def judge(self, states: PromptStates) -> Judgement:
+        received = self.score(states)
+        return Judgement(received, received=received)
+
+
+def received_attention(states: PromptStates, samples: int = 0, last: int = 0) -> torch.Tensor:
+    """Attention that each row has received from all queries so far, averaged over the group, float32 `[B, K, T]`.
+
+    Args:
+        states: a prompt's, with all its queries, or held rows with the queries that came since they were last judged.
+        samples: of a prompt's queries count about so many, evenly spaced, each for those that it stands for; 0 for all.
+        last: so many of the last queries count in any case.
+    """
+    key = ("received", samples, last)
+    if key not in states.shared:
+        states.shared[key] = _received_attention(states, samples, last)
+    return states.shared[key]
+
+
+def _received_attention(states: PromptStates, samples: int, last: int) -> torch.Tensor:
+    if states.positions is not None:
+        paid = states.last_rows(states.query.shape[2]).sum(dim=3).mean(dim=2)
+        return paid if states.received is None else paid + states.received
+    num_tokens = states.key.shape[2]
+    places, weights = sampled_queries(num_tokens, samples, last)
+    places, weights = places.to(states.key.device), weights.to(states.key.device)
+    query = states.query if len(places) == num_tokens else states.query[:, :, places]
+    return column_sums(
+        query,
+        states.key,
+        places,
+        states.valid,
+        scaling=states.scaling,
+        softcap=states.softcap,
+        sliding_window=states.sliding_window,
+        weights=weights,
+    )
+
+
+def sampled_queries(num_tokens: int, samples: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which queries of a prompt are asked, int64 `[N]`, and how many each stands for, float32 `[N]`.
+
+    The last `last` are all asked; of those before them every `stride`-th, for the `stride` that end with it.
+    """
+    before = max(0, num_tokens - last)
+    stride = -(-before // samples) if samples else 1
+    if stride <= 1:
+        return torch.arange(num_tokens), torch.ones(num_tokens)
+    spaced = torch.arange(before - 1, -1, -stride).flip(0)
+    stands_for = torch.diff(spaced, prepend=torch.tensor([-1]))
+    places = torch.cat([spaced, torch.arange(before, num_tokens)])
+    return places, torch.cat([stands_for, torch.ones(num_tokens - before, dtype=torch.int64)]).float()
 
 
 @dataclass(frozen=True)
-class KeyNorm:
+class GlobalLocal(WindowAttention):
+    """Attention from the whole prompt and from its end together (EMS, Li et al. 2024, "Global-Local Importance").
+
+    A token's global score is the mean attention from all queries that see it; a sum would favor early tokens, which
+    more queries see. Its local score is `WindowAttention`'s. The global scores are rescaled to the local ones' mean
+    over a head's tokens before the two are joined.
+
+    Attributes:
+        combine: how they are joined: the paper's `"max"`, `"sum"`, `"product"` (geometric mean), or `"global"` or
+            `"local"` for one alone.
+        balance: factor on the global score before they are joined.
+        samples: queries of the prompt that the global score asks, evenly spaced beside all of the window; 0 for all.
+        recency: exponent on the share of the sequence from which a token is seen: 0 for the mean, 1 for H2O's sum.
+        emphasis: rows that merge are weighed by their mean attention from all queries, and so many times that from the
+            window. Without it, what only the window looks at, such as the answer to a question, is drowned in a
+            cluster by what the whole text looks at.
+    """
+
+    combine: str = "max"
+    balance: float = 1.0
+    samples: int = 1024
+    recency: float = 0.0
+    emphasis: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine not in ("max", "sum", "product", "global", "local"):
+            raise UsageError(
+                f"Global and local scores cannot be joined by {self.combine!r}: choose max, sum, product, global or "
+                "local."
+            )
+        if self.balance <= 0:
+            raise UsageError(f"A balance of {self.balance} leaves no global score: give more than 0, or combine=local.")
+        if self.emphasis < 0:
+            raise UsageError(f"An emphasis of {self.emphasis} would weigh rows below nothing: give 0 or more.")
+        if self.samples < 0:
+            raise UsageError(f"There are no {self.samples} queries to ask: give samples of at least 1, or 0 for all.")
+
+    @property
+    def queries(self) -> int | None:  # type: ignore[override]
+        return None
+
+    def score(self, states: PromptStates) -> torch.Tensor:
+        return self.judge(states).importance
+
+    def judge(self, states: PromptStates) -> Judgement:
+        received = received_attention(states, self.samples, self.window)
+        valid = states.valid_rows()
+        seen = states.key.shape[2] if states.seen is None else states.seen
+        seen_from = (seen - states.row_positions()).clamp(min=1).float()
+        whole = received / seen_from
+        local = self.attention(states)
+        joined = self._joined(whole * (seen_from / seen) ** self.recency, self.pooled(local, states), valid)
+        alone = {"global": whole, "local": local}
+        weights = alone[self.combine] if self.combine in alone else whole + self.emphasis * local
+        return Judgement(joined, weights=weights, received=received)
+
+    def _joined(self, whole: torch.Tensor, local: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        if self.combine == "global":
+            return whole
+        if self.combine == "local":
+            return local
+        whole = whole * (self.balance * _mean(local, valid) / _mean(whole, valid).clamp(min=1e-30))
+        if self.combine == "max":
+            return torch.maximum(whole, local)
+        return whole + local if self.combine == "sum" else (whole * local).sqrt()
+
+
+def _mean(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean of each head's valid entries, `[B, K, 1]`."""
+    return (values * valid).sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class KeyNorm(Importance):
     """Minus the L2 norm of the key: tokens with small keys draw most attention (Devoto et al. 2024)."""
 
     queries = 0
@@ -184,11 +400,10 @@ class KeyNorm:
 
 
 @dataclass(frozen=True)
-class Recency:
+class Recency(Importance):
     """Later tokens matter more (StreamingLLM, Xiao et al. 2024, which keeps the first four as sinks)."""
 
     queries = 0
 
     def score(self, states: PromptStates) -> torch.Tensor:
-        places = torch.arange(states.key.shape[2], dtype=torch.float32, device=states.key.device)
-        return places.expand(states.key.shape[:3])
+        return states.row_positions().float()

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from headprof.compression.budget import AdaptiveBudget, BudgetPolicy, ProfileBudget, PyramidBudget, UniformBudget
-from headprof.compression.importance import Accumulated, Importance, KeyNorm, LastQuery, Recency, WindowAttention
-from headprof.compression.reduction import Evict, Reduction, ranking, top_tokens
+from headprof.compression.importance import (
+    Accumulated,
+    GlobalLocal,
+    Importance,
+    KeyNorm,
+    LastQuery,
+    Recency,
+    WindowAttention,
+)
+from headprof.compression.reduction import Evict, EvictThenMerge, Reduction, largest, ranking
 from headprof.errors import UsageError
 
 
@@ -58,22 +66,43 @@ class Method:
         return recent.minimum(counts - self.sinks).clamp(min=self.keep_last)
 
     def choose(self, importance: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
-        """Mark the tokens that each head of a layer keeps, bool `[B, K, T]`.
+        """Mark the tokens that each head of a layer keeps, bool `[B, K, T]`; arguments as for `ranked`."""
+        ranked, counts = self.ranked(importance, counts, valid)
+        return largest(ranked, counts)
+
+    def ranked(self, importance: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
 
         Args:
             importance: float `[B, K, T]`, finite.
             counts: tokens allotted to each head, int64 `[B, K]`; at most the valid tokens of the sequence. The budget
                 policy may hand some on to other heads of the layer.
-            valid: false where a token is padding, bool `[B, T]`.
+            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
+
+        Returns:
+            float `[B, K, T]`, padding at minus infinity; int64 `[B, K]`.
         """
         ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last)
         counts = self.budget.spread(counts, ranked, valid, self.always_kept)
-        return top_tokens(importance, counts, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts))
+        if self.recent_share:
+            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts))
+        return ranked, counts
 
     def for_observers(self, count: int) -> Method:
         """This method for a prompt whose last `count` tokens only judge: a window is just they, all counting alike."""
         options = {"window": count, "ramp": False}
         return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
+
+    def options(self) -> dict[str, Any]:
+        """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
+        parts = (self.importance, self.budget, self.reduction, self)
+        return {
+            each.name: getattr(part, each.name)
+            for part in parts
+            if is_dataclass(part)
+            for each in fields(part)
+            if isinstance(getattr(part, each.name), _SIMPLE)
+        }
 
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
@@ -102,7 +131,7 @@ class Method:
         parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
         for holder, part in parts.items():
             known = {each.name for each in fields(part)} if is_dataclass(part) else set()
-            if name in known and isinstance(getattr(part, name), (bool, int, float, str)):
+            if name in known and isinstance(getattr(part, name), _SIMPLE):
                 return holder
         return None
 
@@ -110,12 +139,19 @@ class Method:
 # How the papers judge tokens, with fewer of the window kept; and what serves budgets of 16 to 128 tokens better.
 _SNAPKV = WindowAttention()
 _TUNED = WindowAttention(kernel=11, pooling="mean", power=2, ramp=True)
+_EMS = GlobalLocal(**asdict(_TUNED), combine="sum", balance=2.0, emphasis=1.0)
+# Keys stay as they are: an average of keys at different positions is no key of any (README, "Evict, then merge").
+_MERGE = EvictThenMerge(threshold=0.4, merge_keys=False)
 
 METHODS: dict[str, Method] = {
     "full": Method(None),
     "snapkv": Method(_SNAPKV, UniformBudget(), Evict()),
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
+    "ems": Method(_EMS, UniformBudget(), _MERGE),
+    "headkv-ems": Method(
+        replace(_EMS, balance=0.15, emphasis=10.0), ProfileBudget("reasoning"), replace(_MERGE, coverage=0.5)
+    ),
     "tova": Method(LastQuery(), UniformBudget(), Evict()),
     "pyramidkv": Method(_SNAPKV, PyramidBudget(), Evict()),
     "adakv": Method(_SNAPKV, AdaptiveBudget(), Evict()),
@@ -126,14 +162,15 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method of this name.
+    """The method of this name, which may be followed by parameters: `ems`, `ems:mass=false:threshold=0.5`.
 
     Raises:
-        UsageError: there is none; the message lists those there are.
+        UsageError: there is none; the message lists those there are. Or it has no such parameter.
     """
+    name, *settings = name.split(":")
     if name not in METHODS:
         raise UsageError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    return METHODS[name].with_options(**parse_settings(settings))
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -155,6 +192,7 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+_SIMPLE = (bool, int, float, str)
 _SETTING = {"true": True, "false": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 

@@ -11,6 +11,9 @@ from headprof.compression.methods import Method
 from headprof.errors import UsageError
 from headprof.shape import HeadShape
 
+BUFFER = 64
+"""New tokens that every head takes beyond its budget before it is compressed again."""
+
 
 @dataclass
 class CompressionPlan:
@@ -24,6 +27,10 @@ class CompressionPlan:
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
+        decode_budget: average rows per KV head while generating; none for the prompt's budget. A share is one of all
+            tokens seen so far, so that memory grows with them; tokens and bytes hold it constant.
+        buffer: new tokens that every head takes beyond its budget before it is compressed again; none to keep all that
+            come after the prompt.
     """
 
     method: Method
@@ -33,11 +40,31 @@ class CompressionPlan:
     bytes_per_element: int
     name: str = ""
     profile_digest: str = ""
-    _allocations: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)
+    decode_budget: Budget | None = None
+    buffer: int | None = BUFFER
+    _known: list[_Allocation] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.buffer is not None and self.buffer < 1:
+            raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
 
     def for_observers(self, count: int) -> CompressionPlan:
         """This plan for a prompt whose last `count` tokens only judge (`PromptCache.expect_observers`)."""
-        return replace(self, method=self.method.for_observers(count)) if count else self
+        return replace(self, method=self.method.for_observers(count), _known=[]) if count else self
+
+    @property
+    def compresses_while_generating(self) -> bool:
+        """Whether what comes after the prompt is compressed too."""
+        return self.buffer is not None and self.method.importance is not None
+
+    def check(self, prompt_length: int) -> None:
+        """
+        Raises:
+            UsageError: the budget for a prompt of this many tokens, or that for generating after it, cannot be met.
+        """
+        self.allocation(prompt_length)
+        if self.compresses_while_generating:
+            self.decode_allocation(prompt_length)
 
     def allocation(self, prompt_length: int) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
@@ -45,20 +72,43 @@ class CompressionPlan:
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        if prompt_length not in self._allocations:
-            bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
-            budget = self.budget.tokens(prompt_length, bytes_per_token)
-            if budget < 1:
-                raise UsageError(
-                    f"A budget of {int(self.budget.amount)} bytes is less than one token per head "
-                    f"({bytes_per_token} bytes): raise --budget."
-                )
-            if self.method.importance is None:
-                budget = prompt_length
-            self._allocations[prompt_length] = self.method.budget.allocate(
-                self.scores,
-                budget=budget,
-                context_length=prompt_length,
-                always_kept=self.method.always_kept,
+        return self._allocation(self.budget, prompt_length)
+
+    def decode_allocation(self, seen: int) -> torch.Tensor:
+        """Rows that each KV head is compressed to when the sequence has this many tokens, int64 `[L, K]`.
+
+        Raises:
+            UsageError: the budget is below what every head keeps.
+        """
+        return self._allocation(self.decode_budget or self.budget, seen)
+
+    def _allocation(self, given: Budget, length: int) -> torch.Tensor:
+        bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
+        budget = given.tokens(length, bytes_per_token) if self.method.importance is not None else length
+        if budget < 1:
+            raise UsageError(
+                f"A budget of {int(given.amount)} bytes is less than one token per head "
+                f"({bytes_per_token} bytes): raise --budget."
             )
-        return self._allocations[prompt_length]
+        for known in self._known:
+            if known.serves(budget, length):
+                return known.tokens
+        tokens = self.method.budget.allocate(
+            self.scores, budget=budget, context_length=length, always_kept=self.method.always_kept
+        )
+        self._known = [_Allocation(budget, length, int(tokens.max()), tokens), *self._known[:15]]
+        return tokens
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """Tokens per head, `[L, K]`, for a budget and a length, and the most that one head gets."""
+
+    budget: int
+    length: int
+    most: int
+    tokens: torch.Tensor
+
+    def serves(self, budget: int, length: int) -> bool:
+        """A sequence that has as much as any head wants gets the same when it is longer."""
+        return self.budget == budget and (self.length == length or self.most < self.length <= length)

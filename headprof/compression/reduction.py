@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.functional import normalize
+
+from headprof.compression.importance import per_head
+from headprof.errors import UsageError
 
 
 def largest(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -32,15 +36,16 @@ def ranking(
 
     Args:
         importance: float `[B, K, T]`, finite.
-        valid: false where a token is padding, bool `[B, T]`.
+        valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
         sinks: first tokens of the sequence that are always kept.
         keep_last: last tokens of the sequence that are always kept; one number, or one for each head, int `[B, K]`.
     """
-    from_start = valid.cumsum(dim=-1)[:, None]  # 1 for the first valid token
-    from_end = valid.flip(-1).cumsum(dim=-1).flip(-1)[:, None]
+    valid = per_head(valid)
+    from_start = valid.cumsum(dim=-1)  # 1 for the first valid token
+    from_end = valid.flip(-1).cumsum(dim=-1).flip(-1)
     last = keep_last[..., None] if isinstance(keep_last, torch.Tensor) else keep_last
     ranked = importance.masked_fill((from_start <= sinks) | (from_end <= last), float("inf"))
-    return ranked.masked_fill(~valid[:, None], float("-inf"))
+    return ranked.masked_fill(~valid, float("-inf"))
 
 
 def top_tokens(
@@ -67,22 +72,247 @@ def top_tokens(
     return largest(ranking(importance, valid, sinks=sinks, keep_last=keep_last), counts)
 
 
-class Reduction(Protocol):
-    """Shortens a layer's prompt to the rows that its heads keep."""
+@dataclass(frozen=True)
+class Rows:
+    """A layer's rows before they are reduced, and what is known of them.
 
-    def reduce(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of all heads, one head after the other, `[kept.sum(), D]` each.
+    Attributes:
+        keys, values: `[B, K, T, D]`.
+        ranked: importance, infinite for rows that every head keeps as they are, `[B, K, T]` (see `ranking`).
+        weights: attention that each row can expect, `[B, K, T]`.
+        bias: added to the rows' attention logits so far, float32 `[B, K, T]`, or none.
+        received: attention that each row has received so far, `[B, K, T]`, or none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    ranked: torch.Tensor
+    weights: torch.Tensor
+    bias: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+    def of(self, kept: torch.Tensor) -> Reduced:
+        """The kept rows as they are; `kept` is bool `[B, K, T]`."""
+        bias, received = (None if each is None else each[kept] for each in (self.bias, self.received))
+        return Reduced(self.keys[kept], self.values[kept], bias, received)
+
+
+@dataclass
+class Reduced:
+    """The rows that a layer's heads keep, one head after the other.
+
+    Attributes:
+        keys, values: `[rows, D]`.
+        bias: added to the attention logits, float32 `[rows]`, or none.
+        received: attention that each row has received so far, float32 `[rows]`, or none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+
+class Reduction(Protocol):
+    """Shortens a layer's rows to those that its heads keep."""
+
+    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
+        """What the heads hold from now on.
 
         Args:
-            keys, values: the prompt's, `[B, K, T, D]`.
-            kept: tokens that each head keeps, bool `[B, K, T]`.
+            rows: what they have.
+            kept: rows that each head keeps, bool `[B, K, T]`.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Evict:
-    """Keep the chosen tokens as they are and drop the others."""
+class Evict(Reduction):
+    """Keep the chosen rows as they are and drop the others."""
 
-    def reduce(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys[kept], values[kept]
+    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
+        return rows.of(kept)
+
+
+@dataclass(frozen=True)
+class EvictThenMerge(Reduction):
+    """Merge the best of what would be evicted into the rows that stay (EMS, Li et al. 2024, "Evict-then-Merge").
+
+    A head's kept rows, but for those that it keeps whatever their importance, are *centres*; the next best rows are
+    *candidates*, the rest is dropped. A candidate joins the centre with the most similar key (of equal ones the
+    earlier), if their cosine similarity is above the threshold; else it joins the zero class, one more column of the
+    similarity matrix, and is dropped. So heads with any number of centres and candidates are one batched operation.
+
+    Values are averaged by their rows' weights; keys too, and then rescaled to the average of their norms. A centre that
+    stands for several rows draws their attention: the log of the cluster's weight over its own is added to its logits.
+    A weight counts as at least a millionth of its head's largest.
+
+    How many candidates a head has goes by its sparsity, the number of rows that hold `coverage` of its attention: those
+    of them that are not kept, at most `candidates` for each centre; and by its redundancy `r`, the mean cosine
+    similarity of its keys: a share of `r ** redundancy` of them.
+
+    Attributes:
+        threshold: -1 to 1; 1 merges nothing, -1 drops no candidate.
+        candidates: most candidates for each centre; 0 merges nothing.
+        coverage: share of a head's attention, 0 to 1; 1 takes as many candidates as `candidates` allows.
+        redundancy: exponent on the redundancy; 0 leaves it out.
+        merge_keys: whether keys are averaged, or stay the centre's.
+        mass: whether a centre draws the attention of its cluster.
+    """
+
+    threshold: float = 0.6
+    candidates: float = 8.0
+    coverage: float = 0.9
+    redundancy: float = 0.0
+    merge_keys: bool = True
+    mass: bool = True
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.threshold <= 1:
+            raise UsageError(f"A threshold of {self.threshold} is no cosine: give -1 to 1.")
+        if self.candidates < 0 or self.redundancy < 0:
+            raise UsageError("Candidates and redundancy cannot be below 0: give 0 or more.")
+        if not 0 < self.coverage <= 1:
+            raise UsageError(f"A coverage of {self.coverage} is no share of attention: give more than 0, at most 1.")
+
+    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
+        reduced = rows.of(kept)
+        centres = kept & rows.ranked.isfinite()
+        counts = self.count_candidates(rows, kept, centres)
+        if self.threshold >= 1 or not bool(counts.any()):
+            return reduced
+        heads = kept.shape[0] * kept.shape[1]
+        centre_at, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
+        rest = rows.ranked.masked_fill(kept, float("-inf")).flatten(0, 1)
+        candidate_at, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
+        keys, values = (each.flatten(0, 1) for each in (rows.keys, rows.values))
+        cluster = nearest(_at(keys, candidate_at), _at(keys, centre_at), is_centre, self.threshold)
+        cluster = cluster.masked_fill(~is_candidate, 0)
+        place = kept.flatten().cumsum(0).view(heads, -1).gather(1, centre_at)[is_centre] - 1  # among the kept rows
+
+        def gathered(each: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            return each.flatten(0, 1).gather(1, at)
+
+        weights = rows.weights.float()
+        weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
+        own, joining = gathered(weights, centre_at), gathered(weights, candidate_at)
+        whole = _summed(joining, cluster, own)
+        merged = (whole > own) & is_centre
+
+        def averaged(each: torch.Tensor) -> torch.Tensor:
+            total = _summed(
+                _at(each, candidate_at).float() * joining[..., None], cluster, _at(each, centre_at) * own[..., None]
+            )
+            return total / whole[..., None]
+
+        def put(held: torch.Tensor, new: torch.Tensor) -> None:
+            changed = merged[is_centre]
+            held[place[changed]] = new[merged].to(held.dtype)
+
+        put(reduced.values, averaged(values))
+        if self.merge_keys:
+            norm = averaged(keys.float().norm(dim=-1, keepdim=True))
+            mean = averaged(keys)
+            length = mean.norm(dim=-1, keepdim=True)
+            rescaled = mean * (norm / length.clamp(min=_TINY))
+            put(reduced.keys, rescaled.where(length > 1e-6 * norm, _at(keys, centre_at).float()))  # they may cancel out
+        if self.mass:
+            if reduced.bias is None:
+                reduced.bias = torch.zeros(len(reduced.keys), dtype=torch.float32, device=kept.device)
+            changed = place[merged[is_centre]]
+            reduced.bias[changed] += whole[merged].log() - own[merged].log()
+        if rows.received is not None and reduced.received is not None:
+            put(
+                reduced.received,
+                _summed(gathered(rows.received, candidate_at), cluster, gathered(rows.received, centre_at)),
+            )
+        return reduced
+
+    def count_candidates(self, rows: Rows, kept: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        """How many candidates each head has, int64 `[B, K]`."""
+        num_centres = centres.sum(dim=-1)
+        free = (~kept & (rows.ranked > float("-inf"))).sum(dim=-1)
+        counts = free.minimum((num_centres * self.candidates).long())
+        if self.coverage < 1:
+            counts = counts.minimum(
+                (sparsity(rows.weights, rows.ranked, self.coverage) - kept.sum(dim=-1)).clamp(min=0)
+            )
+        if self.redundancy:
+            share = redundancy(rows.keys, rows.ranked > float("-inf")).clamp(min=0) ** self.redundancy
+            counts = (counts * share.double() + 1e-4).long()  # so that rounding loses none where all keys are alike
+        return counts.masked_fill(num_centres == 0, 0)
+
+
+def sparsity(weights: torch.Tensor, ranked: torch.Tensor, coverage: float) -> torch.Tensor:
+    """How many of a head's rows, those with the most attention first, hold a share of it, int64 `[B, K]`.
+
+    Args:
+        weights: attention, at least 0, `[B, K, T]`.
+        ranked: minus infinity for rows that do not count, `[B, K, T]`.
+        coverage: the share, 0 to 1.
+    """
+    held = weights.double().masked_fill(ranked == float("-inf"), 0).sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    return (held < coverage * held[..., -1:]).sum(dim=-1) + 1
+
+
+def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity of the keys of each head with one another and themselves, float32 `[B, K]`.
+
+    It is the squared length of their mean direction, so it takes one pass, not one for each pair.
+
+    Args:
+        keys: `[B, K, T, D]`.
+        valid: which of them count, bool `[B, K, T]`.
+    """
+    directions = normalize(keys.float(), dim=-1) * valid[..., None]
+    mean = directions.sum(dim=2) / valid.sum(dim=-1, keepdim=True).clamp(min=1)
+    return mean.square().sum(dim=-1)
+
+
+def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Tensor, threshold: float) -> torch.Tensor:
+    """The class that each candidate joins: 0 for the zero class, else one more than the number of a centre.
+
+    Args:
+        candidates: keys, `[N, M, D]`.
+        centres: keys, `[N, C, D]`.
+        is_centre: false where a head has fewer than `C` centres, bool `[N, C]`.
+        threshold: a cosine; a centre must be more similar than that.
+
+    Returns:
+        int64 `[N, M]`.
+    """
+    directions = normalize(centres.float(), dim=-1).transpose(1, 2)  # [N, D, C]
+    classes = []
+    step = max(1, _SIMILARITIES // max(1, len(centres) * centres.shape[1]))
+    for part in candidates.split(step, dim=1):
+        similarity = (normalize(part.float(), dim=-1) @ directions).clamp_(max=1.0)
+        similarity.masked_fill_(~is_centre[:, None], -2.0)
+        zero_class = similarity.new_full((*similarity.shape[:2], 1), threshold)
+        classes.append(torch.cat([zero_class, similarity], dim=-1).max(dim=-1).indices)  # of equal ones the first
+    return torch.cat(classes, dim=1)
+
+
+_SIMILARITIES = 1 << 25
+"""Most similarities held at once."""
+_LEAST_WEIGHT = 1e-6
+"""Of a head's largest: a centre that got no attention at all would else draw all of it once something joins it."""
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _packed(chosen: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of the true entries of each row, ascending, int64 `[N, C]`, and which of these are real, bool `[N, C]`."""
+    most = int(counts.max())
+    places = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+    return places, torch.arange(most, device=chosen.device) < counts[:, None]
+
+
+def _at(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows `[N, T, D]` at places `[N, P]`, as `[N, P, D]`."""
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
+
+
+def _summed(joining: torch.Tensor, cluster: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Each centre's own number (or row) and those of the candidates that join it, float32 `[N, C]` or `[N, C, D]`."""
+    total = torch.cat([torch.zeros_like(own[:, :1]), own], dim=1).float()  # the zero class comes first
+    index = cluster if joining.ndim == 2 else cluster[..., None].expand_as(joining)
+    return total.scatter_add_(1, index, joining.float())[:, 1:]

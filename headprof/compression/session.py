@@ -14,7 +14,7 @@ from headprof.compression.budget import Budget
 from headprof.compression.cache import HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.chunked import chunked_prefill
 from headprof.compression.methods import find_method
-from headprof.compression.plan import CompressionPlan
+from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError
 from headprof.interface import AttentionFunction, wrapped_attention
 from headprof.shape import HeadShape
@@ -31,6 +31,8 @@ def make_plan(
     *,
     method: str = "headkv-r2",
     budget: int | str | Budget = 64,
+    decode_budget: int | str | Budget | None = None,
+    buffer: int | None = BUFFER,
     **options,
 ) -> CompressionPlan:
     """Put a method, a budget and a profile together for a model.
@@ -40,6 +42,7 @@ def make_plan(
         profile: its head profile, for methods that need one.
         method: a name in `METHODS`.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
+        decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
         options: parameters of the method's parts, such as `window=8`, `keep_last=4`, `pool_factor=1.1`.
 
     Raises:
@@ -62,7 +65,17 @@ def make_plan(
         scores = profile.kv_head_scores(which, getattr(chosen.budget, "aggregate", "max"))
     element = torch.empty(0, dtype=model.dtype).element_size()
     digest = profile.digest() if which is not None and profile is not None else ""
-    return CompressionPlan(chosen, Budget.parse(budget), shape, scores, element, method, digest)
+    return CompressionPlan(
+        chosen,
+        Budget.parse(budget),
+        shape,
+        scores,
+        element,
+        name=method,
+        profile_digest=digest,
+        decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
+        buffer=buffer,
+    )
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
@@ -92,11 +105,13 @@ def _compressing(base: AttentionFunction, backend: str) -> AttentionFunction:
             "sliding_window": kwargs.get("sliding_window"),
         }
         if isinstance(layer, HeadCacheLayer) and layer.is_initialized:
+            own = None
             if attention_mask is not None and query.shape[2] > 1:
-                _hide_padding(layer, attention_mask, query.shape[2])
+                own = _hide_padding(layer, attention_mask, query.shape[2])
             output = ragged_attention(
                 query, layer.rows(), key.shape[1], sinks=kwargs.get("s_aux"), backend=backend, **logit_options
             )
+            layer.observe(query, own, **logit_options)
             return output, None
         output, weights = base(module, query, key, value, attention_mask, **kwargs)
         layer.attended(query, key, value, _valid_tokens(attention_mask, key), **logit_options)
@@ -119,12 +134,15 @@ def _valid_tokens(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
     return _visible(last_row).expand(batch, num_tokens)
 
 
-def _hide_padding(layer: HeadCacheLayer, mask: torch.Tensor, num_new: int) -> None:
-    """Hide padding among the newest tokens: what does not even see itself."""
+def _hide_padding(layer: HeadCacheLayer, mask: torch.Tensor, num_new: int) -> torch.Tensor | None:
+    """Hide padding among the newest tokens: what does not even see itself; bool `[B, Q]`, none if there is none."""
     newest = mask[..., -num_new:]
     own = newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
-    if not bool(own.all()):
-        layer.hide_newest(own.expand(layer.batch_size, num_new))
+    if bool(own.all()):
+        return None
+    own = own.expand(layer.batch_size, num_new)
+    layer.hide_newest(own)
+    return own
 
 
 def _visible(mask: torch.Tensor) -> torch.Tensor:
@@ -165,6 +183,8 @@ def compressed(
     budget: int | str | Budget = 64,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    decode_budget: int | str | Budget | None = None,
+    buffer: int | None = BUFFER,
     **options,
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
@@ -173,13 +193,15 @@ def compressed(
     passed in as `past_key_values` is used as it is. Leaving the context restores the model.
 
     Args:
-        model, profile, method, budget, options: as for `make_plan`.
+        model, profile, method, budget, decode_budget, buffer, options: as for `make_plan`.
         backend, prefill_chunk: as for `attending_ragged`.
 
     Yields:
         The plan, from which `HeadCache(plan)` makes caches to pass in by hand.
     """
-    plan = make_plan(model, profile, method=method, budget=budget, **options)
+    plan = make_plan(
+        model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options
+    )
 
     def start_head_cache(_module, args, kwargs):
         cache = kwargs.get("past_key_values")

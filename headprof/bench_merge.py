@@ -1,0 +1,126 @@
+"""Evict-then-merge over all heads of a layer at once, beside a loop over the heads, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from headprof.bench import now
+from headprof.compression.budget import ProfileBudget
+from headprof.compression.methods import METHODS
+from headprof.compression.reduction import EvictThenMerge, Reduced, Rows, largest, ranking
+from headprof.errors import UsageError
+from headprof.random_models import SHAPES
+
+
+@dataclass(frozen=True)
+class MergeTimes:
+    """Seconds to reduce one layer's prompt, medians.
+
+    Attributes:
+        shape, length, budget, batch: what was reduced; heads get budgets as a head profile gives them.
+        together: all heads in one batched operation.
+        looped: the same code for one head after the other.
+        equal: whether both kept the same rows, to float tolerance.
+    """
+
+    shape: str
+    length: int
+    budget: int
+    batch: int
+    together: float
+    looped: float
+    equal: bool
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster all heads together are."""
+        return self.looped / self.together
+
+
+def run_merge_bench(
+    shape: str,
+    lengths: tuple[int, ...],
+    budgets: tuple[int, ...],
+    *,
+    batch: int = 1,
+    repeats: int = 9,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> list[MergeTimes]:
+    """Reduce random keys and values with uneven attention, alternating both ways.
+
+    Args:
+        shape: a name in `SHAPES`.
+        lengths: prompt lengths in tokens.
+        budgets: average tokens per KV head.
+        batch: sequences.
+        repeats: timed runs, of which the median counts.
+        device, dtype: of the keys and values.
+        seed: of all that is random.
+        on_progress: called before each case.
+
+    Raises:
+        UsageError: there is no such shape, or a number is too small.
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"There is no model shape {shape!r}: choose one of {', '.join(SHAPES)}.")
+    if min(*lengths, *budgets, batch, repeats) < 1:
+        raise UsageError("Lengths, budgets, batch and repeats must be at least 1: raise the one that is less.")
+    cases = [(length, budget) for length in lengths for budget in budgets]
+    times = []
+    for done, (length, budget) in enumerate(cases):
+        on_progress(f"Merging {length} tokens into {budget}", done, len(cases))
+        rows, kept = _random_layer(shape, length, budget, batch, device, dtype, seed)
+        reduction = METHODS["ems"].reduction
+        assert isinstance(reduction, EvictThenMerge)
+        parts = [(_head(rows, b, k), kept[b : b + 1, k : k + 1]) for b in range(batch) for k in range(kept.shape[1])]
+        together, looped = reduction.reduce(rows, kept), [reduction.reduce(*part) for part in parts]
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for _ in range(repeats):
+            start = now(rows.keys.device)
+            reduction.reduce(rows, kept)
+            middle = now(rows.keys.device)
+            for part in parts:
+                reduction.reduce(*part)
+            seconds[0].append(middle - start)
+            seconds[1].append(now(rows.keys.device) - middle)
+        equal = _equal(together, looped)
+        times.append(MergeTimes(shape, length, budget, batch, median(seconds[0]), median(seconds[1]), equal))
+    return times
+
+
+def _random_layer(
+    shape: str, length: int, budget: int, batch: int, device: str, dtype: torch.dtype, seed: int
+) -> tuple[Rows, torch.Tensor]:
+    """Rows of one layer and which of them its heads keep; attention falls off as a power, as it does in models."""
+    numbers = SHAPES[shape]
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (batch, numbers["num_key_value_heads"], length)
+    drift = torch.randn(*sizes, numbers["head_dim"], generator=generator).cumsum(dim=2) * 0.3  # neighbors are alike
+    keys, values = (
+        (drift + torch.randn(drift.shape, generator=generator)).to(device, dtype),
+        torch.randn(drift.shape, generator=generator).to(device, dtype),
+    )
+    weights = (torch.rand(sizes, generator=generator) ** 8).to(device)
+    scores = torch.rand(sizes[1], generator=generator)[None] ** 4
+    counts = ProfileBudget().allocate(scores, budget=budget, context_length=length, always_kept=3)
+    ranked = ranking(weights, torch.ones(batch, length, dtype=torch.bool, device=device), sinks=1, keep_last=2)
+    kept = largest(ranked, counts.expand(batch, -1).to(device))
+    return Rows(keys, values, ranked, weights), kept
+
+
+def _head(rows: Rows, b: int, k: int) -> Rows:
+    parts = (rows.keys, rows.values, rows.ranked, rows.weights)
+    return Rows(*(part[b : b + 1, k : k + 1] for part in parts))
+
+
+def _equal(together: Reduced, parts: list[Reduced]) -> bool:
+    return torch.allclose(together.keys, torch.cat([part.keys for part in parts]), atol=1e-4, rtol=1e-3) and (
+        torch.allclose(together.values, torch.cat([part.values for part in parts]), atol=1e-4, rtol=1e-3)
+    )

@@ -1,0 +1,289 @@
+"""Perplexity of a text's continuation when what came before is held in a compressed cache."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import cos, pi, sin, sqrt, tan
+from statistics import fmean
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from headprof.compression.cache import FanOutCache, HeadCache
+from headprof.compression.session import attending_ragged, prefill
+from headprof.errors import UsageError
+from headprof.evaluation.probing import Candidate
+from headprof.evaluation.texts import Text
+
+CHUNK = 64
+"""Tokens of a continuation that are fed at once, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """Which part of which texts to predict; all in tokens but `documents` and `skip`.
+
+    Attributes:
+        prefix: how much of a text is read before, and compressed.
+        continuation: how much after it is predicted.
+        documents: how many texts to take; none for all that are long enough.
+        skip: how many of those to leave out first, so that tuning and testing can use different ones.
+        chunk: how much of the continuation is fed at once.
+
+    Raises:
+        UsageError: a number is too small.
+    """
+
+    prefix: int
+    continuation: int
+    documents: int | None = None
+    skip: int = 0
+    chunk: int = CHUNK
+
+    def __post_init__(self) -> None:
+        least = {"prefix": 1, "continuation": 1, "documents": 1, "skip": 0, "chunk": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise UsageError(f"The perplexity task cannot use {name} {value}: give at least {bound}.")
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of a text: what is read and compressed, and what is to be predicted."""
+
+    name: str
+    prefix: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How well one candidate predicts one document's continuation.
+
+    Attributes:
+        document: number of the document, from 0.
+        name: the document's.
+        method, budget: the candidate's.
+        tokens: length of the continuation.
+        nll: negative log-likelihood of all its tokens, in nats.
+        cache_bytes: bytes that the cache held after the continuation.
+    """
+
+    document: int
+    name: str
+    method: str
+    budget: str
+    tokens: int
+    nll: float
+    cache_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        return self.nll / self.tokens
+
+
+@dataclass(frozen=True)
+class PerplexityCell:
+    """One method at one budget. Intervals are of 95 % over documents, and none where there is but one document.
+
+    Attributes:
+        method, budget: as in the losses.
+        documents, tokens: how many were predicted.
+        perplexity: `exp(nll / tokens)` over all documents together.
+        interval: of the perplexity. Documents differ far more than methods do, so it is wide.
+        ratio: perplexity as a multiple of the full cache's: the geometric mean over documents. None without `full`.
+        ratio_interval: of the ratio; each document is compared with itself, so it is narrow.
+        cache_bytes: mean bytes of the cache after the continuation.
+    """
+
+    method: str
+    budget: str
+    documents: int
+    tokens: int
+    perplexity: float
+    interval: tuple[float, float] | None
+    ratio: float | None
+    ratio_interval: tuple[float, float] | None
+    cache_bytes: float
+
+
+def select_documents(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text], settings: PerplexitySettings, max_positions: int
+) -> list[Document]:
+    """The first texts that are long enough, in order, cut to `prefix + continuation` tokens.
+
+    Raises:
+        UsageError: too few texts are long enough, or the model cannot read so many tokens.
+    """
+    needed = settings.prefix + settings.continuation
+    if needed > max_positions:
+        raise UsageError(
+            f"A prefix of {settings.prefix} and a continuation of {settings.continuation} tokens exceed the "
+            f"{max_positions} that the model can read: lower one of them."
+        )
+    wanted = None if settings.documents is None else settings.skip + settings.documents
+    found: list[Document] = []
+    longest = 0
+    for text in texts:
+        if len(found) == wanted:
+            break
+        ids = tokenizer(text.text, verbose=False).input_ids
+        longest = max(longest, len(ids))
+        if len(ids) >= needed:
+            found.append(Document(text.name, tuple(ids[: settings.prefix]), tuple(ids[settings.prefix : needed])))
+    if not found:
+        raise UsageError(
+            f"No text has the {needed} tokens of prefix and continuation, the longest has {longest}: lower one of "
+            "them or give longer texts."
+        )
+    if len(found) < (wanted or settings.skip + 1):
+        raise UsageError(
+            f"Only {len(found)} texts have {needed} tokens or more, too few to skip {settings.skip} and take "
+            f"{settings.documents or 1}: ask for fewer documents, a shorter prefix, or give more texts."
+        )
+    return found[settings.skip :]
+
+
+@torch.inference_mode()
+def measure_perplexity(
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    candidates: Sequence[Candidate],
+    on_document: Callable[[list[Loss]], None] = lambda _: None,
+    *,
+    chunk: int = CHUNK,
+) -> list[Loss]:
+    """Predict every document's continuation under every candidate, after one prefill of its prefix for all of them.
+
+    The continuation is fed in chunks over the compressed prefix, so each of its tokens, the first one too, is predicted
+    from what the cache still holds. Logits of one chunk, `[chunk, vocabulary]`, are in memory at a time.
+
+    Args:
+        model: the model that predicts.
+        documents: from `select_documents`.
+        candidates: methods at budgets; one with the method `full` is what the others are compared with.
+        on_document: called with each document's losses, one per candidate.
+        chunk: tokens of the continuation that are fed at once.
+
+    Raises:
+        UsageError: a budget cannot be met.
+    """
+    for candidate in candidates:  # before any work
+        for length in {len(document.prefix) for document in documents}:
+            candidate.plan.check(length)
+    losses: list[Loss] = []
+    with attending_ragged(model):
+        for number, document in enumerate(documents):
+            caches = [HeadCache(candidate.plan) for candidate in candidates]
+            prefix = torch.tensor([document.prefix], device=model.device)
+            last_logits = prefill(model, prefix, FanOutCache(list(caches)))
+            batch = [  # `pop`, so that a candidate's cache is freed before the next one grows
+                _loss(model, number, document, candidate, caches.pop(0), last_logits, chunk) for candidate in candidates
+            ]
+            on_document(batch)
+            losses += batch
+    return losses
+
+
+def _loss(
+    model: PreTrainedModel,
+    number: int,
+    document: Document,
+    candidate: Candidate,
+    cache: HeadCache,
+    last_logits: torch.Tensor,
+    chunk: int,
+) -> Loss:
+    """Feed a document's continuation over its compressed prefix, whose last logits are `[1, vocabulary]`."""
+    ids = torch.tensor([document.continuation], device=model.device)
+    fed, predicted = ids[:, :-1], ids[0, 1:]
+    total = _nll(last_logits, ids[0, :1])
+    for start in range(0, len(predicted), chunk):
+        part = slice(start, start + chunk)
+        total += _nll(model(fed[:, part], past_key_values=cache, use_cache=True).logits[0], predicted[part])
+    return Loss(number, document.name, candidate.method, candidate.budget, ids.shape[1], total, cache.nbytes)
+
+
+def _nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """Sum over `tokens` `[N]` of the negative log-likelihood under `logits` `[N, vocabulary]`, in nats."""
+    return cross_entropy(logits.float(), tokens, reduction="sum").item()
+
+
+def tabulate_losses(losses: Iterable[Loss]) -> list[PerplexityCell]:
+    """One cell per method and budget, in the order of first appearance."""
+    groups: dict[tuple[str, str], list[Loss]] = defaultdict(list)
+    for loss in losses:
+        groups[loss.method, loss.budget].append(loss)
+    full = {loss.document: loss for (method, _), group in groups.items() if method == "full" for loss in group}
+    return [_cell(group, full) for group in groups.values()]
+
+
+def _cell(group: Sequence[Loss], full: dict[int, Loss]) -> PerplexityCell:
+    tokens = sum(loss.tokens for loss in group)
+    excess = [loss.per_token - full[loss.document].per_token for loss in group if loss.document in full]
+    return PerplexityCell(
+        method=group[0].method,
+        budget=group[0].budget,
+        documents=len(group),
+        tokens=tokens,
+        perplexity=_exp(sum(loss.nll for loss in group) / tokens),
+        interval=_exp_interval([loss.per_token for loss in group]),
+        ratio=_exp(fmean(excess)) if excess else None,
+        ratio_interval=_exp_interval(excess),
+        cache_bytes=fmean(loss.cache_bytes for loss in group),
+    )
+
+
+def _exp(value: float) -> float:
+    """As `math.exp`, but infinite where that overflows."""
+    return torch.tensor(value, dtype=torch.float64).exp().item()
+
+
+def _exp_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean of logarithms, as the interval of what they are logarithms of.
+
+    Not a bootstrap, whose intervals are too narrow for the few documents that one has the time for.
+    """
+    if len(values) < 2:
+        return None
+    logs = torch.tensor(values, dtype=torch.float64)
+    half = t_95(len(logs) - 1) * logs.std() / sqrt(len(logs))
+    return (logs.mean() - half).exp().item(), (logs.mean() + half).exp().item()
+
+
+def t_95(degrees: int) -> float:
+    """How many standard errors to either side hold 95 % of Student's t distribution.
+
+    Found by bisection on its distribution function, a finite sum for whole degrees of freedom (Abramowitz and Stegun
+    1964, equations 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, pi / 2  # of the angle whose tangent is t / sqrt(degrees)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
+    return tan(low) * sqrt(degrees)
+
+
+def _t_within(angle: float, degrees: int) -> float:
+    """Probability that `|t| < tan(angle) * sqrt(degrees)`."""
+    odd = degrees % 2
+    term, total = (cos(angle) if odd else 1.0), 0.0
+    for k in range(1 + odd, degrees, 2):
+        total += term
+        term *= cos(angle) ** 2 * k / (k + 1)
+    return (angle + sin(angle) * total) * 2 / pi if odd else sin(angle) * total
+
+
+def losses_csv(losses: Iterable[Loss]) -> str:
+    """Every single loss, a line each, with a header."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Loss)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(loss) for loss in losses)
+    return text.getvalue()

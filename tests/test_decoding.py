@@ -1,0 +1,507 @@
+"""What is generated is compressed too: bounded rows and memory, the same rows however tokens come, and H2O in loops."""
+
+import gc
+
+import pytest
+import torch
+from test_cache import GREEDY, padded_ids, three_layers
+from test_compression import random_ids, random_profile
+from tiny import ARCHITECTURES, tiny_model
+
+from headprof.compression.budget import Budget, UniformBudget
+from headprof.compression.cache import HeadCache, HeadCacheLayer, stack_caches
+from headprof.compression.document import load_document, save_document
+from headprof.compression.importance import Accumulated, PromptStates
+from headprof.compression.methods import METHODS, Method
+from headprof.compression.plan import CompressionPlan
+from headprof.compression.reduction import Evict
+from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
+from headprof.errors import CacheError, UsageError
+from headprof.generation import compress_document, generate_text, question_ids
+from headprof.shape import HeadShape
+
+LOSSY = [name for name in METHODS if name != "full"]
+SHARING = ("adakv",)  # methods whose heads share a layer's rows anew each time
+MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def distinct_ids(batch, length, seed=0):
+    """Token ids, none of which comes twice in a sequence: in the first layer their keys are equally long."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(497, generator=generator)[:length] + 3 for _ in range(batch)])
+
+
+def options_of(name):
+    """Parameters under which `name` merges, whatever its defaults."""
+    return MERGING if "ems" in name else {}
+
+
+def plan_for(model, name, budget=12, buffer=8, **options):
+    options = options_of(name) | options
+    return make_plan(model, random_profile(model), method=name, budget=budget, buffer=buffer, **options)
+
+
+def filled(model, name, ids, budget=12, buffer=8, **options):
+    """A cache that has read a prompt."""
+    cache = HeadCache(plan_for(model, name, budget, buffer, **options))
+    prefill(model, ids, cache)
+    return cache
+
+
+def step(model, cache, ids, **options):
+    """Feed tokens `[B, Q]`; logits `[B, Q, vocabulary]`."""
+    return model(ids, past_key_values=cache, **options).logits
+
+
+def head_positions(cache):
+    """The places of the rows of each head, by layer."""
+    held = []
+    for layer in cache.head_layers:
+        rows = layer.compact_rows()
+        held.append([part.tolist() for part in rows.positions.split(rows.lengths)])
+    return held
+
+
+def check_same(one, other):
+    """Two caches hold the same rows."""
+    assert one.get_seq_length() == other.get_seq_length()
+    assert head_positions(one) == head_positions(other)
+    for a, b in zip(one.head_layers, other.head_layers, strict=True):
+        rows, twins = a.compact_rows(), b.compact_rows()
+        torch.testing.assert_close(rows.keys, twins.keys, **CLOSE)
+        torch.testing.assert_close(rows.values, twins.values, **CLOSE)
+        for column, twin in ((rows.bias, twins.bias), (rows.received, twins.received)):
+            zeros = rows.keys.new_zeros(len(rows.keys), dtype=torch.float32)
+            torch.testing.assert_close(zeros if column is None else column, zeros if twin is None else twin, **CLOSE)
+
+
+# Bounds.
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_long_generation_runs_in_constant_memory(name):
+    model, buffer, prompt = tiny_model(num_kv_heads=2, layers=2), 8, 30
+    ids = random_ids(1, prompt + 210)
+    with attending_ragged(model):
+        cache = filled(model, name, ids[:, :prompt], 12, buffer)
+        targets = torch.stack([cache.plan.decode_allocation(prompt)[layer] for layer in range(2)])  # [L, K]
+        keep_last, compressions, at_compression, most = cache.plan.method.keep_last, 0, [], []
+        for seen in range(prompt + 1, prompt + 211):
+            before = cache.lengths
+            step(model, cache, ids[:, seen - 1 : seen])
+            now = cache.lengths
+            assert cache.get_seq_length() == seen
+            assert (now[:, 0].sum(-1) <= (targets + buffer).sum(-1)).all()
+            assert name in SHARING or (now[:, 0] <= targets + buffer).all()
+            for layer_before, layer_now, target in zip(before, now, targets, strict=True):
+                if torch.equal(layer_now, layer_before + 1):
+                    continue
+                assert int((layer_now - 1).sum()) == int(target.sum())
+                if name not in SHARING:
+                    assert torch.equal(layer_now[0] - 1, target)
+            if not torch.equal(now, before + 1):
+                compressions += 1
+                at_compression.append(cache.nbytes)
+                most.append(0)
+            if most:
+                most[-1] = max(most[-1], cache.nbytes)
+            for layer in head_positions(cache):
+                for positions in layer:
+                    assert positions == sorted(set(positions))
+                    assert positions[-keep_last:] == list(range(seen - keep_last, seen))
+                    assert positions[: cache.plan.method.sinks] == list(range(cache.plan.method.sinks))
+        assert 20 <= compressions <= 27
+        assert len(set(at_compression[1:])) == 1 and max(most[1:]) == most[1]
+        rows = int(cache.lengths.sum()) + buffer * cache.lengths.numel()
+        assert cache.nbytes < 3 * rows * (2 * 16 * 4 + 3 * 4) + 30 * 2 * 64 * 4 * 2
+
+
+def test_the_whole_cache_keeps_all_that_is_generated():
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 100)
+    with attending_ragged(model):
+        cache = filled(model, "full", ids[:, :30])
+        step(model, cache, ids[:, 30:])
+    assert (cache.lengths == 100).all()
+
+
+@pytest.mark.parametrize("name", ["ems", "h2o", "snapkv"])
+def test_nothing_else_grows_with_what_is_generated(name):
+    """Bytes of all live tensors after each dozen of compressions, found by the garbage collector."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30 + 3 * 96)
+
+    def live_bytes():
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    with attending_ragged(model):
+        cache = filled(model, name, ids[:, :30])
+        live = []
+        for start in range(30, ids.shape[1], 96):
+            for i in range(start, start + 96, 8):
+                step(model, cache, ids[:, i : i + 8])
+            live.append(live_bytes())
+    assert live[2] == live[1]
+
+
+@pytest.mark.parametrize("name", ["ems", "h2o"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_decodes_in_bounded_rows(arch, name):
+    """Sliding windows, softcaps and all; several tokens at once and one by one."""
+    model, ids = three_layers(arch, 2), distinct_ids(2, 30 + 48, seed=1)
+    with attending_ragged(model):
+        single, chunked = (filled(model, name, ids[:, :30]) for _ in range(2))
+        for start in range(30, ids.shape[1], 4):
+            one = torch.cat([step(model, single, ids[:, i : i + 1]) for i in range(start, start + 4)], dim=1)
+            many = step(model, chunked, ids[:, start : start + 4])
+            assert (single.lengths <= 20).all()
+            torch.testing.assert_close(many, one, **CLOSE)
+        check_same(single, chunked)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_tokens_one_by_one_equal_chunks_of_the_buffer(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=3), distinct_ids(2, 30 + 8 * 7)
+    with attending_ragged(model):
+        single, chunked = (filled(model, name, ids[:, :30]) for _ in range(2))
+        for start in range(30, ids.shape[1], 8):
+            one = torch.cat([step(model, single, ids[:, i : i + 1]) for i in range(start, start + 8)], dim=1)
+            many = step(model, chunked, ids[:, start : start + 8])
+            torch.testing.assert_close(many, one, **CLOSE)
+            check_same(single, chunked)
+    assert name in SHARING or (single.lengths[:, 0] == single.plan.decode_allocation(86) + 8).all()
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_chunk_beyond_the_buffer_is_read_whole_and_compressed_before_the_next(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 100)
+    with attending_ragged(model):
+        cache = filled(model, name, ids[:, :30])
+        targets = cache.lengths
+        step(model, cache, ids[:, 30:60])
+        assert torch.equal(cache.lengths, targets + 30)
+        step(model, cache, ids[:, 60:61])
+        assert torch.equal(cache.lengths.sum(-1), (targets + 1).sum(-1))
+        assert min(positions[-2] for layer in head_positions(cache) for positions in layer) == 59
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_a_batch_equals_each_sequence_alone(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), distinct_ids(2, 30 + 40)
+    with attending_ragged(model):
+        batch = filled(model, name, ids[:, :30])
+        alone = [filled(model, name, ids[entry : entry + 1, :30]) for entry in range(2)]
+        for i in range(30, ids.shape[1]):
+            together = step(model, batch, ids[:, i : i + 1])
+            for entry in range(2):
+                single = step(model, alone[entry], ids[entry : entry + 1, i : i + 1])
+                torch.testing.assert_close(together[entry], single[0], **CLOSE)
+        check_same(batch, stack_caches(alone))
+
+
+# Nothing lost.
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "headkv-r2", "adakv"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_budget_for_all_that_is_read_and_written_gives_the_full_caches_tokens(arch, name):
+    model = three_layers(arch, 2)
+    ids, mask = padded_ids(2)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 40}
+    expected = model.generate(ids, **options)
+    with compressed(model, random_profile(model), method=name, budget=80, buffer=8, **options_of(name)):
+        assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "snapkv", "adakv"])
+def test_without_a_buffer_all_after_the_prompt_is_kept(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 130)
+    with attending_ragged(model):
+        whole = filled(model, name, ids[:, :30], buffer=None)
+        roomy = filled(model, name, ids[:, :30], decode_budget=500)
+        small = filled(model, name, ids[:, :30])
+        kept = whole.lengths
+        for start in range(30, 130, 5):
+            logits = [step(model, cache, ids[:, start : start + 5]) for cache in (whole, roomy, small)]
+            torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+    assert torch.equal(whole.lengths, kept + 100) and torch.equal(roomy.lengths, whole.lengths)
+    assert head_positions(whole) == head_positions(roomy)
+    assert not torch.allclose(logits[2], logits[0], **CLOSE)
+    assert all(layer.received is None for layer in whole.head_layers)
+
+
+# Budgets for generating.
+
+
+@pytest.mark.parametrize(
+    ("given", "per_head"),
+    [
+        (9, lambda seen: 9),
+        (24, lambda seen: 24),
+        ("50%", lambda seen: round(0.5 * seen)),
+        (f"{20 * 2 * 2 * 16 * 2 * 4}B", lambda seen: 20),  # 20 tokens of 2 layers, 2 heads, keys and values, float32
+    ],
+)
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "snapkv"])
+def test_a_budget_of_its_own_for_generating(name, given, per_head):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 160)
+    with attending_ragged(model):
+        cache = filled(model, name, ids[:, :30], 14, 6, decode_budget=given)
+        assert int(cache.lengths.sum()) == 14 * 4
+        compressions = 0
+        for seen in range(30, 160):
+            before = cache.lengths
+            step(model, cache, ids[:, seen : seen + 1])
+            if not torch.equal(cache.lengths, before + 1):
+                compressions += 1
+                targets = cache.plan.decode_allocation(seen)
+                for earlier, now, target in zip(before[:, 0], cache.lengths[:, 0], targets, strict=True):
+                    assert torch.equal(now, earlier + 1) or torch.equal(now, earlier.minimum(target) + 1)
+                assert int(targets.sum()) == 4 * per_head(seen)
+    assert compressions >= 8
+
+
+def test_rows_that_the_budget_for_generating_drops_at_once_are_judged_by_the_prompt():
+    """The first new token finds the prompt's rows above their target, before any query came after the prompt."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 61)
+    with attending_ragged(model):
+        for name in ("snapkv", "tova"):
+            cache = filled(model, name, ids[:, :60], 30, 4, decode_budget=10, sinks=1, keep_last=2)
+            before = head_positions(cache)
+            step(model, cache, ids[:, 60:])
+            assert (cache.lengths == 11).all()
+            first = [[positions[:8] for positions in layer] for layer in before]
+            kept = [[positions[:8] for positions in layer] for layer in head_positions(cache)]
+            assert kept != first, f"{name} has kept the oldest rows"
+
+
+def test_a_budget_too_small_for_generating_is_refused_before_any_work(tiny, monkeypatch):
+    model = tiny.model
+    small = plan_for(model, "ems", budget=12, decode_budget=5, sinks=3, keep_last=3)
+    with pytest.raises(UsageError, match="budget of 5 tokens is below the 6 that every head keeps"):
+        small.check(30)
+    with pytest.raises(UsageError, match="is less than one token per head"):
+        plan_for(model, "ems", budget=12, decode_budget="10B").check(30)
+    plan_for(model, "ems", budget=12, decode_budget=6, sinks=3, keep_last=3).check(30)
+    plan_for(model, "ems", budget=12, decode_budget=5, sinks=3, keep_last=3, buffer=None).check(30)
+    plan_for(model, "full", budget=12, decode_budget=2).check(30)
+
+    def work(*_, **__):
+        raise AssertionError("the model was run")
+
+    monkeypatch.setattr(model, "forward", work)
+    with pytest.raises(UsageError, match="budget of 5 tokens"):
+        compress_document(tiny, "Nine boats. " * 20, small)
+
+
+@pytest.mark.parametrize("buffer", [0, -3])
+def test_a_buffer_takes_at_least_one_token(buffer):
+    with pytest.raises(UsageError, match=rf"A buffer of {buffer} tokens takes none: give --buffer at least 1"):
+        plan_for(tiny_model(), "ems", buffer=buffer)
+
+
+# What else is done with a cache.
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "tova", "snapkv"])
+@pytest.mark.parametrize("later", [0, 24])
+def test_cropped_tokens_leave_no_trace(name, later):
+    """Also after the first compressions, as long as the queries that judge have not been forgotten."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30 + 24 + 30)
+    other = random_ids(1, 5, seed=7)
+    start = 30 + later + 2
+    with attending_ragged(model):
+        plain, cropped = (filled(model, name, ids[:, :30], buffer=12) for _ in range(2))
+        for i in range(30, start):
+            for cache in (plain, cropped):
+                step(model, cache, ids[:, i : i + 1])
+        step(model, cropped, other)
+        cropped.crop(-5)
+        check_same(plain, cropped)
+        for i in range(start, start + 28):
+            logits = [step(model, cache, ids[:, i : i + 1]) for cache in (plain, cropped)]
+            torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+        check_same(plain, cropped)
+        with pytest.raises(CacheError, match="can be taken out of a compressed cache, not 40"):
+            cropped.crop(-40)
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "tova", "snapkv", "adakv"])
+def test_reordered_sequences_go_on_as_if_they_had_always_been_there(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(3, 30 + 13)
+    chosen, following = [2, 0, 0, 1], random_ids(4, 20, seed=3)
+    with attending_ragged(model):
+        cache, expected = filled(model, name, ids[:, :30]), filled(model, name, ids[chosen, :30])
+        for i in range(30, 43):
+            step(model, cache, ids[:, i : i + 1])
+            step(model, expected, ids[chosen, i : i + 1])
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([0, 1, 1, 2]))
+        check_same(cache, expected)
+        for i in range(20):
+            a, b = (step(model, each, following[:, i : i + 1]) for each in (cache, expected))
+            torch.testing.assert_close(a, b, **CLOSE)
+        check_same(cache, expected)
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o"])
+def test_beams_run_in_constant_memory(name):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(2, 30)
+    plan = plan_for(model, name)
+    cache = HeadCache(plan)
+    with attending_ragged(model):
+        made = model.generate(ids, past_key_values=cache, max_new_tokens=50, num_beams=3, **GREEDY)
+    assert made.shape == (2, 80) and cache.lengths.shape == (2, 6, 2)
+    assert (cache.lengths <= plan.decode_allocation(80)[:, None] + 8).all()
+
+
+def left_padded(ids, lengths):
+    """Sequences of these lengths as a batch with padding in front, and their mask."""
+    width = max(lengths)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    padded = torch.full((len(lengths), width), 2)
+    for entry, length in enumerate(lengths):
+        padded[entry, width - length :] = ids[entry, :length]
+    return padded, mask
+
+
+@pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "tova", "snapkv", "streamingllm"])
+def test_a_padded_batch_is_compressed_again_like_each_sequence_alone(name):
+    model, lengths = tiny_model(num_kv_heads=2, layers=2), [30, 19]
+    prompt, following = random_ids(2, 30), random_ids(2, 40, seed=5)
+    ids, mask = left_padded(prompt, lengths)
+    with attending_ragged(model):
+        batch = HeadCache(plan_for(model, name))
+        alone = [filled(model, name, prompt[entry : entry + 1, :length]) for entry, length in enumerate(lengths)]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        step(model, batch, ids, attention_mask=mask, position_ids=positions)
+        for i in range(40):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = mask.cumsum(-1)[:, -1:] - 1
+            new = following[:, i : i + 1]
+            together = step(model, batch, new, attention_mask=mask, position_ids=positions)
+            for entry in range(2):
+                single = step(model, alone[entry], new[entry : entry + 1])
+                torch.testing.assert_close(together[entry], single[0], **CLOSE)
+        for layer, (first, second) in enumerate(zip(*map(head_positions, alone), strict=True)):
+            assert head_positions(batch)[layer] == [*first, *([each + 11 for each in row] for row in second)]
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_hidden_rows_go_at_the_next_compression(name):
+    """Questions of different lengths about one document, the second of which begins with padding."""
+    model, document = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30)
+    with attending_ragged(model):
+        single = filled(model, name, document)
+        batch = stack_caches([single, single])
+        mask = torch.ones(2, 37, dtype=torch.int64)
+        mask[1, 30:34] = 0
+        positions = mask.cumsum(-1)[:, 30:] - 1
+        step(model, batch, random_ids(2, 7, seed=1), attention_mask=mask, position_ids=positions)
+        bias = batch.head_layers[0].compact_rows().bias
+        assert int((bias == float("-inf")).sum()) == 2 * 4
+        for i in range(4):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            positions = mask.cumsum(-1)[:, -1:] - 1
+            logits = step(model, batch, random_ids(2, 1, seed=i), attention_mask=mask, position_ids=positions)
+        assert logits.isfinite().all()
+        for layer, held in zip(batch.head_layers, head_positions(batch), strict=True):
+            assert not any({30, 31, 32, 33} & set(positions) for positions in held[2:])
+            assert {36, 40} <= set(held[2]) & set(held[3])
+            assert layer.bias is None or layer.compact_rows().bias.isfinite().all()
+        if name not in SHARING:
+            assert (batch.lengths == (batch.plan.decode_allocation(38) + 3)[:, None]).all()
+
+
+# A document on disk.
+
+
+@pytest.mark.parametrize(("name", "decode_budget"), [("ems", None), ("headkv-ems", 20), ("h2o", "40%"), ("snapkv", 24)])
+def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, decode_budget):
+    plan = plan_for(tiny.model, name, 24, 6, decode_budget=decode_budget)
+    cache = compress_document(tiny, "The lighthouse keeper counted nine grey boats before breakfast. " * 12, plan)
+    save_document(cache, tmp_path / "doc.safetensors", tiny)
+    loaded, _ = load_document(tmp_path / "doc.safetensors", tiny)
+    check_same(cache, loaded)
+    if "ems" in name:
+        assert cache.head_layers[0].bias is not None and cache.head_layers[0].bias.max() > 0
+    assert (cache.head_layers[0].received is not None) == (name != "snapkv")
+    assert loaded.plan.method == plan.method and loaded.plan.buffer == 6
+    for seen in (200, 500):
+        assert torch.equal(loaded.plan.decode_allocation(seen), plan.decode_allocation(seen))
+    ids = question_ids(tiny, cache, "How many boats were there?", 60)
+    made = [generate_text(tiny, ids, cache=each, max_new_tokens=60) for each in (cache, loaded)]
+    assert made[0].text == made[1].text and made[0].new_tokens == made[1].new_tokens
+    check_same(cache, loaded)
+    last = cache.get_seq_length()
+    assert (cache.lengths[:, 0] <= plan.decode_allocation(last) + 6).all()
+
+
+# H2O (Zhang et al. 2023), as in the paper.
+
+
+class HeavyHitters:
+    """One head that sums the attention its rows receive and drops the least of the older ones, in loops."""
+
+    def __init__(self, target, buffer):
+        self.target, self.buffer = target, buffer
+        self.rows = []  # [position, key, received]
+
+    def evict(self):
+        recent = self.target // 2
+        older = sorted(self.rows[:-recent], key=lambda row: (-row[2], row[0]))[: self.target - recent]
+        self.rows = sorted(older, key=lambda row: row[0]) + self.rows[-recent:]
+
+    def token(self, position, key, queries, scaling):
+        """Take one token; its group of query heads attends over the rows held."""
+        if len(self.rows) == self.target + self.buffer:
+            self.evict()
+        self.rows.append([position, key.double(), 0.0])
+        for query in queries.double():
+            weights = torch.softmax(torch.stack([row[1] @ query * scaling for row in self.rows]), dim=0).tolist()
+            for row, weight in zip(self.rows, weights, strict=True):
+                row[2] += weight / len(queries)
+
+
+@pytest.mark.parametrize(("buffer", "chunk"), [(1, 1), (5, 1), (5, 3)])
+def test_heavy_hitters_are_those_of_the_paper(buffer, chunk):
+    """With a buffer of one token a row goes for each that comes, as in the paper."""
+    target, prompt, num_tokens, heads, group, dim = 10, 24, 24 + 90, 2, 3, 8
+    generator = torch.Generator().manual_seed(buffer)
+    query = 2 * torch.randn(1, heads * group, num_tokens, dim, generator=generator)
+    key, value = (torch.randn(1, heads, num_tokens, dim, generator=generator) for _ in range(2))
+    shape = HeadShape("Tiny", 1, heads * group, heads, dim, 8)
+    method = Method(Accumulated(), UniformBudget(), Evict(), sinks=0, keep_last=1, recent_share=0.5)
+    plan = CompressionPlan(
+        method, Budget.parse(target), shape, torch.ones(1, heads), 4, decode_budget=None, buffer=buffer
+    )
+    layer = HeadCacheLayer(0, plan)
+    layer.update(key[:, :, :prompt], value[:, :, :prompt])
+    valid = torch.ones(1, prompt, dtype=torch.bool)
+    layer.filled(PromptStates(query[:, :, :prompt], key[:, :, :prompt], valid, 0.5), value[:, :, :prompt])
+    slow = [HeavyHitters(target, buffer) for _ in range(heads)]
+    for k, head in enumerate(slow):
+        head.buffer = num_tokens  # a prompt is read whole
+        for position in range(prompt):
+            head.token(position, key[0, k, position], query[0, k * group : (k + 1) * group, position], 0.5)
+        head.evict()
+        head.buffer = buffer
+    for start in range(prompt, num_tokens, chunk):
+        new = slice(start, min(start + chunk, num_tokens))
+        layer.update(key[:, :, new], value[:, :, new])
+        layer.observe(query[:, :, new], scaling=0.5)
+        held = layer.compact_rows()
+        for k, (head, positions) in enumerate(zip(slow, held.positions.split(held.lengths), strict=True)):
+            if len(head.rows) + new.stop - new.start > target + buffer:
+                head.evict()
+            for position in range(new.start, new.stop):
+                head.token(position, key[0, k, position], query[0, k * group : (k + 1) * group, position], 0.5)
+            assert positions.tolist() == [row[0] for row in head.rows]
+    assert any(row[0] < prompt for head in slow for row in head.rows)
