@@ -32,12 +32,25 @@ format: $(VENV)/.installed
 profile: $(VENV)/.installed
 	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
 
-# The figures of the README: half an hour on 2 cores that do nothing else.
-METHODS := full,headkv-r2,headkv,snapkv,adakv,pyramidkv,tova,h2o,knorm,streamingllm
+# The figures of the README: two hours on 2 cores that do nothing else. TEXTS is what perplexity is taken of: LongBench's
+# multi_news.jsonl for those in the README.
+METHODS := full,headkv-r2,headkv,headkv-ems,ems,snapkv,adakv,pyramidkv,tova,h2o,knorm,streamingllm
+ABLATION := ems,ems:combine=global,ems:combine=local,ems:threshold=1,ems:mass=false,ems:threshold=-1,ems:merge_keys=true
+TEXTS ?= multi_news.jsonl
 results: $(VENV)/.installed
 	$(BIN)/headprof eval --methods $(METHODS) -o results/known
 	$(BIN)/headprof eval --methods snapkv --kernel 11 --pooling mean --set power=2 --set ramp=true -o results/same-judge
 	$(BIN)/headprof eval --methods $(METHODS) --query-agnostic --budgets 32,64,128,256 -o results/agnostic
+	$(BIN)/headprof eval --methods $(ABLATION),$(subst ems,headkv-ems,$(ABLATION)) -o results/ablation
+	$(BIN)/headprof eval --tasks perplexity --data-dir $(TEXTS) --budgets 32,64,128,256 -o results/perplexity \
+		--methods full,headkv-ems,ems,headkv-r2,snapkv,tova,h2o,knorm,streamingllm
+	$(BIN)/headprof eval --tasks perplexity --data-dir $(TEXTS) --budgets 64,256 --documents 10 -o results/ablation-perplexity \
+		--methods full,$(ABLATION)
+	$(BIN)/headprof bench generate --methods headkv-r2,headkv-ems,ems,snapkv,h2o,tova,knorm,streamingllm,adakv \
+		--lengths 4000 --new-tokens 16 -o results/bench-methods.json
+	$(BIN)/headprof bench generate --methods ems --budgets 128 --lengths 1k --new-tokens 6000 --repeats 1 -o results/bench-long.json
+	$(BIN)/headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256
+	$(BIN)/headprof bench merge --shape llama-3-8b --lengths 4k --budgets 64,256
 	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 -o results/bench-float32.json
 	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 --dtype bfloat16 -o results/bench-bfloat16.json
 

@@ -465,8 +465,8 @@ def evaluate(
     from dataclasses import asdict
 
     from headprof.evaluation.command import EvalRequest, run_evaluation, run_perplexity
-    from headprof.evaluation.perplexity import losses_csv, tabulate_losses
-    from headprof.evaluation.report import answers_csv, tabulate
+    from headprof.evaluation.perplexity import tabulate_losses
+    from headprof.evaluation.report import results_csv, tabulate
     from headprof.files import write_text
 
     request = EvalRequest(
@@ -501,9 +501,9 @@ def evaluate(
             )
     cells, texts = tabulate(answers), tabulate_losses(losses)
     if output is not None and answers:
-        write_text(output / "answers.csv", answers_csv(answers))
+        write_text(output / "answers.csv", results_csv(answers))
     if output is not None and losses:
-        write_text(output / "losses.csv", losses_csv(losses))
+        write_text(output / "losses.csv", results_csv(losses))
     if json:
         terminal.json([asdict(cell) for cell in cells] + [asdict(cell) for cell in texts])
         return

@@ -232,6 +232,24 @@ def test_comparison_is_with_the_full_cache_of_the_same_length_and_batch():
     ]
 
 
+def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
+    gaps = [9.0] * 6 + [1.0] * 12 + [2.0] * 6
+    run = bench._Run(0.0, 0.0, gaps, 0, [1, 2, 3, 4, 5] + [6] * 19, None)
+    assert run.steadiness == 0.5  # two gaps of 1 after the six of the filling, two of 2 at the end
+    growing = bench._Run(0.0, 0.0, gaps, 0, list(range(24)), None)
+    assert growing.steadiness == 4.5
+    assert bench._Run(0.0, 0.0, [1.0] * 5, 0, [1] * 5, None).steadiness is None
+
+
+def test_a_long_decoding_holds_what_it_held_when_full(model):
+    request = BenchRequest(("ems",), ("12",), (40,), new_tokens=60, repeats=1, decoding={"buffer": 8})
+    full, ems = bench.run_bench(tiny_model(layers=LAYERS, num_kv_heads=KV_HEADS), 4096, None, request).measurements
+    assert full.largest_cache_bytes > full.cache_bytes and ems.largest_cache_bytes < full.largest_cache_bytes
+    heads = LAYERS * KV_HEADS
+    assert ems.largest_cache_bytes < heads * (12 + 2 * SLACK) * (ROW_BYTES + 12) + LAYERS * 9 * 4 * KV_HEADS * 4 * 64
+    assert full.steadiness > 0 and ems.steadiness > 0
+
+
 def test_overhead_share():
     assert measurement("snapkv", prefill_seconds=2.0, overhead_seconds=0.5).overhead_share == 0.25
     assert measurement("snapkv", failed="out of memory").overhead_share is None

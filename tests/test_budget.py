@@ -284,10 +284,21 @@ def test_adaptive_spread_by_hand():
     assert AdaptiveBudget(safeguard=0.0).spread(counts, equal, valid, 0).tolist() == [[3, 3]]
 
 
-def test_other_policies_leave_the_counts():
-    counts = torch.tensor([[3, 1]])
+def test_other_policies_leave_the_counts_but_for_rows_that_are_not_there():
+    counts, valid = torch.tensor([[3, 1]]), torch.ones(1, 2, 6, dtype=torch.bool)
     for policy in (UniformBudget(), PyramidBudget(), ProfileBudget()):
-        assert policy.spread(counts, torch.rand(1, 2, 6), torch.ones(1, 6, dtype=torch.bool), 1) is counts
+        assert torch.equal(policy.spread(counts, torch.rand(1, 2, 6), valid[:, 0], 1), counts)
+        valid[0, 0, 2:] = False
+        assert policy.spread(counts, torch.rand(1, 2, 6), valid, 1).tolist() == [[2, 1]]
+        valid[:] = True
+
+
+def test_heads_that_share_a_layer_hand_on_no_more_than_there_is():
+    """Held rows differ from head to head: three of four, and one of four."""
+    valid = torch.tensor([[[True, True, True, False], [False, False, False, True]]])
+    importance = torch.rand(1, 2, 4)
+    assert AdaptiveBudget(safeguard=0.5).spread(torch.tensor([[2, 2]]), importance, valid, 0).tolist() == [[3, 1]]
+    assert AdaptiveBudget(safeguard=0.5).spread(torch.tensor([[4, 4]]), importance, valid, 0).tolist() == [[3, 1]]
 
 
 def test_the_papers_formula_where_no_bound_bites():

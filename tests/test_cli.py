@@ -287,7 +287,54 @@ MISTAKES = {
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
         2,
-        "There is no task 'chess': choose among niah, reasoning.",
+        "There is no task 'chess': choose among niah, reasoning, perplexity.",
+    ),
+    "perplexity without texts": (
+        ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full"),
+        2,
+        "Perplexity needs texts: give a .txt or .jsonl file, or a folder of them, with --data-dir.",
+    ),
+    "texts that are not there": (
+        ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full", "--data-dir", "absent"),
+        2,
+        "There is no file or folder absent: give a .txt or .jsonl file, or a folder of them.",
+    ),
+    "texts too short": (
+        ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full", "--data-dir", "document.txt"),
+        2,
+        r"No text has the 4096 tokens of prefix and continuation, the longest has \d+: lower one of them or give "
+        "longer texts.",
+    ),
+    "nothing left to compress": (
+        ("eval", "--model", "tiny", "--tasks", "perplexity", "--data-dir", "document.txt", "--lengths", "512"),
+        2,
+        "Of 512 tokens, 512 to be predicted leave none to compress: raise --lengths or lower --continuation.",
+    ),
+    "several lengths of texts": (
+        ("eval", "--model", "tiny", "--tasks", "perplexity", "--data-dir", "document.txt", "--lengths", "1k,2k"),
+        2,
+        "Perplexity is taken of texts of one length: give a single number with --lengths.",
+    ),
+    "decode budget below what is kept": (
+        (*GENERATE, "--method", "snapkv", "--decode-budget", "2"),
+        2,
+        "A budget of 2 tokens is below the 3 that every head keeps: raise --budget, or lower --keep-last.",
+    ),
+    "decode budget that is no budget": (
+        (*GENERATE, "--decode-budget", "few"),
+        2,
+        "A budget of 'few' cannot be read: give tokens per KV head (64), a share of the prompt (1.5%) or bytes for "
+        "the whole cache (512MB).",
+    ),
+    "threshold that is no cosine": (
+        (*GENERATE, "--method", "ems", "--set", "threshold=2"),
+        2,
+        "A threshold of 2 is no cosine: give -1 to 1.",
+    ),
+    "scores that cannot be joined": (
+        (*GENERATE, "--method", "ems:combine=median"),
+        2,
+        "Global and local scores cannot be joined by 'median': choose max, sum, product, global or local.",
     ),
     "no such family": (
         ("eval", "--model", "tiny", "--methods", "full", "--families", "chess"),
@@ -450,6 +497,57 @@ def test_eval_prints_a_table_and_writes_every_answer(place):
     assert len(lines) == 1 + 4 * 5
     table = headprof(place, *options, "--methods", "full,snapkv")
     assert "95 % interval" in table.stdout and "snapkv" in table.stdout
+
+
+def test_eval_of_perplexity(place):
+    options = ("eval", "--model", "tiny", "--tasks", "perplexity", "--data-dir", "document.txt", "--documents", "1")
+    options = (*options, "--lengths", "200", "--continuation", "40", "--budgets", "12,100%", "--buffer", "8")
+    result = headprof(place, *options, "--methods", "full,ems,ems:mass=false", "-o", "texts", "--json")
+    cells = json.loads(result.stdout)
+    assert [(cell["method"], cell["budget"]) for cell in cells] == [
+        ("full", ""),
+        ("ems", "12"),
+        ("ems", "100%"),
+        ("ems:mass=false", "12"),
+        ("ems:mass=false", "100%"),
+    ]
+    full, small, whole, plain, _ = (cell["perplexity"] for cell in cells)
+    assert full == pytest.approx(whole, rel=1e-5) and full != pytest.approx(small, rel=1e-3) and small != plain
+    assert len((place / "texts" / "losses.csv").read_text().splitlines()) == 1 + 5
+    both = headprof(
+        place, *options[:3], "--tasks", "niah,perplexity", *options[5:], "--methods", "full", "--probes", "2"
+    )
+    assert both.returncode == 2 and "of one length" not in both.stderr  # probes of 200 tokens have no room
+    table = headprof(place, *options, "--methods", "full,ems")
+    assert "perplexity" in table.stdout and "of full" in table.stdout
+
+
+def test_a_saved_document_goes_on_being_compressed(place):
+    made = headprof(
+        place,
+        *("compress", "--model", "tiny", "--file", "document.txt", "--method", "ems", "--budget", "24", "-o", "d.kv"),
+        *("--buffer", "8", "--question", "How many?", "--max-new-tokens", "30"),
+    )
+    assert made.returncode == 0, made.stderr
+    ask = (
+        "generate",
+        "--model",
+        "tiny",
+        "--cache",
+        "d.kv",
+        "--prompt",
+        "How many?",
+        "--max-new-tokens",
+        "30",
+        "--json",
+    )
+    runs = {}
+    for more in ((), ("--buffer", "0")):
+        (run,) = json.loads(headprof(place, *ask, *more).stdout)["runs"].values()
+        runs[more] = run
+    bounded, growing = runs.values()
+    assert " ".join(bounded["text"].split()) == made.stdout.strip()
+    assert bounded["cache_bytes"] < growing["cache_bytes"]
 
 
 def test_needles_of_the_papers_format(place):

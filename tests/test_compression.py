@@ -128,7 +128,8 @@ def test_top_tokens_keeps_exactly_the_best(data):
 @pytest.mark.parametrize("method", ["snapkv", "headkv", "headkv-r2"])
 def test_cache_holds_what_the_allocation_says(method, budget):
     model = tiny_model(num_kv_heads=2, layers=3)
-    with compressed(model, random_profile(model), method=method, budget=budget, keep_last=2, sinks=1) as plan:
+    options = {"method": method, "budget": budget, "keep_last": 2, "sinks": 1, "buffer": None}
+    with compressed(model, random_profile(model), **options) as plan:
         cache = HeadCache(plan, slack=5)
         prefill(model, random_ids(1, 50), cache)
         assert torch.equal(cache.lengths[:, 0], plan.allocation(50))

@@ -13,7 +13,7 @@ from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.command import EvalRequest, run_evaluation
 from headprof.evaluation.probing import Answer, Candidate, answer_probes
-from headprof.evaluation.report import answers_csv, tabulate
+from headprof.evaluation.report import results_csv, tabulate
 from headprof.evaluation.statistics import wilson_interval
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
@@ -45,7 +45,7 @@ def test_table_counts_per_method_and_budget():
     assert (full.method, full.correct, full.asked, full.share, full.cache_bytes) == ("full", 3, 4, 0.75, 40.0)
     assert (snapkv.budget, snapkv.correct) == ("8", 1)
     assert full.low < 0.75 < full.high
-    rows = list(csv.DictReader(io.StringIO(answers_csv(answers))))
+    rows = list(csv.DictReader(io.StringIO(results_csv(answers))))
     assert len(rows) == 8 and rows[4] == {
         "probe": "0",
         "kind": "retrieval",

@@ -25,7 +25,16 @@ from headprof.errors import UsageError
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 COMBINATIONS = ("max", "sum", "product", "global", "local")
 BOTH = GlobalLocal(
-    window=5, kernel=3, pooling="mean", power=1.0, ramp=False, combine="max", balance=1.0, samples=0, recency=0.0
+    window=5,
+    kernel=3,
+    pooling="mean",
+    power=1.0,
+    ramp=False,
+    combine="max",
+    balance=1.0,
+    samples=0,
+    recency=0.0,
+    emphasis=0.0,
 )
 VARIANTS = [
     WindowAttention(window=4, kernel=1, pooling="max", power=1.0, ramp=False),
@@ -321,6 +330,7 @@ def test_fewer_queries_approximate_all(combine):
     [
         ({"combine": "least"}, "cannot be joined by 'least'"),
         ({"balance": 0.0}, r"A balance of 0\.0"),
+        ({"emphasis": -1.0}, r"An emphasis of -1\.0"),
         ({"samples": -1}, "There are no -1 queries"),
         ({"window": 0}, "window of 0 queries"),
     ],

@@ -253,6 +253,22 @@ def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padd
         assert kept[b, :, real[len(real) - method.keep_last :]].all()
 
 
+def test_parameters_may_follow_a_methods_name():
+    assert find_method("ems:mass=false:threshold=0.5") == find_method("ems").with_options(mass=False, threshold=0.5)
+    with pytest.raises(UsageError, match="no method 'magic'"):
+        find_method("magic:mass=false")
+    with pytest.raises(UsageError, match="no parameter 'mass'"):
+        find_method("snapkv:mass=false")
+    with pytest.raises(UsageError, match="cannot be read"):
+        find_method("ems:mass")
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_method_is_made_again_from_its_parameters(name):
+    changed = find_method(name).with_options(sinks=2, keep_last=5)
+    assert find_method(name).with_options(**changed.options()) == changed
+
+
 def random_profile(model):
     shape = HeadShape.from_config(model.config)
     scores = torch.rand(shape.num_layers, shape.num_heads, generator=torch.Generator().manual_seed(0)) ** 4

@@ -21,13 +21,13 @@ from headprof.evaluation.perplexity import (
     Document,
     Loss,
     PerplexitySettings,
-    losses_csv,
     measure_perplexity,
     select_documents,
-    t_95,
     tabulate_losses,
 )
 from headprof.evaluation.probing import Candidate
+from headprof.evaluation.report import results_csv
+from headprof.evaluation.statistics import t_95
 from headprof.evaluation.texts import Text
 
 
@@ -205,7 +205,7 @@ def test_students_t_falls_towards_the_normal_distribution(degrees):
 
 
 def test_csv_has_a_line_for_each_loss():
-    rows = list(csv.DictReader(io.StringIO(losses_csv([loss(0, "full", 1.5), loss(0, "snapkv", 2.5, "8")]))))
+    rows = list(csv.DictReader(io.StringIO(results_csv([loss(0, "full", 1.5), loss(0, "snapkv", 2.5, "8")]))))
     assert len(rows) == 2 and rows[1] == {
         "document": "0",
         "name": "text 0",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from math import cos, pi, sin, sqrt, tan
+from dataclasses import dataclass
+from math import sqrt
 from statistics import fmean
 
 import torch
@@ -18,6 +16,7 @@ from headprof.compression.cache import FanOutCache, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.probing import Candidate
+from headprof.evaluation.statistics import t_95
 from headprof.evaluation.texts import Text
 
 CHUNK = 64
@@ -255,35 +254,3 @@ def _exp_interval(values: Sequence[float]) -> tuple[float, float] | None:
     logs = torch.tensor(values, dtype=torch.float64)
     half = t_95(len(logs) - 1) * logs.std() / sqrt(len(logs))
     return (logs.mean() - half).exp().item(), (logs.mean() + half).exp().item()
-
-
-def t_95(degrees: int) -> float:
-    """How many standard errors to either side hold 95 % of Student's t distribution.
-
-    Found by bisection on its distribution function, a finite sum for whole degrees of freedom (Abramowitz and Stegun
-    1964, equations 26.7.3 and 26.7.4).
-    """
-    low, high = 0.0, pi / 2  # of the angle whose tangent is t / sqrt(degrees)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
-    return tan(low) * sqrt(degrees)
-
-
-def _t_within(angle: float, degrees: int) -> float:
-    """Probability that `|t| < tan(angle) * sqrt(degrees)`."""
-    odd = degrees % 2
-    term, total = (cos(angle) if odd else 1.0), 0.0
-    for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= cos(angle) ** 2 * k / (k + 1)
-    return (angle + sin(angle) * total) * 2 / pi if odd else sin(angle) * total
-
-
-def losses_csv(losses: Iterable[Loss]) -> str:
-    """Every single loss, a line each, with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Loss)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(loss) for loss in losses)
-    return text.getvalue()

@@ -6,8 +6,9 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
+from headprof.evaluation.perplexity import Loss
 from headprof.evaluation.probing import Answer
 from headprof.evaluation.statistics import wilson_interval
 
@@ -50,10 +51,12 @@ def tabulate(answers: Iterable[Answer]) -> list[Cell]:
     return cells
 
 
-def answers_csv(answers: Iterable[Answer]) -> str:
-    """Every single answer, a line each, with a header."""
+def results_csv(results: Iterable[Answer | Loss]) -> str:
+    """Every single result, a line each, with a header; nothing if there is none."""
+    rows = [asdict(result) for result in results]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Answer)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(answer) for answer in answers)
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     return text.getvalue()

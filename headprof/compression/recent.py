@@ -1,0 +1,82 @@
+"""The newest queries of a layer, kept until its rows are judged by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class RecentQueries:
+    """The newest queries of a layer, by which its rows are judged next.
+
+    Attributes:
+        queries: in order, `[B, H, Q, D]` each.
+        judges: which of each are no padding, bool `[B, Q]`; none for all.
+        logits: the layer's `scaling`, `softcap` and `sliding_window`.
+    """
+
+    queries: list[torch.Tensor] = field(default_factory=list)
+    judges: list[torch.Tensor | None] = field(default_factory=list)
+    logits: dict[str, Any] = field(default_factory=lambda: {"scaling": 1.0})
+
+    def __len__(self) -> int:
+        return sum(query.shape[2] for query in self.queries)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.queries, *(each for each in self.judges if each is not None)]
+
+    def add(self, query: torch.Tensor, judges: torch.Tensor | None, needed: int | None) -> None:
+        """Take newer ones, and forget those before the last `needed`, if it is a number."""
+        self.queries.append(query)
+        self.judges.append(judges)
+        while needed is not None and len(self) - self.queries[0].shape[2] >= needed:
+            del self.queries[0], self.judges[0]
+
+    def joined(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """All queries, `[B, H, N, D]`, and which are no padding, bool `[B, N]`; none if there are none, or all are."""
+        if not self.queries:
+            return None, None
+        judges = None
+        if any(each is not None for each in self.judges):
+            judges = torch.cat(
+                [
+                    query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if each is None else each
+                    for query, each in zip(self.queries, self.judges, strict=True)
+                ],
+                dim=1,
+            )
+        return torch.cat(self.queries, dim=2), judges
+
+    def drop(self, count: int) -> None:
+        """Forget the last `count`, or all if they are fewer."""
+        query, judges = self.joined()
+        if query is not None:
+            rest = max(0, query.shape[2] - count)
+            self.queries, self.judges = [query[:, :, :rest]], [None if judges is None else judges[:, :rest]]
+
+    def forget(self) -> None:
+        self.queries, self.judges = [], []
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep those of these sequences of the batch, in this order."""
+        self.queries = [query[sequences] for query in self.queries]
+        self.judges = [None if each is None else each[sequences] for each in self.judges]
+
+    @classmethod
+    def stacked(cls, parts: Sequence[RecentQueries]) -> RecentQueries:
+        """Those of several as a batch; none if they are not equally many."""
+        if len({len(part) for part in parts}) != 1 or not parts[0].queries:
+            return cls(logits=parts[0].logits)
+        together = [part.joined() for part in parts]
+        queries = [query for query, _ in together if query is not None]
+        judges = [
+            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if judge is None else judge
+            for query, judge in together
+            if query is not None
+        ]
+        return cls([torch.cat(queries)], [torch.cat(judges)], parts[0].logits)

@@ -1,0 +1,71 @@
+"""All heads at once beside one after the other."""
+
+import json
+
+import pytest
+import torch
+
+from headprof import bench_merge, cli
+from headprof.bench_merge import run_merge_bench
+from headprof.errors import UsageError
+from headprof.random_models import SHAPES
+
+
+def test_both_ways_keep_the_same_rows_and_are_timed():
+    seen = []
+    times = run_merge_bench(
+        "smollm2-135m", (300, 200), (16, 40), batch=2, repeats=2, on_progress=lambda *done: seen.append(done)
+    )
+    assert [(each.length, each.budget) for each in times] == [(300, 16), (300, 40), (200, 16), (200, 40)]
+    assert all(each.equal and each.together > 0 and each.ratio == each.looped / each.together for each in times)
+    assert [done for _, done, _ in seen] == [0, 1, 2, 3]
+
+
+def test_other_rows_are_noticed():
+    rows, kept = bench_merge._random_layer("smollm2-135m", 100, 16, 1, "cpu", torch.float32, 0)
+    reduction = bench_merge.METHODS["ems"].reduction
+    together = reduction.reduce(rows, kept)
+    parts = [reduction.reduce(bench_merge._head(rows, 0, k), kept[:, k : k + 1]) for k in range(3)]
+    assert bench_merge._equal(together, parts)
+    parts[1].values[0] += 1
+    assert not bench_merge._equal(together, parts)
+
+
+def test_rows_do_merge_there():
+    numbers = SHAPES["llama-3-8b"]
+    rows, kept = bench_merge._random_layer("llama-3-8b", 400, 16, 1, "cpu", torch.float32, 0)
+    assert rows.keys.shape == (1, numbers["num_key_value_heads"], 400, numbers["head_dim"])
+    assert int(kept.sum()) == 16 * numbers["num_key_value_heads"]
+    reduced = bench_merge.METHODS["ems"].reduction.reduce(rows, kept)
+    assert reduced.bias is not None and (reduced.bias > 0).float().mean() > 0.2
+
+
+def test_what_cannot_be_run():
+    with pytest.raises(UsageError, match="no model shape 'llama-9'"):
+        run_merge_bench("llama-9", (100,), (16,))
+    with pytest.raises(UsageError, match="at least 1"):
+        run_merge_bench("smollm2-135m", (100,), (16,), repeats=0)
+
+
+def test_the_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            [
+                "bench",
+                "merge",
+                "--shape",
+                "smollm2-135m",
+                "--lengths",
+                "200",
+                "--budgets",
+                "16",
+                "--repeats",
+                "1",
+                "--json",
+            ]
+        )
+    (case,) = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and case["equal"] and case["ratio"] > 0
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "merge", "--shape", "smollm2-135m", "--lengths", "200", "--budgets", "16", "--repeats", "1"])
+    assert "head by head" in capsys.readouterr().out
