@@ -48,7 +48,7 @@ results: $(VENV)/.installed
 		--methods full,$(ABLATION)
 	$(BIN)/headprof bench generate --methods headkv-r2,headkv-ems,ems,snapkv,h2o,tova,knorm,streamingllm,adakv \
 		--lengths 4000 --new-tokens 16 -o results/bench-methods.json
-	$(BIN)/headprof bench generate --methods ems --budgets 128 --lengths 1k --new-tokens 6000 --repeats 1 -o results/bench-long.json
+	$(BIN)/headprof bench generate --methods ems --budgets 128 --lengths 1k --new-tokens 6000 --repeats 1 --without-full -o results/bench-long.json
 	$(BIN)/headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256
 	$(BIN)/headprof bench merge --shape llama-3-8b --lengths 4k --budgets 64,256
 	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 -o results/bench-float32.json

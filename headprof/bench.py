@@ -40,7 +40,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """Methods times budgets times backends times prompt lengths, and the full cache at each length.
+    """Methods times budgets times backends times prompt lengths, and the full cache at each length unless left out.
 
     Attributes:
         methods: names in the table of methods; `full` adds nothing, since the full cache is always run.
@@ -51,6 +51,7 @@ class BenchRequest:
         batch: sequences decoded together.
         backends: attentions over the compressed cache, names in `BACKENDS` or `auto`.
         prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
+        full: whether the full cache is run too, with which the others are compared.
         seed: of the random prompts.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
@@ -64,6 +65,7 @@ class BenchRequest:
     batch: int = 1
     backends: tuple[str, ...] = ("auto",)
     prefill_chunk: int | None = None
+    full: bool = True
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -436,7 +438,8 @@ def _cases(model: Any, max_positions: int, profile: HeadProfile | None, request:
     ]
     cases = []
     for length in request.lengths:
-        cases.append(_Case("full", "", model.config._attn_implementation, length))
+        if request.full:
+            cases.append(_Case("full", "", model.config._attn_implementation, length))
         for name, budget, plan in plans:
             plan.check(length)
             cases += [_Case(name, budget, backend, length, plan) for backend in request.backends]

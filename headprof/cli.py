@@ -526,7 +526,9 @@ def bench_generate(
         typer.Option(help="Random weights of a published shape, instead of --model: llama-3-8b, qwen3-8b, ..."),
     ] = None,
     profile: Profile = None,
-    methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is always run.")] = "headkv-r2",
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas; the full cache is run beside them.")
+    ] = "headkv-r2",
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k",
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
@@ -536,6 +538,7 @@ def bench_generate(
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
     ] = False,
+    without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full cache out.")] = False,
     prefill_chunk: PrefillChunk = None,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
@@ -573,6 +576,7 @@ def bench_generate(
         batch=batch,
         backends=tuple(backends.split(",")),
         prefill_chunk=prefill_chunk,
+        full=not without_full,
         seed=seed,
         options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
         decoding=_decoding(decode_budget, buffer),
@@ -619,6 +623,7 @@ def bench_merge(
     seed: Seed = 0,
     json: JsonFlag = False,
     device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Time evict-then-merge over all heads of a layer at once, beside a loop over the heads.
 
@@ -626,12 +631,10 @@ def bench_merge(
     """
     from dataclasses import asdict
 
-    import torch
-
     from headprof.bench_merge import run_merge_bench
-    from headprof.models import choose_device
+    from headprof.random_models import place_and_dtype
 
-    place = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
+    place, type_of_numbers = place_and_dtype(device, dtype)
     with terminal.progress() as report:
         times = run_merge_bench(
             shape,
@@ -640,6 +643,7 @@ def bench_merge(
             batch=batch,
             repeats=repeats,
             device=place,
+            dtype=type_of_numbers,
             seed=seed,
             on_progress=report,
         )
@@ -647,6 +651,47 @@ def bench_merge(
         terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
     else:
         terminal.result_table(*tables.merging(times))
+
+
+@bench.command(name="scores")
+@guarded
+def bench_scores(
+    shape: Annotated[
+        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
+    ] = "llama-3-8b",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,32k.")] = "4k",
+    samples: Annotated[str, typer.Option(help="Queries that the score asks, with commas; 0 for all.")] = "0,1024",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 5,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Time the global score of a prompt (ems, h2o) beside the attention that reads it, for one layer.
+
+    [dim]headprof bench scores --shape llama-3-8b --lengths 32k[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench_scores import run_score_bench
+    from headprof.random_models import place_and_dtype
+
+    place, type_of_numbers = place_and_dtype(device, dtype)
+    with terminal.progress() as report:
+        times = run_score_bench(
+            shape,
+            _lengths(lengths),
+            tuple(0 if each == "0" else _lengths(each)[0] for each in samples.split(",")),
+            repeats=repeats,
+            device=place,
+            dtype=type_of_numbers,
+            seed=seed,
+            on_progress=report,
+        )
+    if json:
+        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
+    else:
+        terminal.result_table(*tables.scoring(times))
 
 
 def _version(shown: bool) -> None:

@@ -112,13 +112,23 @@ def load_random(
     Raises:
         UsageError: there is no such shape, device or dtype.
     """
+    place, type_of_numbers = place_and_dtype(device, dtype)
+    model = random_model(shape_name, type_of_numbers, place, attn=None if attn == "auto" else attn)
+    shape = HeadShape.from_config(model.config)
+    loaded = LoadedModel(model, None, shape, shape_name, model.config.max_position_embeddings)
+    return loaded, random_profile(model, seed)
+
+
+def place_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """Where random numbers go, and what they are; `auto` is a CUDA device if there is one, and bfloat16 there.
+
+    Raises:
+        UsageError: there is no such device or dtype.
+    """
     cuda = torch.cuda.device_count()
     place = choose_device(device, num_cuda=cuda, has_mps=torch.backends.mps.is_available())
     if dtype == "auto":
         dtype = "bfloat16" if place.startswith("cuda") else "float32"
     if dtype not in DTYPES:
         raise UsageError(f"There is no dtype {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    model = random_model(shape_name, getattr(torch, dtype), place, attn=None if attn == "auto" else attn)
-    shape = HeadShape.from_config(model.config)
-    loaded = LoadedModel(model, None, shape, shape_name, model.config.max_position_embeddings)
-    return loaded, random_profile(model, seed)
+    return place, getattr(torch, dtype)

@@ -11,6 +11,7 @@ from headprof.console import human_bytes
 if TYPE_CHECKING:
     from headprof.bench import BenchResult, LargestBatch
     from headprof.bench_merge import MergeTimes
+    from headprof.bench_scores import ScoreTimes
     from headprof.compression.cache import HeadCache
     from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.report import Cell
@@ -174,6 +175,22 @@ def merging(times: Iterable[MergeTimes]) -> tuple[list[str], Rows]:
         for each in times
     ]
     return ["shape", "prompt", "budget", "batch", "all heads", "head by head", "ratio", "same rows"], rows
+
+
+def scoring(times: Iterable[ScoreTimes]) -> tuple[list[str], Rows]:
+    """The global score beside the attention over the same prompt."""
+    rows = [
+        [
+            each.shape,
+            str(each.length),
+            str(each.samples or "all"),
+            f"{each.attention * 1e3:.2f} ms",
+            f"{each.score * 1e3:.2f} ms",
+            f"{each.ratio:.1%}",
+        ]
+        for each in times
+    ]
+    return ["shape", "prompt", "queries", "attention", "score", "of attention"], rows
 
 
 def largest_batches(found: Iterable[LargestBatch]) -> tuple[list[str], Rows]:

@@ -243,6 +243,9 @@ def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
 
 def test_a_long_decoding_holds_what_it_held_when_full(model):
     request = BenchRequest(("ems",), ("12",), (40,), new_tokens=60, repeats=1, decoding={"buffer": 8})
+    alone = dataclasses.replace(request, full=False, new_tokens=3)
+    (only,) = bench.run_bench(tiny_model(layers=LAYERS, num_kv_heads=KV_HEADS), 4096, None, alone).measurements
+    assert only.method == "ems" and bench.comparison(BenchResult(1.0, [only], {}))[0].decode_ratio is None
     full, ems = bench.run_bench(tiny_model(layers=LAYERS, num_kv_heads=KV_HEADS), 4096, None, request).measurements
     assert full.largest_cache_bytes > full.cache_bytes and ems.largest_cache_bytes < full.largest_cache_bytes
     heads = LAYERS * KV_HEADS

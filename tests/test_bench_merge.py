@@ -1,4 +1,4 @@
-"""All heads at once beside one after the other."""
+"""All heads at once beside one after the other; the global score beside the attention."""
 
 import json
 
@@ -7,6 +7,7 @@ import torch
 
 from headprof import bench_merge, cli
 from headprof.bench_merge import run_merge_bench
+from headprof.bench_scores import run_score_bench
 from headprof.errors import UsageError
 from headprof.random_models import SHAPES
 
@@ -69,3 +70,22 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "merge", "--shape", "smollm2-135m", "--lengths", "200", "--budgets", "16", "--repeats", "1"])
     assert "head by head" in capsys.readouterr().out
+
+
+def test_the_score_is_timed_beside_the_attention(capsys):
+    times = run_score_bench("smollm2-135m", (64, 128), (0, 16), repeats=1)
+    assert [(each.length, each.samples) for each in times] == [(64, 0), (64, 16), (128, 0), (128, 16)]
+    assert all(each.attention > 0 and each.ratio == each.score / each.attention for each in times)
+    with pytest.raises(UsageError, match="no model shape"):
+        run_score_bench("llama-9", (64,), (0,))
+    with pytest.raises(UsageError, match="at least"):
+        run_score_bench("smollm2-135m", (64,), (-1,))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(
+            ["bench", "scores", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]
+        )
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and "all" in shown and "of attention" in shown
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "scores", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--json"])
+    assert [case["samples"] for case in json.loads(capsys.readouterr().out)] == [0, 1024]

@@ -552,8 +552,9 @@ class FanOutLayer(PromptLayer):
             if importance is not None and importance not in judged:
                 judged[importance] = importance.judge(states)
             layer.lazy_initialization(states.key, values)
-            layer.seen = self.seen
+            layer.seen, layer.observers = self.seen, self.observers
             layer.compress(states, values, judged[importance])
+            layer.forget_prompt()
         self.is_initialized = True
 
 
