@@ -1,6 +1,7 @@
 """What is generated is compressed too: bounded rows and memory, the same rows however tokens come, and H2O in loops."""
 
 import gc
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from tiny import ARCHITECTURES, tiny_model
 from headprof.compression.budget import Budget, UniformBudget
 from headprof.compression.cache import HeadCache, HeadCacheLayer, stack_caches
 from headprof.compression.document import load_document, save_document
-from headprof.compression.importance import Accumulated, PromptStates
+from headprof.compression.importance import Accumulated, Importance, Judgement, PromptStates
 from headprof.compression.methods import METHODS, Method
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.reduction import Evict
+from headprof.compression.reduction import Evict, EvictThenMerge
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, UsageError
 from headprof.generation import compress_document, generate_text, question_ids
@@ -444,6 +445,81 @@ def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, de
     assert (cache.lengths[:, 0] <= plan.decode_allocation(last) + 6).all()
 
 
+# What a layer hands to an importance.
+
+
+@dataclass(frozen=True)
+class Watching(Importance):
+    """Random importance; remembers what it was asked to judge."""
+
+    judged: list = field(default_factory=list, compare=False)
+    queries = None
+
+    def judge(self, states):
+        self.judged.append(states)
+        generator = torch.Generator().manual_seed(len(self.judged))
+        importance = torch.rand(states.key.shape[:3], generator=generator)
+        before = 0 if states.received is None else states.received
+        return Judgement(importance, importance, before + importance)
+
+
+def layer_of(method, budget, buffer, *, heads=2, group=3, dim=8):
+    shape = HeadShape("Tiny", 1, heads * group, heads, dim, 8)
+    return HeadCacheLayer(
+        0,
+        CompressionPlan(
+            method, Budget.parse(budget), shape, torch.ones(1, heads), 4, decode_budget=None, buffer=buffer
+        ),
+    )
+
+
+def test_a_layer_hands_over_the_rows_it_holds_and_the_queries_since():
+    """Merged rows with their bias, no hidden ones, heads of different lengths."""
+    watching, prompt, dim = Watching(), 24, 8
+    merge = EvictThenMerge(threshold=-1.0, candidates=2.0, coverage=1.0, redundancy=0.0, merge_keys=True, mass=True)
+    layer = layer_of(Method(watching, UniformBudget(), merge, sinks=1, keep_last=1), 10, 6)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads, count):
+        return torch.randn(2, heads, count, dim, generator=generator)
+
+    valid = torch.ones(2, prompt, dtype=torch.bool)
+    valid[1, : prompt - 7] = False  # this sequence begins with 7 rows a head, the other with 10
+    key, value = random(2, prompt), random(2, prompt)
+    layer.update(key, value)
+    layer.filled(PromptStates(random(6, prompt), key, valid, 0.5), value)
+    assert layer.lengths == [10, 10, 7, 7]
+    seen, since, own, compressions = prompt, [], [], 0
+    for number, count in enumerate([1, 2, 3, 1, 4, 2, 3, 3, 1, 1, 6, 2] * 2):
+        held, asked = layer.compact_rows(), len(watching.judged)
+        layer.update(random(2, count), random(2, count))
+        if len(watching.judged) > asked:
+            compressions += 1
+            states = watching.judged[-1]
+            assert torch.equal(states.query, torch.cat(since, dim=2)) and states.seen == seen
+            assert states.places.tolist() == list(range(seen - states.query.shape[2], seen))
+            assert (states.scaling, states.softcap, states.sliding_window) == (0.5, 9.0, 7)
+            judges = torch.cat(own, dim=1)
+            assert judges.all() if states.judges is None else torch.equal(states.judges, judges)
+            visible = held.bias > -float("inf")
+            assert torch.equal(states.key[states.valid], held.keys[visible])
+            for given, expected in ((states.positions, held.positions), (states.received, held.received)):
+                assert torch.equal(given[states.valid], expected[visible])
+            assert torch.equal(states.bias[states.valid], held.bias[visible])
+            per_head = [int(part.sum()) for part in visible.split(held.lengths)]
+            assert states.valid.sum(dim=-1).flatten().tolist() == per_head
+            since, own = [], []
+        new_queries, judges = random(6, count), torch.ones(2, count, dtype=torch.bool)
+        if number % 5 == 4:
+            judges[1, 0] = False
+            layer.hide_newest(judges)
+        layer.observe(new_queries, None if judges.all() else judges, scaling=0.5, softcap=9.0, sliding_window=7)
+        since.append(new_queries)
+        own.append(judges)
+        seen += count
+    assert compressions >= 6 and layer.bias.max() > 1
+
+
 # H2O (Zhang et al. 2023), as in the paper.
 
 
@@ -477,12 +553,8 @@ def test_heavy_hitters_are_those_of_the_paper(buffer, chunk):
     generator = torch.Generator().manual_seed(buffer)
     query = 2 * torch.randn(1, heads * group, num_tokens, dim, generator=generator)
     key, value = (torch.randn(1, heads, num_tokens, dim, generator=generator) for _ in range(2))
-    shape = HeadShape("Tiny", 1, heads * group, heads, dim, 8)
     method = Method(Accumulated(), UniformBudget(), Evict(), sinks=0, keep_last=1, recent_share=0.5)
-    plan = CompressionPlan(
-        method, Budget.parse(target), shape, torch.ones(1, heads), 4, decode_budget=None, buffer=buffer
-    )
-    layer = HeadCacheLayer(0, plan)
+    layer = layer_of(method, target, buffer, heads=heads, group=group, dim=dim)
     layer.update(key[:, :, :prompt], value[:, :, :prompt])
     valid = torch.ones(1, prompt, dtype=torch.bool)
     layer.filled(PromptStates(query[:, :, :prompt], key[:, :, :prompt], valid, 0.5), value[:, :, :prompt])

@@ -450,10 +450,10 @@ class HeadCacheLayer(PromptLayer):
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens, which must have come after the prompt.
+        """Forget the last `-tokens_to_remove` tokens, which must have come since the rows were last compressed.
 
         Raises:
-            CacheError: not that many tokens came after the prompt; what the prompt lost cannot be given back.
+            CacheError: not that many tokens have come since; what was lost then cannot be given back.
         """
         count = abs(tokens_to_remove)
         if count > self.appended:

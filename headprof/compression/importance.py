@@ -319,9 +319,10 @@ def sampled_queries(num_tokens: int, samples: int, last: int) -> tuple[torch.Ten
 class GlobalLocal(WindowAttention):
     """Attention from the whole prompt and from its end together (EMS, Li et al. 2024, "Global-Local Importance").
 
-    A token's global score is the mean attention from all queries that see it; a sum would favor early tokens, which
+    A token's global score is the mean attention from all queries from its own on; a sum would favor early tokens, which
     more queries see. Its local score is `WindowAttention`'s. The global scores are rescaled to the local ones' mean
-    over a head's tokens before the two are joined.
+    over a head's tokens before the two are joined. While text is generated, the window is that of the queries since the
+    rows were last judged.
 
     Attributes:
         combine: how they are joined: the paper's `"max"`, `"sum"`, `"product"` (geometric mean), or `"global"` or
@@ -331,7 +332,7 @@ class GlobalLocal(WindowAttention):
         recency: exponent on the share of the sequence from which a token is seen: 0 for the mean, 1 for H2O's sum.
         emphasis: rows that merge are weighed by their mean attention from all queries, and so many times that from the
             window. Without it, what only the window looks at, such as the answer to a question, is drowned in a
-            cluster by what the whole text looks at.
+            cluster by what the whole text looks at. With one score alone, rows are weighed by that one.
     """
 
     combine: str = "max"
