@@ -458,7 +458,7 @@ class HeadCacheLayer(PromptLayer):
         count = abs(tokens_to_remove)
         if count > self.appended:
             raise CacheError(
-                f"Only the {self.appended} tokens after the prompt can be taken out of a compressed cache, not {count}."
+                f"Only the last {self.appended} tokens can be taken out of a compressed cache, not {count}."
             )
         self._advance(-count)
         if self._until_compressed is not None:

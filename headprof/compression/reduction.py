@@ -147,9 +147,9 @@ class EvictThenMerge(Reduction):
     stands for several rows draws their attention: the log of the cluster's weight over its own is added to its logits.
     A weight counts as at least a millionth of its head's largest.
 
-    How many candidates a head has goes by its sparsity, the number of rows that hold `coverage` of its attention: as many
-    as it exceeds the kept ones by, at most `candidates` for each centre; and by its redundancy `r`, the mean cosine
-    similarity of its keys: a share of `r ** redundancy` of them.
+    How many candidates a head has goes by its sparsity, the number of rows that hold `coverage` of its attention: as
+    many as it exceeds the kept ones by, at most `candidates` for each centre; and by its redundancy `r`, the mean
+    cosine similarity of its keys: a share of `r ** redundancy` of them.
 
     Attributes:
         threshold: -1 to 1; 1 merges nothing, -1 drops only candidates whose keys point the opposite way of all centres.
