@@ -44,7 +44,7 @@ results: $(VENV)/.installed
 	$(BIN)/headprof eval --methods $(ABLATION),$(subst ems,headkv-ems,$(ABLATION)) -o results/ablation
 	$(BIN)/headprof eval --tasks perplexity --data-dir $(TEXTS) --budgets 32,64,128,256 -o results/perplexity \
 		--methods full,headkv-ems,ems,headkv-r2,snapkv,tova,h2o,knorm,streamingllm
-	$(BIN)/headprof eval --tasks perplexity --data-dir $(TEXTS) --budgets 64,256 --documents 10 -o results/ablation-perplexity \
+	$(BIN)/headprof eval --tasks perplexity --data-dir $(TEXTS) --budgets 64,256 --documents 8 -o results/ablation-perplexity \
 		--methods full,$(ABLATION)
 	$(BIN)/headprof bench generate --methods headkv-r2,headkv-ems,ems,snapkv,h2o,tova,knorm,streamingllm,adakv \
 		--lengths 4000 --new-tokens 16 -o results/bench-methods.json
