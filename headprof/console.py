@@ -25,6 +25,10 @@ class Terminal:
     """
 
     def __init__(self, *, quiet: bool = False, debug: bool = False):
+        self.configure(quiet=quiet, debug=debug)
+
+    def configure(self, *, quiet: bool, debug: bool) -> None:
+        """Begin anew with these."""
         self.quiet = quiet
         self.debug = debug
         self.stderr = _console(stderr=True, quiet=quiet)

@@ -82,10 +82,10 @@ def test_the_score_is_timed_beside_the_attention(capsys):
         run_score_bench("smollm2-135m", (64,), (-1,))
     with pytest.raises(SystemExit) as stop:
         cli.main(
-            ["bench", "scores", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]
+            ["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]
         )
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and "all" in shown and "of attention" in shown
     with pytest.raises(SystemExit):
-        cli.main(["bench", "scores", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--json"])
+        cli.main(["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--json"])
     assert [case["samples"] for case in json.loads(capsys.readouterr().out)] == [0, 1024]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from headprof import __version__, tables
 from headprof.chat import OBSERVATION
-from headprof.console import Terminal
-from headprof.errors import HeadprofError
-from headprof.options import (
+from headprof.cli.bench import bench
+from headprof.cli.options import (
     Attn,
     Backend,
     BudgetText,
@@ -40,6 +37,17 @@ from headprof.options import (
     Trust,
     Window,
 )
+from headprof.cli.shared import (
+    check_method,
+    choose_plan,
+    decoding_options,
+    guarded,
+    lengths_of,
+    load,
+    load_profile,
+    method_options,
+    terminal,
+)
 
 app = typer.Typer(
     name="headprof",
@@ -51,91 +59,6 @@ app = typer.Typer(
     "Without [bold]--model[/], SmolLM2-135M-Instruct is used, which runs on a laptop. "
     "[bold]--quiet[/] (no progress, no remarks) and [bold]--debug[/] (tracebacks) may stand anywhere.",
 )
-terminal = Terminal()
-
-
-def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors a user can mend into one sentence and an exit code."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except HeadprofError as error:
-            if terminal.debug:
-                raise
-            terminal.error(str(error))
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            terminal.error("Interrupted.")
-            raise typer.Exit(130) from None
-
-    return run
-
-
-def _load(model: str | None, device: str = "auto", dtype: str = "auto", attn: str = "auto", trust: bool = False):
-    from headprof.models import load_model
-
-    with terminal.progress() as report:
-        return load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust, progress=report)
-
-
-def _load_profile(loaded, explicit: Path | None):
-    from headprof.profile import HeadProfile, find_profile
-
-    return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape, model_name=loaded.name)
-
-
-def _method_options(window, keep_last, kernel, pooling, pool_factor, settings) -> dict[str, Any]:
-    """Parameters of a method's parts; `None` leaves one at its default."""
-    from headprof.compression.methods import parse_settings
-
-    named = {
-        "window": window,
-        "keep_last": keep_last,
-        "kernel": kernel,
-        "pooling": pooling,
-        "pool_factor": pool_factor,
-    }
-    return named | parse_settings(settings or [])
-
-
-def _decoding(decode_budget: str | None, buffer: int | None) -> dict[str, Any]:
-    """How a cache is compressed while generating; what is not given keeps its default, a buffer of 0 is none."""
-    from headprof.compression.budget import Budget
-
-    given: dict[str, Any] = {} if decode_budget is None else {"decode_budget": Budget.parse(decode_budget)}
-    return given if buffer is None else given | {"buffer": buffer or None}
-
-
-def _check_method(method: str, budget: str, options: dict[str, Any]) -> None:
-    """Complain about a method, a parameter or a budget before anything is loaded."""
-    from headprof.compression.budget import Budget
-    from headprof.compression.methods import find_method
-
-    find_method(method).with_options(**options)
-    Budget.parse(budget)
-
-
-def _plan(loaded, profile: Path | None, method: str, budget: str, options: dict[str, Any], prompt_length: int = 0):
-    """How to compress a prompt; none for the full cache. A budget that cannot be met is an error before any work."""
-    from headprof.compression.methods import find_method
-    from headprof.compression.session import make_plan
-
-    if method == "full" and prompt_length:
-        return None
-    needs_profile = find_method(method).budget.profile_scores
-    head_profile = _load_profile(loaded, profile) if needs_profile else None
-    plan = make_plan(loaded.model, head_profile, method=method, budget=budget, **options)
-    if prompt_length:
-        plan.check(prompt_length)
-    return plan
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    from headprof.numbers import parse_lengths
-
-    return parse_lengths(text)
 
 
 @app.command()
@@ -175,9 +98,9 @@ def score(
     """
     from headprof.scoring.command import ScoreRequest, build_probes, default_output, score_to_file
 
-    request = ScoreRequest(preset, probes, _lengths(lengths) if lengths else None, needles, haystack, pack, seed)
+    request = ScoreRequest(preset, probes, lengths_of(lengths) if lengths else None, needles, haystack, pack, seed)
     request.check()
-    loaded = _load(model, device, dtype, attn, trust_remote_code)
+    loaded = load(model, device, dtype, attn, trust_remote_code)
     builder = build_probes(loaded, request)
     target = output or default_output(loaded.name)
     with terminal.progress() as report:
@@ -271,13 +194,13 @@ def generate(
 
     check_backend(backend)
     check_sources(file, cache, compare)
-    options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
-    decoding = _decoding(decode_budget, buffer)
-    _check_method(method, budget, options)
+    options = method_options(window, keep_last, kernel, pooling, pool_factor, settings)
+    decoding = decoding_options(decode_budget, buffer)
+    check_method(method, budget, options)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
-    loaded = _load(model, device, dtype, attn, trust_remote_code)
+    loaded = load(model, device, dtype, attn, trust_remote_code)
     plan = held = None
     if cache is not None:
         held, notes = load_document(cache, loaded)
@@ -287,7 +210,7 @@ def generate(
     else:
         label = method if method == "full" else f"{method}, budget {budget}"
         ids = prompt_ids(loaded, document, question, max_new_tokens)
-        plan = _plan(loaded, profile, method, budget, options | decoding, ids.shape[1])
+        plan = choose_plan(loaded, profile, method, budget, options | decoding, ids.shape[1])
 
     def run(with_plan, on_text=lambda _: None):
         with ExitStack() as reading:
@@ -376,13 +299,13 @@ def compress(
     from headprof.generation import compress_document, generate_text, question_ids, read_document
 
     check_backend(backend)
-    options = _method_options(window, keep_last, kernel, pooling, pool_factor, settings)
-    decoding = _decoding(decode_budget, buffer)
-    _check_method(method, budget, options)
+    options = method_options(window, keep_last, kernel, pooling, pool_factor, settings)
+    decoding = decoding_options(decode_budget, buffer)
+    check_method(method, budget, options)
     document = read_document(file)
     target = output or Path(f"{file.stem}.kv.safetensors")
-    loaded = _load(model, device, dtype, attn, trust_remote_code)
-    plan = _plan(loaded, profile, method, budget, options | decoding)
+    loaded = load(model, device, dtype, attn, trust_remote_code)
+    plan = choose_plan(loaded, profile, method, budget, options | decoding)
     with terminal.progress() as report:
         cache = compress_document(
             loaded,
@@ -474,7 +397,7 @@ def evaluate(
         methods=methods.split(","),
         budgets=budgets.split(","),
         probes=probes,
-        lengths=_lengths(lengths) if lengths else None,
+        lengths=lengths_of(lengths) if lengths else None,
         families=families.split(",") if families else None,
         seed=seed,
         question_known=not query_agnostic,
@@ -483,12 +406,12 @@ def evaluate(
         documents=documents,
         skip=skip,
         continuation=continuation,
-        options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
-        decoding=_decoding(decode_budget, buffer),
+        options=method_options(window, keep_last, kernel, pooling, pool_factor, settings),
+        decoding=decoding_options(decode_budget, buffer),
     )
     needs_profile = request.check()
-    loaded = _load(model, device, dtype, attn, trust_remote_code)
-    head_profile = _load_profile(loaded, profile) if needs_profile else None
+    loaded = load(model, device, dtype, attn, trust_remote_code)
+    head_profile = load_profile(loaded, profile) if needs_profile else None
     answers, losses = [], []
     with terminal.progress() as report:
         if request.probe_tasks:
@@ -513,185 +436,7 @@ def evaluate(
         terminal.result_table(*tables.perplexities(texts))
 
 
-bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
 app.add_typer(bench, name="bench")
-
-
-@bench.command(name="generate")
-@guarded
-def bench_generate(
-    model: Model = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Random weights of a published shape, instead of --model: llama-3-8b, qwen3-8b, ..."),
-    ] = None,
-    profile: Profile = None,
-    methods: Annotated[
-        str, typer.Option(help="Methods, with commas; the full cache is run beside them.")
-    ] = "headkv-r2",
-    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto",
-    largest_batch: Annotated[
-        bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
-    ] = False,
-    without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full cache out.")] = False,
-    prefill_chunk: PrefillChunk = None,
-    seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
-    json: JsonFlag = False,
-    window: Window = None,
-    keep_last: KeepLast = None,
-    kernel: Kernel = None,
-    pooling: Pooling = None,
-    pool_factor: PoolFactor = None,
-    settings: Settings = None,
-    decode_budget: DecodeBudget = None,
-    buffer: Buffer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Time decoding with compressed caches beside Transformers' own full cache.
-
-    The floor is what reading weights and cache at the memory's measured bandwidth would allow.
-
-    [dim]headprof bench generate --budgets 64,128 --lengths 4k,8000
-    headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.bench import BenchRequest, largest_batches, run_bench
-
-    request = BenchRequest(
-        methods=tuple(methods.split(",")),
-        budgets=tuple(budgets.split(",")),
-        lengths=_lengths(lengths),
-        new_tokens=new_tokens,
-        repeats=repeats,
-        batch=batch,
-        backends=tuple(backends.split(",")),
-        prefill_chunk=prefill_chunk,
-        full=not without_full,
-        seed=seed,
-        options=_method_options(window, keep_last, kernel, pooling, pool_factor, settings),
-        decoding=_decoding(decode_budget, buffer),
-    )
-    request.check()
-    head_profile: Any
-    if shape is not None:
-        from headprof.random_models import load_random
-
-        loaded, head_profile = load_random(shape, device=device, dtype=dtype, attn=attn, seed=seed)
-    else:
-        loaded = _load(model, device, dtype, attn, trust_remote_code)
-        head_profile = _load_profile(loaded, profile) if request.needs_profile else None
-    with terminal.progress() as report:
-        result = run_bench(loaded.model, loaded.max_positions, head_profile, request, report)
-        found = (
-            largest_batches(loaded.model, loaded.max_positions, head_profile, request, report) if largest_batch else []
-        )
-    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in found]}
-    if output is not None:
-        from headprof.files import write_json
-
-        write_json(output, figures)
-    if json:
-        terminal.json(figures)
-        return
-    environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
-    terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
-    terminal.result_table(*tables.benchmark(result))
-    if found:
-        terminal.result_table(*tables.largest_batches(found))
-
-
-@bench.command(name="merge")
-@guarded
-def bench_merge(
-    shape: Annotated[
-        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
-    ] = "llama-3-8b",
-    budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "64,256",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "4k",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 9,
-    seed: Seed = 0,
-    json: JsonFlag = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Time evict-then-merge over all heads of a layer at once, beside a loop over the heads.
-
-    [dim]headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.bench_merge import run_merge_bench
-    from headprof.random_models import place_and_dtype
-
-    place, type_of_numbers = place_and_dtype(device, dtype)
-    with terminal.progress() as report:
-        times = run_merge_bench(
-            shape,
-            _lengths(lengths),
-            _lengths(budgets),
-            batch=batch,
-            repeats=repeats,
-            device=place,
-            dtype=type_of_numbers,
-            seed=seed,
-            on_progress=report,
-        )
-    if json:
-        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
-    else:
-        terminal.result_table(*tables.merging(times))
-
-
-@bench.command(name="scores")
-@guarded
-def bench_scores(
-    shape: Annotated[
-        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
-    ] = "llama-3-8b",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,32k.")] = "4k",
-    samples: Annotated[str, typer.Option(help="Queries that the score asks, with commas; 0 for all.")] = "0,1024",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 5,
-    seed: Seed = 0,
-    json: JsonFlag = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Time the global score of a prompt (ems, h2o) beside the attention that reads it, for one layer.
-
-    [dim]headprof bench scores --shape llama-3-8b --lengths 32k[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.bench_scores import run_score_bench
-    from headprof.random_models import place_and_dtype
-
-    place, type_of_numbers = place_and_dtype(device, dtype)
-    with terminal.progress() as report:
-        times = run_score_bench(
-            shape,
-            _lengths(lengths),
-            tuple(0 if each == "0" else _lengths(each)[0] for each in samples.split(",")),
-            repeats=repeats,
-            device=place,
-            dtype=type_of_numbers,
-            seed=seed,
-            on_progress=report,
-        )
-    if json:
-        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
-    else:
-        terminal.result_table(*tables.scoring(times))
 
 
 def _version(shown: bool) -> None:
@@ -712,10 +457,5 @@ def _app(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `--quiet` and `--debug` are understood anywhere in it."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    global terminal
-    terminal = Terminal(quiet="--quiet" in given, debug="--debug" in given)
+    terminal.configure(quiet="--quiet" in given, debug="--debug" in given)
     app(args=[argument for argument in given if argument not in ("--quiet", "--debug")], prog_name="headprof")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,209 @@
+"""`headprof bench`: speed and memory, side by side in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headprof import tables
+from headprof.cli.options import (
+    Attn,
+    Buffer,
+    DecodeBudget,
+    Device,
+    Dtype,
+    JsonFlag,
+    KeepLast,
+    Kernel,
+    Model,
+    PoolFactor,
+    Pooling,
+    PrefillChunk,
+    Profile,
+    Seed,
+    Settings,
+    Trust,
+    Window,
+)
+from headprof.cli.shared import decoding_options, guarded, lengths_of, load, load_profile, method_options, terminal
+
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
+
+
+@bench.command(name="generate")
+@guarded
+def bench_generate(
+    model: Model = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a published shape, instead of --model: llama-3-8b, qwen3-8b, ..."),
+    ] = None,
+    profile: Profile = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, with commas; the full cache is run beside them.")
+    ] = "headkv-r2",
+    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto",
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
+    ] = False,
+    without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full cache out.")] = False,
+    prefill_chunk: PrefillChunk = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
+    json: JsonFlag = False,
+    window: Window = None,
+    keep_last: KeepLast = None,
+    kernel: Kernel = None,
+    pooling: Pooling = None,
+    pool_factor: PoolFactor = None,
+    settings: Settings = None,
+    decode_budget: DecodeBudget = None,
+    buffer: Buffer = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time decoding with compressed caches beside Transformers' own full cache.
+
+    The floor is what reading weights and cache at the memory's measured bandwidth would allow.
+
+    [dim]headprof bench generate --budgets 64,128 --lengths 4k,8000
+    headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench import BenchRequest, largest_batches, run_bench
+
+    request = BenchRequest(
+        methods=tuple(methods.split(",")),
+        budgets=tuple(budgets.split(",")),
+        lengths=lengths_of(lengths),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        batch=batch,
+        backends=tuple(backends.split(",")),
+        prefill_chunk=prefill_chunk,
+        full=not without_full,
+        seed=seed,
+        options=method_options(window, keep_last, kernel, pooling, pool_factor, settings),
+        decoding=decoding_options(decode_budget, buffer),
+    )
+    request.check()
+    head_profile: Any
+    if shape is not None:
+        from headprof.random_models import load_random
+
+        loaded, head_profile = load_random(shape, device=device, dtype=dtype, attn=attn, seed=seed)
+    else:
+        loaded = load(model, device, dtype, attn, trust_remote_code)
+        head_profile = load_profile(loaded, profile) if request.needs_profile else None
+    with terminal.progress() as report:
+        result = run_bench(loaded.model, loaded.max_positions, head_profile, request, report)
+        found = (
+            largest_batches(loaded.model, loaded.max_positions, head_profile, request, report) if largest_batch else []
+        )
+    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in found]}
+    if output is not None:
+        from headprof.files import write_json
+
+        write_json(output, figures)
+    if json:
+        terminal.json(figures)
+        return
+    environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
+    terminal.result_table(*tables.benchmark(result))
+    if found:
+        terminal.result_table(*tables.largest_batches(found))
+
+
+@bench.command(name="merge")
+@guarded
+def bench_merge(
+    shape: Annotated[
+        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
+    ] = "llama-3-8b",
+    budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "64,256",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "4k",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 9,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Time evict-then-merge over all heads of a layer at once, beside a loop over the heads.
+
+    [dim]headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench_merge import run_merge_bench
+    from headprof.random_models import place_and_dtype
+
+    place, type_of_numbers = place_and_dtype(device, dtype)
+    with terminal.progress() as report:
+        times = run_merge_bench(
+            shape,
+            lengths_of(lengths),
+            lengths_of(budgets),
+            batch=batch,
+            repeats=repeats,
+            device=place,
+            dtype=type_of_numbers,
+            seed=seed,
+            on_progress=report,
+        )
+    if json:
+        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
+    else:
+        terminal.result_table(*tables.merging(times))
+
+
+@bench.command(name="importance")
+@guarded
+def bench_importance(
+    shape: Annotated[
+        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
+    ] = "llama-3-8b",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,32k.")] = "4k",
+    samples: Annotated[str, typer.Option(help="Queries that the score asks, with commas; 0 for all.")] = "0,1024",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 5,
+    seed: Seed = 0,
+    json: JsonFlag = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Time the global score of a prompt (ems, h2o) beside the attention that reads it, for one layer.
+
+    [dim]headprof bench importance --shape llama-3-8b --lengths 32k[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench_scores import run_score_bench
+    from headprof.random_models import place_and_dtype
+
+    place, type_of_numbers = place_and_dtype(device, dtype)
+    with terminal.progress() as report:
+        times = run_score_bench(
+            shape,
+            lengths_of(lengths),
+            tuple(0 if each == "0" else lengths_of(each)[0] for each in samples.split(",")),
+            repeats=repeats,
+            device=place,
+            dtype=type_of_numbers,
+            seed=seed,
+            on_progress=report,
+        )
+    if json:
+        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
+    else:
+        terminal.result_table(*tables.scoring(times))
