@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 KINDS = ("retrieval", "reasoning")
 FORMAT = "headprof.profile"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+"""Version 1 had no intervals; it is still read."""
+_READABLE = ("1", FORMAT_VERSION)
 _RESERVED = ("format", "format_version", "model", "fingerprint")
 
 
@@ -35,6 +37,7 @@ class HeadProfile:
         shape: the model's fingerprint.
         scores: kind (`retrieval`, `reasoning`) to float32 `[L, H]`, zero or more; an imported profile may hold one.
         standard_errors: the same for the standard error of each score; a kind is absent when its error is unknown.
+        intervals: the same for the two ends of each score's 95 % bootstrap interval; absent when unknown.
         probes_used: probes counted per kind; 0 when unknown.
         metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
 
@@ -48,6 +51,7 @@ class HeadProfile:
     standard_errors: Mapping[str, Tensor] = field(default_factory=dict)
     probes_used: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if complaint := _find_contradiction(self):
@@ -118,6 +122,8 @@ class HeadProfile:
 
         tensors = {kind: self.scores[kind] for kind in self.kinds}
         tensors |= {f"{kind}_se": errors for kind, errors in self.standard_errors.items()}
+        for kind, (low, high) in self.intervals.items():
+            tensors |= {f"{kind}_low": low, f"{kind}_high": high}
         tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in KINDS], dtype=torch.int64)
         header = {
             "format": FORMAT,
@@ -148,9 +154,9 @@ class HeadProfile:
         tensors, metadata = read_safetensors(path, "profile", f"run `{score_command(None)}`", ProfileError)
         if metadata.get("format") != FORMAT:
             raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
-        if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        if (version := metadata.get("format_version")) not in _READABLE:
             raise ProfileError(
-                f"The profile {path} has format version {version} where this headprof reads {FORMAT_VERSION}: "
+                f"The profile {path} has format version {version} where this headprof reads {' and '.join(_READABLE)}: "
                 f"update headprof, or run `{score_command(metadata.get('model'))}`."
             )
         try:
@@ -177,7 +183,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadPro
         model_name = metadata["model"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError("its model name or fingerprint is missing or unreadable") from error
-    known = {*KINDS, *(f"{kind}_se" for kind in KINDS), "probes_used"}
+    known = {"probes_used", *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
     if unknown := sorted(tensors.keys() - known):
         raise ValueError(f"it holds an unknown tensor {unknown[0]}")
     counts = tensors.get("probes_used")
@@ -190,6 +196,11 @@ def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadPro
         standard_errors={kind: tensors[f"{kind}_se"] for kind in KINDS if f"{kind}_se" in tensors},
         probes_used={kind: count for kind, count in zip(KINDS, counts.tolist(), strict=True) if count},
         metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
+        intervals={
+            kind: (tensors[f"{kind}_low"], tensors[f"{kind}_high"])
+            for kind in KINDS
+            if f"{kind}_low" in tensors and f"{kind}_high" in tensors
+        },
     )
 
 
@@ -200,7 +211,11 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         return f"its fingerprint has {shape.num_heads} query heads for {shape.num_kv_heads} KV heads"
     if not profile.scores:
         return "it holds neither retrieval nor reasoning scores"
-    for name, kinds in (("standard errors", profile.standard_errors), ("probes", profile.probes_used)):
+    for name, kinds in (
+        ("standard errors", profile.standard_errors),
+        ("intervals", profile.intervals),
+        ("probes", profile.probes_used),
+    ):
         if orphans := [kind for kind in kinds if kind not in profile.scores]:
             return f"it has {orphans[0]} {name} but no {orphans[0]} scores"
     if unknown := [kind for kind in profile.scores if kind not in KINDS]:
@@ -209,10 +224,18 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         return "it counts fewer than zero probes"
     if reserved := [key for key in _RESERVED if key in profile.metadata]:
         return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
-    for name, tensors in (("scores", profile.scores), ("standard errors", profile.standard_errors)):
+    lows, highs = ({kind: ends[place] for kind, ends in profile.intervals.items()} for place in (0, 1))
+    for name, tensors in (
+        ("scores", profile.scores),
+        ("standard errors", profile.standard_errors),
+        ("lower interval ends", lows),
+        ("upper interval ends", highs),
+    ):
         for kind, tensor in tensors.items():
             if fault := _tensor_fault(tensor, shape):
                 return f"its {kind} {name} {fault}"
+    if crossed := [kind for kind in lows if (lows[kind] > highs[kind]).any()]:
+        return f"its {crossed[0]} intervals end before they begin"
     return None
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from headprof.console import human_bytes
 
 if TYPE_CHECKING:
-    from headprof.bench import BenchResult, LargestBatch
-    from headprof.bench_merge import MergeTimes
-    from headprof.bench_scores import ScoreTimes
+    from headprof.bench.generate import BenchResult, LargestBatch
+    from headprof.bench.importance import ScoreTimes
+    from headprof.bench.merge import MergeTimes
     from headprof.compression.cache import HeadCache
     from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.report import Cell
@@ -133,7 +133,7 @@ def _bytes(value: float | None) -> str:
 
 def benchmark(result: BenchResult) -> tuple[list[str], Rows]:
     """Every case beside the full cache of the same length."""
-    from headprof.bench import comparison
+    from headprof.bench.generate import comparison
 
     rows = []
     for compared in comparison(result):

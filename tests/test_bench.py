@@ -13,8 +13,9 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from headprof import bench, random_models
-from headprof.bench import BenchRequest, BenchResult, Measurement
+from headprof import random_models
+from headprof.bench import generate as bench
+from headprof.bench.generate import BenchRequest, BenchResult, Measurement
 from headprof.cli import main
 from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.session import compressed

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from headprof import bench_merge, cli
-from headprof.bench_merge import run_merge_bench
-from headprof.bench_scores import run_score_bench
+from headprof import cli
+from headprof.bench import merge as bench_merge
+from headprof.bench.importance import run_score_bench
+from headprof.bench.merge import run_merge_bench
 from headprof.errors import UsageError
 from headprof.random_models import SHAPES
 

@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
 from headprof.errors import HeadprofError, ProfileError, UsageError
-from headprof.plots import _bar_ticks, _decimals, _draw, _tick_step, heatmap
+from headprof.plots.heads import _bar_ticks, _decimals, _draw, _tick_step, heatmap
 from headprof.profile import KINDS, HeadProfile
 from headprof.shape import HeadShape
 

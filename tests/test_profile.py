@@ -74,9 +74,33 @@ def test_the_file_holds_what_the_format_says(tmp_path):
     assert tensors["probes_used"].dtype == torch.int64
     assert tensors["probes_used"].tolist() == [40, 31]
     assert metadata["format"] == "headprof.profile"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert metadata["model"] == "org/Small-Model"
     assert json.loads(metadata["fingerprint"]) == SHAPE.to_dict()
+
+
+def test_intervals_round_trip_and_version_1_without_them_is_read(tmp_path):
+    low, high = torch.zeros(5, 6), torch.full((5, 6), 2.0)
+    profile = replace(make_profile(), intervals={"reasoning": (low, high)})
+    profile.save(tmp_path / "p.safetensors")
+    loaded = HeadProfile.load(tmp_path / "p.safetensors")
+    assert list(loaded.intervals) == ["reasoning"]
+    assert torch.equal(loaded.intervals["reasoning"][0], low) and torch.equal(loaded.intervals["reasoning"][1], high)
+    make_profile().save(tmp_path / "old.safetensors")
+    tensors, metadata = parts_of(tmp_path / "old.safetensors")
+    save_file(tensors, tmp_path / "old.safetensors", metadata | {"format_version": "1"})
+    assert HeadProfile.load(tmp_path / "old.safetensors").intervals == {}
+
+
+def test_intervals_that_contradict_are_refused():
+    low, high = torch.zeros(5, 6), torch.ones(5, 6)
+    with pytest.raises(ValueError, match="end before they begin"):
+        replace(make_profile(), intervals={"retrieval": (high, low)})
+    with pytest.raises(ValueError, match="lower interval ends have shape"):
+        replace(make_profile(), intervals={"retrieval": (low[:2], high)})
+    only = HeadProfile("m", SHAPE, {"retrieval": torch.ones(5, 6)})
+    with pytest.raises(ValueError, match="reasoning intervals but no reasoning scores"):
+        replace(only, intervals={"reasoning": (low, high)})
 
 
 def test_a_profile_of_one_kind_round_trips_and_says_what_it_lacks(tmp_path):
@@ -163,7 +187,10 @@ def fingerprint(**fields):
 
 DAMAGE = {
     "another format": (note("format", "other"), "not a head profile"),
-    "a newer version": (note("format_version", "2"), "format version 2 where this headprof reads 1: update headprof"),
+    "a newer version": (
+        note("format_version", "3"),
+        "format version 2 where this headprof reads 1 and 2: update headprof",
+    ),
     "score not a number": (change("retrieval", poke(math.nan)), "retrieval scores are not all finite"),
     "score infinite": (change("reasoning", poke(math.inf)), "reasoning scores are not all finite"),
     "score negative": (change("reasoning", poke(-0.1)), "reasoning scores are not all zero or more"),

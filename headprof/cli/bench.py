@@ -80,7 +80,7 @@ def bench_generate(
     """
     from dataclasses import asdict
 
-    from headprof.bench import BenchRequest, largest_batches, run_bench
+    from headprof.bench.generate import BenchRequest, largest_batches, run_bench
 
     request = BenchRequest(
         methods=tuple(methods.split(",")),
@@ -146,7 +146,7 @@ def bench_merge(
     """
     from dataclasses import asdict
 
-    from headprof.bench_merge import run_merge_bench
+    from headprof.bench.merge import run_merge_bench
     from headprof.random_models import place_and_dtype
 
     place, type_of_numbers = place_and_dtype(device, dtype)
@@ -188,7 +188,7 @@ def bench_importance(
     """
     from dataclasses import asdict
 
-    from headprof.bench_scores import run_score_bench
+    from headprof.bench.importance import run_score_bench
     from headprof.random_models import place_and_dtype
 
     place, type_of_numbers = place_and_dtype(device, dtype)

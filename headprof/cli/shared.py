@@ -81,8 +81,6 @@ def check_method(method: str, budget: str, options: dict[str, Any]) -> None:
 def choose_plan(
     loaded, profile: Path | None, method: str, budget: str, options: dict[str, Any], prompt_length: int = 0
 ):
-    loaded, profile: Path | None, method: str, budget: str, options: dict[str, Any], prompt_length: int = 0
-):
     """How to compress a prompt; none for the full cache. A budget that cannot be met is an error before any work."""
     from headprof.compression.methods import find_method
     from headprof.compression.session import make_plan

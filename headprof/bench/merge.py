@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from headprof.bench import now
+from headprof.bench.generate import now
 from headprof.compression.budget import ProfileBudget
 from headprof.compression.methods import METHODS
 from headprof.compression.reduction import EvictThenMerge, Reduced, Rows, largest, ranking

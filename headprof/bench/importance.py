@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headprof.bench import now
+from headprof.bench.generate import now
 from headprof.compression.importance import PromptStates, received_attention
 from headprof.errors import UsageError
 from headprof.random_models import SHAPES
