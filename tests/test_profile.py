@@ -187,7 +187,7 @@ def fingerprint(**fields):
 
 DAMAGE = {
     "another format": (note("format", "other"), "not a head profile"),
-    "a newer version": (
+    "a newer version": (note("format_version", "3"), "version 3 where this headprof reads 1 and 2: update headprof"),
         note("format_version", "3"),
         "format version 2 where this headprof reads 1 and 2: update headprof",
     ),
