@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from headprof.errors import ModelError, ProbeError, UsageError
-from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
+from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings, needles_for
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import SPLITS, Family, load_families, load_needles
 from headprof.probes.prompt import PromptFrame
@@ -322,11 +322,71 @@ def test_contexts_depend_on_seed_and_index_alone() -> None:
 
 
 @pytest.mark.parametrize(("probes", "per_context"), [(1, 8), (7, 3), (26, 8), (30, 1)])
-def test_number_of_probes_is_exact_and_contexts_are_even(probes: int, per_context: int) -> None:
+def test_number_of_probes_is_exact_and_contexts_are_full(probes: int, per_context: int) -> None:
     sizes = [len(context.probes) for context in build(probes=probes, needles_per_context=per_context)]
-    assert sum(sizes) == probes
-    assert max(sizes) <= per_context
-    assert max(sizes) - min(sizes) <= 1
+    assert sizes == [per_context] * (probes // per_context) + [probes % per_context] * (probes % per_context > 0)
+
+
+@pytest.mark.parametrize("lengths", [(900,), (900, 2400)])
+@pytest.mark.parametrize("per_context", [None, 1, 5])
+def test_a_longer_run_begins_like_a_shorter_one(lengths: tuple[int, ...], per_context: int | None) -> None:
+    def builder(probes: int) -> ProbeBuilder:
+        settings = ProbeSettings(probes, lengths, needles_per_context=per_context)
+        return ProbeBuilder(chat_tokenizer(), settings, **BUILDER)
+
+    short, long = builder(17), builder(41)
+    sizes = [long.count(index) for index in range(len(long))]
+    assert sum(sizes) == 41 and sizes == [len(context.probes) for context in long]
+    same = [index for index in range(len(short)) if short.count(index) == long.count(index)]
+    assert len(same) >= len(short) - 1 > 0
+    assert all(short.context(index) == long.context(index) for index in same)
+
+
+def test_packing_is_chosen_from_the_length_and_fits() -> None:
+    assert [needles_for(length) for length in (512, 1024, 2048, 4096, 8192, 131072)] == [8, 12, 17, 24, 32, 32]
+    for length in (250, 1024, 3000):
+        settings = ProbeSettings(40, (length,), needles_per_context=None)
+        builder = ProbeBuilder(chat_tokenizer(), settings, **BUILDER)
+        assert 1 <= builder.count(0) <= needles_for(length)
+        assert len(builder.context(0).context_ids) <= length
+    with pytest.raises(UsageError, match="too short for one needle"):
+        ProbeBuilder(chat_tokenizer(), ProbeSettings(4, (90,), needles_per_context=None), **BUILDER)
+
+
+def test_a_context_taken_apart_asks_the_same_of_each_needle_alone() -> None:
+    settings = ProbeSettings(16, (1100,), needles_per_context=8)
+    builder = ProbeBuilder(chat_tokenizer(), settings, **BUILDER)
+    packed, alone = builder.context(1), builder.unpacked(1)
+    assert len(alone) == len(packed.probes) == 8
+    for probe, context in zip(packed.probes, alone, strict=True):
+        (only,) = context.probes
+        assert (only.question_ids, only.answer_ids, only.kind, only.family) == (
+            probe.question_ids,
+            probe.answer_ids,
+            probe.kind,
+            probe.family,
+        )
+        assert abs(only.depth - probe.depth) < 0.08
+        assert abs(len(context.context_ids) - len(packed.context_ids)) < 60
+        needle = chat_tokenizer().decode(packed.context_ids[slice(*probe.needle_span)])
+        assert needle.strip() in chat_tokenizer().decode(context.context_ids)
+        assert sum(other.answer in chat_tokenizer().decode(context.context_ids) for other in packed.probes) <= 2
+
+
+def test_contexts_that_share_a_filler_begin_alike() -> None:
+    settings = ProbeSettings(20, (800, 1200), needles_per_context=1, depths_per_filler=4)
+    builder = ProbeBuilder(chat_tokenizer(), settings, **BUILDER)
+    assert builder.group_size == 4 and [len(group) for group in builder.groups()] == [4] * 5
+    for number, group in enumerate(builder.groups()):
+        contexts = [builder.context(index) for index in group]
+        assert all(len(context.context_ids) > 1000 for context in contexts) == bool(number % 2)
+        depths = [context.probes[0].depth for context in contexts]
+        assert depths == sorted(depths) and depths[-1] - depths[0] > 0.4
+        for one, other in pairwise(contexts):
+            shared = one.probes[0].needle_span[0] - 2
+            assert one.context_ids[:shared] == other.context_ids[:shared]
+    packed = ProbeBuilder(chat_tokenizer(), replace(settings, needles_per_context=2), **BUILDER)
+    assert packed.group_size == 1
 
 
 def test_kinds_and_families_are_balanced() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import sqrt
 from typing import Any
 
 from headprof.errors import UsageError
@@ -17,6 +19,7 @@ from headprof.probes.prompt import EncodedContext, EncodedQuestion, PromptFrame,
 _FILLER_TOKENS_PER_NEEDLE = 24
 _COST_SAMPLES = 8
 _GOLDEN_RATIO = 0.6180339887498949
+_PACK_AT_1K, _MAX_PACK = 12, 32
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,37 @@ class ProbeContext:
 class ProbeSettings:
     """What to build: `probes` in all, in contexts whose `lengths` (tokens, question and answer included) take turns.
 
-    `split` names the half of the slot lists to draw from: "profile" and "eval" share no value.
+    Attributes:
+        needles_per_context: probes that share one prefill; none to choose it from the length.
+        depths_per_filler: consecutive contexts that share one filler text, with their needles deeper and deeper in it,
+            so that each begins like the one before; more than one only with one needle a context.
+        split: the half of the slot lists to draw from: "profile" and "eval" share no value.
     """
 
     probes: int
     lengths: tuple[int, ...] = (1024,)
     kinds: tuple[str, ...] = KINDS
     families: tuple[str, ...] | None = None
-    needles_per_context: int = 8
+    needles_per_context: int | None = 8
+    depths_per_filler: int = 1
     seed: int = 0
     split: Split = "profile"
 
 
+def needles_for(length: int) -> int:
+    """How many needles share a context of `length` tokens when nothing is said: 12 at 1k, with its root, at most 32.
+
+    More needles divide the cost of the prefill by more, but stand closer together and make long suffixes.
+    """
+    return max(1, min(_MAX_PACK, round(_PACK_AT_1K * sqrt(length / 1024))))
+
+
 class ProbeBuilder:
-    """Builds the contexts of `settings` one by one; context `i` depends on the settings and `i` alone.
+    """Builds the contexts of `settings` one by one.
+
+    Context `i` depends on `i`, on the number of probes it holds and on the other settings, but not on the number of
+    probes in all: a run that is asked for more probes begins with the same contexts, and only the last one, if it was
+    not full, differs.
 
     With `needles` (read from a file) these are used in place of families, one per context, since nothing says
     whether two of them contradict each other.
@@ -100,20 +120,32 @@ class ProbeBuilder:
         self._frame = PromptFrame(tokenizer)
         if needles is not None:
             self._sources = _by_kind(needles, settings.kinds)
-            self._per_context = 1
         else:
             chosen = _named(load_families() if families is None else families, settings.families)
             self._sources = _by_kind(chosen, settings.kinds)
-            self._per_context = min(settings.needles_per_context, settings.probes)
         self._haystack = haystack or Haystack.composed()
-        self._check_room()
+        asked = 1 if needles is not None else settings.needles_per_context
+        per_length = [needles_for(length) if asked is None else asked for length in settings.lengths]
+        self._per_context = self._fitting(per_length, choose=asked is None)
+        self._starts = [0, *accumulate(self._per_context)]
+        self.group_size = settings.depths_per_filler if self._per_context == [1] * len(self._per_context) else 1
+        """How many consecutive contexts share their filler."""
 
     def __len__(self) -> int:
         """Number of contexts."""
-        return -(-self.settings.probes // self._per_context)
+        cycles, rest = divmod(self.settings.probes, self._starts[-1])
+        return cycles * len(self._per_context) + next(n for n, start in enumerate(self._starts) if start >= rest)
 
     def __iter__(self) -> Iterator[ProbeContext]:
         return (self.context(index) for index in range(len(self)))
+
+    def count(self, index: int) -> int:
+        """Number of probes in context `index`."""
+        return self._start(index + 1) - self._start(index)
+
+    def groups(self) -> list[range]:
+        """The contexts, by the filler that they share; a group's contexts begin alike, each longer than the last."""
+        return [range(at, min(at + self.group_size, len(self))) for at in range(0, len(self), self.group_size)]
 
     def context(self, index: int) -> ProbeContext:
         """Context number `index`, from 0.
@@ -122,15 +154,29 @@ class ProbeBuilder:
             IndexError: there is no such context.
             ProbeError: the needles drawn do not fit into the length, or a slot list is used up.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"context {index} of {len(self)}")
-        rng = self._rng("context", index)
-        needles = self._draw_needles(index, rng)
+        needles, rng = self._draw_needles(index)
+        return self._build(index, needles, self._depths(index, len(needles)), rng)
+
+    def unpacked(self, index: int) -> list[ProbeContext]:
+        """Context `index` taken apart: for each of its probes in turn, a context as long that hides its needle alone.
+
+        The filler is the same, and so is the depth, to a sentence.
+        """
+        needles, rng = self._draw_needles(index)
+        state = rng.getstate()
+        contexts = []
+        for needle, depth in zip(needles, self._depths(index, len(needles)), strict=True):
+            rng.setstate(state)
+            contexts.append(self._build(index, [needle], [depth], rng))
+        return contexts
+
+    def _build(self, index: int, needles: list[Needle], depths: list[float], rng: random.Random) -> ProbeContext:
         suffixes = [self._frame.encode_question(n.question, n.answer_prefix, n.answer) for n in needles]
-        length = self.settings.lengths[index % len(self.settings.lengths)]
-        room = length - max(len(suffix) for suffix in suffixes)
+        room = self._length(index) - max(len(suffix) for suffix in suffixes)
+        if self.group_size > 1:
+            rng = self._rng("filler", index // self.group_size)
         texts = [needle.text for needle in needles]
-        layout = fit(texts, self._depths(index, len(needles)), room, self._haystack.sentences(rng), self._frame)
+        layout = fit(texts, depths, room, self._haystack.sentences(rng), self._frame)
         probes = tuple(
             _make_probe(needle, suffix, *place, layout.encoded)
             for needle, suffix, place in zip(needles, suffixes, layout.places, strict=True)
@@ -140,19 +186,33 @@ class ProbeBuilder:
     def _rng(self, *purpose: object) -> random.Random:
         return random.Random(f"{self.settings.seed}/{self.settings.split}/{'/'.join(map(str, purpose))}")
 
-    def _draw_needles(self, index: int, rng: random.Random) -> list[Needle]:
-        """The needles of one context, in the order in which they will stand; no two share a slot value."""
-        total, contexts = self.settings.probes, len(self)
+    def _length(self, index: int) -> int:
+        """Lengths take turns over the groups."""
+        return self.settings.lengths[index // self.group_size % len(self.settings.lengths)]
+
+    def _start(self, index: int) -> int:
+        """Number of the first probe of context `index`."""
+        cycle, place = divmod(index, len(self._per_context))
+        return min(cycle * self._starts[-1] + self._starts[place], self.settings.probes)
+
+    def _draw_needles(self, index: int) -> tuple[list[Needle], random.Random]:
+        """The needles of one context, in the order in which they will stand, and the generator for its filler.
+
+        No two share a slot value.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"context {index} of {len(self)}")
+        rng = self._rng("context", index)
         needles: list[Needle] = []
         taken: set[str] = set()
-        for number in range(index * total // contexts, (index + 1) * total // contexts):
+        for number in range(self._start(index), self._start(index + 1)):
             source, turn = self._source(number)
             if isinstance(source, Family):
                 turn += self._rng("wording", source.name).randrange(len(source.variants))
                 source = source.sample(rng, self.settings.split, taken, turn)
             needles.append(source)
             taken.update(source.values)
-        return rng.sample(needles, len(needles))
+        return rng.sample(needles, len(needles)), rng
 
     def _source(self, number: int) -> tuple[Family | Needle, int]:
         """Where probe `number` comes from, and how often that was used before.
@@ -166,12 +226,22 @@ class ProbeBuilder:
         return sources[self._rng(kind, turn).sample(range(len(sources)), len(sources))[place]], turn
 
     def _depths(self, index: int, count: int) -> list[float]:
-        """Depths in [0, 1], one from each of `count` equal strata; over the contexts each stratum is covered evenly."""
-        step = index // len(self.settings.lengths) * _GOLDEN_RATIO
-        return [(place + (self._rng("depth", place).random() + step) % 1.0) / count for place in range(count)]
+        """Depths in [0, 1], one from each of `count` equal strata; over the contexts each stratum is covered evenly.
 
-    def _check_room(self) -> None:
-        """Refuse a length that cannot hold the needles, judged by the longest of a few samples of each family."""
+        Contexts that share a filler share the strata too.
+        """
+        group, member = divmod(index, self.group_size)
+        step = group // len(self.settings.lengths) * _GOLDEN_RATIO
+        strata = max(count, self.group_size)
+        first = member if self.group_size > 1 else 0
+        places = range(first, first + count)
+        return [(place + (self._rng("depth", place).random() + step) % 1.0) / strata for place in places]
+
+    def _fitting(self, wanted: Sequence[int], choose: bool) -> list[int]:
+        """How many needles each length's contexts hold: as many as are wanted, or, to `choose`, as fit.
+
+        What a needle takes is judged by the longest of a few samples of each family.
+        """
         rng = self._rng("room")
         samples = [
             needle
@@ -183,17 +253,21 @@ class ProbeBuilder:
         cost = max(self._frame.count([needle.text for needle in samples])) + _FILLER_TOKENS_PER_NEEDLE
         suffix = max(len(self._frame.encode_question(n.question, n.answer_prefix, n.answer)) for n in samples)
         overhead = len(self._frame.encode_context("").ids) + suffix
-        length = min(self.settings.lengths)
-        fitting = max(0, length - overhead) // cost
-        if fitting == 0:
-            raise UsageError(
-                f"A length of {length} tokens is too short for one needle; use at least {overhead + cost}."
-            )
-        if fitting < self._per_context:
-            raise UsageError(
-                f"A length of {length} tokens is too short for {self._per_context} needles per context; "
-                f"use at most {fitting}, or at least {overhead + cost * self._per_context} tokens."
-            )
+        counts = []
+        for length, count in zip(self.settings.lengths, wanted, strict=True):
+            fitting = max(0, length - overhead) // cost
+            needed = min(count, self.settings.probes)
+            if fitting == 0:
+                raise UsageError(
+                    f"A length of {length} tokens is too short for one needle; use at least {overhead + cost}."
+                )
+            if fitting < needed and not choose:
+                raise UsageError(
+                    f"A length of {length} tokens is too short for {needed} needles per context; "
+                    f"use at most {fitting}, or at least {overhead + cost * needed} tokens."
+                )
+            counts.append(min(count, fitting) if choose else count)
+        return counts
 
 
 def _make_probe(
@@ -221,8 +295,10 @@ def _make_probe(
 def _check_settings(settings: ProbeSettings, max_positions: int) -> None:
     if settings.probes < 1:
         raise UsageError(f"Cannot build {settings.probes} probes; ask for at least 1.")
-    if settings.needles_per_context < 1:
+    if settings.needles_per_context is not None and settings.needles_per_context < 1:
         raise UsageError(f"Cannot put {settings.needles_per_context} needles into a context; ask for at least 1.")
+    if settings.depths_per_filler < 1:
+        raise UsageError(f"A filler text cannot serve {settings.depths_per_filler} contexts; use it for at least 1.")
     if settings.split not in SPLITS:
         raise UsageError(f"There is no split {settings.split!r}; use one of {', '.join(SPLITS)}.")
     wrong = [kind for kind in settings.kinds if kind not in KINDS]
