@@ -24,7 +24,7 @@ AttentionFunction = Callable[..., "tuple[torch.Tensor, torch.Tensor | None]"]
 """`(module, query [B, H, Q, D], key [B, K, T, D], value, attention_mask, ...) -> (output [B, Q, H, D], weights)`"""
 
 
-def _eager_attention(module: torch.nn.Module, *args, **kwargs):
+def eager_attention(module: torch.nn.Module, *args, **kwargs):
     """The attention function that a modelling file keeps for itself, under the name every such file gives it."""
     modeling_file: Any = sys.modules[type(module).__module__]
     return modeling_file.eager_attention_forward(module, *args, **kwargs)
@@ -54,7 +54,7 @@ def wrapped_attention(
     """
     decoder = model.get_decoder() or model
     previous = decoder.config._attn_implementation
-    base = _eager_attention if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
+    base = eager_attention if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
     name = _free_name(previous)
     ALL_ATTENTION_FUNCTIONS[name] = wrap(base)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, wrap_mask(ALL_MASK_ATTENTION_FUNCTIONS[previous]))

@@ -6,6 +6,7 @@ from tiny import ARCHITECTURES, tiny_model
 from transformers.cache_utils import DynamicCache
 
 from headprof.interface import wrapped_attention
+from headprof.scoring import capture
 from headprof.scoring.capture import RowReader, attention_rows, causal_visibility
 
 
@@ -16,6 +17,11 @@ def eager_rows(model, ids, rows):
     attentions = model(ids, output_attentions=True).attentions
     model.set_attn_implementation(previous)
     return torch.stack([attention[0, :, rows] for attention in attentions])
+
+
+def keep(seen):
+    """A sink that keeps each layer's only part."""
+    return lambda layer, part, rows: seen.__setitem__(layer, rows)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -29,7 +35,7 @@ def test_rows_equal_eager_attention(arch, num_kv_heads):
     cache = DynamicCache()
     with RowReader(model).installed() as reader:
         model(ids[:, :11], past_key_values=cache)
-        with reader.reading(wanted - 11, seen.__setitem__):
+        with reader.reading([wanted - 11], keep(seen)):
             model(ids[:, 11:], past_key_values=cache)
     assert sorted(seen) == [0, 1, 2]
     torch.testing.assert_close(torch.stack([seen[layer] for layer in range(3)]), expected, atol=2e-5, rtol=1e-4)
@@ -40,17 +46,52 @@ def test_rows_are_read_only_when_asked_for():
     calls = []
     with RowReader(model).installed() as reader:
         model(torch.arange(5)[None])
-        with reader.reading(torch.tensor([0]), lambda *_: calls.append(1)):
+        with reader.reading([torch.tensor([0])], lambda *_: calls.append(1)):
             model(torch.arange(5)[None])
         model(torch.arange(5)[None])
     assert len(calls) == 2  # one per layer
+
+
+@pytest.mark.parametrize("most_bytes", [1, 4 * 4 * 20 * 3, 1 << 28])
+def test_parts_are_read_in_blocks_and_arrive_whole(monkeypatch, most_bytes):
+    model, ids = tiny_model(layers=2), torch.arange(20)[None]
+    parts = [torch.tensor([3, 4]), torch.tensor([19]), torch.tensor([7, 8, 9, 10])]
+    expected = eager_rows(model, ids, torch.cat(parts))
+    monkeypatch.setattr(capture, "_MOST_BYTES", most_bytes)
+    sizes = []
+    rows = capture.attention_rows
+    monkeypatch.setattr(
+        capture, "attention_rows", lambda query, *a, **k: sizes.append(query.shape[1]) or rows(query, *a, **k)
+    )
+    seen = {}
+    with RowReader(model).installed() as reader, reader.reading(parts, lambda *at: seen.__setitem__(at[:2], at[2])):
+        model(ids)
+    got = torch.stack([torch.cat([seen[layer, part] for part in range(3)], dim=1) for layer in range(2)])
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    assert sizes == {1: [2, 1, 4], 960: [3, 4], 1 << 28: [7]}[most_bytes] * 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_flash_attention_is_left_for_passes_with_a_mask(arch):
+    model, ids = tiny_model(arch, layers=1, sliding_window=None if arch == "llama" else 64), torch.arange(12)[None]
+    mask = torch.zeros(1, 1, 12, 12).masked_fill(~torch.ones(12, 12).tril().bool(), -1e9)
+    expected = model(ids).logits
+    reader = RowReader(model)
+    reader.base = "flash_attention_2"
+
+    def unwanted(*args, **kwargs):
+        pytest.fail("FlashAttention was given a mask")
+
+    masks = {"full_attention": mask, "sliding_attention": mask} if arch == "gemma2" else mask
+    with wrapped_attention(model, lambda base: reader._wrap(unwanted)):
+        torch.testing.assert_close(model(ids, attention_mask=masks).logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_mistral_sliding_window_hides_old_tokens():
     model = tiny_model("mistral", sliding_window=8, layers=2)
     ids = torch.randint(3, 500, (1, 30), generator=torch.Generator().manual_seed(1))
     seen = {}
-    with RowReader(model).installed() as reader, reader.reading(torch.tensor([29]), seen.__setitem__):
+    with RowReader(model).installed() as reader, reader.reading([torch.tensor([29])], keep(seen)):
         model(ids, past_key_values=DynamicCache())
     assert (seen[0][..., :22] == 0).all() and (seen[0][..., 22:] > 0).all()
     torch.testing.assert_close(seen[1], eager_rows(model, ids, torch.tensor([29]))[1], atol=2e-5, rtol=1e-4)

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
-from transformers.cache_utils import DynamicCache
 
 from headprof.errors import ProbeError, UsageError
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.scoring import asking
+from headprof.scoring.asking import SharedContext
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.partial import PartialRun
 from headprof.scoring.probing import Prober, ProbeResult
@@ -62,25 +63,68 @@ def test_packed_scores_equal_whole_attention_matrices(arch, num_kv_heads):
         assert (result.answered, result.kind, result.family) == (answered, probe.kind, probe.family)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_shared_passes_equal_single_ones(attn, monkeypatch):
-    loaded = load_tiny(attn=attn)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("attn", [None, "eager"])
+def test_shared_passes_equal_single_ones(arch, attn):
+    loaded = load_tiny(arch, **({"attn": attn} if attn else {}))
     context = builder_for(loaded).context(0)
     with Prober(loaded.model, loaded.shape) as prober:
-        assert prober._shares_passes
+        assert prober._context.shares_passes
         together = prober.run(context)
-        monkeypatch.setattr(Prober, "_shares_passes", False)
+        prober._context.shares_passes = False
         alone = prober.run(context)
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=1e-6, rtol=1e-4)
         assert a.answered == b.answered
 
 
-@pytest.mark.parametrize(("arch", "shares"), [("llama", True), ("gemma2", False), ("gemma3", False)])
-def test_sliding_layers_are_asked_one_question_at_a_time(arch, shares):
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "mistral"])
+def test_a_short_sliding_window_hides_the_same_from_questions_asked_together(arch):
+    """A window that ends inside a suffix, and one that reaches back into the context."""
+    for window in (5, 40):
+        loaded = load_tiny(arch, sliding_window=window)
+        context = SharedContext(loaded.model, "sdpa")
+        context.read(range(3, 63))
+        assert context.shares_passes
+        suffixes = [tuple(range(100, 110)), tuple(range(200, 225)), (300,)]
+        rows = torch.cat([torch.arange(10), torch.arange(10, 35), torch.tensor([35])])
+        together = context.ask(suffixes, rows)
+        alone = torch.cat([loaded.model(torch.tensor([[*range(3, 63), *s]])).logits[0, 60:] for s in suffixes])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_shared_beginning_is_not_read_twice(arch, monkeypatch):
     loaded = load_tiny(arch)
+    monkeypatch.setattr(asking, "_CHUNK", 16)
+    context, fed = SharedContext(loaded.model, "sdpa"), []
+    extend = SharedContext.extend
+    monkeypatch.setattr(SharedContext, "extend", lambda self, ids: fed.append(len(ids)) or extend(self, ids))
+    suffix = [(400, 401)]
+    for ids in (
+        [*range(3, 103)],
+        [*range(3, 63), *range(200, 240)],  # 60 alike
+        [*range(3, 63), *range(200, 230)],  # the beginning of the one before
+        [*range(300, 380)],  # nothing alike
+    ):
+        context.read(ids, anew=False)
+        expected = loaded.model(torch.tensor([[*ids, *suffix[0]]])).logits[0, -2:]
+        torch.testing.assert_close(context.ask(suffix, torch.arange(2)), expected, atol=1e-5, rtol=1e-4)
+    assert fed == [100, 16, 16, 8, 1, 80]
+    context.read([*range(300, 380)])
+    assert fed[-1] == 80  # anew: all of it again
+
+
+def test_contexts_that_share_a_filler_are_scored_as_if_alone():
+    loaded = load_tiny()
+    settings = ProbeSettings(probes=4, lengths=(900,), needles_per_context=1, depths_per_filler=4)
+    builder = ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
     with Prober(loaded.model, loaded.shape) as prober:
-        assert prober._shares_passes == shares
+        contexts = list(builder)
+        alone = [prober.run(context)[0] for context in contexts]
+        shared = [prober.run(context, anew=number == 0)[0] for number, context in enumerate(contexts)]
+    for a, b in zip(alone, shared, strict=True):
+        torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-3)
 
 
 def test_greedy_answers_are_the_models_own():
@@ -88,11 +132,9 @@ def test_greedy_answers_are_the_models_own():
     context = builder_for(loaded, probes=2, pack=2).context(0)
     with Prober(loaded.model, loaded.shape, "greedy", loaded.tokenizer) as prober:
         results = prober.run(context)
-        cache = DynamicCache()
         with torch.inference_mode():
-            prober._forward(context.context_ids, cache, keep=1)
-            said = prober._greedy_answer(context.probes[0], cache)
-        assert cache.get_seq_length() == len(context.context_ids)
+            said = prober._greedy_answer(context.probes[0])
+        assert prober._context.cache.get_seq_length() == len(context.context_ids)
     prompt = torch.tensor([[*context.context_ids, *context.probes[0].question_ids]])
     expected = loaded.model.generate(prompt, max_new_tokens=len(said), do_sample=False, pad_token_id=2)
     assert list(said) == expected[0, prompt.shape[1] :].tolist()

@@ -6,19 +6,23 @@ more in float32 from the same queries and keys. Extra memory is `O(H * N * T)` f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headprof.interface import AttentionFunction, wrapped_attention
+from headprof.interface import AttentionFunction, eager_attention, wrapped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RowSink = Callable[[int, torch.Tensor], None]
-"""Takes a layer's number and its attention rows, float32 `[H, N, T]`."""
+RowSink = Callable[[int, int, torch.Tensor], None]
+"""Takes a layer's number, the number of a part of the rows asked for, and these attention rows, float32 `[H, N, T]`."""
+
+_MOST_BYTES = 1 << 28
+"""Of attention rows that are held at once."""
 
 
 def attention_rows(
@@ -84,7 +88,7 @@ class RowReader:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.base = model.config.get_text_config()._attn_implementation
-        self._request: tuple[torch.Tensor, RowSink] | None = None
+        self._request: tuple[Sequence[torch.Tensor], RowSink] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[RowReader]:
@@ -93,9 +97,14 @@ class RowReader:
             yield self
 
     @contextmanager
-    def reading(self, rows: torch.Tensor, sink: RowSink) -> Iterator[None]:
-        """Read the rows of the queries numbered `rows` (int64 `[N]`, from 0) of each forward pass in this context."""
-        self._request = (rows, sink)
+    def reading(self, parts: Sequence[torch.Tensor], sink: RowSink) -> Iterator[None]:
+        """Read rows of each forward pass in this context, part by part, so that few are held at once.
+
+        Args:
+            parts: numbers of the queries of each part, from 0, int64 `[N]`.
+            sink: called for each part in every layer.
+        """
+        self._request = (parts, sink)
         try:
             yield
         finally:
@@ -103,28 +112,51 @@ class RowReader:
 
     def _wrap(self, base: AttentionFunction) -> AttentionFunction:
         def attention(module, query, key, value, attention_mask, **kwargs):
-            output = base(module, query, key, value, attention_mask, **kwargs)
+            masked = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+            function = base
+            if masked and self.base == "flash_attention_2":
+                # It cannot serve the mask of several questions side by side; SDPA can, but knows no extras.
+                extras = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+                function = eager_attention if extras else ALL_ATTENTION_FUNCTIONS["sdpa"]
+            output = function(module, query, key, value, attention_mask, **kwargs)
             if self._request is not None:
-                rows, sink = self._request
-                sink(module.layer_idx, self._rows(rows.to(query.device), query, key, attention_mask, kwargs))
+                self._read(module.layer_idx, query, key, attention_mask if masked else None, kwargs)
             return output
 
         return attention
 
-    @staticmethod
-    def _rows(rows: torch.Tensor, query: torch.Tensor, key: torch.Tensor, mask, kwargs: dict) -> torch.Tensor:
-        num_keys = key.shape[2]
-        if isinstance(mask, torch.Tensor) and mask.ndim == 4:
-            visible = mask[0, 0, rows, :num_keys]
-        else:  # the base function applies causality by itself
-            positions = rows + num_keys - query.shape[2]
-            visible = causal_visibility(positions, num_keys, kwargs.get("sliding_window"))
-        scaling = kwargs.get("scaling")
-        return attention_rows(
-            query[0, :, rows],
-            key[0],
-            visible,
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
+    def _read(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs) -> None:
+        assert self._request is not None
+        parts, sink = self._request
+        num_keys, scaling = key.shape[2], kwargs.get("scaling")
+        keys = key[0].float()  # once, not for each part
+        most = max(1, _MOST_BYTES // (4 * query.shape[1] * num_keys))
+        for numbers in _joined([len(part) for part in parts], most):
+            rows = torch.cat([parts[number] for number in numbers]).to(query.device)
+            if mask is not None:
+                visible = mask[0, 0, rows, :num_keys]
+            else:  # the base function applies causality by itself
+                positions = rows + num_keys - query.shape[2]
+                visible = causal_visibility(positions, num_keys, kwargs.get("sliding_window"))
+            attention = attention_rows(
+                query[0, :, rows],
+                keys,
+                visible,
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
+            for number, part in zip(numbers, attention.split([len(parts[n]) for n in numbers], dim=1), strict=True):
+                sink(layer, number, part)
+
+
+def _joined(sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Consecutive numbers of parts that have at most `most` rows together; a larger part stands alone."""
+    numbers: list[int] = []
+    for number, size in enumerate(sizes):
+        if numbers and sum(sizes[n] for n in numbers) + size > most:
+            yield numbers
+            numbers = []
+        numbers.append(number)
+    if numbers:
+        yield numbers

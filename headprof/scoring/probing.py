@@ -8,9 +8,9 @@ from itertools import accumulate, chain
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from headprof.probes.build import Probe, ProbeContext
+from headprof.scoring.asking import SharedContext
 from headprof.scoring.capture import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.shape import HeadShape
@@ -54,6 +54,7 @@ class Prober:
         self.decode = decode
         self.tokenizer = tokenizer
         self._reader = RowReader(model)
+        self._context = SharedContext(model, self._reader.base)
         self._installed = self._reader.installed()
 
     def __enter__(self) -> Prober:
@@ -64,57 +65,39 @@ class Prober:
         self._installed.__exit__(*exception)
 
     @torch.inference_mode()
-    def run(self, context: ProbeContext) -> list[ProbeResult]:
-        """Prefill the context once, then ask each of its questions over that cache."""
-        cache = DynamicCache()  # without sliding layers, so that column j of a row is token j of the prompt
-        self._forward(context.context_ids, cache, keep=1)
-        if self.decode == "teacher" and self._shares_passes:
-            return self._score_together(context.context_ids, context.probes, cache)
-        return [
-            result for probe in context.probes for result in self._score_together(context.context_ids, [probe], cache)
-        ]
+    def run(self, context: ProbeContext, *, anew: bool = True) -> list[ProbeResult]:
+        """Prefill the context once, then ask each of its questions over that cache.
 
-    @property
-    def _shares_passes(self) -> bool:
-        """Whether the questions of a context may share one forward pass, each hidden from the others by the mask.
-
-        FlashAttention takes no such mask, and layers with a sliding window would need one of their own.
+        With `anew=False` what the context has in common with the beginning of the one before is not computed again.
         """
-        config = self.model.config.get_text_config()
-        layer_types = getattr(config, "layer_types", None)
-        if layer_types is None:
-            layer_types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]
-        return self._reader.base in ("sdpa", "eager") and set(layer_types) == {"full_attention"}
+        self._context.read(context.context_ids, anew=anew)
+        said = [
+            probe.answer_ids if self.decode == "teacher" else self._greedy_answer(probe) for probe in context.probes
+        ]
+        results: list[ProbeResult] = []
+        for part in self._context.together(said):
+            results += self._score(context.context_ids, context.probes[part], said[part])
+        return results
 
-    def _score_together(
-        self, context_ids: Sequence[int], probes: Sequence[Probe], cache: DynamicCache
+    def _score(
+        self, context_ids: Sequence[int], probes: Sequence[Probe], said: Sequence[Sequence[int]]
     ) -> list[ProbeResult]:
-        """Score probes in one forward pass over the context's cache, which is left as it was."""
-        said = [probe.answer_ids if self.decode == "teacher" else self._greedy_answer(probe, cache) for probe in probes]
+        """Score probes in one forward pass over the context's cache."""
         suffixes = [(*probe.question_ids, *answer[:-1]) for probe, answer in zip(probes, said, strict=True)]
         stops = list(accumulate(len(suffix) for suffix in suffixes))
         rows = [torch.arange(stop - len(answer), stop) for stop, answer in zip(stops, said, strict=True)]
-        token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)))
+        token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)), device=self.model.device)
         scores = torch.zeros(len(probes), self.shape.num_layers, self.shape.num_heads)
 
-        def score_layer(layer: int, attention: torch.Tensor) -> None:
-            parts = attention.split([len(answer) for answer in said], dim=1)
-            for number, (probe, answer, part) in enumerate(zip(probes, said, parts, strict=True)):
-                scores[number, layer] = _estimate(probe, part, token_ids, answer).cpu()
+        def score_layer(layer: int, number: int, attention: torch.Tensor) -> None:
+            scores[number, layer] = _estimate(probes[number], attention, token_ids, said[number])
 
-        with self._reader.reading(torch.cat(rows), score_layer):
-            logits = self._forward_suffixes(suffixes, cache, torch.cat(rows))
-        cache.crop(-stops[-1])
-        choices = logits.argmax(dim=-1).tolist()
-        starts = [0, *accumulate(len(answer) for answer in said)]
+        with self._reader.reading(rows, score_layer):
+            logits = self._context.ask(suffixes, torch.cat(rows))
+        choices = logits.argmax(dim=-1).split([len(answer) for answer in said])
         return [
-            ProbeResult(
-                probe.kind,
-                probe.family,
-                answered=self._is_answered(probe, answer, choices[start : start + len(answer)]),
-                scores=each,
-            )
-            for probe, answer, start, each in zip(probes, said, starts, scores, strict=False)
+            ProbeResult(probe.kind, probe.family, self._is_answered(probe, answer, chosen.tolist()), each)
+            for probe, answer, chosen, each in zip(probes, said, choices, scores, strict=True)
         ]
 
     def _is_answered(self, probe: Probe, said: Sequence[int], choices: Sequence[int]) -> bool:
@@ -122,47 +105,20 @@ class Prober:
             return tuple(choices) == tuple(said)
         return token_f1(self.tokenizer.decode(said, skip_special_tokens=True), probe.answer) > 0.5
 
-    def _greedy_answer(self, probe: Probe, cache: DynamicCache) -> tuple[int, ...]:
+    def _greedy_answer(self, probe: Probe) -> tuple[int, ...]:
         """The model's own answer, at least one token, without its end-of-sequence token."""
         ends = self.model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, list) else {ends}
         answer: list[int] = []
-        pending, fed = list(probe.question_ids), 0
+        pending = list(probe.question_ids)
         while len(answer) < len(probe.answer_ids) + self.max_extra_tokens:
-            fed += len(pending)
-            token = int(self._forward(pending, cache, keep=1)[-1].argmax())
+            token = int(self._context.extend(pending).argmax())
             if answer and token in ends:
                 break
             answer.append(token)
             pending = [token]
-        cache.crop(-fed)
+        self._context.rewind()
         return tuple(answer)
-
-    def _forward_suffixes(
-        self, suffixes: Sequence[Sequence[int]], cache: DynamicCache, rows: torch.Tensor
-    ) -> torch.Tensor:
-        """Run suffixes that all continue the cache, side by side; logits of `rows`, `[len(rows), vocabulary]`."""
-        if len(suffixes) == 1:
-            return self._forward(suffixes[0], cache, keep=len(suffixes[0]))[rows]
-        seen = cache.get_seq_length()
-        device, dtype = self.model.device, self.model.dtype
-        own = torch.block_diag(*(torch.ones(len(suffix), len(suffix)).tril() for suffix in suffixes)).bool()
-        visible = torch.cat([torch.ones(len(own), seen, dtype=torch.bool), own], dim=1)
-        mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-        positions = torch.cat([torch.arange(seen, seen + len(suffix)) for suffix in suffixes])
-        return self.model(
-            torch.tensor([list(chain.from_iterable(suffixes))], device=device),
-            attention_mask=mask[None, None].to(device),
-            position_ids=positions[None].to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=rows.to(device),
-        ).logits[0]
-
-    def _forward(self, ids: Sequence[int], cache: DynamicCache, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` tokens, `[keep, vocabulary]`."""
-        batch = torch.tensor([ids], device=self.model.device)
-        return self.model(batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0, -keep:]
 
 
 def _estimate(probe: Probe, rows: torch.Tensor, token_ids: torch.Tensor, said: Sequence[int]) -> torch.Tensor:
