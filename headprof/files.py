@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import re
@@ -76,6 +77,17 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, atomically; raises `HeadprofError` when the disk refuses."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what a process that was killed in the middle of `atomic_write(path)` has left beside `path`.
+
+    Only for a file that no other process writes at the same time.
+    """
+    target = Path(path).resolve()
+    for leftover in target.parent.glob(glob.escape(f".{target.name[:40]}.") + "*.partial"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def read_safetensors(

@@ -6,15 +6,15 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
-from headprof.errors import ProbeError, UsageError
+from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
-from headprof.scoring import asking
+from headprof.scoring import asking, run
 from headprof.scoring.asking import SharedContext
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.partial import PartialRun
 from headprof.scoring.probing import Prober, ProbeResult
-from headprof.scoring.run import make_profile, score_heads
+from headprof.scoring.results import RunResults, probes_kept
+from headprof.scoring.run import StopRule, make_profile, score_heads
 from headprof.shape import HeadShape
 
 
@@ -141,53 +141,117 @@ def test_greedy_answers_are_the_models_own():
     assert [result.kind for result in results] == [probe.kind for probe in context.probes]
 
 
+class Stop(Exception):
+    """Stands for whatever ends a run too early."""
+
+
+def stop_after(probes):
+    def on_progress(now):
+        if now.done >= probes:
+            raise Stop
+
+    return on_progress
+
+
+def assert_same(one, other):
+    assert one.probes_used == other.probes_used and one.metadata["accuracy"] == other.metadata["accuracy"]
+    for which in ("retrieval", "reasoning"):
+        assert torch.equal(one.scores[which], other.scores[which])
+        assert torch.equal(one.standard_errors[which], other.standard_errors[which])
+        assert all(map(torch.equal, one.intervals[which], other.intervals[which]))
+
+
 def test_a_run_resumes_to_identical_tensors(tmp_path):
     loaded = load_tiny()
     builder = builder_for(loaded, probes=24)
     whole = score_heads(loaded, builder, include_failed=True)
-    file = tmp_path / "run.partial"
-
-    class Stop(Exception):
-        pass
-
-    def stop_after_three(progress):
-        if progress.done >= 12:
-            raise Stop
-
+    file = tmp_path / "run.probes.safetensors"
+    options = {"include_failed": True, "results_path": file}
     with pytest.raises(Stop):
-        score_heads(loaded, builder, include_failed=True, partial_file=file, on_progress=stop_after_three)
-    assert file.exists()
+        score_heads(loaded, builder, **options, on_progress=stop_after(12))
     seen = []
-    resumed = score_heads(
-        loaded,
-        builder,
-        include_failed=True,
-        partial_file=file,
-        resume=True,
-        on_progress=lambda now: seen.append(now.done),
-    )
-    assert seen == [12, 12, 12, 16, 20, 24] and not file.exists()
-    for which in ("retrieval", "reasoning"):
-        assert torch.equal(whole.scores[which], resumed.scores[which])
-        assert torch.equal(whole.standard_errors[which], resumed.standard_errors[which])
+    resumed = score_heads(loaded, builder, **options, resume=True, on_progress=lambda now: seen.append(now.done))
+    assert seen == [16, 16, 20, 24, 24]
+    assert_same(resumed, whole)
     assert resumed.probes_used == {"retrieval": 12, "reasoning": 12}
+    again = score_heads(loaded, builder, **options, resume=True, on_progress=lambda now: seen.append(now.done))
+    assert seen[5:] == [16, 24]  # nothing was left to ask
+    assert_same(again, whole)
 
 
-def test_partial_results_of_another_run_are_refused(tmp_path):
+@pytest.mark.parametrize("pack", [4, 1])
+def test_a_run_for_more_probes_adds_to_what_is_there(tmp_path, pack, monkeypatch):
     loaded = load_tiny()
-    run = PartialRun.start(tmp_path / "p", "one key", resume=False)
-    run.save()
-    assert not (tmp_path / "p").exists()  # nothing to keep yet
-    run.add(0, [ProbeResult("retrieval", "code", True, torch.rand(2, 4))])
-    run.save()
-    again = PartialRun.start(tmp_path / "p", "one key", resume=True)
-    assert 0 in again and again.num_probes == again.num_answered == 1
-    assert torch.equal(again.results()[0].scores, run.results()[0].scores)
+
+    def builder(probes):
+        settings = ProbeSettings(probes, (900,), needles_per_context=pack, depths_per_filler=8 if pack == 1 else 1)
+        return ProbeBuilder(loaded.tokenizer, settings, max_positions=4096)
+
+    options = {"include_failed": True, "results_path": tmp_path / "run.probes.safetensors"}
+    short = score_heads(loaded, builder(18), **options)
+    asked, run = [], Prober.run
+    monkeypatch.setattr(
+        Prober, "run", lambda self, context, **k: asked.append(context.index) or run(self, context, **k)
+    )
+    longer = score_heads(loaded, builder(30), **options, resume=True)
+    assert asked == ([4, 5, 6, 7] if pack == 4 else list(range(16, 30)))  # what was not full is asked anew
+    assert_same(longer, score_heads(loaded, builder(30), include_failed=True))
+    asked.clear()
+    assert_same(
+        score_heads(loaded, builder(16), **options, resume=True), score_heads(loaded, builder(16), include_failed=True)
+    )
+    assert_same(short, score_heads(loaded, builder(18), include_failed=True))
+
+
+def test_a_run_stops_when_its_ranking_is_stable(tmp_path, monkeypatch):
+    loaded = load_tiny()
+    builder = builder_for(loaded, probes=200, pack=2, length=500)
+    monkeypatch.setattr(run, "expected_change", lambda values, *_: 1.5 / len(values))
+    seen = []
+    options = {"include_failed": True, "results_path": tmp_path / "run.probes.safetensors"}
+    rule = StopRule(top=3, tolerance=0.1)
+    profile = score_heads(loaded, builder, **options, stop=rule, on_progress=seen.append)
+    # Of each kind there are 4 new probes a round of 4 contexts of 2: 1.5 / 16 is the first not above 0.1.
+    assert profile.probes_used == {"retrieval": 16, "reasoning": 16}
+    assert seen[-1].done == 32 and seen[-1].change == {"retrieval": 1.5 / 16, "reasoning": 1.5 / 16}
+    noted = profile.settings
+    assert noted["asked"] == 32 and noted["probes"] == 200
+    assert noted["until_stable"] == {"top": 3, "tolerance": 0.1, "change": seen[-1].change, "stable": True}
+    assert_same(score_heads(loaded, builder, **options, stop=rule, resume=True), profile)
+    never = score_heads(loaded, builder_for(loaded, probes=8, pack=2, length=500), include_failed=True, stop=rule)
+    assert never.settings["until_stable"]["stable"] is False and never.settings["until_stable"]["change"] == {}
+
+
+def test_results_of_another_run_are_refused(tmp_path):
+    loaded, file = load_tiny(), tmp_path / "p"
+    kept = RunResults(file, "one key")
+    kept.save()
+    assert not file.exists()  # nothing to keep yet
+    kept.contents[3] = [ProbeResult("retrieval", "code", True, torch.rand(2, 4))]
+    kept.save()
+    again = RunResults(file, "one key")
+    again.load()
+    assert again.count(3) == len(again) == 1 and again.count(0) == 0
+    assert torch.equal(again.of([3])[0].scores, kept.of([3])[0].scores)
+    assert probes_kept(file, "one key") == 1 and probes_kept(file, "other") == probes_kept(tmp_path / "q", "") == 0
     with pytest.raises(UsageError, match="of another model or other settings"):
-        score_heads(loaded, builder_for(loaded), partial_file=tmp_path / "p", resume=True)
-    (tmp_path / "p").write_bytes(b"junk")
+        score_heads(loaded, builder_for(loaded), results_path=file, resume=True)
+    file.write_bytes(b"junk")
+    assert probes_kept(file, "one key") == 0
     with pytest.raises(UsageError, match="cannot be read"):
-        PartialRun.start(tmp_path / "p", "one key", resume=True)
+        again.load()
+
+
+def test_ctrl_c_keeps_the_results_and_says_how_to_go_on(tmp_path):
+    loaded, file = load_tiny(), tmp_path / "p.probes.safetensors"
+
+    def interrupt(now):
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRun, match=r"results of 4 probes are kept in .* with --resume"):
+        score_heads(loaded, builder_for(loaded, probes=24), results_path=file, on_progress=interrupt)
+    with pytest.raises(InterruptedRun, match="before anything"):
+        score_heads(loaded, builder_for(loaded, probes=24), on_progress=interrupt)
 
 
 def results_of(kind, values, answered):

@@ -42,6 +42,7 @@ from headprof.cli.shared import (
     choose_plan,
     decoding_options,
     guarded,
+    join_team,
     lengths_of,
     load,
     load_profile,
@@ -73,7 +74,9 @@ def score(
         typer.Option(help="JSONL with needle, real_needle, answer, question; instead of the built-in ones."),
     ] = None,
     haystack: Annotated[Path | None, typer.Option(help="Folder of .txt files to hide the needles in.")] = None,
-    pack: Annotated[int | None, typer.Option(min=1, help="Needles that share one context.")] = None,
+    pack: Annotated[
+        int | None, typer.Option(min=1, help="Needles that share one context. Default: by its length, 12 at 1k.")
+    ] = None,
     seed: Seed = 0,
     decode: Annotated[
         str, typer.Option(help="teacher: the right answer is fed; greedy: the model answers, F1 above 0.5 counts.")
@@ -81,7 +84,19 @@ def score(
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Count wrongly answered probes too.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    until_stable: Annotated[
+        bool, typer.Option("--until-stable", help="Stop as soon as other probes would hardly change the top heads.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="For --until-stable: how many heads.", show_default=True)] = 10,
+    tolerance: Annotated[
+        float, typer.Option(help="For --until-stable: share of the top heads that other probes may change.")
+    ] = 0.1,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Begin with the results kept from before: after an interruption, or for more probes."
+        ),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors."),
@@ -93,31 +108,54 @@ def score(
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
-    [dim]headprof score
-    headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard[/]
-    """
-    from headprof.scoring.command import ScoreRequest, build_probes, default_output, score_to_file
+    The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
+    processes share the work.
 
-    request = ScoreRequest(preset, probes, lengths_of(lengths) if lengths else None, needles, haystack, pack, seed)
+    [dim]headprof score
+    headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
+    headprof score --until-stable
+    torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
+    """
+    from headprof.scoring.command import ScoreRequest, build_probes, default_output, resumable, score_to_file
+    from headprof.scoring.run import StopRule
+
+    request = ScoreRequest(
+        preset=preset,
+        probes=probes,
+        lengths=lengths_of(lengths) if lengths else None,
+        needles=needles,
+        haystack=haystack,
+        pack=pack,
+        seed=seed,
+        decode=decode,
+        include_failed=include_failed,
+        stop=StopRule(top, tolerance) if until_stable else None,
+    )
     request.check()
+    team = join_team()
     loaded = load(model, device, dtype, attn, trust_remote_code)
     builder = build_probes(loaded, request)
     target = output or default_output(loaded.name)
+    if not resume and (kept := resumable(loaded, builder, target, decode)):
+        terminal.remark(f"Starting anew; with --resume, {kept} probes would be taken from {target.parent} as they are.")
     with terminal.progress() as report:
         profile = score_to_file(
             loaded,
             builder,
+            request,
             target,
-            decode=decode,
-            include_failed=include_failed,
             resume=resume,
-            command=shlex.join(["headprof", *sys.argv[1:]]),
-            on_progress=lambda now: report(
-                f"Scoring {loaded.name}, {now.answered} of {now.done} right", now.done, now.total
-            ),
+            command=shlex.join(["headprof", *(word for word in sys.argv[1:] if word != "--resume")]),
+            team=team,
+            on_progress=lambda now: report(tables.scoring_progress(loaded.name, now), now.done, now.total),
         )
+    team.leave()
+    if team.rank:
+        return
     for which in profile.scores:
         terminal.table(*tables.top_heads(profile, which))
+    if request.stop is not None:
+        terminal.remark(tables.stability(profile))
     terminal.result(str(target))
 
 

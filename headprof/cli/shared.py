@@ -99,3 +99,20 @@ def lengths_of(text: str) -> tuple[int, ...]:
     from headprof.numbers import parse_lengths
 
     return parse_lengths(text)
+
+
+def join_team():
+    """The processes that `torchrun` or `accelerate launch` started, each with its GPUs; only the first one speaks."""
+    import os
+
+    import torch
+
+    from headprof.scoring.team import Team, claim_gpus
+
+    gpus = claim_gpus(os.environ, torch.cuda.device_count())
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    team = Team.join()
+    if team.rank:
+        terminal.configure(quiet=True, debug=terminal.debug)
+    return team

@@ -7,38 +7,62 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import UsageError
+from headprof.files import remove_leftovers
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
 from headprof.profile import HeadProfile, profile_filename
-from headprof.scoring.run import PRESETS, Progress, score_heads
+from headprof.scoring.results import probes_kept, results_file
+from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
+from headprof.scoring.team import Team
+
+_DEPTHS_PER_FILLER = 8
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The options of a scoring run that shape its probes; `None` leaves one to the preset."""
+    """The options of a scoring run; `None` leaves one to the preset, and `pack` to the length."""
 
     preset: str
-    probes: int | None
-    lengths: tuple[int, ...] | None
-    needles: Path | None
-    haystack: Path | None
-    pack: int | None
-    seed: int
+    probes: int | None = None
+    lengths: tuple[int, ...] | None = None
+    needles: Path | None = None
+    haystack: Path | None = None
+    pack: int | None = None
+    seed: int = 0
+    decode: str = "teacher"
+    include_failed: bool = False
+    stop: StopRule | None = None
 
     def check(self) -> None:
         """Find mistakes that need no model.
 
         Raises:
-            UsageError: an unknown preset, or a needle file or haystack folder that cannot be read.
+            UsageError: an unknown preset, a needle file or haystack folder that cannot be read, or an impossible
+                `stop`.
         """
         if self.preset not in PRESETS:
             raise UsageError(f"There is no preset {self.preset!r}: choose one of {', '.join(PRESETS)}.")
+        if self.stop is not None:
+            self.stop.check()
         if self.needles is not None:
             load_needles(self.needles)
         if self.haystack is not None:
             Haystack.from_folder(self.haystack)
+
+    def settings(self) -> ProbeSettings:
+        """What probes to build. Needles from a file stand alone, since two of them may name the same things."""
+        preset = PRESETS[self.preset]
+        pack = 1 if self.needles is not None else self.pack
+        return ProbeSettings(
+            probes=self.probes or preset.probes,
+            lengths=self.lengths or preset.lengths,
+            needles_per_context=pack,
+            depths_per_filler=_DEPTHS_PER_FILLER if pack == 1 else 1,
+            seed=self.seed,
+            split="profile",
+        )
 
 
 def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
@@ -47,23 +71,11 @@ def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
     Raises:
         UsageError: the probes do not fit the model's context, or the needles not the length.
     """
-    preset = PRESETS[request.preset]
-    needles = load_needles(request.needles) if request.needles else None
-    pack = request.pack or preset.needles_per_context
-    if needles is not None:
-        pack = request.pack or 1  # other people's needles may name the same things
-    settings = ProbeSettings(
-        probes=request.probes or preset.probes,
-        lengths=request.lengths or preset.lengths,
-        needles_per_context=pack,
-        seed=request.seed,
-        split="profile",
-    )
     return ProbeBuilder(
         loaded.tokenizer,
-        settings,
+        request.settings(),
         max_positions=loaded.max_positions,
-        needles=needles,
+        needles=load_needles(request.needles) if request.needles else None,
         haystack=Haystack.from_folder(request.haystack) if request.haystack else None,
     )
 
@@ -73,27 +85,39 @@ def default_output(name: str) -> Path:
     return Path("profiles") / profile_filename(name)
 
 
+def resumable(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> int:
+    """How many probes of this very run have results from before, which `resume` would begin with."""
+    return probes_kept(results_file(target), run_key(loaded, builder.settings, decode))
+
+
 def score_to_file(
     loaded: LoadedModel,
     builder: ProbeBuilder,
+    request: ScoreRequest,
     target: Path,
     *,
-    decode: str,
-    include_failed: bool,
     resume: bool,
     command: str,
-    on_progress: Callable[[Progress], None],
+    team: Team | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> HeadProfile:
-    """Score, and write the profile; what an interrupted run has done stays in `TARGET.partial`."""
+    """Score, and write the profile; the results of each probe are kept beside it, in `NAME.probes.safetensors`."""
+    team = team or Team()
+    if team.rank == 0:
+        remove_leftovers(results_file(target))
+        remove_leftovers(target)
     profile = score_heads(
         loaded,
         builder,
-        decode=decode,
-        include_failed=include_failed,
-        partial_file=target.with_name(target.name + ".partial"),
+        decode=request.decode,
+        include_failed=request.include_failed,
+        results_path=results_file(target),
         resume=resume,
+        stop=request.stop,
+        team=team,
         on_progress=on_progress,
         command=command,
     )
-    profile.save(target)
+    if team.rank == 0:
+        profile.save(target)
     return profile

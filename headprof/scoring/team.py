@@ -1,0 +1,108 @@
+"""Processes that score together, as `torchrun` or `accelerate launch` started them; or one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+Item = TypeVar("Item")
+
+_PATIENCE = timedelta(days=2)
+"""How long a process waits for the others; if one dies, the launcher stops them all."""
+
+
+class Team:
+    """The processes of a run. What they do together is the same for each, whoever did it.
+
+    Attributes:
+        rank: number of this process, from 0; process 0 reads and writes the files.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None):
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._rounds = 0
+
+    @classmethod
+    def join(cls) -> Team:
+        """Meet the other processes that the launcher's environment variables name; without them, a team of one.
+
+        Messages go through `gloo`, so that no process needs a GPU, and each one uses its own.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        import torch.distributed as dist
+
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        return cls(rank, size, dist.PrefixStore("headprof", store))
+
+    def leave(self) -> None:
+        """Part, once all have come this far."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def claim(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Items for this process alone: each item goes to the process that asks first, so that none waits long.
+
+        Every process must call this for the same items, and take all it is given.
+        """
+        if self._store is None:
+            yield from items
+            return
+        self._rounds += 1
+        while (number := self._store.add(f"round {self._rounds}", 1) - 1) < len(items):
+            yield items[number]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """What each process brings, in the order of their ranks, for all of them."""
+        if self.size == 1:
+            return [mine]
+        import torch.distributed as dist
+
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def share(self, value: Any) -> Any:
+        """Process 0's value, for all."""
+        if self.size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def claim_gpus(environment: Mapping[str, str], num_gpus: int) -> str | None:
+    """Which GPUs this process should see when several on one machine share them: a value of `CUDA_VISIBLE_DEVICES`.
+
+    With more GPUs than processes each gets an equal run of them, over which a large model is spread; with fewer,
+    several processes use the same one.
+
+    Args:
+        environment: with the launcher's `LOCAL_RANK` and `LOCAL_WORLD_SIZE`.
+        num_gpus: how many this process sees now.
+
+    Returns:
+        None when nothing is to be changed: no launcher, no GPUs, or one process that may have them all.
+    """
+    size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if size == 1 or num_gpus == 0:
+        return None
+    rank, each = int(environment.get("LOCAL_RANK", "0")), max(1, num_gpus // size)
+    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(num_gpus)]
+    first = rank * each % num_gpus
+    return ",".join(names[first : first + each])
