@@ -50,13 +50,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         HeadprofError: the disk refused (no space, no permission, `path` is a folder); other exceptions pass through.
     """
-    # Renaming over a symbolic link would replace the link, not the file behind it.
-    target = Path(path).resolve()
-    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.partial"
-    try:
+    target = Path(path).resolve()  # renaming over a symbolic link would replace the link, not the file behind it
+    with _explained(target, path) as temporary:
         mode = _create(temporary, target)
         yield temporary
         _commit(temporary, target, mode)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out now, not after hours of work, that `path` cannot be written; makes missing parent folders.
+
+    Raises:
+        HeadprofError: as `atomic_write` would.
+    """
+    target = Path(path).resolve()
+    with _explained(target, path) as temporary:
+        _create(temporary, target)
+
+
+@contextlib.contextmanager
+def _explained(target: Path, path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `target`, gone at the end; the disk's refusals as sentences about `path`."""
+    temporary = target.parent / f".{target.name[:40]}.{secrets.token_hex(6)}.partial"
+    try:
+        yield temporary
     except Exception as error:
         number = _os_error_number(error, temporary, target)
         if number is None:

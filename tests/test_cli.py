@@ -359,7 +359,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(place, mistake):
     assert re.fullmatch("Error: " + (re.escape(message) if literal else message), lines[-1]), result.stderr
     assert result.returncode == code if code is not None else result.returncode in (1, 2)
     assert result.stdout == ""
-    left = {name for name in listing(place) - before if not name.endswith(".partial")}
+    left = {name for name in listing(place) - before if not name.endswith(".probes.safetensors")}
     assert left <= {"profiles"}, left
 
 
@@ -582,17 +582,17 @@ def test_an_interrupted_run_goes_on_where_it_stood(place, whole, tmp_path, how):
         env=os.environ | {"HEADPROF_SAVE_EVERY": "0.2"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which jobs in the background ignore
     )
-    partial = tmp_path / "cut.safetensors.partial"
+    kept = tmp_path / "cut.probes.safetensors"
     deadline = time.monotonic() + 100
-    while not partial.exists() and time.monotonic() < deadline:
+    while not kept.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(how)
     _, errors = running.communicate(timeout=60)
-    assert partial.exists() and not (tmp_path / "cut.safetensors").exists()
+    assert kept.exists() and not (tmp_path / "cut.safetensors").exists()
     if how == signal.SIGINT:
         assert running.returncode == 130
         assert re.fullmatch(
-            r"Error: Interrupted: the results of \d+ probes are kept in cut.safetensors.partial; give the same command "
+            r"Error: Interrupted: the results of \d+ probes are kept in cut.probes.safetensors; give the same command "
             "with --resume to go on.",
             errors.strip().splitlines()[-1],
         )
@@ -602,7 +602,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(place, whole, tmp_path, how):
     cut = HeadProfile.load(tmp_path / "cut.safetensors")
     for which in ("retrieval", "reasoning"):
         assert torch.equal(cut.scores[which], whole.scores[which])
-    assert not partial.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny", "cut.safetensors", kept.name}
 
 
 def test_no_space_on_the_disk_leaves_nothing(place, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from headprof.errors import HeadprofError
-from headprof.files import atomic_write
+from headprof.files import atomic_write, check_writable, remove_leftovers
 
 
 def names(folder: Path) -> list[str]:
@@ -178,7 +178,7 @@ LIMITED = """
 import sys, torch
 from safetensors.torch import save_file
 from headprof.errors import HeadprofError
-from headprof.files import atomic_write
+from headprof.files import atomic_write, check_writable, remove_leftovers
 try:
     with atomic_write(sys.argv[1]) as temporary:
         if sys.argv[2] == "rust":
@@ -210,3 +210,21 @@ def test_importing_does_not_load_torch():
         check=True,
     )
     assert not {"torch", "matplotlib", "transformers"}.intersection(done.stdout.split())
+
+
+def test_whether_a_file_can_be_written_is_found_out_before_the_work(tmp_path):
+    check_writable(tmp_path / "new" / "file")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "old").write_text("kept")
+    check_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "kept"
+    with pytest.raises(HeadprofError, match="is a folder: choose the name of a file"):
+        check_writable(tmp_path / "new")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".a.safetensors.0123.partial").write_text("")
+    (tmp_path / ".b.safetensors.0123.partial").write_text("")
+    (tmp_path / "a.safetensors").write_text("")
+    remove_leftovers(tmp_path / "a.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", ".b.safetensors.0123.partial"}

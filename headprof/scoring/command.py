@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import UsageError
-from headprof.files import remove_leftovers
+from headprof.files import check_writable, remove_leftovers
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
@@ -104,8 +104,9 @@ def score_to_file(
     """Score, and write the profile; the results of each probe are kept beside it, in `NAME.probes.safetensors`."""
     team = team or Team()
     if team.rank == 0:
-        remove_leftovers(results_file(target))
-        remove_leftovers(target)
+        for file in (target, results_file(target)):
+            check_writable(file)
+            remove_leftovers(file)
     profile = score_heads(
         loaded,
         builder,
