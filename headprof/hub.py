@@ -12,8 +12,10 @@ from headprof.errors import ModelError
 _CONNECT_SECONDS = 10.0
 
 
-def find_on_hub(repo: str, progress: Progress) -> Source:
+def find_on_hub(repo: str, progress: Progress, *, weights: bool = True) -> Source:
     """Where to read hub model `repo` from: the hub, its weights downloaded with `progress`, or else the hub's cache.
+
+    Without `weights` the cache comes first, since a configuration hardly ever changes.
 
     Raises:
         ModelError: there is no such model, it is gated, or the hub cannot be reached and the cache does not have it.
@@ -27,6 +29,8 @@ def find_on_hub(repo: str, progress: Progress) -> Source:
         raise ModelError(
             f"{repo!r} is neither a file or folder nor a hub id such as meta-llama/Llama-3.2-1B; check the name."
         ) from error
+    if cached and not weights:
+        return Source(repo, repo, {"local_files_only": True})
     if is_offline_mode():
         failure: Exception = OfflineModeIsEnabled()
     else:
@@ -35,7 +39,8 @@ def find_on_hub(repo: str, progress: Progress) -> Source:
         except Exception as error:  # the hub client's network errors come from whichever HTTP library it uses
             failure = error
         else:
-            _download_weights(repo, progress)
+            if weights:
+                _download_weights(repo, progress)
             return Source(repo, repo)
     if cached:
         return Source(repo, repo, {"local_files_only": True})

@@ -132,8 +132,39 @@ def model_name(model: str | None) -> str:
     return path.name
 
 
-def find_model(model: str | None, progress: Progress) -> Source:
-    """Find a model's files, downloading them where needed.
+def model_shape(model: str | None = None, trust_remote_code: bool = False) -> HeadShape:
+    """The shape of a model's heads from its configuration alone: equal to that of `load_model`, without the weights.
+
+    Args:
+        model: as for `load_model`. The embedded model needs no network.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        ModelError: the configuration cannot be found or read, or is not that of a decoder.
+    """
+    on_disk = model is not None and Path(model).expanduser().exists()
+    if model_name(model) == EMBEDDED and not on_disk:
+        return published_shape("smollm2-135m")
+    source = find_model(model, no_progress, weights=False)
+    with quiet():
+        config = read_config(source, trust_remote_code)
+        require_decoder(config)
+    return _named_shape(source, config)
+
+
+def published_shape(name: str) -> HeadShape:
+    """The shape of a published model by a name in `random_models.SHAPES`; raises `UsageError` for another name."""
+    from transformers import AutoConfig
+
+    from headprof.random_models import SHAPES
+
+    if name not in SHAPES:
+        raise UsageError(f"There is no model shape {name!r}: choose one of {', '.join(SHAPES)}.")
+    return _named_shape(Source(name, name), AutoConfig.for_model(**SHAPES[name]))
+
+
+def find_model(model: str | None, progress: Progress, *, weights: bool = True) -> Source:
+    """Find a model's files, downloading them where needed; without `weights` a hub model's are left there.
 
     Raises:
         ModelError: there is no such file, folder or hub model, or it cannot be downloaded.
@@ -154,7 +185,7 @@ def find_model(model: str | None, progress: Progress) -> Source:
 
     from headprof.hub import find_on_hub
 
-    return find_on_hub(model, progress)
+    return find_on_hub(model, progress, weights=weights)
 
 
 def looks_like_path(model: str) -> bool:
@@ -230,6 +261,16 @@ def _shape(source: Source, config: Any) -> HeadShape:
         raise ModelError(
             f"{source.name} ({config.model_type}) has no attention heads to profile; pass a Transformer decoder."
         ) from error
+
+
+def _named_shape(source: Source, config: Any) -> HeadShape:
+    """The shape with the model's class for its architecture, also where the configuration does not name it (a GGUF)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    if not getattr(config, "architectures", None) and type(config) in classes:
+        config.architectures = [classes[type(config)].__name__]
+    return _shape(source, config)
 
 
 def _check_vocabulary(source: Source, tokenizer: Any, vocab_size: int) -> None:

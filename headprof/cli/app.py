@@ -37,6 +37,7 @@ from headprof.cli.options import (
     Trust,
     Window,
 )
+from headprof.cli.profiles import profiles
 from headprof.cli.shared import (
     check_method,
     choose_plan,
@@ -474,6 +475,7 @@ def evaluate(
         terminal.result_table(*tables.perplexities(texts))
 
 
+app.add_typer(profiles, name="profile")
 app.add_typer(bench, name="bench")
 
 
