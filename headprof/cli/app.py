@@ -91,7 +91,7 @@ def score(
     top: Annotated[int, typer.Option(min=1, help="For --until-stable: how many heads.", show_default=True)] = 10,
     tolerance: Annotated[
         float, typer.Option(help="For --until-stable: share of the top heads that other probes may change.")
-    ] = 0.1,
+    ] = 0.05,
     resume: Annotated[
         bool,
         typer.Option(

@@ -66,7 +66,7 @@ class StopRule:
     """
 
     top: int = 10
-    tolerance: float = 0.1
+    tolerance: float = 0.05
 
     def check(self) -> None:
         """
@@ -76,7 +76,7 @@ class StopRule:
         if self.top < 1 or not 0 < self.tolerance < 1:
             raise UsageError(
                 f"A ranking of {self.top} heads cannot be stable to {self.tolerance:g}: give at least 1 head and a "
-                "share of them between 0 and 1, such as 0.1."
+                "share of them between 0 and 1, such as 0.05."
             )
 
 
