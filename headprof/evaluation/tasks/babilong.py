@@ -1,0 +1,89 @@
+"""BABILong (Kuratov et al., NeurIPS 2024): facts of the bAbI tasks scattered in the text of books.
+
+Tasks `qa1` to `qa5` are the "reasoning in a haystack" of the HeadKV paper. Instructions and worked examples are this
+project's own; the examples use people, places and things that occur in none of the data, so that none is a right
+answer. The benchmark's labels decide what counts as an answer; of `qa6` to `qa20`, all targets of the data are labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+from headprof.assets import asset_dir
+from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
+from headprof.evaluation.tasks.sources import Source, read_rows
+
+DATASET = "RMT-team/babilong-100examples"
+LICENSE = "Apache-2.0; its facts are bAbI's (BSD), its filler PG-19's books, which are in the public domain"
+MAX_NEW_TOKENS = 20
+
+PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+LABELS = {
+    "qa1": PLACES,
+    "qa2": PLACES,
+    "qa3": PLACES,
+    "qa4": PLACES,
+    "qa5": ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"),
+}
+"""What may be answered to the questions of a task."""
+
+
+def config_of(length: int) -> str:
+    """What the benchmark calls a length in tokens, counted in 1024s or in 1000s: `"0k"`, `"4k"`, `"1M"`."""
+    thousands = length // 1000 if length % 1000 == 0 else round(length / 1024)
+    millions = {1000: "1M", 1024: "1M", 10_000: "10M", 10_240: "10M"}
+    return millions.get(thousands, f"{thousands}k")
+
+
+def examples(name: str, request: TaskRequest) -> Iterator[Example]:
+    """The examples of task `name` (`"qa1"`), length by length.
+
+    Raises:
+        UsageError: the rows cannot be had, or lack a field.
+    """
+    for config in dict.fromkeys(map(config_of, request.lengths or DEFAULT_LENGTHS)):
+        yield from _of_length(name, config, request)
+
+
+def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example]:
+    files = (f"data/{name}/{config}", f"{name}/{config}", f"{config}/{name}")
+    rows = list(read_rows(Source(DATASET, config, name, files, "babilong"), request.data_dir))
+    labels = LABELS.get(name) or tuple(sorted({row.text("target") for row in rows}))
+    before = _instructions(name)
+    for row in rows[: request.limit]:
+        yield Example(
+            task=f"babilong/{name}",
+            name=f"{config}:{row.number}",
+            group=config,
+            before=f"{before}\n\nText: ",
+            document=row.text("input"),
+            after=f"\n\nQuestion: {row.text('question').strip()}",
+            reply="",
+            answers=(row.text("target"),),
+            classes=labels,
+            metric="babilong.label",
+            max_new_tokens=MAX_NEW_TOKENS,
+            chat=True,
+        )
+
+
+def _instructions(name: str) -> str:
+    prompt = _prompts().get(name) or _prompts()["other"]
+    worked = [
+        f"Example: {example['text']}\nQuestion: {example['question']}\nAnswer: {example['answer']}"
+        for example in prompt["examples"]
+    ]
+    return "\n\n".join([prompt["instruction"], *worked, prompt["format"]])
+
+
+@cache
+def _prompts() -> dict[str, Any]:
+    return json.loads((asset_dir("data") / "benchmarks" / "babilong.json").read_text(encoding="utf-8"))
+
+
+TASKS = tuple(
+    Task(f"babilong/{name}", DATASET, LICENSE, partial(examples, name)) for name in (f"qa{n}" for n in range(1, 21))
+)

@@ -1,0 +1,171 @@
+"""One question of a benchmark as a prompt, and what a benchmark's tasks are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from headprof.errors import ModelError, UsageError
+
+DEFAULT_LENGTHS = (1024,)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what should be answered.
+
+    The user's text is `before + document + after`, with nothing between the three; `reply` begins what the model says.
+
+    Attributes:
+        task: `"longbench/hotpotqa"`.
+        name: unique within the task, and the same in every run over the same data.
+        group: what results are grouped by beside the task: the length of BABILong's and RULER's prompts, such as
+            `"1k"`; else empty.
+        before: instructions ahead of the document.
+        document: the long part, which may be cut in the middle, and which is compressed with `before` alone when the
+            question is not known yet.
+        after: the question, and instructions behind the document.
+        reply: the given beginning of the model's reply; may be empty.
+        answers: what counts as right: any one of them, or for `ruler.all` all of them; for `loogle.cloze` number `n`
+            is what `<mask-n>` stands for, empty where there is no such mask.
+        classes: the labels among which the answer is; for tasks that have such.
+        metric: what the prediction is judged by.
+        max_new_tokens: tokens to generate.
+        chat: whether the chat template goes around the prompt.
+        first_line: whether only the prediction's first line counts.
+    """
+
+    task: str
+    name: str
+    group: str
+    before: str
+    document: str
+    after: str
+    reply: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    chat: bool
+    first_line: bool = False
+
+    @property
+    def text(self) -> str:
+        """The whole prompt but for the chat template."""
+        return self.before + self.document + self.after + self.reply
+
+
+@dataclass(frozen=True)
+class TaskRequest:
+    """What to make examples from.
+
+    Attributes:
+        data_dir: the datasets' own files; none to take them from the hub.
+        limit: how many examples at most of a task, and of each length if it has several: the first ones.
+        lengths: of BABILong's and RULER's prompts, in tokens; `DEFAULT_LENGTHS` if there are none.
+        tokenizer: counts RULER's tokens.
+        seed: of what is generated.
+        prompts: a JSON file `{task: template}` whose templates, with `{context}` and `{input}`, replace LongBench's.
+    """
+
+    data_dir: Path | None
+    limit: int | None
+    lengths: tuple[int, ...]
+    tokenizer: Any
+    seed: int
+    prompts: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"A limit of {self.limit} examples leaves nothing to do: give at least 1.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a benchmark.
+
+    Attributes:
+        name: `"longbench/hotpotqa"`.
+        dataset: its id on the hub; empty if it is generated.
+        license: what the data may be used under.
+        examples: makes the examples, one by one; raises `UsageError` when the data cannot be had.
+    """
+
+    name: str
+    dataset: str
+    license: str
+    examples: Callable[[TaskRequest], Iterator[Example]]
+
+
+def split_template(template: str, where: str) -> tuple[str, str]:
+    """What a prompt template says before and after its `{context}`.
+
+    Raises:
+        UsageError: it does not have exactly one `{context}`; `where` names it.
+    """
+    if template.count("{context}") != 1:
+        raise UsageError(f"{where} needs {{context}} exactly once, where the document goes: put it there.")
+    before, after = template.split("{context}")
+    return before, after
+
+
+def cut_middle(example: Example, tokenizer: Any, max_tokens: int, overhead: int = 0) -> Example:
+    """Leave out the middle of the document if the prompt is too long, as LongBench does with the whole prompt.
+
+    As many tokens are kept of the document's beginning as of its end; instructions and question stay whole.
+
+    Args:
+        example: the prompt.
+        tokenizer: a fast one.
+        max_tokens: how many there may be in all.
+        overhead: how many of them are taken by what is not in `example.text`: the chat template, the generated tokens.
+
+    Raises:
+        UsageError: instructions and question alone are too long.
+        ModelError: the tokenizer gives no character offsets.
+    """
+    room = max_tokens - overhead
+    excess = _count(example.text, tokenizer) - room
+    if excess <= 0:
+        return example
+    kept = _count(example.document, tokenizer)
+    while kept > 0:
+        kept = max(0, kept - excess)
+        cut = replace(example, document=keep_ends(example.document, tokenizer, kept))
+        excess = _count(cut.text, tokenizer) - room  # tokens may join differently where the halves meet
+        if excess <= 0:
+            return cut
+    raise UsageError(
+        f"The instructions and the question of example {example.name} of {example.task} alone do not fit into "
+        f"{max_tokens} tokens, {overhead} of which are taken: raise the maximum, or leave this task out."
+    )
+
+
+def keep_ends(text: str, tokenizer: Any, tokens: int) -> str:
+    """The first and the last half of `tokens` tokens of a text that has more.
+
+    The text is cut between characters: one whose tokens are only partly kept is left out.
+
+    Raises:
+        ModelError: the tokenizer gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            "Documents are cut by a fast tokenizer's character offsets, which this one does not give; load it with "
+            "use_fast=True or convert it to tokenizer.json."
+        )
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    last = tokens // 2
+    first = tokens - last
+    if tokens >= len(offsets):
+        return text
+    head = text[: offsets[first][0]]  # up to where the first token that is left out begins
+    resume = len(offsets) - last
+    tail = text[max(offsets[resume][0], offsets[resume - 1][1]) :] if last else ""
+    return head + tail
+
+
+def _count(text: str, tokenizer: Any) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
