@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu check format profile results wheel clean
+.PHONY: demo test test-gpu test-kill check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -19,6 +19,10 @@ test: $(VENV)/.installed
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
 
+# A scoring run killed three times at random moments and resumed, again and again.
+test-kill: $(VENV)/.installed
+	HEADPROF_KILLED_RUNS=10 $(BIN)/python -m pytest tests/test_team.py -k killed
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,6 +35,7 @@ format: $(VENV)/.installed
 # The profile of the embedded model that ships in profiles/.
 profile: $(VENV)/.installed
 	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
+	rm profiles/SmolLM2-135M-Instruct.probes.safetensors
 
 # The figures of the README: two hours on 2 cores that do nothing else. TEXTS is what perplexity is taken of: LongBench's
 # multi_news.jsonl for those in the README.

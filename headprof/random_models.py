@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from headprof.checkpoint import quiet
 from headprof.errors import UsageError
@@ -64,7 +65,24 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Published models by the numbers of their configurations, for speed without weights."""
 
 
-def random_model(shape_name: str, dtype: torch.dtype, device: torch.device | str, attn: str | None = None) -> Any:
+def find_shape(name: str) -> dict[str, Any]:
+    """The numbers of a published model's configuration.
+
+    Raises:
+        UsageError: there is no shape of this name; the message lists those there are.
+    """
+    if name not in SHAPES:
+        raise UsageError(f"There is no model shape {name!r}: choose one of {', '.join(SHAPES)}.")
+    return SHAPES[name]
+
+
+def random_model(
+    shape_name: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attn: str | None = None,
+    max_positions: int | None = None,
+) -> Any:
     """A model with the shape of a published one and random weights, made on the device in its dtype.
 
     Its speed and memory are those of the published model; its text is noise.
@@ -74,13 +92,14 @@ def random_model(shape_name: str, dtype: torch.dtype, device: torch.device | str
         dtype: of the weights.
         device: where they are made.
         attn: attention implementation; none for Transformers' choice.
+        max_positions: tokens that it should read, if more than the published model does.
 
     Raises:
-        UsageError: there is no shape of this name; the message lists those there are.
+        UsageError: there is no such shape.
     """
-    if shape_name not in SHAPES:
-        raise UsageError(f"There is no model shape {shape_name!r}: choose one of {', '.join(SHAPES)}.")
-    config = AutoConfig.for_model(**SHAPES[shape_name])
+    numbers = dict(find_shape(shape_name))
+    numbers["max_position_embeddings"] = max(numbers["max_position_embeddings"], max_positions or 0)
+    config = AutoConfig.for_model(**numbers)
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), quiet():
         torch.manual_seed(0)
@@ -88,6 +107,22 @@ def random_model(shape_name: str, dtype: torch.dtype, device: torch.device | str
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn)
     model.config.architectures = [type(model).__name__]
     return model.eval().requires_grad_(False)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes, with exact character offsets and no chat template; ids 0, 1, 2 are pad, bos, eos.
+
+    It needs no file, and serves any model with at least 259 token ids. A text takes about four times the tokens that a
+    trained tokenizer makes of it.
+    """
+    special = ["<pad>", "<s>", "</s>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
 
 
 def random_profile(model: Any, seed: int = 0) -> HeadProfile:
@@ -99,23 +134,31 @@ def random_profile(model: Any, seed: int = 0) -> HeadProfile:
 
 
 def load_random(
-    shape_name: str, *, device: str = "auto", dtype: str = "auto", attn: str = "auto", seed: int = 0
+    shape_name: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    attn: str = "auto",
+    seed: int = 0,
+    max_positions: int | None = None,
 ) -> tuple[LoadedModel, HeadProfile]:
-    """A model of a published shape with random weights and no tokenizer, and a profile to go with it.
+    """A model of a published shape with random weights and a tokenizer of bytes, and a profile to go with it.
 
     Args:
         shape_name: one of `SHAPES`.
         device, attn: as for `load_model`.
         dtype: as for `load_model`; `auto` is bfloat16 on a CUDA device, else float32.
         seed: of the profile.
+        max_positions: tokens that it should read, if more than the published model does.
 
     Raises:
         UsageError: there is no such shape, device or dtype.
     """
     place, type_of_numbers = place_and_dtype(device, dtype)
-    model = random_model(shape_name, type_of_numbers, place, attn=None if attn == "auto" else attn)
+    attention = None if attn == "auto" else attn
+    model = random_model(shape_name, type_of_numbers, place, attention, max_positions)
     shape = HeadShape.from_config(model.config)
-    loaded = LoadedModel(model, None, shape, shape_name, model.config.max_position_embeddings)
+    loaded = LoadedModel(model, byte_tokenizer(), shape, shape_name, model.config.max_position_embeddings)
     return loaded, random_profile(model, seed)
 
 

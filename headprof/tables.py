@@ -12,14 +12,16 @@ from headprof.console import human_bytes
 
 if TYPE_CHECKING:
     from headprof.bench.generate import BenchResult, LargestBatch
-    from headprof.bench.importance import ScoreTimes
+    from headprof.bench.importance import ImportanceTimes
     from headprof.bench.merge import MergeTimes
+    from headprof.bench.score import ScoreBenchResult, SideResult
     from headprof.compression.cache import HeadCache
     from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.report import Cell
     from headprof.generation import Generation
     from headprof.profile import Agreement, FoundProfile, HeadProfile
     from headprof.scoring.run import Progress
+    from headprof.scoring.validation import Validation
 
 Rows = list[list[str]]
 
@@ -201,7 +203,7 @@ def merging(times: Iterable[MergeTimes]) -> tuple[list[str], Rows]:
     return ["shape", "prompt", "budget", "batch", "all heads", "head by head", "ratio", "same rows"], rows
 
 
-def scoring(times: Iterable[ScoreTimes]) -> tuple[list[str], Rows]:
+def importance(times: Iterable[ImportanceTimes]) -> tuple[list[str], Rows]:
     """The global score beside the attention over the same prompt."""
     rows = [
         [
@@ -312,3 +314,94 @@ def _short(folder: Path) -> str:
 
 def _grid(profile: HeadProfile) -> str:
     return f"{profile.shape.num_layers} x {profile.shape.num_heads} on {profile.shape.num_kv_heads}"
+
+
+def validation(result: Validation) -> tuple[list[str], Rows]:
+    """Answers while heads are silent: all counts for the heads of the probes' own kind, and the top of the other."""
+    from headprof.scoring.validation import FAMILIES
+    from headprof.scoring.verdict import curve
+
+    points = []
+    for probes in result.probe_kinds:
+        points.append(curve(result, probes, result.kinds[0], "top")[0])  # nothing is silent
+        for kind in sorted(result.kinds, key=lambda kind: kind != probes):
+            for family in FAMILIES if kind == probes else ("top",):
+                shown = result.counts if kind == probes else [result.settings.top]
+                points += [point for point in curve(result, probes, kind, family) if point.count in shown]
+    rows = [
+        [
+            point.probes,
+            f"{point.family} {point.chosen_by}" if point.count else "none",
+            str(point.count),
+            f"{point.right}/{point.asked}",
+            f"{point.accuracy:.0%}",
+            f"{point.low:.0%} to {point.high:.0%}",
+            f"{point.log_prob:.2f}",
+        ]
+        for point in points
+    ]
+    return ["probes", "silent heads", "k", "right", "accuracy", "95 % interval", "log-probability"], rows
+
+
+def score_bench(result: ScoreBenchResult) -> tuple[list[str], Rows]:
+    """Each side at each length: its speed and its memory."""
+    rows = [
+        [
+            side.side,
+            str(side.length),
+            str(side.probes),
+            _number(side.answered, "d"),
+            side.failed or _number(side.seconds_per_probe, ".3g", " s"),
+            _number(side.probes_per_minute, ".1f"),
+            _number(side.packed_speedup, ".1f", "x"),
+            _peak(side),
+        ]
+        for side in result.sides
+    ]
+    return ["side", "length", "probes", "right", "a probe", "probes/min", "packed is faster", "peak memory"], rows
+
+
+def score_agreement(result: ScoreBenchResult) -> tuple[list[str], Rows, str]:
+    """How like our scores those of the other sides are."""
+    rows = [
+        [
+            each.side,
+            str(each.length),
+            each.kind,
+            each.over,
+            " and ".join(map(str, each.probes)),
+            _number(each.spearman, ".3f"),
+            _number(each.overlap, ".0%"),
+        ]
+        for each in result.agreements
+    ]
+    columns = ["side", "length", "scores", "over probes", "of packed and it", "rank correlation", f"top {result.top}"]
+    return columns, rows, "Mean scores of the heads beside those of packed"
+
+
+def memory_remarks(result: ScoreBenchResult, limit_bytes: float = 24e9) -> list[str]:
+    """How each side's memory grows with the length, where there are lengths enough to tell."""
+    from headprof.bench.score import PREFILLS, limit_length, memory_slope
+
+    remarks = []
+    for side in dict.fromkeys(each.side for each in result.sides):
+        points = result.memory(side)
+        line = memory_slope(points)
+        if line is None:
+            continue
+        text = (
+            f"{side}: peak memory grows by {human_bytes(line.bytes_per_token)} a token "
+            f"(line through {line.lengths} lengths, R2 {line.r_squared:.3f})"
+        )
+        # Elsewhere what bends is noise.
+        limit = limit_length(points, limit_bytes) if PREFILLS.get(side) == "attentions" else None
+        if limit is not None:
+            text += f"; {human_bytes(limit_bytes)} beside the weights at about {limit} tokens (parabola, extrapolated)"
+        remarks.append(f"{text}.")
+    return remarks
+
+
+def _peak(side: SideResult) -> str:
+    if side.peak_bytes is None and side.estimated_bytes is not None:
+        return f"{human_bytes(side.estimated_bytes)} (estimate)"
+    return _bytes(side.peak_bytes)

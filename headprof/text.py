@@ -25,3 +25,11 @@ def token_f1(prediction: str, reference: str) -> float:
         return 0.0
     precision, recall = shared / len(predicted), shared / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+def token_recall(prediction: str, reference: str) -> float:
+    """Share of the reference's words that the prediction has too, from 0 to 1 (ROUGE-1 recall, words as in `token_f1`)."""
+    predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if not expected:
+        return float(not predicted)
+    return sum((Counter(predicted) & Counter(expected)).values()) / len(expected)

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from headprof import random_models
 from headprof.bench import generate as bench
+from headprof.bench import measure
 from headprof.bench.generate import BenchRequest, BenchResult, Measurement
 from headprof.cli import main
 from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
@@ -317,26 +318,25 @@ def test_the_largest_batch_is_where_memory_ends(model, monkeypatch):
     assert none.batch == 0 and none.decode_rate is none.cache_bytes is None
 
 
-def test_bandwidth_is_that_of_real_copies(monkeypatch):
-    monkeypatch.undo()
-    assert 1e8 < bench.measure_bandwidth("cpu", repeats=1) < 1e13
+def test_bandwidth_is_that_of_real_copies():
+    assert 1e8 < measure.measure_bandwidth("cpu", repeats=1) < 1e13
 
 
 def test_peak_memory_counts_what_was_freed_again():
-    memory = bench._PeakMemory(torch.device("cpu"))
+    memory = measure.PeakMemory(torch.device("cpu"))
     if memory.used() is None:
         pytest.skip("this system keeps no record of the peak")
     held = torch.ones(64 << 20, dtype=torch.uint8)
     del held
     used = memory.used()
     assert 60 << 20 < used < 200 << 20
-    assert bench._PeakMemory(torch.device("cpu")).used() < 60 << 20
+    assert measure.PeakMemory(torch.device("cpu")).used() < 60 << 20
 
 
 @pytest.mark.parametrize("figures", [{}, {"VmRSS": 1 << 30}, {"VmRSS": 1 << 30, "VmHWM": 2 << 30}])
 def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, figures):
-    monkeypatch.setattr(bench, "_process_bytes", figures.get)
-    assert bench._PeakMemory(torch.device("cpu")).used() is None
+    monkeypatch.setattr(measure, "_process_bytes", figures.get)
+    assert measure.PeakMemory(torch.device("cpu")).used() is None
 
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 288, "intermediate_size": 96, "vocab_size": 128}
@@ -455,3 +455,43 @@ def test_mistakes_get_one_sentence(tiny_folder, monkeypatch, capsys, arguments, 
 def test_a_random_model_is_loaded_by_its_shape(small_shape):
     loaded, profile = random_models.load_random(small_shape, device="cpu")
     assert loaded.name == small_shape and loaded.dtype == torch.float32 and profile.shape == loaded.shape
+    published = random_models.SHAPES[small_shape]["max_position_embeddings"]
+    assert loaded.max_positions == published
+    longer, _ = random_models.load_random(small_shape, device="cpu", max_positions=published + 5)
+    assert longer.max_positions == longer.model.config.max_position_embeddings == published + 5
+    shorter, _ = random_models.load_random(small_shape, device="cpu", max_positions=7)
+    assert shorter.max_positions == published
+
+
+@given(st.text())
+def test_the_tokenizer_of_bytes_has_exact_offsets(text):
+    tokenizer = random_models.byte_tokenizer()
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert encoded.offset_mapping == [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
+    assert tokenizer.decode(encoded.input_ids) == text
+
+
+def test_the_tokenizer_of_bytes_is_small_and_plain():
+    tokenizer = random_models.byte_tokenizer()
+    assert len(tokenizer) == 259 and tokenizer.chat_template is None
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer("a</s>b", add_special_tokens=False).input_ids[1] == 2
+
+
+@given(st.lists(st.integers(-3, 9), max_size=4), st.integers(-1, 5))
+def test_numbers_that_are_too_small_are_named(values, lowest):
+    if values and min(values) >= lowest:
+        measure.require_at_least(lowest, new_lengths=values)
+        return
+    named = f"--new-lengths {min(values)} is too small: give at least {lowest}" if values else "nothing to run without"
+    with pytest.raises(UsageError, match=named):
+        measure.require_at_least(lowest, repeats=9, new_lengths=values)
+
+
+def test_the_first_time_does_not_count(monkeypatch):
+    clock = iter([0, 100, 100, 300, 300, 301, 301, 303, 303, 308, 308, 312, 312, 313, 313, 316])
+    monkeypatch.setattr(measure, "now", lambda device: next(clock))
+    done = []
+    works = [lambda: done.append("a"), lambda: done.append("b")]
+    assert measure.median_seconds(works, 3, torch.device("cpu")) == [1, 3]
+    assert done == ["a", "b"] * 4

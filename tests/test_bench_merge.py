@@ -7,7 +7,7 @@ import torch
 
 from headprof import cli
 from headprof.bench import merge as bench_merge
-from headprof.bench.importance import run_score_bench
+from headprof.bench.importance import run_importance_bench
 from headprof.bench.merge import run_merge_bench
 from headprof.errors import UsageError
 from headprof.random_models import SHAPES
@@ -74,13 +74,13 @@ def test_the_command(capsys):
 
 
 def test_the_score_is_timed_beside_the_attention(capsys):
-    times = run_score_bench("smollm2-135m", (64, 128), (0, 16), repeats=1)
+    times = run_importance_bench("smollm2-135m", (64, 128), (0, 16), repeats=1)
     assert [(each.length, each.samples) for each in times] == [(64, 0), (64, 16), (128, 0), (128, 16)]
     assert all(each.attention > 0 and each.ratio == each.score / each.attention for each in times)
     with pytest.raises(UsageError, match="no model shape"):
-        run_score_bench("llama-9", (64,), (0,))
+        run_importance_bench("llama-9", (64,), (0,))
     with pytest.raises(UsageError, match="at least"):
-        run_score_bench("smollm2-135m", (64,), (-1,))
+        run_importance_bench("smollm2-135m", (64,), (-1,))
     with pytest.raises(SystemExit) as stop:
         cli.main(
             ["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]

@@ -5,7 +5,7 @@ import pytest
 from headprof.console import human_bytes
 from headprof.errors import UsageError
 from headprof.numbers import parse_lengths
-from headprof.text import normalize_answer, token_f1
+from headprof.text import normalize_answer, token_f1, token_recall
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,12 @@ from headprof.text import normalize_answer, token_f1
 def test_token_f1(prediction, reference, score):
     assert token_f1(prediction, reference) == pytest.approx(score)
     assert token_f1(reference, prediction) == pytest.approx(score)
+
+
+def test_token_recall_forgives_what_is_said_beside():
+    assert token_recall("The red door. It was painted in May.", "a red door") == 1
+    assert token_recall("red", "red red door window") == 0.25
+    assert token_recall("", "door") == 0 and token_recall("", "the") == 1 and token_recall("door", "the") == 0
 
 
 def test_normalize_answer():

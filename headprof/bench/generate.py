@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from headprof.bench.measure import (
+    PeakMemory,
+    Progress,
+    Result,
+    attempt,
+    describe_environment,
+    device_of,
+    measure_bandwidth,
+    now,
+    require_at_least,
+)
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
 from headprof.compression.cache import HeadCache, PromptLayer
@@ -32,10 +35,6 @@ from headprof.errors import UsageError
 from headprof.generation import cache_nbytes
 from headprof.profile import HeadProfile
 from headprof.shape import HeadShape
-
-Result = TypeVar("Result")
-Progress = Callable[[str, int, int], None]
-"""Told what is being run, how many runs are done, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,13 @@ class BenchRequest:
             Budget.parse(budget)
         for backend in self.backends:
             check_backend(backend)
-        for what in ("budgets", "lengths", "backends"):
+        for what in ("budgets", "backends"):
             if not getattr(self, what):
                 raise UsageError(f"There is nothing to run without {what}: name at least one with --{what}.")
-        least = {"new_tokens": 2, "repeats": 1, "batch": 1}
-        given = [(name, getattr(self, name), least[name]) for name in least]
-        given += [("lengths", length, 1) for length in self.lengths]
-        given += [("prefill_chunk", self.prefill_chunk, 1)] if self.prefill_chunk is not None else []
-        for name, value, lowest in given:
-            if value < lowest:
-                raise UsageError(f"--{name.replace('_', '-')} {value} is too small: give at least {lowest}.")
+        require_at_least(1, lengths=self.lengths, repeats=self.repeats, batch=self.batch)
+        require_at_least(2, new_tokens=self.new_tokens)
+        if self.prefill_chunk is not None:
+            require_at_least(1, prefill_chunk=self.prefill_chunk)
 
     @property
     def needs_profile(self) -> bool:
@@ -223,21 +219,21 @@ def run_bench(
         ProfileError: a method needs a profile and there is none, or it belongs to another model.
     """
     cases = _cases(model, max_positions, profile, request)
-    device = _device_of(model)
+    device = device_of(model)
     prompts = {length: _random_ids(model, request.batch, length, request.seed) for length in request.lengths}
     bandwidth = measure_bandwidth(device)
     warm_ups = [case for case in cases if case.length == min(request.lengths)]
     total, done = len(warm_ups) + request.repeats * len(cases), 0
     for case in warm_ups:
         on_progress(f"Warming up: {case.label}", done, total)
-        _attempt(partial(_run, model, case, prompts[case.length], 2, request.prefill_chunk))
+        attempt(partial(_run, model, case, prompts[case.length], 2, request.prefill_chunk))
         done += 1
     for _ in range(request.repeats):
         for case in cases:
             on_progress(case.label, done, total)
             if not case.failed:
                 work = partial(_run, model, case, prompts[case.length], request.new_tokens, request.prefill_chunk)
-                case.add(_attempt(work))
+                case.add(attempt(work))
             done += 1
     weights = weight_bytes_per_step(model)
     measurements = [_measured(case, request.batch, weights, bandwidth) for case in cases]
@@ -283,7 +279,7 @@ def largest_batches(
         UsageError: as for `run_bench`, or the model is not on a CUDA device, which alone says when memory is full.
     """
     cases = _cases(model, max_positions, profile, request)
-    if _device_of(model).type != "cuda":
+    if device_of(model).type != "cuda":
         raise UsageError("The largest batch can only be found on a CUDA device: choose one with --device cuda.")
     found = []
     for done, case in enumerate(cases):
@@ -296,7 +292,7 @@ def _largest_batch(model: Any, case: _Case, request: BenchRequest, at_most: int)
     ids = _random_ids(model, 1, case.length, request.seed)
 
     def decoded(batch: int) -> _Decoded | None:
-        return _attempt(partial(_decode_copies, model, case, ids, batch, request.new_tokens, request.prefill_chunk))
+        return attempt(partial(_decode_copies, model, case, ids, batch, request.new_tokens, request.prefill_chunk))
 
     batch, result = largest_that_works(decoded, at_most)
     row = LargestBatch(case.method, case.budget, case.backend, case.length, batch)
@@ -323,23 +319,6 @@ def largest_that_works(
     return best, result
 
 
-def measure_bandwidth(device: torch.device | str, repeats: int = 7) -> float:
-    """Bytes per second, read and written, of copying a buffer far larger than any processor cache; the median.
-
-    The buffer takes 256 MB on a CPU and 1 GiB elsewhere, twice.
-    """
-    device = torch.device(device)
-    size = 256 * 10**6 if device.type == "cpu" else 1 << 30
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source).copy_(source)
-    seconds = []
-    for _ in range(repeats):
-        start = now(device)
-        target.copy_(source)
-        seconds.append(now(device) - start)
-    return 2 * size / median(seconds)
-
-
 def weight_bytes_per_step(model: Any) -> int:
     """Bytes of the weights that decoding one token reads, each weight once.
 
@@ -352,21 +331,6 @@ def weight_bytes_per_step(model: Any) -> int:
     if output.weight is not embedding:
         read.pop(id(embedding), None)
     return sum(weight.numel() * weight.element_size() for weight in read.values())
-
-
-def describe_environment(model: Any) -> dict[str, Any]:
-    """Device, threads, dtype, versions and date, as plain values for a report."""
-    device = _device_of(model)
-    packages = ("headprof", "torch", "transformers", "triton", "flash-attn")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-    } | {name: found for name in packages if (found := _version(name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -451,7 +415,7 @@ def _run(model: Any, case: _Case, ids: torch.Tensor, new_tokens: int, prefill_ch
     device = ids.device
     cache = case.new_cache(model)
     clock = _TokenClock(cache, device)
-    memory = _PeakMemory(device)
+    memory = PeakMemory(device)
     with case.attending(model, prefill_chunk), _timing_compression(device) as compressing:
         start = now(device)
         model.generate(
@@ -563,88 +527,11 @@ def _timing_compression(device: torch.device) -> Iterator[list[float]]:
         PromptLayer.attended = attended  # type: ignore[method-assign]
 
 
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-class _PeakMemory:
-    """Most bytes in use at a time since it was made, beyond those in use then."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before: int | None = torch.cuda.memory_allocated(device)
-        else:
-            self._before = _restarted_resident_peak() if device.type == "cpu" else None
-
-    def used(self) -> int | None:
-        """None where the system does not say."""
-        if self._before is None:
-            return None
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _process_bytes("VmHWM")
-        return None if peak is None else max(0, peak - self._before)
-
-
-def _restarted_resident_peak() -> int | None:
-    """Resident bytes, from which the system's record of their peak starts anew; none where it keeps none."""
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what is allocated next
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    peak, resident = _process_bytes("VmHWM"), _process_bytes("VmRSS")
-    if peak is None or resident is None or peak > resident + _PAGES_NOT_YET_COUNTED:
-        return None
-    return resident
-
-
-_PAGES_NOT_YET_COUNTED = 16 << 20
-"""By how much Linux's two counts may differ right after they were made equal, since threads report late."""
-
-
-def _process_bytes(name: str) -> int | None:
-    """A figure of this process that Linux gives in kB."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-
-
-def _attempt(work: Callable[[], Result]) -> Result | None:
-    """What `work` returns; none when memory runs out, which is then free again."""
-    try:
-        return work()
-    except MemoryError:
-        pass
-    except RuntimeError as error:
-        known = any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
-        if not known and not isinstance(error, torch.OutOfMemoryError):
-            raise
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
-
-
 def _random_ids(model: Any, batch: int, length: int, seed: int) -> torch.Tensor:
     """Token ids `[batch, length]` on the model's device."""
     vocab_size = HeadShape.from_config(model.config).vocab_size
     ids = torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-    return ids.to(_device_of(model))
-
-
-def _device_of(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return ids.to(device_of(model))
 
 
 def _median_of(values: list[float | None]) -> float | None:
@@ -654,19 +541,3 @@ def _median_of(values: list[float | None]) -> float | None:
 
 def _ratio(value: float | None, beside: float | None) -> float | None:
     return None if value is None or not beside else value / beside
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

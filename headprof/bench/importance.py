@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headprof.bench.generate import now
+from headprof.bench.measure import Progress, median_seconds, require_at_least
 from headprof.compression.importance import PromptStates, received_attention
-from headprof.errors import UsageError
-from headprof.random_models import SHAPES
+from headprof.random_models import find_shape
 
 
 @dataclass(frozen=True)
-class ScoreTimes:
+class ImportanceTimes:
     """Seconds for one layer's prompt, medians.
 
     Attributes:
@@ -38,7 +36,7 @@ class ScoreTimes:
         return self.score / self.attention
 
 
-def run_score_bench(
+def run_importance_bench(
     shape: str,
     lengths: tuple[int, ...],
     samples: tuple[int, ...],
@@ -47,8 +45,8 @@ def run_score_bench(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
-) -> list[ScoreTimes]:
+    on_progress: Progress = lambda text, done, total: None,
+) -> list[ImportanceTimes]:
     """Attend over random queries and keys, and score them, in turn.
 
     Args:
@@ -58,46 +56,45 @@ def run_score_bench(
         repeats: timed runs, after one that is not, of which the median counts.
         device, dtype: of queries and keys.
         seed: of these.
-        on_progress: called before each case.
+        on_progress: called before each length.
 
     Raises:
         UsageError: there is no such shape, or a number is too small.
     """
-    if shape not in SHAPES:
-        raise UsageError(f"There is no model shape {shape!r}: choose one of {', '.join(SHAPES)}.")
-    if min(*lengths, repeats) < 1 or min(samples) < 0:
-        raise UsageError("Lengths and repeats must be at least 1, and samples at least 0: raise the one that is less.")
-    numbers = SHAPES[shape]
+    find_shape(shape)
+    require_at_least(1, lengths=lengths, repeats=repeats)
+    require_at_least(0, samples=samples)
     times = []
     for done, length in enumerate(lengths):
         on_progress(f"Scoring {length} tokens", done, len(lengths))
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(heads: int, length: int = length, generator: torch.Generator = generator) -> torch.Tensor:
-            return torch.randn(1, heads, length, numbers["head_dim"], generator=generator).to(device, dtype)
-
-        query, key, value = (draw(numbers[f"num_{each}_heads"]) for each in ("attention", "key_value", "key_value"))
-        valid = torch.ones(1, length, dtype=torch.bool, device=device)
-        works: list[Callable[[], object]] = [
-            lambda query=query, key=key, value=value: scaled_dot_product_attention(  # type: ignore[misc]
-                query, key, value, is_causal=True, enable_gqa=True
-            )
-        ]
-        works += [
-            lambda query=query, key=key, valid=valid, count=count: received_attention(  # type: ignore[misc]
-                PromptStates(query, key, valid, scaling=key.shape[-1] ** -0.5), count, last=16
-            )
-            for count in samples
-        ]
-        seconds: list[list[float]] = [[] for _ in works]
-        for run in range(repeats + 1):
-            for work, taken in zip(works, seconds, strict=True):
-                start = now(key.device)
-                work()
-                if run:
-                    taken.append(now(key.device) - start)
-        attention, *scores = map(median, seconds)
+        states, value = _random_layer(shape, length, device, dtype, seed)
+        works = [partial(_attend, states, value), *(partial(_score, states, count) for count in samples)]
+        attention, *scores = median_seconds(works, repeats, value.device)
         times += [
-            ScoreTimes(shape, length, *case) for case in zip(samples, [attention] * len(scores), scores, strict=True)
+            ImportanceTimes(shape, length, count, attention, score)
+            for count, score in zip(samples, scores, strict=True)
         ]
     return times
+
+
+def _random_layer(
+    shape: str, length: int, device: str, dtype: torch.dtype, seed: int
+) -> tuple[PromptStates, torch.Tensor]:
+    """Queries `[1, H, T, D]` and keys of one layer, and its values `[1, K, T, D]`."""
+    numbers = find_shape(shape)
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = numbers["num_attention_heads"], numbers["num_key_value_heads"]
+    query, key, value = (
+        torch.randn(1, heads, length, numbers["head_dim"], generator=generator).to(device, dtype)
+        for heads in (num_heads, num_kv_heads, num_kv_heads)
+    )
+    valid = torch.ones(1, length, dtype=torch.bool, device=device)
+    return PromptStates(query, key, valid, scaling=key.shape[-1] ** -0.5), value
+
+
+def _attend(states: PromptStates, value: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(states.query, states.key, value, is_causal=True, enable_gqa=True)
+
+
+def _score(states: PromptStates, samples: int) -> torch.Tensor:
+    return received_attention(states, samples, last=16)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 
 import torch
 
-from headprof.bench.generate import now
+from headprof.bench.measure import Progress, median_seconds, require_at_least
 from headprof.compression.budget import ProfileBudget
 from headprof.compression.methods import METHODS
-from headprof.compression.reduction import EvictThenMerge, Reduced, Rows, largest, ranking
-from headprof.errors import UsageError
-from headprof.random_models import SHAPES
+from headprof.compression.reduction import Reduced, Rows, largest, ranking
+from headprof.random_models import find_shape
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def run_merge_bench(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-    on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_progress: Progress = lambda text, done, total: None,
 ) -> list[MergeTimes]:
     """Reduce random keys and values with uneven attention, alternating both ways.
 
@@ -60,7 +59,7 @@ def run_merge_bench(
         lengths: prompt lengths in tokens.
         budgets: average tokens per KV head.
         batch: sequences.
-        repeats: timed runs, of which the median counts.
+        repeats: timed runs, after one that is not, of which the median counts.
         device, dtype: of the keys and values.
         seed: of all that is random.
         on_progress: called before each case.
@@ -68,38 +67,36 @@ def run_merge_bench(
     Raises:
         UsageError: there is no such shape, or a number is too small.
     """
-    if shape not in SHAPES:
-        raise UsageError(f"There is no model shape {shape!r}: choose one of {', '.join(SHAPES)}.")
-    if min(*lengths, *budgets, batch, repeats) < 1:
-        raise UsageError("Lengths, budgets, batch and repeats must be at least 1: raise the one that is less.")
+    find_shape(shape)
+    require_at_least(1, lengths=lengths, budgets=budgets, batch=batch, repeats=repeats)
     cases = [(length, budget) for length in lengths for budget in budgets]
     times = []
     for done, (length, budget) in enumerate(cases):
         on_progress(f"Merging {length} tokens into {budget}", done, len(cases))
         rows, kept = _random_layer(shape, length, budget, batch, device, dtype, seed)
-        reduction = METHODS["ems"].reduction
-        assert isinstance(reduction, EvictThenMerge)
-        parts = [(_head(rows, b, k), kept[b : b + 1, k : k + 1]) for b in range(batch) for k in range(kept.shape[1])]
-        together, looped = reduction.reduce(rows, kept), [reduction.reduce(*part) for part in parts]
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for _ in range(repeats):
-            start = now(rows.keys.device)
-            reduction.reduce(rows, kept)
-            middle = now(rows.keys.device)
-            for part in parts:
-                reduction.reduce(*part)
-            seconds[0].append(middle - start)
-            seconds[1].append(now(rows.keys.device) - middle)
-        equal = _equal(together, looped)
-        times.append(MergeTimes(shape, length, budget, batch, median(seconds[0]), median(seconds[1]), equal))
+        works: list[Callable[[], object]] = [partial(_reduce, rows, kept), partial(_reduce_heads, rows, kept)]
+        together, looped = median_seconds(works, repeats, rows.keys.device)
+        equal = _equal(_reduce(rows, kept), _reduce_heads(rows, kept))
+        times.append(MergeTimes(shape, length, budget, batch, together, looped, equal))
     return times
+
+
+def _reduce(rows: Rows, kept: torch.Tensor) -> Reduced:
+    """All heads in one operation."""
+    return METHODS["ems"].reduction.reduce(rows, kept)
+
+
+def _reduce_heads(rows: Rows, kept: torch.Tensor) -> list[Reduced]:
+    """One head after the other."""
+    batch, num_kv_heads = kept.shape[:2]
+    return [_reduce(_head(rows, b, k), kept[b : b + 1, k : k + 1]) for b in range(batch) for k in range(num_kv_heads)]
 
 
 def _random_layer(
     shape: str, length: int, budget: int, batch: int, device: str, dtype: torch.dtype, seed: int
 ) -> tuple[Rows, torch.Tensor]:
     """Rows of one layer and which of them its heads keep; attention falls off as a power, as it does in models."""
-    numbers = SHAPES[shape]
+    numbers = find_shape(shape)
     generator = torch.Generator().manual_seed(seed)
     sizes = (batch, numbers["num_key_value_heads"], length)
     drift = torch.randn(*sizes, numbers["head_dim"], generator=generator).cumsum(dim=2) * 0.3  # neighbors are alike

@@ -188,12 +188,12 @@ def bench_importance(
     """
     from dataclasses import asdict
 
-    from headprof.bench.importance import run_score_bench
+    from headprof.bench.importance import run_importance_bench
     from headprof.random_models import place_and_dtype
 
     place, type_of_numbers = place_and_dtype(device, dtype)
     with terminal.progress() as report:
-        times = run_score_bench(
+        times = run_importance_bench(
             shape,
             lengths_of(lengths),
             tuple(0 if each == "0" else lengths_of(each)[0] for each in samples.split(",")),
@@ -206,4 +206,81 @@ def bench_importance(
     if json:
         terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
     else:
-        terminal.result_table(*tables.scoring(times))
+        terminal.result_table(*tables.importance(times))
+
+
+@bench.command(name="score")
+@guarded
+def bench_score(
+    model: Model = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a published shape, instead of --model; implies --include-failed."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k",
+    probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48,
+    pack: Annotated[
+        int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
+    ] = None,
+    sides: Annotated[str, typer.Option(help="What is run, with commas.")] = "packed,stepwise-fast,stepwise-attentions",
+    include_failed: Annotated[
+        bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Best heads that are compared.")] = 10,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
+    json: JsonFlag = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    attn: Attn = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Time scoring beside the papers' procedure, on the same probes.
+
+    The papers hide one needle in a context and decode its answer token by token with every layer's attention: after a
+    fast prefill, or after one that returns all attention too.
+
+    [dim]headprof bench score --lengths 1k,2k
+    headprof bench score --shape llama-3-8b --lengths 8k,32k --sides packed,stepwise-fast[/]
+    """
+    from dataclasses import asdict
+
+    from headprof.bench.score import ScoreBenchRequest, run_score_bench
+
+    request = ScoreBenchRequest(
+        lengths=lengths_of(lengths),
+        probes=probes,
+        pack=pack,
+        include_failed=include_failed or shape is not None,
+        seed=seed,
+        sides=tuple(sides.split(",")),
+        top=top,
+        stop_after_answer=shape is not None,
+    )
+    request.check()
+    if output is not None:
+        from headprof.files import check_writable
+
+        check_writable(output)
+    if shape is not None:
+        from headprof.random_models import load_random
+
+        loaded, _ = load_random(shape, device=device, dtype=dtype, attn=attn, max_positions=max(request.lengths))
+    else:
+        loaded = load(model, device, dtype, attn, trust_remote_code)
+    with terminal.progress() as report:
+        result = run_score_bench(loaded, request, report)
+    figures = {"model": loaded.name, "request": asdict(request)} | asdict(result)
+    if output is not None:
+        from headprof.files import write_json
+
+        write_json(output, figures)
+    if json:
+        terminal.json(figures)
+        return
+    terminal.remark(", ".join(f"{name} {value}" for name, value in result.environment.items()))
+    terminal.result_table(*tables.score_bench(result))
+    if result.agreements:
+        terminal.result_table(*tables.score_agreement(result))
+    for remark in tables.memory_remarks(result):
+        terminal.remark(remark)
