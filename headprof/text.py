@@ -28,7 +28,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def token_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's words that the prediction has too, from 0 to 1 (ROUGE-1 recall, words as in `token_f1`)."""
+    """Share of the reference's words that the prediction has too, from 0 to 1 (ROUGE-1 recall)."""
     predicted, expected = normalize_answer(prediction).split(), normalize_answer(reference).split()
     if not expected:
         return float(not predicted)
