@@ -16,6 +16,7 @@ from tiny import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from headprof.errors import ModelError, UsageError
+from headprof.evaluation.metrics import possible_labels
 from headprof.evaluation.tasks import BENCHMARKS, TASKS, Example, TaskRequest, babilong, cut_middle, expand, longbench
 from headprof.evaluation.tasks.babilong import config_of
 from headprof.evaluation.tasks.example import keep_ends, split_template
@@ -258,7 +259,7 @@ def test_no_label_is_mentioned_before_the_text(data_dir):
     """So that repeating a worked example, or the instructions, is never right."""
     for task, labels in babilong.LABELS.items():
         example = examples(f"babilong/{task}", data_dir, limit=1)[0]
-        assert example.classes == labels
+        assert example.classes == possible_labels(labels, example.after)
         assert not [label for label in labels if label.lower() in example.before.lower()]
         assert example.before.count("Example: ") == 2
 
