@@ -6,16 +6,21 @@ import re
 import struct
 import xml.etree.ElementTree as ET
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
 from headprof.errors import HeadprofError, ProfileError, UsageError
-from headprof.plots.heads import _bar_ticks, _decimals, _draw, _tick_step, heatmap
+from headprof.plots.certainty import half_width, interval_of, is_unsure
+from headprof.plots.heads import _decimals, _draw, _tick_step, heatmap
+from headprof.plots.style import bar_ticks, even_ticks
 from headprof.profile import KINDS, HeadProfile
 from headprof.shape import HeadShape
 
@@ -216,7 +221,7 @@ def test_suffix_in_capitals_and_missing_folders(tmp_path):
 
 @pytest.mark.parametrize("name", ["heads.pdf", "heads", "heads.png.txt"])
 def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(UsageError, match=r"\.png or \.svg"):
+    with pytest.raises(UsageError, match=r"\.png, \.svg or \.html"):
         heatmap(make_profile(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -245,7 +250,7 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
 @pytest.mark.parametrize("highest", [1.0, 1.0087, 0.62, 0.05, 3e-6, 1234.0])
 @pytest.mark.parametrize("height", [0.45, 1.8, 6.2])
 def test_bar_ticks_are_round_rising_and_apart(highest, height):
-    ticks = _bar_ticks(highest, height)
+    ticks = bar_ticks(highest, height)
     assert ticks[0] == 0
     assert all(f"{tick:.0e}"[0] in "125" and float(f"{tick:.0e}") == pytest.approx(tick) for tick in ticks[1:])
     places = [height * (tick / highest) ** 0.5 for tick in ticks]
@@ -265,3 +270,153 @@ def test_small_helpers():
         4,
         2,
     ]
+
+
+def with_intervals(profile: HeadProfile) -> HeadProfile:
+    """Lopsided intervals, as a bootstrap gives near zero."""
+    intervals = {
+        kind: (
+            (scores - 1.5 * profile.standard_errors[kind]).clamp(min=0),
+            scores + 2.5 * profile.standard_errors[kind],
+        )
+        for kind, scores in profile.scores.items()
+    }
+    return replace(profile, intervals=intervals)
+
+
+def drawn_with_uncertainty(profile: HeadProfile, kinds=KINDS, top: int = 10):
+    figure = _draw(profile, {kind: profile.top_heads(kind, top) for kind in kinds}, uncertainty=True)
+    figure.canvas.draw()
+    return figure
+
+
+def test_the_picture_without_uncertainty_does_not_depend_on_intervals(tmp_path):
+    for suffix in ("png", "svg"):
+        bare = heatmap(make_profile(), tmp_path / f"a.{suffix}").read_bytes()
+        assert heatmap(with_intervals(make_profile()), tmp_path / f"b.{suffix}").read_bytes() == bare
+        shown = heatmap(make_profile(), tmp_path / f"c.{suffix}", uncertainty=True).read_bytes()
+        assert shown != bare
+        assert heatmap(make_profile(), tmp_path / f"d.{suffix}", uncertainty=True).read_bytes() == shown
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), SIZES)
+@pytest.mark.parametrize("has_intervals", [False, True])
+def test_the_panel_of_uncertainty_shows_half_the_width_of_each_interval(layers, heads, kv_heads, has_intervals):
+    profile = make_profile(layers, heads, kv_heads)
+    profile = with_intervals(profile) if has_intervals else profile
+    figure = drawn_with_uncertainty(profile)
+    for kind, scores, shown in zip(KINDS, figure.axes[0::4], figure.axes[2::4], strict=True):
+        box, other = scores.get_window_extent(), shown.get_window_extent()
+        assert (box.width, box.height) == pytest.approx((other.width, other.height))
+        values = shown.collections[0].get_array().reshape(layers, heads)
+        for layer in range(layers):
+            for head in range(heads):
+                if has_intervals:
+                    low, high = (float(end[layer, head]) for end in profile.intervals[kind])
+                    expected = (high - low) / 2
+                else:
+                    expected = 1.96 * float(profile.standard_errors[kind][layer, head])
+                assert values[layer, head] == pytest.approx(expected, abs=1e-7)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=12), st.integers(0, 13))
+def test_a_place_is_uncertain_when_the_interval_meets_one_outside(parts, top):
+    scores, below, above = torch.tensor(parts, dtype=torch.float32).div(8).T
+    count = len(parts)
+    profile = HeadProfile(
+        "m",
+        HeadShape("M", 1, count, count, 8, 10),
+        {"retrieval": scores[None]},
+        intervals={"retrieval": ((scores - below).clamp(min=0)[None], (scores + above)[None])},
+    )
+    low, high = (end.flatten().tolist() for end in profile.intervals["retrieval"])
+    order = sorted(range(count), key=lambda i: (-float(scores[i]), i))
+    inside, outside = order[:top], order[top:]
+    expected = [any(low[i] <= high[j] for j in outside) for i in inside]
+    assert is_unsure(profile, "retrieval", top) == expected
+
+
+def test_intervals_from_standard_errors_are_cut_off_at_zero_and_widths_are_not():
+    scores = {"retrieval": torch.tensor([[0.5, 0.1]])}
+    profile = HeadProfile("m", HeadShape("M", 1, 2, 2, 8, 10), scores, {"retrieval": torch.tensor([[0.1, 0.1]])})
+    low, high = interval_of(profile, "retrieval")
+    assert low.tolist() == [pytest.approx([0.304, 0.0])]
+    assert high.tolist() == [pytest.approx([0.696, 0.296])]
+    assert half_width(profile, "retrieval").tolist() == [pytest.approx([0.196, 0.196])]
+    bare = HeadProfile("m", profile.shape, scores)
+    assert interval_of(bare, "retrieval") is None and half_width(bare, "retrieval") is None
+    assert is_unsure(bare, "retrieval", 1) == [False]
+
+
+def test_dashes_mark_the_uncertain_heads_in_both_panels():
+    profile = with_intervals(make_profile(30, 9, 3))
+    unsure = is_unsure(profile, "retrieval", 10)
+    assert {True, False} == set(unsure)
+    figure = drawn_with_uncertainty(profile, ("retrieval",))
+    for axes, name in ((figure.axes[0], "top"), (figure.axes[2], "uncertainty")):
+        outlines = {patch.get_gid(): patch for patch in axes.patches if patch.get_gid()}
+        styles = [outlines[f"{name}-retrieval-{rank}"].get_linestyle() for rank in range(1, 11)]
+        assert [style not in ("-", "solid") for style in styles] == unsure
+    plain = _draw(profile, {"retrieval": profile.top_heads("retrieval", 10)})
+    assert {patch.get_linestyle() for patch in plain.axes[0].patches} <= {"-", "solid"}
+
+
+def test_the_words_of_a_picture_with_uncertainty():
+    profile = with_intervals(make_profile(30, 9, 3))
+    texts = [text.get_text() for text in drawn_with_uncertainty(profile).texts]
+    assert texts.count("in the top 10") == 2
+    assert texts.count("perhaps not: its 95 % interval meets one outside") == 2
+    assert "Top 10 retrieval heads (score, 95 % interval)" in texts
+    layer, head, score = profile.top_heads("retrieval", 1)[0]
+    low, high = (float(end[layer, head]) for end in profile.intervals["retrieval"])
+    assert texts[texts.index(f"L{layer} H{head}") + 1] == f"{score:.2f}  [{low:.2f}, {high:.2f}]"
+    assert not any("perhaps" in text.get_text() for text in drawn_with_uncertainty(profile, top=0).texts)
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), SIZES)
+@pytest.mark.parametrize("kinds", [KINDS, KINDS[:1]])
+def test_with_uncertainty_no_text_leaves_the_picture_or_touches_another(layers, heads, kv_heads, kinds):
+    profile = with_intervals(make_profile(layers, heads, kv_heads, name="organization/A-Model-With-A-Long-Name-70B"))
+    figure = drawn_with_uncertainty(profile, kinds)
+    width, height = figure.get_size_inches() * figure.dpi
+    texts = list(figure.texts)
+    for axes in figure.axes:
+        ranks = {text for text in axes.texts if text.get_text().isdigit()}
+        texts += [text for text in axes.texts if text not in ranks]
+        texts += [axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text() and text.get_visible()]
+    for text, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text
+    for (one, box), (other, another) in itertools.combinations(boxes, 2):
+        across = min(box.x1, another.x1) - max(box.x0, another.x0)
+        along = min(box.y1, another.y1) - max(box.y0, another.y0)
+        assert min(across, along) <= 0.5, (one, other)
+
+
+@pytest.mark.parametrize("suffix", ["png", "html"])
+def test_uncertainty_that_is_not_known_is_a_usage_error(tmp_path, suffix):
+    profile = replace(make_profile(), standard_errors={"retrieval": torch.ones(4, 6)})
+    with pytest.raises(UsageError, match="neither intervals nor standard errors of its reasoning scores"):
+        heatmap(profile, tmp_path / f"heads.{suffix}", uncertainty=True)
+    assert list(tmp_path.iterdir()) == []
+    heatmap(profile, tmp_path / f"heads.{suffix}", which="retrieval", uncertainty=True)
+
+
+def test_uncertainty_of_zero_is_drawn(tmp_path):
+    profile = replace(make_profile(), standard_errors={kind: torch.zeros(4, 6) for kind in KINDS})
+    png_size(heatmap(profile, tmp_path / "heads.png", uncertainty=True).read_bytes())
+
+
+@given(st.floats(1e-6, 1e4), st.floats(0.3, 9))
+def test_even_ticks_are_even_round_and_apart(highest, length):
+    ticks = even_ticks(highest, length)
+    assert ticks[0] == 0 and ticks[-1] <= highest
+    assert len(ticks) <= 7
+    steps = [after - before for before, after in itertools.pairwise(ticks)]
+    for step in steps:
+        assert step == pytest.approx(steps[0])
+        assert step / highest * length >= 0.4 * (1 - 1e-9)
+    if steps:
+        assert f"{steps[0]:.0e}"[0] in "125" and float(f"{steps[0]:.0e}") == pytest.approx(steps[0])
+    if length >= 2:
+        assert len(ticks) >= 3

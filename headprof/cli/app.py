@@ -50,6 +50,7 @@ from headprof.cli.shared import (
     method_options,
     terminal,
 )
+from headprof.cli.validate import validate
 
 app = typer.Typer(
     name="headprof",
@@ -167,19 +168,29 @@ def heatmap(
     model: Model = None,
     which: Annotated[str, typer.Option(help="retrieval, reasoning or both.")] = "both",
     top: Annotated[int, typer.Option(min=0, help="Heads to mark and list.")] = 10,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")] = Path("heads.png"),
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Show how sure each score is; dash heads that may not be in the top.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg, or .html to point and click in.")
+    ] = Path("heads.png"),
 ) -> None:
     """Draw a head profile: layers by heads, the top heads marked.
 
-    [dim]headprof heatmap -o heads.svg[/]
+    [dim]headprof heatmap -o heads.svg
+    headprof heatmap --uncertainty
+    headprof heatmap -o heads.html[/]
     """
     from headprof import plots
     from headprof.models import model_name
     from headprof.profile import HeadProfile, find_profile
 
     loaded = HeadProfile.load(find_profile(model_name(model), profile))
-    plots.heatmap(loaded, path=output, which=which, top=top)
+    plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)
     terminal.result(str(output))
+
+
+app.command()(validate)
 
 
 @app.command()

@@ -82,6 +82,12 @@ class SharedContext:
         Returns:
             logits of these tokens, `[N, vocabulary]`.
         """
+        logits = self.forward(suffixes, rows)[0]
+        self.rewind()
+        return logits
+
+    def forward(self, suffixes: Sequence[Sequence[int]], rows: torch.Tensor) -> torch.Tensor:
+        """As `ask`, of a model that may make a batch of one sequence, `[B, N, vocabulary]`; the cache keeps it all."""
         seen = len(self._ids)
         ids = torch.tensor([list(chain.from_iterable(suffixes))], device=self.model.device)
         options = {}
@@ -89,9 +95,7 @@ class SharedContext:
             positions = torch.cat([torch.arange(seen, seen + len(suffix)) for suffix in suffixes])
             options = {"position_ids": positions[None].to(ids.device), "attention_mask": self._masks(suffixes)}
         rows = rows.to(ids.device)
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=rows, **options).logits[0]
-        self.rewind()
-        return logits
+        return self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=rows, **options).logits
 
     def _masks(self, suffixes: Sequence[Sequence[int]]) -> torch.Tensor | dict[str, torch.Tensor]:
         """What each suffix's tokens see, added to the logits: `[1, 1, S, seen + S]`, one for each type of layer."""

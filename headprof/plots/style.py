@@ -1,0 +1,68 @@
+"""What the static and the interactive heatmap share: colors, scales and the words about where scores came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+
+from headprof.profile import HeadProfile
+
+INK, MUTED, MARK = "#1b1720", "#6d6875", "#29d3c2"
+GRID = "#2a2238"
+SCORE_COLORMAP, UNCERTAINTY_COLORMAP = "magma", "cividis"
+SCORE_GAMMA = 0.5
+"""Exponent of the score's color scale. A few heads dwarf the rest: a linear scale would show those few and black."""
+
+
+def shape_fact(profile: HeadProfile) -> str:
+    """`30 layers × 9 query heads on 3 KV heads`; without the KV heads where none is shared."""
+    shape = profile.shape
+    heads = f"{shape.num_heads} query heads"
+    if shape.group_size > 1:
+        heads += f" on {shape.num_kv_heads} KV head{'s' * (shape.num_kv_heads != 1)}"
+    return f"{shape.num_layers} layers × {heads}"
+
+
+def probe_facts(profile: HeadProfile, kinds: Iterable[str]) -> list[str]:
+    """How many probes of which lengths (tokens) the scores of `kinds` rest on, as far as the profile says."""
+    facts = []
+    counted = [f"{profile.probes_used[kind]} {kind}" for kind in kinds if profile.probes_used.get(kind)]
+    if counted:
+        facts.append(f"{' + '.join(counted)} probes")
+    lengths = profile.settings.get("lengths")
+    if isinstance(lengths, Sequence) and lengths and all(isinstance(length, int) for length in lengths):
+        facts.append(f"contexts of {', '.join(_format_length(length) for length in lengths)} tokens")
+    return facts
+
+
+def _format_length(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def bar_ticks(highest: float, length: float, apart: float = 0.28) -> list[float]:
+    """Ticks of the score's color bar: 0 and round values (1, 2, 5 times a power of ten) up to `highest`.
+
+    Args:
+        highest: value at the bar's far end, above 0.
+        length: of the bar, in inches.
+        apart: least distance between two ticks, in inches.
+    """
+    decade = math.floor(math.log10(highest))
+    candidates = [digit * 10.0**exponent for exponent in range(decade, decade - 3, -1) for digit in (5, 2, 1)]
+    ticks: list[float] = []
+    last_place = math.inf
+    for value in candidates:
+        place = length * (value / highest) ** SCORE_GAMMA
+        if value <= highest and min(place, last_place - place) >= apart:
+            ticks.append(value)
+            last_place = place
+    return [0.0, *reversed(ticks)]
+
+
+def even_ticks(highest: float, length: float, apart: float = 0.4) -> list[float]:
+    """Ticks of a linear color bar: seven at most, 0 and multiples of 1, 2 or 5 times a power of ten."""
+    least = max(apart / length, 1 / 6) * highest
+    decade = math.floor(math.log10(least))
+    step = next(step for step in (Decimal(digit).scaleb(decade) for digit in (1, 2, 5, 10)) if step >= least)
+    return [float(i * step) for i in range(int(Decimal(highest) / step) + 1)]

@@ -1,0 +1,180 @@
+"""The picture of a causal check: answers that are left when more and more heads are silent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headprof.errors import UsageError
+from headprof.files import atomic_write
+from headprof.plots.style import INK, MUTED
+from headprof.scoring.validation import FAMILIES, Validation
+from headprof.scoring.verdict import curve, verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+_DPI = 180
+
+# Set in full so that a user's own matplotlibrc does not change the picture.
+_STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "headprof", "svg.fonttype": "path", "axes.linewidth": 0.6}
+
+_COLORS = {"top": "#d55e00", "random": "#0072b2", "bottom": "#6d6875"}
+"""Of Okabe and Ito's palette, which color-blind people can tell apart; so do the markers and the labels."""
+_MARKERS = {"top": "o", "random": "s", "bottom": "^"}
+_LINES = {"top": "-", "random": "-", "bottom": (0, (2, 1.5))}
+_LABELS = {"top": "top heads", "random": "random, same layers", "bottom": "bottom heads"}
+
+# Inches.
+_PANEL_WIDTH, _PANEL_HEIGHT, _LABEL_WIDTH, _GAP = 3.3, 2.7, 1.35, 0.62
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.68, 0.15, 1.55, 0.55
+_WHERE = {"prompt": "silent in the whole prompt", "question": "silent from the question on"}
+
+
+def check_picture(path: Path) -> None:
+    """Complain about a picture that cannot be written, before any work is done; raises `UsageError`."""
+    if path.suffix.lower() not in FORMATS:
+        raise UsageError(
+            f"A validation plot is written as {' or '.join(FORMATS)}, not as {path.name!r}: choose one with -o."
+        )
+
+
+def validation_plot(result: Validation, path: str | Path) -> Path:
+    """Draw accuracy against the number of silent heads and write it atomically; equal results give equal bytes.
+
+    A panel for each kind of score shows the probes of that kind; bands are 95 % intervals. In SVG a line has the id
+    `<kind>-<family>`.
+
+    Args:
+        result: what to draw.
+        path: the picture, PNG or SVG by its suffix.
+
+    Returns:
+        `path`.
+
+    Raises:
+        UsageError: another suffix.
+        HeadprofError: the disk refused.
+    """
+    path = Path(path)
+    check_picture(path)
+
+    import matplotlib.style
+
+    suffix = path.suffix.lower()
+    with matplotlib.style.context(["default", _STYLE]), atomic_write(path) as temporary:
+        figure = _draw(result)
+        # The date and the version of matplotlib would make equal pictures differ.
+        undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
+        figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=undated)
+    return path
+
+
+def _draw(result: Validation) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    slot = _PANEL_WIDTH + _LABEL_WIDTH
+    width = _LEFT + len(result.kinds) * (slot + _GAP) - _GAP + _RIGHT
+    height = _TOP + _PANEL_HEIGHT + _BOTTOM
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    _write_line(figure, result.model_name, below=0.36, fontsize=14, color=INK, weight="bold")
+    _write_line(figure, "  ·  ".join(_facts(result)), below=0.65, fontsize=9, color=MUTED)
+    for panel, kind in enumerate(result.kinds):
+        left = _LEFT + panel * (slot + _GAP)
+        axes = figure.add_axes((left / width, _BOTTOM / height, _PANEL_WIDTH / width, _PANEL_HEIGHT / height))
+        _draw_panel(axes, result, kind)
+    return figure
+
+
+def _facts(result: Validation) -> list[str]:
+    counts = [f"{len(result.places(kind))} {kind}" for kind in result.kinds]
+    return [
+        f"{' + '.join(counts)} probes",
+        f"contexts of {result.settings.length:,} tokens",
+        f"heads {_WHERE[result.settings.where]}",
+    ]
+
+
+def _write_line(figure: Figure, text: str, below: float, fontsize: float, **style: Any) -> None:
+    """Write a line `below` inches from the top, shrunk when it is wider than the figure."""
+    width, height = figure.get_size_inches()
+    line = figure.text(_LEFT / width, 1 - below / height, text, va="center", fontsize=fontsize, **style)
+    line.set_parse_math(False)
+    room = (width - _LEFT - _RIGHT) * figure.dpi
+    while (taken := line.get_window_extent().width) > room:  # small letters shrink unevenly
+        line.set_fontsize(line.get_fontsize() * room / taken)
+
+
+def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
+    counts = [0, *result.counts]
+    places = range(len(counts))  # a place for each count: the first few heads matter as much as the last many
+    ends = {}
+    for family in FAMILIES:
+        points = curve(result, kind, kind, family)
+        shares = [100 * point.accuracy for point in points]
+        low, high = ([100 * end for end in side] for side in ([p.low for p in points], [p.high for p in points]))
+        color = _COLORS[family]
+        axes.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.plot(
+            places,
+            shares,
+            color=color,
+            marker=_MARKERS[family],
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            linestyle=_LINES[family],
+            linewidth=1.8,
+            zorder=5 if family == "top" else 4,
+            clip_on=False,
+            gid=f"{kind}-{family}",
+        )
+        ends[family] = shares[-1]
+    axes.set(xlim=(-0.15, len(counts) - 0.85), ylim=(0, 102))
+    for family, height in zip(ends, _spread(list(ends.values()), 8.5), strict=True):
+        axes.text(
+            len(counts) - 0.78, height, _LABELS[family], color=_COLORS[family], size=8, weight="bold", va="center"
+        )
+    _label_axes(axes, counts, result.settings.top)
+    found = verdict(result, kind)
+    above = 1 / _PANEL_HEIGHT
+    axes.text(0, 1 + 0.4 * above, kind.capitalize(), transform=axes.transAxes, size=11, weight="bold", color=INK)
+    state = "confirmed" if found.confirmed else "not confirmed"
+    told = f"{state}: at {found.top}, top costs {100 * found.lost['top']:.0f} points and random "
+    told += f"{100 * found.lost['random']:.0f}"
+    axes.text(0, 1 + 0.17 * above, told, transform=axes.transAxes, size=8, color=MUTED)
+
+
+def _label_axes(axes: Axes, counts: Sequence[int], top: int) -> None:
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.get_xticklabels()[list(counts).index(top)].set_fontweight("bold")
+    ticks = range(0, 101, 20)
+    axes.set_yticks(ticks, [f"{tick} %" for tick in ticks])
+    axes.tick_params(labelsize=8, length=2, color=MUTED, labelcolor=INK)
+    axes.set_xlabel("heads silenced", size=8.5, color=MUTED)
+    axes.set_ylabel("probes answered right", size=8.5, color=MUTED)
+    axes.grid(axis="y", color="#e4e1e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
+
+
+def _spread(heights: Sequence[float], apart: float, highest: float = 100) -> list[float]:
+    """Heights of labels near to their own, in the same order, at least `apart`, and none above `highest`."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = list(heights)
+    for below, above in pairwise(order):
+        placed[above] = max(placed[above], placed[below] + apart)
+    limit = highest
+    for number in reversed(order):
+        placed[number] = min(placed[number], limit)
+        limit = placed[number] - apart
+    return placed

@@ -1,0 +1,145 @@
+"""What the causal check of a profile comes to: accuracy against the number of silent heads, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from headprof.scoring.uncertainty import bootstrap_interval
+from headprof.scoring.validation import FAMILIES, Validation
+
+MIN_LOSS = 0.10
+"""Share of the answers that the top heads must cost."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Answers to probes of one kind while some heads are silent; random picks are pooled.
+
+    Attributes:
+        probes: kind of the probes.
+        chosen_by, family, count: of the sets of heads.
+        right, asked: counts of answers.
+        low, high: 95 % interval of the accuracy, 0 to 1, by a bootstrap over contexts.
+        log_prob: mean log-probability of the right answer, in nats.
+    """
+
+    probes: str
+    chosen_by: str
+    family: str
+    count: int
+    right: int
+    asked: int
+    low: float
+    high: float
+    log_prob: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the top heads of a kind cause the answers to its probes.
+
+    Attributes:
+        kind: of the scores and of the probes.
+        top: number of silent heads.
+        baseline: accuracy with nothing silent, 0 to 1.
+        lost: what each of `FAMILIES` costs of it.
+        low, high: 95 % interval of how much more the top heads cost than random ones, by a paired bootstrap over
+            contexts.
+    """
+
+    kind: str
+    top: int
+    baseline: float
+    lost: Mapping[str, float]
+    low: float
+    high: float
+
+    @property
+    def confirmed(self) -> bool:
+        """The top heads cost at least `MIN_LOSS`, and surely more than random heads."""
+        return self.low > 0 and self.lost["top"] >= MIN_LOSS
+
+    def sentence(self) -> str:
+        """The verdict in words, with its figures."""
+        one = self.top == 1
+        heads, others = ("head", "1 random head") if one else (f"{self.top} heads", f"{self.top} random heads")
+        left = self.baseline - self.lost["top"]
+        told = (
+            f"Silencing the top {heads} costs {_points(self.lost['top'])} points ({self.baseline:.0%} to {left:.0%}); "
+            f"{others} of the same layer{'s' * (not one)} cost{'s' * one} {_points(self.lost['random'])}"
+        )
+        start = f"{self.kind.capitalize()}: {'confirmed' if self.confirmed else 'not confirmed'}. {told}"
+        if self.confirmed:
+            return f"{start}."
+        if self.lost["top"] < MIN_LOSS:
+            return f"{start}, where at least {_points(MIN_LOSS)} points count as a cause."
+        ends = f"{_points(self.low)} to {_points(self.high)} points"
+        return f"{start}, a difference that may be chance (95 % interval {ends})."
+
+
+def _points(share: float) -> str:
+    return str(round(100 * share))
+
+
+def curve(result: Validation, probes: str, chosen_by: str, family: str) -> list[CurvePoint]:
+    """Accuracy on probes of one kind against the number of silent heads, from none.
+
+    Args:
+        result: the answers.
+        probes: kind of the probes.
+        chosen_by: kind of score that chose the heads.
+        family: one of `FAMILIES`.
+    """
+    places = result.places(probes)
+    clusters = [result.probes[place].context for place in places]
+    points = []
+    for count in (0, *result.counts):
+        rows = result.rows(chosen_by, family, count)
+        right = result.right[rows][:, places].float()  # [draws, n]
+        low, high = bootstrap_interval(right.mean(dim=0)[:, None], clusters, result.settings.seed)
+        log_prob = float(result.log_probs[rows][:, places].mean())
+        points.append(
+            CurvePoint(
+                probes, chosen_by, family, count, int(right.sum()), right.numel(), float(low), float(high), log_prob
+            )
+        )
+    return points
+
+
+def verdict(result: Validation, kind: str) -> Verdict:
+    """Judge the top heads of a kind by the probes of that kind."""
+    places = result.places(kind)
+    clusters = [result.probes[place].context for place in places]
+    top = result.settings.top
+    right = {
+        family: result.right[result.rows(kind, family, top)][:, places].double().mean(dim=0) for family in FAMILIES
+    }  # [n] each
+    baseline = float(result.right[0, places].double().mean())
+    low, high = bootstrap_interval((right["random"] - right["top"])[:, None], clusters, result.settings.seed)
+    lost = {family: baseline - float(each.mean()) for family, each in right.items()}
+    return Verdict(kind, top, baseline, lost, float(low), float(high))
+
+
+def figures(result: Validation) -> dict[str, Any]:
+    """All of it as plain numbers and texts, for JSON."""
+    verdicts = [verdict(result, kind) for kind in result.kinds]
+    points = [
+        point
+        for probes in result.probe_kinds
+        for kind in result.kinds
+        for family in FAMILIES
+        for point in curve(result, probes, kind, family)
+    ]
+    return {
+        "model": result.model_name,
+        "settings": asdict(result.settings),
+        "verdicts": [asdict(each) | {"confirmed": each.confirmed, "sentence": each.sentence()} for each in verdicts],
+        "points": [asdict(point) | {"accuracy": point.accuracy} for point in points],
+        "sets": [asdict(each) for each in result.sets],
+    }
