@@ -9,8 +9,9 @@ from tiny import ARCHITECTURES, tiny_model
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
-from headprof.compression.cache import CompactRows, FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
+from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError, ModelError, UsageError
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
@@ -94,8 +95,8 @@ def test_prefill_in_chunks_gives_the_same_cache(arch, chunk, method):
     torch.testing.assert_close(out.logits[seen], whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after.logits, whole_after, atol=1e-4, rtol=1e-4)
     for one, other in zip(caches[None].head_layers, caches[chunk].head_layers, strict=True):
-        assert one.lengths == other.lengths and torch.equal(one.positions, other.positions)
-        torch.testing.assert_close(one.keys, other.keys, atol=1e-4, rtol=1e-4)
+        assert one.lengths == other.lengths and torch.equal(one.storage.positions, other.storage.positions)
+        torch.testing.assert_close(one.storage.keys, other.storage.keys, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -172,12 +173,12 @@ def test_appending_within_the_slack_copies_nothing():
     with compressed(model, method="snapkv", budget=9) as plan:
         cache = HeadCache(plan, slack=8)
         prefill(model, random_ids(1, 30), cache)
-        places = [layer.keys.data_ptr() for layer in cache.head_layers]
+        places = [layer.storage.keys.data_ptr() for layer in cache.head_layers]
         for _ in range(8):
             model(random_ids(1, 1), past_key_values=cache)
-        assert [layer.keys.data_ptr() for layer in cache.head_layers] == places
+        assert [layer.storage.keys.data_ptr() for layer in cache.head_layers] == places
         model(random_ids(1, 1), past_key_values=cache)
-        assert [layer.keys.data_ptr() for layer in cache.head_layers] != places
+        assert [layer.storage.keys.data_ptr() for layer in cache.head_layers] != places
 
 
 def test_several_tokens_at_once_equal_one_by_one_and_crop_takes_them_back():
@@ -308,9 +309,10 @@ def test_observers_judge_and_are_not_kept(prefill_chunk):
         whole = model(following, past_key_values=caches[1]).logits
     assert caches[0].get_seq_length() == plain.get_seq_length() == 30
     assert torch.equal(caches[0].lengths, plain.lengths)
-    assert all(int(layer.positions.max()) < 30 for layer in caches[0].head_layers)
+    assert all(int(layer.storage.positions.max()) < 30 for layer in caches[0].head_layers)
     assert any(
-        not torch.equal(a.positions, b.positions) for a, b in zip(caches[0].head_layers, plain.head_layers, strict=True)
+        not torch.equal(a.storage.positions, b.storage.positions)
+        for a, b in zip(caches[0].head_layers, plain.head_layers, strict=True)
     )
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
 

@@ -11,10 +11,11 @@ from transformers.cache_utils import DynamicCache
 
 import headprof
 from headprof.compression.cache import FanOutCache, HeadCache
-from headprof.compression.importance import PromptStates, WindowAttention
+from headprof.compression.importance import WindowAttention
 from headprof.compression.methods import METHODS, find_method, parse_settings
-from headprof.compression.reduction import top_tokens
+from headprof.compression.reduction import largest, ranking
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
+from headprof.compression.states import PromptStates
 from headprof.errors import CacheError, ProfileError, UsageError
 from headprof.shape import HeadShape
 
@@ -102,7 +103,7 @@ def test_window_attention_equals_its_slow_twin(
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_top_tokens_keeps_exactly_the_best(data):
+def test_a_head_keeps_exactly_the_best(data):
     batch, heads, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
     sinks, keep_last = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 4))
     values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=tokens, max_size=tokens)  # many ties
@@ -113,7 +114,7 @@ def test_top_tokens_keeps_exactly_the_best(data):
     counts = torch.tensor(
         [[data.draw(st.integers(0, int(valid[b].sum()))) for _ in range(heads)] for b in range(batch)]
     )
-    kept = top_tokens(importance, counts, valid, sinks=sinks, keep_last=keep_last)
+    kept = largest(ranking(importance, valid, sinks=sinks, keep_last=keep_last), counts)
     for b in range(batch):
         real = [j for j in range(tokens) if valid[b, j]]
         protected = {*real[:sinks], *(real[-keep_last:] if keep_last else [])}
@@ -151,7 +152,7 @@ def test_kept_rows_are_the_prompts_rows():
         cache = HeadCache(plan)
         prefill(model, ids, cache)
     for layer, whole in zip(cache.layers, full.layers, strict=True):
-        rows = layer.compact_rows()
+        rows = layer.storage.compact()
         starts = [0, *accumulate(rows.lengths)]
         for head, (start, stop) in enumerate(pairwise(starts)):
             chosen = slice(start, stop)
@@ -178,7 +179,8 @@ def test_fan_out_equals_separate_prefills():
             prefill(model, ids, alone)
             assert torch.equal(alone.lengths, cache.lengths)
             for a, b in zip(alone.layers, cache.layers, strict=True):
-                assert torch.equal(a.keys, b.keys) and torch.equal(a.positions, b.positions)
+                assert torch.equal(a.storage.keys, b.storage.keys)
+                assert torch.equal(a.storage.positions, b.storage.positions)
         with pytest.raises(CacheError, match="takes one prompt"):
             prefill(model, ids, FanOutCache(together))
 
@@ -280,6 +282,6 @@ def test_on_cuda_the_budget_decides_the_rows_and_a_full_one_changes_nothing(arch
     with compressed(model, random_profile(model), method="headkv-r2", budget=7) as plan:
         cache = HeadCache(plan)
         prefill(model, ids, cache)
-    assert cache.head_layers[0].keys.is_cuda
+    assert cache.head_layers[0].storage.keys.is_cuda
     if arch == "llama":
         assert torch.equal(cache.lengths[:, 1], plan.allocation(40))

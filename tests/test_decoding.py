@@ -10,13 +10,15 @@ from test_compression import random_ids, random_profile
 from tiny import ARCHITECTURES, tiny_model
 
 from headprof.compression.budget import Budget, UniformBudget
-from headprof.compression.cache import HeadCache, HeadCacheLayer, stack_caches
+from headprof.compression.cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document
-from headprof.compression.importance import Accumulated, Importance, Judgement, PromptStates
+from headprof.compression.head_layer import FOLD, HeadCacheLayer
+from headprof.compression.importance import Accumulated, Importance
 from headprof.compression.methods import METHODS, Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.reduction import Evict, EvictThenMerge
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
+from headprof.compression.states import Judgement, PromptStates
 from headprof.errors import CacheError, UsageError
 from headprof.generation import compress_document, generate_text, question_ids
 from headprof.shape import HeadShape
@@ -37,6 +39,16 @@ def distinct_ids(batch, length, seed=0):
     """Token ids, none of which comes twice in a sequence: in the first layer their keys are equally long."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(497, generator=generator)[:length] + 3 for _ in range(batch)])
+
+
+def left_padded(ids, lengths):
+    """Sequences of these lengths as a batch with padding in front, and their mask."""
+    width = max(lengths)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    padded = torch.full((len(lengths), width), 2)
+    for entry, length in enumerate(lengths):
+        padded[entry, width - length :] = ids[entry, :length]
+    return padded, mask
 
 
 def options_of(name):
@@ -65,7 +77,7 @@ def head_positions(cache):
     """The places of the rows of each head, by layer."""
     held = []
     for layer in cache.head_layers:
-        rows = layer.compact_rows()
+        rows = layer.storage.compact()
         held.append([part.tolist() for part in rows.positions.split(rows.lengths)])
     return held
 
@@ -74,13 +86,17 @@ def check_same(one, other):
     """Two caches hold the same rows."""
     assert one.get_seq_length() == other.get_seq_length()
     assert head_positions(one) == head_positions(other)
-    for a, b in zip(one.head_layers, other.head_layers, strict=True):
-        rows, twins = a.compact_rows(), b.compact_rows()
-        torch.testing.assert_close(rows.keys, twins.keys, **CLOSE)
-        torch.testing.assert_close(rows.values, twins.values, **CLOSE)
-        for column, twin in ((rows.bias, twins.bias), (rows.received, twins.received)):
-            zeros = rows.keys.new_zeros(len(rows.keys), dtype=torch.float32)
-            torch.testing.assert_close(zeros if column is None else column, zeros if twin is None else twin, **CLOSE)
+    for layer, twin in zip(one.head_layers, other.head_layers, strict=True):
+        check_same_layer(layer, twin)
+
+
+def check_same_layer(layer, twin):
+    rows, twins = layer.storage.compact(), twin.storage.compact()
+    torch.testing.assert_close(rows.keys, twins.keys, **CLOSE)
+    torch.testing.assert_close(rows.values, twins.values, **CLOSE)
+    for column, other in ((rows.bias, twins.bias), (rows.received, twins.received)):
+        zeros = rows.keys.new_zeros(len(rows.keys), dtype=torch.float32)
+        torch.testing.assert_close(zeros if column is None else column, zeros if other is None else other, **CLOSE)
 
 
 # Bounds.
@@ -207,6 +223,129 @@ def test_a_batch_equals_each_sequence_alone(name):
         check_same(batch, stack_caches(alone))
 
 
+# Queries are forgotten before the next compression, as soon as what they paid is added up.
+
+
+def folding(monkeypatch, count):
+    """Fold whenever so many queries are more than need be at hand."""
+    monkeypatch.setattr("headprof.compression.head_layer.FOLD", count)
+
+
+def remembered(cache):
+    """Most queries that a layer remembers."""
+    return max(len(layer.recent) for layer in cache.head_layers)
+
+
+COUNTING = {
+    "h2o": {},
+    "ems": {"window": 5},
+    "headkv-ems": {"window": 3},
+    "ems:combine=global": {"window": 4, "mass": False},
+    "ems:combine=max:recency=1.0:threshold=1.0": {"window": 1},
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_folding_changes_nothing(arch, name, monkeypatch):
+    """Beside its twin, which remembers all queries up to the next compression; padding in prompt and chunks."""
+    model, prompt, total = three_layers(arch, 2), 30, 30 + 96
+    ids, mask = left_padded(distinct_ids(2, total, seed=2), [total, total - 9])
+    mask[1, 56:58] = 0  # inside a chunk
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    plan = plan_for(model, name, buffer=24, **COUNTING[name])
+    early, late = HeadCache(plan), HeadCache(plan)
+    window, compressions, most = COUNTING[name].get("window", 0), 0, {early: 0, late: 0}
+    sizes = [1, 1, 3, 1, 4, 1, 1, 2, 6, 1, 1, 8, 1, 1]
+
+    def feed(cache, start, stop, fold):
+        folding(monkeypatch, fold)
+        most[cache] = max(most[cache], remembered(cache))
+        options = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        return step(model, cache, ids[:, start:stop], **options)
+
+    with attending_ragged(model):
+        start, stop = 0, prompt
+        while stop <= total:
+            logits = [feed(early, start, stop, 2), feed(late, start, stop, 10**9)]
+            seen = mask[:, start:stop].bool()
+            torch.testing.assert_close(logits[0][seen], logits[1][seen], **CLOSE)
+            assert torch.equal(logits[0][seen].argmax(-1), logits[1][seen].argmax(-1))
+            assert head_positions(early) == head_positions(late)
+            for layer, twin in zip(early.head_layers, late.head_layers, strict=True):
+                if layer.storage.appended == stop - start:  # and nothing has been folded since
+                    compressions += 1
+                    check_same_layer(layer, twin)
+            start, stop = stop, stop + sizes[(stop - prompt) % len(sizes)]
+    assert compressions >= 3 * len(early.layers)
+    assert most[early] <= window + 1 + max(sizes) and most[late] > 15
+
+
+@pytest.mark.parametrize("name", ["h2o", "ems", "headkv-ems"])
+def test_bytes_of_remembered_queries_are_bounded(name, monkeypatch):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30 + 140)
+    window = 0 if name == "h2o" else 16
+    row = 2 * 16 * 4 + 3 * 4  # key and value of 16 numbers, position, bias and attention received
+    most = {}
+    for fold in (FOLD, 10**9):
+        folding(monkeypatch, fold)
+        with attending_ragged(model):
+            cache = filled(model, name, ids[:, :30], 12, 64)
+            bound = int((cache.plan.decode_allocation(30) + 64).sum()) * row + 2 * (window + FOLD) * 4 * 16 * 4
+            most[fold] = 0
+            for i in range(30, ids.shape[1]):
+                step(model, cache, ids[:, i : i + 1])
+                most[fold] = max(most[fold], cache.nbytes)
+    assert most[FOLD] <= bound < most[10**9]
+
+
+@pytest.mark.parametrize("name", ["h2o", "ems"])
+def test_tokens_of_the_last_pass_can_be_taken_out_without_a_trace(name, monkeypatch):
+    """As when another model has guessed them, some wrongly."""
+    folding(monkeypatch, 3)
+    model, ids, guesses = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30 + 60), random_ids(1, 7, seed=7)
+    options = {"window": 4} if name == "ems" else {}
+    with attending_ragged(model):
+        plain, cropped = (filled(model, name, ids[:, :30], buffer=20, **options) for _ in range(2))
+        refused = 0
+        for i in range(30, 90):
+            step(model, plain, ids[:, i : i + 1])
+            guessed = guesses if cropped.lengths.max() <= 32 - 8 else guesses[:, :0]  # else it is compressed earlier
+            step(model, cropped, torch.cat([ids[:, i : i + 1], guessed], dim=1))
+            cropped.crop(-guessed.shape[1])
+            if plain.lengths.max() == 13:
+                check_same(plain, cropped)
+            for layer in cropped.head_layers:
+                removable = layer.storage.appended - layer._settled
+                if removable < layer.storage.appended:
+                    refused += 1
+                    with pytest.raises(CacheError, match=f"Only the last {removable} tokens can be taken out"):
+                        layer.crop(-removable - 1)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("name", ["h2o", "ems"])
+def test_stacked_caches_go_on_though_they_remember_unequally_many_queries(name, monkeypatch):
+    folding(monkeypatch, 3)
+    model, ids = tiny_model(num_kv_heads=2, layers=2), distinct_ids(3, 30 + 60)
+    options = {"window": 4} if name == "ems" else {}
+    plan = plan_for(model, name, buffer=20, **options)
+    one, two = [0], [1, 2]
+    with attending_ragged(model):
+        alone = [HeadCache(plan), HeadCache(plan)]
+        for cache, entries, size in zip(alone, (one, two), (1, 7), strict=True):
+            prefill(model, ids[entries, :30], cache)
+            for start in range(30, 44, size):
+                step(model, cache, ids[entries, start : start + size])
+        assert len({remembered(cache) for cache in alone}) == 2
+        batch = stack_caches(alone)
+        for i in range(44, 90):
+            together = step(model, batch, ids[:, i : i + 1])
+            for cache, entries in zip(alone, (one, two), strict=True):
+                torch.testing.assert_close(together[entries], step(model, cache, ids[entries, i : i + 1]), **CLOSE)
+        assert head_positions(batch) == head_positions(stack_caches(alone))
+
+
 # Nothing lost.
 
 
@@ -235,7 +374,7 @@ def test_without_a_buffer_all_after_the_prompt_is_kept(name):
     assert torch.equal(whole.lengths, kept + 100) and torch.equal(roomy.lengths, whole.lengths)
     assert head_positions(whole) == head_positions(roomy)
     assert not torch.allclose(logits[2], logits[0], **CLOSE)
-    assert all(layer.received is None for layer in whole.head_layers)
+    assert all(layer.storage.received is None for layer in whole.head_layers)
 
 
 # Budgets for generating.
@@ -334,12 +473,15 @@ def test_cropped_tokens_leave_no_trace(name, later):
             cropped.crop(-40)
 
 
+@pytest.mark.parametrize("fold", [2, 16])
 @pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "tova", "snapkv", "adakv"])
-def test_reordered_sequences_go_on_as_if_they_had_always_been_there(name):
+def test_reordered_sequences_go_on_as_if_they_had_always_been_there(name, fold, monkeypatch):
+    folding(monkeypatch, fold)
     model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(3, 30 + 13)
     chosen, following = [2, 0, 0, 1], random_ids(4, 20, seed=3)
     with attending_ragged(model):
-        cache, expected = filled(model, name, ids[:, :30]), filled(model, name, ids[chosen, :30])
+        window = 3 if "ems" in name else None
+        cache, expected = (filled(model, name, each, window=window) for each in (ids[:, :30], ids[chosen, :30]))
         for i in range(30, 43):
             step(model, cache, ids[:, i : i + 1])
             step(model, expected, ids[chosen, i : i + 1])
@@ -361,16 +503,6 @@ def test_beams_run_in_constant_memory(name):
         made = model.generate(ids, past_key_values=cache, max_new_tokens=50, num_beams=3, **GREEDY)
     assert made.shape == (2, 80) and cache.lengths.shape == (2, 6, 2)
     assert (cache.lengths <= plan.decode_allocation(80)[:, None] + 8).all()
-
-
-def left_padded(ids, lengths):
-    """Sequences of these lengths as a batch with padding in front, and their mask."""
-    width = max(lengths)
-    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
-    padded = torch.full((len(lengths), width), 2)
-    for entry, length in enumerate(lengths):
-        padded[entry, width - length :] = ids[entry, :length]
-    return padded, mask
 
 
 @pytest.mark.parametrize("name", ["ems", "headkv-ems", "h2o", "tova", "snapkv", "streamingllm"])
@@ -406,7 +538,7 @@ def test_hidden_rows_go_at_the_next_compression(name):
         mask[1, 30:34] = 0
         positions = mask.cumsum(-1)[:, 30:] - 1
         step(model, batch, random_ids(2, 7, seed=1), attention_mask=mask, position_ids=positions)
-        bias = batch.head_layers[0].compact_rows().bias
+        bias = batch.head_layers[0].storage.compact().bias
         assert int((bias == float("-inf")).sum()) == 2 * 4
         for i in range(4):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -416,7 +548,7 @@ def test_hidden_rows_go_at_the_next_compression(name):
         for layer, held in zip(batch.head_layers, head_positions(batch), strict=True):
             assert not any({30, 31, 32, 33} & set(positions) for positions in held[2:])
             assert {36, 40} <= set(held[2]) & set(held[3])
-            assert layer.bias is None or layer.compact_rows().bias.isfinite().all()
+            assert layer.storage.bias is None or layer.storage.compact().bias.isfinite().all()
         if name not in SHARING:
             assert (batch.lengths == (batch.plan.decode_allocation(38) + 3)[:, None]).all()
 
@@ -432,8 +564,8 @@ def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, de
     loaded, _ = load_document(tmp_path / "doc.safetensors", tiny)
     check_same(cache, loaded)
     if "ems" in name:
-        assert cache.head_layers[0].bias is not None and cache.head_layers[0].bias.max() > 0
-    assert (cache.head_layers[0].received is not None) == (name != "snapkv")
+        assert cache.head_layers[0].storage.bias is not None and cache.head_layers[0].storage.bias.max() > 0
+    assert (cache.head_layers[0].storage.received is not None) == (name != "snapkv")
     assert loaded.plan.method == plan.method and loaded.plan.buffer == 6
     for seen in (200, 500):
         assert torch.equal(loaded.plan.decode_allocation(seen), plan.decode_allocation(seen))
@@ -443,6 +575,31 @@ def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, de
     check_same(cache, loaded)
     last = cache.get_seq_length()
     assert (cache.lengths[:, 0] <= plan.decode_allocation(last) + 6).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "decode_budget", "buffer"), [("ems", 20, 40), ("h2o", None, 40), ("snapkv", 12, 10), ("tova", 20, 40)]
+)
+@pytest.mark.parametrize("stops", [[60], [60, 90, 93]])
+def test_a_document_saved_while_text_is_generated_goes_on_as_the_one_in_memory(
+    tiny, tmp_path, name, decode_budget, buffer, stops, monkeypatch
+):
+    """With the queries that its next compression goes by, some of them padding."""
+    folding(monkeypatch, 6)
+    ids, mask = random_ids(2, 60 + 33 + 40), torch.ones(2, 60 + 33 + 40, dtype=torch.int64)
+    mask[1, 91:92] = 0
+    with attending_ragged(tiny.model):
+        cache = HeadCache(plan_for(tiny.model, name, 24, buffer, decode_budget=decode_budget))
+        for start, stop in zip([0, *stops], stops, strict=False):
+            step(tiny.model, cache, ids[:, start:stop], attention_mask=mask[:, :stop])
+        save_document(cache, tmp_path / "doc.safetensors", tiny)
+        loaded, _ = load_document(tmp_path / "doc.safetensors", tiny)
+        assert remembered(loaded) == remembered(cache)
+        check_same(cache, loaded)
+        for i in range(stops[-1], stops[-1] + 40):
+            logits = [step(tiny.model, each, ids[:, i : i + 1]) for each in (cache, loaded)]
+            torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+        check_same(cache, loaded)
 
 
 # What a layer hands to an importance.
@@ -491,7 +648,7 @@ def test_a_layer_hands_over_the_rows_it_holds_and_the_queries_since():
     assert layer.lengths == [10, 10, 7, 7]
     seen, since, own, compressions = prompt, [], [], 0
     for number, count in enumerate([1, 2, 3, 1, 4, 2, 3, 3, 1, 1, 6, 2] * 2):
-        held, asked = layer.compact_rows(), len(watching.judged)
+        held, asked = layer.storage.compact(), len(watching.judged)
         layer.update(random(2, count), random(2, count))
         if len(watching.judged) > asked:
             compressions += 1
@@ -512,12 +669,12 @@ def test_a_layer_hands_over_the_rows_it_holds_and_the_queries_since():
         new_queries, judges = random(6, count), torch.ones(2, count, dtype=torch.bool)
         if number % 5 == 4:
             judges[1, 0] = False
-            layer.hide_newest(judges)
+            layer.storage.hide_newest(judges)
         layer.observe(new_queries, None if judges.all() else judges, scaling=0.5, softcap=9.0, sliding_window=7)
         since.append(new_queries)
         own.append(judges)
         seen += count
-    assert compressions >= 6 and layer.bias.max() > 1
+    assert compressions >= 6 and layer.storage.bias.max() > 1
 
 
 # H2O (Zhang et al. 2023), as in the paper.
@@ -546,9 +703,10 @@ class HeavyHitters:
                 row[2] += weight / len(queries)
 
 
-@pytest.mark.parametrize(("buffer", "chunk"), [(1, 1), (5, 1), (5, 3)])
-def test_heavy_hitters_are_those_of_the_paper(buffer, chunk):
+@pytest.mark.parametrize(("buffer", "chunk"), [(1, 1), (5, 1), (5, 3), (20, 1), (20, 3)])
+def test_heavy_hitters_are_those_of_the_paper(buffer, chunk, monkeypatch):
     """With a buffer of one token a row goes for each that comes, as in the paper."""
+    folding(monkeypatch, 4)
     target, prompt, num_tokens, heads, group, dim = 10, 24, 24 + 90, 2, 3, 8
     generator = torch.Generator().manual_seed(buffer)
     query = 2 * torch.randn(1, heads * group, num_tokens, dim, generator=generator)
@@ -569,7 +727,7 @@ def test_heavy_hitters_are_those_of_the_paper(buffer, chunk):
         new = slice(start, min(start + chunk, num_tokens))
         layer.update(key[:, :, new], value[:, :, new])
         layer.observe(query[:, :, new], scaling=0.5)
-        held = layer.compact_rows()
+        held = layer.storage.compact()
         for k, (head, positions) in enumerate(zip(slow, held.positions.split(held.lengths), strict=True)):
             if len(head.rows) + new.stop - new.start > target + buffer:
                 head.evict()

@@ -70,7 +70,7 @@ def test_a_batch_with_a_bias_survives_the_file(tiny, tmp_path):
         tiny.model(random_ids(2, 3), attention_mask=mask, past_key_values=cache)
         save_document(cache, tmp_path / "batch.safetensors", tiny)
         loaded, _ = load_document(tmp_path / "batch.safetensors", tiny)
-        assert loaded.head_layers[0].bias is not None and torch.equal(loaded.lengths, cache.lengths)
+        assert loaded.head_layers[0].storage.bias is not None and torch.equal(loaded.lengths, cache.lengths)
         following = random_ids(2, 4, seed=8)
         expected = tiny.model(following, past_key_values=cache).logits
         torch.testing.assert_close(tiny.model(following, past_key_values=loaded).logits, expected)
@@ -141,7 +141,7 @@ def no_cache(tensors, metadata):
     [
         (edit_values, r"doc\.safetensors has been altered since it was made: restore it, or make it again with"),
         (edit_budget, r"has been altered since it was made"),
-        (older, r"has format version 0 where this headprof reads 2: update headprof, or make it again"),
+        (older, r"has format version 0 where this headprof reads 3: update headprof, or make it again"),
         (no_cache, r"is a safetensors file but not a compressed document: make it again"),
     ],
 )

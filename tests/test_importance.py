@@ -14,12 +14,13 @@ from headprof.compression.importance import (
     GlobalLocal,
     KeyNorm,
     LastQuery,
-    PromptStates,
     Recency,
     WindowAttention,
+    received_attention,
     sampled_queries,
 )
 from headprof.compression.methods import METHODS
+from headprof.compression.states import PromptStates
 from headprof.errors import UsageError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -366,6 +367,25 @@ def check_held_rows(importance, states):
             for k in range(states.key.shape[1]):
                 received = torch.tensor(slow_received(states, attention, b, k))
                 torch.testing.assert_close(judgement.received[b, k], received, **CLOSE)
+
+
+@pytest.mark.parametrize("importance", [each for each in EVERY if each.at_hand is not None], ids=repr)
+@given(held_rows(padding=True), st.integers(0, 9))
+@settings(max_examples=30, deadline=None)
+def test_queries_that_need_not_be_at_hand_count_by_what_they_paid(importance, states, more):
+    start = max(0, states.query.shape[2] - importance.at_hand - more)
+
+    def of_queries(part, received):
+        query, places, judges = states.query[:, :, part], states.places[part], states.judges[:, part]
+        return replace(states, query=query, places=places, judges=judges, received=received, shared={})
+
+    before = received_attention(of_queries(slice(start), states.received))
+    one, other = importance.judge(states), importance.judge(of_queries(slice(start, None), before))
+    for part in fields(one):
+        a, b = getattr(one, part.name), getattr(other, part.name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a[states.valid], b[states.valid], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("importance", EVERY, ids=repr)

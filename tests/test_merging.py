@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from headprof.compression.attention import RaggedRows, ragged_attention
 from headprof.compression.budget import Budget, UniformBudget
-from headprof.compression.cache import HeadCacheLayer
-from headprof.compression.importance import Judgement, KeyNorm, PromptStates
+from headprof.compression.head_layer import HeadCacheLayer
+from headprof.compression.importance import KeyNorm
 from headprof.compression.methods import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
+from headprof.compression.states import Judgement, PromptStates
 from headprof.shape import HeadShape
 
 INF = float("inf")
@@ -428,7 +429,7 @@ def compressed_layer(plan, keys, values):
     importance = importance_of_first_copies(count)
     states = PromptStates(keys[:, :, :0], keys, torch.ones(1, count, dtype=torch.bool), 0.3)
     layer.compress(states, values, Judgement(importance, torch.ones_like(importance), torch.ones_like(importance)))
-    assert layer.received is not None
+    assert layer.storage.received is not None
     layer.update(torch.full((1, HEADS, 1, DIM), 0.1), torch.full((1, HEADS, 1, DIM), 0.1))
     return layer
 
@@ -440,12 +441,12 @@ def test_a_layer_of_merged_rows_attends_as_the_whole_one(copies, backend):
     query = torch.randn(1, 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(copies))
 
     def attended(layer):
-        return ragged_attention(query, layer.rows(), HEADS, scaling=0.3, backend=backend)
+        return ragged_attention(query, layer.storage.in_place(), HEADS, scaling=0.3, backend=backend)
 
     expected = attended(compressed_layer(layer_plan(100), keys, values))
     merged = compressed_layer(layer_plan(10, mass=True), keys, values)
     assert merged.lengths == [11] * HEADS
-    assert merged.compact_rows().received.view(HEADS, 11)[0].tolist() == [1, 1, 1, copies, *[1] * 6, 0]
+    assert merged.storage.compact().received.view(HEADS, 11)[0].tolist() == [1, 1, 1, copies, *[1] * 6, 0]
     torch.testing.assert_close(attended(merged), expected, atol=1e-6, rtol=1e-6)
     light = compressed_layer(layer_plan(10, mass=False), keys, values)
     assert not torch.allclose(attended(light), expected, atol=1e-4)

@@ -14,13 +14,13 @@ from headprof.compression.importance import (
     Accumulated,
     KeyNorm,
     LastQuery,
-    PromptStates,
     Recency,
     WindowAttention,
 )
 from headprof.compression.methods import METHODS, Method, find_method
-from headprof.compression.reduction import largest, ranking, top_tokens
+from headprof.compression.reduction import largest, ranking
 from headprof.compression.session import compressed, prefill
+from headprof.compression.states import PromptStates
 from headprof.errors import UsageError
 from headprof.shape import HeadShape
 
@@ -153,6 +153,11 @@ def test_parameters_that_make_no_sense():
         find_method("h2o").with_options(recent_share=1.5)
 
 
+def chosen(method, importance, counts, valid):
+    """The tokens that each head keeps, bool `[B, K, T]`."""
+    return largest(*method.ranked(importance, counts, valid))
+
+
 def slow_top_tokens(importance, counts, valid, sinks, keep_last):
     """Sort everything; `keep_last` is `[B, K]`."""
     from_start = valid.cumsum(dim=-1)[:, None]
@@ -175,19 +180,19 @@ def slow_top_tokens(importance, counts, valid, sinks, keep_last):
     st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None)
-def test_top_tokens_equals_sorting(batch, heads, tokens, distinct, sinks, seed):
+def test_the_largest_of_a_ranking_are_those_that_sorting_finds(batch, heads, tokens, distinct, sinks, seed):
     generator = torch.Generator().manual_seed(seed)
     importance = torch.randint(-distinct, distinct, (batch, heads, tokens), generator=generator) / distinct
     lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
     valid = torch.arange(tokens) >= tokens - lengths
     counts = (torch.rand(batch, heads, generator=generator) ** 2 * (lengths + 1)).long()
     keep_last = (torch.rand(batch, heads, generator=generator) * (counts + 3)).long()
-    kept = top_tokens(importance, counts, valid, sinks=sinks, keep_last=keep_last)
+    kept = largest(ranking(importance, valid, sinks=sinks, keep_last=keep_last), counts)
     assert torch.equal(kept, slow_top_tokens(importance, counts, valid, sinks, keep_last))
     assert torch.equal(kept.sum(-1), counts)
     same = torch.full_like(counts, 2)
     assert torch.equal(
-        top_tokens(importance, counts, valid, sinks=sinks, keep_last=2),
+        largest(ranking(importance, valid, sinks=sinks, keep_last=2), counts),
         slow_top_tokens(importance, counts, valid, sinks, same),
     )
 
@@ -210,7 +215,7 @@ def test_a_recent_share_keeps_that_many_of_the_last(share):
     method = Method(KeyNorm(), sinks=2, keep_last=3, recent_share=share)
     importance = torch.linspace(1, 0, 40)[None, None].expand(1, 36, 40)  # without it the first would be kept
     counts, valid = torch.arange(5, 41)[None], torch.ones(1, 40, dtype=torch.bool)
-    kept = method.choose(importance, counts, valid)
+    kept = chosen(method, importance, counts, valid)
     for count, row in zip(counts[0].tolist(), kept[0], strict=True):
         recent = max(3, min(math.floor(share * count), count - 2))
         assert row[:2].all() and row[40 - recent :].all() and int(row.sum()) == count
@@ -220,7 +225,7 @@ def test_a_recent_share_keeps_that_many_of_the_last(share):
 def test_adaptive_heads_compete_without_the_tokens_that_all_keep():
     method = find_method("adakv").with_options(safeguard=0.0, sinks=1, keep_last=1)
     importance = torch.tensor([[[0, 5, 4, 3, 2, 0], [99, 3.5, 3.4, 0, 1, 99]]])
-    kept = method.choose(importance, torch.tensor([[3, 3]]), torch.ones(1, 6, dtype=torch.bool))
+    kept = chosen(method, importance, torch.tensor([[3, 3]]), torch.ones(1, 6, dtype=torch.bool))
     assert kept.int().tolist() == [[[1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 1]]]
 
 
@@ -244,7 +249,7 @@ def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padd
             for length in valid.sum(-1)
         ]
     )
-    kept = method.choose(importance, counts, valid)
+    kept = chosen(method, importance, counts, valid)
     assert torch.equal(kept.sum(dim=(1, 2)), counts.sum(-1))
     assert not (kept & ~valid[:, None]).any()
     for b in range(batch):

@@ -420,11 +420,7 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
     split_rows = _rows_per_split(request, query_blocks, block.rows, num_splits)
     splits = triton.cdiv(rows.longest, split_rows)
     output = query.new_empty(batch, num_queries, num_query_heads, head_dim)
-    partial = log_sums = None
-    if splits > 1:
-        parts = (request.num_heads, splits, request.group_size * num_queries)
-        partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
-        log_sums = torch.empty(parts, dtype=torch.float32, device=query.device)
+    partial, log_sums = _room_for_splits(request, splits) if splits > 1 else (None, None)
     shape = {
         "NUM_KV_HEADS": request.num_kv_heads,
         "GROUP_SIZE": request.group_size,
@@ -451,7 +447,7 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
             splits,
             BLOCK_QUERIES=block.queries,
             BLOCK_ROWS=block.rows,
-            DOT_DTYPE=_dot_dtype(query),
+            DOT_DTYPE=dot_dtype(query),
             num_warps=block.warps,
             num_stages=2,
             **shape,
@@ -461,6 +457,13 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
                 rows.bounds, partial, log_sums, output, num_queries, split_rows, splits, BLOCK_SPLITS=16, **shape
             )
     return output
+
+
+def _room_for_splits(request: Request, splits: int) -> tuple[Tensor, Tensor]:
+    """For each split's own output, `[N, splits, g * Q, D]`, and the log of its sum of exponentials; float32."""
+    shape = (request.num_heads, splits, request.group_size * request.num_queries)
+    partial = torch.empty(*shape, request.head_dim, dtype=torch.float32, device=request.query.device)
+    return partial, partial.new_empty(shape)
 
 
 @dataclass(frozen=True)
@@ -501,11 +504,11 @@ def _num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _dot_dtype(query: Tensor) -> Any:
-    """What the kernel multiplies in: the data's own type, but Triton's interpreter would take bfloat16 for integers."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return tl.float32
-    return getattr(tl, str(query.dtype).removeprefix("torch."))
+def dot_dtype(query: Tensor) -> Any:
+    """What kernels multiply in: the data's own type, but Triton's interpreter would take bfloat16 for integers."""
+    interpreted = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    name = "float32" if interpreted else str(query.dtype).removeprefix("torch.")
+    return getattr(import_module("triton.language"), name)
 
 
 @lru_cache(maxsize=1)

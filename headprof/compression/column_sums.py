@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from headprof.compression.attention import available_backends
+from headprof.compression.attention import available_backends, dot_dtype
 from headprof.errors import UsageError
 
 _LOG2_E = math.log2(math.e)
@@ -90,18 +90,23 @@ def column_sums(
     """
     request = _Request(query, key, places, valid, scaling, softcap, sliding_window, weights)
     _check_shapes(request)
-    if backend not in ("auto", "torch", "triton"):
-        raise UsageError(f"There is no backend {backend!r} for column sums: use auto, torch or triton.")
-    if backend == "auto":
-        backend = "triton" if query.is_cuda and _triton_serves(query) else "torch"
-    if backend == "torch":
+    if _chosen_backend(backend, query) == "torch":
         return _torch_column_sums(request, block)
-    if not _triton_serves(query):
+    return _triton_column_sums(request)
+
+
+def _chosen_backend(name: str, query: Tensor) -> str:
+    """`torch` or `triton`."""
+    if name not in ("auto", "torch", "triton"):
+        raise UsageError(f"There is no backend {name!r} for column sums: use auto, torch or triton.")
+    if name == "auto":
+        return "triton" if query.is_cuda and _triton_serves(query) else "torch"
+    if name == "triton" and not _triton_serves(query):
         raise UsageError(
             "The backend 'triton' for column sums needs float32, float16 or bfloat16 with a head dimension of at most "
             "256 on a GPU of compute capability 8.0 or newer, and `pip install triton`: use auto or torch."
         )
-    return _triton_column_sums(request)
+    return name
 
 
 def _check_shapes(request: _Request) -> None:
@@ -243,24 +248,20 @@ def _triton_column_sums(request: _Request) -> Tensor:
         return sums.unflatten(1, (-1, request.group_size)).mean(dim=2)
     tile = _Tile.of(query)
     log_sums = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=key.device)
-    places = request.places.int()
-    valid = request.valid.to(torch.uint8)
+    given = (query, key, request.places.int(), request.valid.to(torch.uint8))
     sizes = (request.scaling, request.softcap, request.sliding_window, num_queries, num_tokens)
     options = {
         "NUM_HEADS": num_heads,
         "GROUP_SIZE": request.group_size,
         "HEAD_DIM": head_dim,
         "BLOCK_DIM": tile.dim,
-        "DOT_DTYPE": _dot_dtype(query),
+        "DOT_DTYPE": dot_dtype(query),
         "num_warps": tile.warps,
         "num_stages": 3,
     }
     with torch.cuda.device_of(query):
         log_sums_kernel[(triton.cdiv(num_queries, tile.held), batch * num_heads)](
-            query,
-            key,
-            places,
-            valid,
+            *given,
             request.spans(),
             log_sums,
             *sizes,
@@ -269,10 +270,7 @@ def _triton_column_sums(request: _Request) -> Tensor:
             **options,
         )
         column_sums_kernel[(triton.cdiv(num_tokens, tile.held), batch * num_heads)](
-            query,
-            key,
-            places,
-            valid,
+            *given,
             _query_bounds(request, tile.held),
             log_sums,
             None if request.weights is None else request.weights.float().contiguous(),
@@ -321,20 +319,20 @@ def _query_bounds(request: _Request, block_keys: int) -> Tensor:
     return torch.stack([first, full, stop], dim=1).int()
 
 
-def _dot_dtype(query: Tensor) -> Any:
-    """What the kernels multiply in: the data's own type, but Triton's interpreter would take bfloat16 for integers."""
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return tl.float32
-    return getattr(tl, str(query.dtype).removeprefix("torch."))
-
-
 @lru_cache(maxsize=1)
 def _kernels() -> tuple[Any, Any]:
     """The two kernels, for Triton to compile at their first launch; Triton itself is imported no earlier than here."""
-    global triton, tl, _base_2
+    global triton, tl, _load_rows, _base_2
     triton, tl = import_module("triton"), import_module("triton.language")
-    _base_2 = triton.jit(_base_2)  # the kernels call it by this name
+    _load_rows, _base_2 = triton.jit(_load_rows), triton.jit(_base_2)  # the kernels call them by these names
     return triton.jit(_log_sums_kernel), triton.jit(_column_sums_kernel)
+
+
+def _load_rows(matrix, row, held, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """These rows of a matrix `[rows, D]`, zeros where `held` is false and beyond `D`: `[len(row), BLOCK_DIM]`."""
+    dims = tl.arange(0, BLOCK_DIM)
+    inside = held[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(matrix + row[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0).to(DOT_DTYPE)
 
 
 def _base_2(products, scaling, softcap):
@@ -375,10 +373,7 @@ def _log_sums_kernel(
     first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_QUERIES  # those that see most start first
     index = first_query + tl.arange(0, BLOCK_QUERIES)
     real = index < num_queries
-    dims = tl.arange(0, BLOCK_DIM)
-    inside = (dims < HEAD_DIM)[None, :]
-    query_elements = (head * num_queries + index)[:, None] * HEAD_DIM + dims[None, :]
-    queries = tl.load(query + query_elements, mask=real[:, None] & inside, other=0.0).to(DOT_DTYPE)
+    queries = _load_rows(query, head * num_queries + index, real, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
     place = tl.load(places + index, mask=real, other=-1)
     first_place = tl.load(places + first_query)
     last_place = tl.load(places + tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1)
@@ -403,8 +398,7 @@ def _log_sums_kernel(
         for first_key in range(begin, end, BLOCK_KEYS):
             row = first_key + tl.arange(0, BLOCK_KEYS)
             held = row < stop
-            key_elements = (head // GROUP_SIZE * num_tokens + row)[:, None] * HEAD_DIM + dims[None, :]
-            keys = tl.load(key + key_elements, mask=held[:, None] & inside, other=0.0).to(DOT_DTYPE)
+            keys = _load_rows(key, head // GROUP_SIZE * num_tokens + row, held, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
             logits = _base_2(tl.dot(queries, tl.trans(keys), input_precision="ieee"), scaling, softcap)
             if masked:
                 real_key = tl.load(valid + sequence * num_tokens + row, mask=held, other=0) > 0
@@ -448,10 +442,7 @@ def _column_sums_kernel(
     row = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     held = row < num_tokens
     real_key = tl.load(valid + head // NUM_HEADS * num_tokens + row, mask=held, other=0)
-    dims = tl.arange(0, BLOCK_DIM)
-    inside = (dims < HEAD_DIM)[None, :]
-    key_elements = (head // GROUP_SIZE * num_tokens + row)[:, None] * HEAD_DIM + dims[None, :]
-    keys = tl.load(key + key_elements, mask=held[:, None] & inside, other=0.0).to(DOT_DTYPE)
+    keys = _load_rows(key, head // GROUP_SIZE * num_tokens + row, held, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
 
     start = tl.load(bounds + 3 * tl.program_id(0))
     full = tl.load(bounds + 3 * tl.program_id(0) + 1)
@@ -471,8 +462,7 @@ def _column_sums_kernel(
         for first_query in range(begin, end, BLOCK_QUERIES):
             index = first_query + tl.arange(0, BLOCK_QUERIES)
             real = index < stop
-            query_elements = (head * num_queries + index)[:, None] * HEAD_DIM + dims[None, :]
-            queries = tl.load(query + query_elements, mask=real[:, None] & inside, other=0.0).to(DOT_DTYPE)
+            queries = _load_rows(query, head * num_queries + index, real, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
             log_sum = tl.load(log_sums + head * num_queries + index, mask=real, other=float("inf"))
             logits = _base_2(tl.dot(keys, tl.trans(queries), input_precision="ieee"), scaling, softcap)
             attention = tl.exp2(logits - log_sum[None, :])

@@ -1,10 +1,11 @@
 """A compressed document on disk: compress once, ask in later processes, many times.
 
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
-`[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; and
-`scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its metadata name the model (shape,
-weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the tokens seen, and a
-checksum over all of it.
+`[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
+next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
+padding among these; and `scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its
+metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
+profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headprof.compression.budget import Budget
-from headprof.compression.cache import CompactRows, HeadCache, HeadCacheLayer
+from headprof.compression.cache import HeadCache
+from headprof.compression.head_layer import HeadCacheLayer
 from headprof.compression.methods import find_method
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.recent import RecentQueries
+from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError
 from headprof.files import atomic_write, read_safetensors
 from headprof.shape import HeadShape
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from headprof.models import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 _MEND = "make it again with `headprof compress`"
 _SAMPLES = 64
 
@@ -53,11 +57,8 @@ def save_document(
 
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.head_layers):
-        rows = layer.compact_rows()
-        lengths = torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads)
-        parts = {"keys": rows.keys, "values": rows.values, "positions": rows.positions, "lengths": lengths}
-        parts |= {name: part for name, part in (("bias", rows.bias), ("received", rows.received)) if part is not None}
-        tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts.items()}
+        parts = _parts(layer).items()
+        tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
     metadata = {
@@ -74,10 +75,27 @@ def save_document(
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
+        "logits": json.dumps([layer.recent.logits for layer in cache.head_layers]),
     } | dict(notes or {})
     metadata["checksum"] = _checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _parts(layer: HeadCacheLayer) -> dict[str, torch.Tensor | None]:
+    """A layer's tensors by their names in the file."""
+    rows = layer.storage.compact()
+    queries, judges = layer.recent.joined()
+    return {
+        "keys": rows.keys,
+        "values": rows.values,
+        "positions": rows.positions,
+        "lengths": torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads),
+        "bias": rows.bias,
+        "received": rows.received,
+        "queries": queries,
+        "judges": judges,
+    }
 
 
 def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dict[str, str]]:
@@ -105,10 +123,11 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
     _check_model(path, metadata, loaded, tensors["layers.0.keys"].dtype)
     plan = _saved_plan(loaded, metadata, tensors["scores"])
-    layers = [
-        _restored(index, tensors, loaded, HeadCacheLayer(index, plan), int(metadata["tokens_seen"]))
-        for index in range(loaded.shape.num_layers)
-    ]
+    layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
+    for layer, logits in zip(layers, json.loads(metadata["logits"]), strict=True):
+        prefix, device = f"layers.{layer.layer_idx}.", _layer_device(loaded, layer.layer_idx)
+        own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
+        _restore(layer, own, int(metadata["tokens_seen"]), logits)
     return HeadCache.of_layers(layers), metadata
 
 
@@ -128,21 +147,15 @@ def _saved_plan(loaded: LoadedModel, metadata: Mapping[str, str], scores: torch.
     )
 
 
-def _restored(
-    index: int, tensors: dict[str, torch.Tensor], loaded: LoadedModel, layer: HeadCacheLayer, seen: int
-) -> HeadCacheLayer:
-    parts = {
-        name: tensors.get(f"layers.{index}.{name}") for name in ("keys", "values", "positions", "bias", "received")
-    }
-    lengths = tensors[f"layers.{index}.lengths"]
-    keys, values, positions, bias, received = (
-        None if part is None else part.to(_layer_device(loaded, index)) for part in parts.values()
-    )
-    assert keys is not None and values is not None and positions is not None
+def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, logits: dict[str, Any]) -> None:
+    """Give a layer back what `_parts` took from it."""
+    keys, lengths = parts["keys"], parts["lengths"]
     layer.batch_size, layer.num_kv_heads, layer.head_dim = *lengths.shape, keys.shape[-1]
     layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, seen
-    layer.hold(CompactRows(keys, values, positions, lengths.flatten().tolist(), bias, received))
-    return layer
+    columns = (parts.get(name) for name in ("bias", "received"))
+    layer.hold(CompactRows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), *columns))
+    if "queries" in parts:
+        layer.recent = RecentQueries([parts["queries"]], [parts.get("judges")], logits)
 
 
 def _layer_device(loaded: LoadedModel, index: int) -> torch.device:

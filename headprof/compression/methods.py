@@ -19,7 +19,7 @@ from headprof.compression.importance import (
     Recency,
     WindowAttention,
 )
-from headprof.compression.reduction import Evict, EvictThenMerge, Reduction, largest, ranking
+from headprof.compression.reduction import Evict, EvictThenMerge, Reduction, ranking
 from headprof.errors import UsageError
 
 
@@ -64,11 +64,6 @@ class Method:
             return self.keep_last
         recent = (counts.double() * self.recent_share).long()
         return recent.minimum(counts - self.sinks).clamp(min=self.keep_last)
-
-    def choose(self, importance: Tensor, counts: Tensor, valid: Tensor) -> Tensor:
-        """Mark the tokens that each head of a layer keeps, bool `[B, K, T]`; arguments as for `ranked`."""
-        ranked, counts = self.ranked(importance, counts, valid)
-        return largest(ranked, counts)
 
     def ranked(self, importance: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.

@@ -52,12 +52,17 @@ class RecentQueries:
             )
         return torch.cat(self.queries, dim=2), judges
 
-    def drop(self, count: int) -> None:
-        """Forget the last `count`, or all if they are fewer."""
+    def split(self, count: int) -> tuple[RecentQueries, RecentQueries]:
+        """Copies of the first `count`, and of the rest."""
         query, judges = self.joined()
-        if query is not None:
-            rest = max(0, query.shape[2] - count)
-            self.queries, self.judges = [query[:, :, :rest]], [None if judges is None else judges[:, :rest]]
+
+        def part(which: slice) -> RecentQueries:
+            if query is None:
+                return RecentQueries(logits=self.logits)
+            own = None if judges is None else judges[:, which].clone()
+            return RecentQueries([query[:, :, which].clone()], [own], self.logits)
+
+        return part(slice(count)), part(slice(count, None))
 
     def forget(self) -> None:
         self.queries, self.judges = [], []
@@ -68,15 +73,20 @@ class RecentQueries:
         self.judges = [None if each is None else each[sequences] for each in self.judges]
 
     @classmethod
-    def stacked(cls, parts: Sequence[RecentQueries]) -> RecentQueries:
-        """Those of several as a batch; none if they are not equally many."""
-        if len({len(part) for part in parts}) != 1 or not parts[0].queries:
+    def stacked(cls, parts: Sequence[RecentQueries], batch_sizes: Sequence[int]) -> RecentQueries:
+        """Those of several as a batch; where one remembers fewer than another, padding comes before them."""
+        most = max(len(part) for part in parts)
+        if most == 0:
             return cls(logits=parts[0].logits)
-        together = [part.joined() for part in parts]
-        queries = [query for query, _ in together if query is not None]
-        judges = [
-            query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool) if judge is None else judge
-            for query, judge in together
-            if query is not None
-        ]
-        return cls([torch.cat(queries)], [torch.cat(judges)], parts[0].logits)
+        longest = next(part for part in parts if len(part) == most)
+        like = longest.queries[0]
+        shape = (sum(batch_sizes), like.shape[1], most, like.shape[3])
+        queries, judges = like.new_zeros(shape), like.new_zeros(shape[0], most, dtype=torch.bool)
+        start = 0
+        for part, size in zip(parts, batch_sizes, strict=True):
+            query, counts = part.joined()
+            if query is not None:
+                queries[start : start + size, :, most - len(part) :] = query
+                judges[start : start + size, most - len(part) :] = True if counts is None else counts
+            start += size
+        return cls([queries], [judges], longest.logits)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch.nn.functional import normalize
 
-from headprof.compression.importance import per_head
+from headprof.compression.states import per_head
 from headprof.errors import UsageError
 
 
@@ -46,30 +47,6 @@ def ranking(
     last = keep_last[..., None] if isinstance(keep_last, torch.Tensor) else keep_last
     ranked = importance.masked_fill((from_start <= sinks) | (from_end <= last), float("inf"))
     return ranked.masked_fill(~valid, float("-inf"))
-
-
-def top_tokens(
-    importance: torch.Tensor,
-    counts: torch.Tensor,
-    valid: torch.Tensor,
-    *,
-    sinks: int,
-    keep_last: int | torch.Tensor,
-) -> torch.Tensor:
-    """Mark the tokens that each head keeps: its sinks, its last tokens, and its most important others.
-
-    Args:
-        importance: float `[B, K, T]`, finite.
-        counts: tokens to keep, int `[B, K]`; at most the valid tokens of the sequence.
-        valid: false where a token is padding, bool `[B, T]`.
-        sinks: first tokens of the sequence that are kept whatever their importance.
-        keep_last: last tokens of the sequence that are kept whatever their importance; one number, or one for each
-            head, int `[B, K]`.
-
-    Returns:
-        bool `[B, K, T]` with exactly `counts` true in each head; of equal tokens the earlier is kept.
-    """
-    return largest(ranking(importance, valid, sinks=sinks, keep_last=keep_last), counts)
 
 
 @dataclass(frozen=True)
@@ -181,52 +158,41 @@ class EvictThenMerge(Reduction):
         counts = self.count_candidates(rows, kept, centres)
         if self.threshold >= 1 or not bool(counts.any()):
             return reduced
-        heads = kept.shape[0] * kept.shape[1]
-        centre_at, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
-        rest = rows.ranked.masked_fill(kept, float("-inf")).flatten(0, 1)
-        candidate_at, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
-        keys, values = (each.flatten(0, 1) for each in (rows.keys, rows.values))
-        cluster = nearest(_at(keys, candidate_at), _at(keys, centre_at), is_centre, self.threshold)
-        cluster = cluster.masked_fill(~is_candidate, 0)
-        place = kept.flatten().cumsum(0).view(heads, -1).gather(1, centre_at)[is_centre] - 1  # among the kept rows
-
-        def gathered(each: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-            return each.flatten(0, 1).gather(1, at)
-
-        weights = rows.weights.float()
-        weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
-        own, joining = gathered(weights, centre_at), gathered(weights, candidate_at)
-        whole = _summed(joining, cluster, own)
-        merged = (whole > own) & is_centre
-
-        def averaged(each: torch.Tensor) -> torch.Tensor:
-            total = _summed(
-                _at(each, candidate_at).float() * joining[..., None], cluster, _at(each, centre_at) * own[..., None]
-            )
-            return total / whole[..., None]
+        clusters = self._clusters(rows, kept, centres, counts)
+        merged = clusters.merged
+        changed = (kept.flatten().cumsum(0).view(len(merged), -1).gather(1, clusters.centre_at) - 1)[merged]
 
         def put(held: torch.Tensor, new: torch.Tensor) -> None:
-            changed = merged[is_centre]
-            held[place[changed]] = new[merged].to(held.dtype)
+            held[changed] = new[merged].to(held.dtype)
 
-        put(reduced.values, averaged(values))
+        put(reduced.values, clusters.mean(*clusters.rows_of(rows.values)))
         if self.merge_keys:
-            norm = averaged(keys.float().norm(dim=-1, keepdim=True))
-            mean = averaged(keys)
-            length = mean.norm(dim=-1, keepdim=True)
-            rescaled = mean * (norm / length.clamp(min=_TINY))
-            put(reduced.keys, rescaled.where(length > 1e-6 * norm, _at(keys, centre_at).float()))  # they may cancel out
+            put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
         if self.mass:
             if reduced.bias is None:
                 reduced.bias = torch.zeros(len(reduced.keys), dtype=torch.float32, device=kept.device)
-            changed = place[merged[is_centre]]
-            reduced.bias[changed] += whole[merged].log() - own[merged].log()
+            reduced.bias[changed] += clusters.whole[merged].log() - clusters.own[merged].log()
         if rows.received is not None and reduced.received is not None:
-            put(
-                reduced.received,
-                _summed(gathered(rows.received, candidate_at), cluster, gathered(rows.received, centre_at)),
-            )
+            put(reduced.received, clusters.summed(*clusters.rows_of(rows.received[..., None]))[..., 0])
         return reduced
+
+    def _clusters(self, rows: Rows, kept: torch.Tensor, centres: torch.Tensor, counts: torch.Tensor) -> _Clusters:
+        """Let the best `counts` rows of each head that are not kept, int64 `[B, K]`, join its centres."""
+        centre_at, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
+        rest = rows.ranked.masked_fill(kept, float("-inf")).flatten(0, 1)
+        candidate_at, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
+        keys = rows.keys.flatten(0, 1)
+        cluster = nearest(_at(keys, candidate_at), _at(keys, centre_at), is_centre, self.threshold)
+        weights = rows.weights.flatten(0, 1).float()
+        weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
+        return _Clusters(
+            centre_at,
+            candidate_at,
+            is_centre,
+            cluster.masked_fill(~is_candidate, 0),
+            weights.gather(1, centre_at),
+            weights.gather(1, candidate_at),
+        )
 
     def count_candidates(self, rows: Rows, kept: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
         """How many candidates each head has, int64 `[B, K]`."""
@@ -311,8 +277,54 @@ def _at(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
 
 
-def _summed(joining: torch.Tensor, cluster: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """Each centre's own number (or row) and those of the candidates that join it, float32 `[N, C]` or `[N, C, D]`."""
-    total = torch.cat([torch.zeros_like(own[:, :1]), own], dim=1).float()  # the zero class comes first
-    index = cluster if joining.ndim == 2 else cluster[..., None].expand_as(joining)
-    return total.scatter_add_(1, index, joining.float())[:, 1:]
+@dataclass(frozen=True)
+class _Clusters:
+    """The centres of `N = B * K` heads, up to `C` each, and their candidates, up to `M` each.
+
+    Attributes:
+        centre_at, candidate_at: their places among a head's rows, int64 `[N, C]` and `[N, M]`.
+        is_centre: false where a head has fewer, bool `[N, C]`.
+        cluster: the class that each candidate joins, as `nearest` gives it, int64 `[N, M]`.
+        own, joining: weights of centres and candidates, float32 `[N, C]` and `[N, M]`.
+    """
+
+    centre_at: torch.Tensor
+    candidate_at: torch.Tensor
+    is_centre: torch.Tensor
+    cluster: torch.Tensor
+    own: torch.Tensor
+    joining: torch.Tensor
+
+    @cached_property
+    def whole(self) -> torch.Tensor:
+        """Weight of each cluster, float32 `[N, C]`."""
+        return self.summed(self.own[..., None], self.joining[..., None])[..., 0]
+
+    @cached_property
+    def merged(self) -> torch.Tensor:
+        """Which centres stand for more than themselves, bool `[N, C]`."""
+        return (self.whole > self.own) & self.is_centre
+
+    def rows_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`."""
+        rows = rows.flatten(0, 1)
+        return _at(rows, self.centre_at), _at(rows, self.candidate_at)
+
+    def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""
+        total = torch.cat([torch.zeros_like(centres[:, :1]), centres], dim=1).float()  # the zero class comes first
+        index = self.cluster[..., None].expand_as(candidates)
+        return total.scatter_add_(1, index, candidates.float())[:, 1:]
+
+    def mean(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Mean row of each cluster by weight, float32 `[N, C, D]`."""
+        weighted = (centres.float() * self.own[..., None], candidates.float() * self.joining[..., None])
+        return self.summed(*weighted) / self.whole[..., None]
+
+    def mean_keys(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Mean key of each cluster, as long as its keys are on average; the centre's where they cancel out."""
+        norm = self.mean(*(keys.float().norm(dim=-1, keepdim=True) for keys in (centres, candidates)))
+        mean = self.mean(centres, candidates)
+        length = mean.norm(dim=-1, keepdim=True)
+        rescaled = mean * (norm / length.clamp(min=_TINY))
+        return rescaled.where(length > 1e-6 * norm, centres.float())

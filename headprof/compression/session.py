@@ -11,10 +11,12 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.attention import check_backend, ragged_attention
 from headprof.compression.budget import Budget
-from headprof.compression.cache import HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.cache import HeadCache
 from headprof.compression.chunked import chunked_prefill
+from headprof.compression.head_layer import HeadCacheLayer
 from headprof.compression.methods import find_method
 from headprof.compression.plan import BUFFER, CompressionPlan
+from headprof.compression.prompt_layer import PromptLayer
 from headprof.errors import ModelError, ProfileError
 from headprof.interface import AttentionFunction, wrapped_attention
 from headprof.shape import HeadShape
@@ -52,19 +54,18 @@ def make_plan(
     chosen = find_method(method).with_options(**options)
     shape = HeadShape.from_config(model.config)
     _check_layer_types(model)
-    scores = torch.ones(shape.num_layers, shape.num_kv_heads)
-    if (which := chosen.budget.profile_scores) is not None:
-        if profile is None:
-            raise ProfileError(
-                f"The method {method!r} needs a head profile: make one with `headprof score`, or choose snapkv."
-            )
-        if differences := profile.shape.differences(shape):
-            raise ProfileError(
-                f"The profile is for another model ({', '.join(differences)}): make one with `headprof score`."
-            )
+    which = chosen.budget.profile_scores
+    if which is None:
+        scores, digest = torch.ones(shape.num_layers, shape.num_kv_heads), ""
+    elif profile is None:
+        raise ProfileError(
+            f"The method {method!r} needs a head profile: make one with `headprof score`, or choose snapkv."
+        )
+    else:
+        _check_profile(profile, shape)
         scores = profile.kv_head_scores(which, getattr(chosen.budget, "aggregate", "max"))
+        digest = profile.digest()
     element = torch.empty(0, dtype=model.dtype).element_size()
-    digest = profile.digest() if which is not None and profile is not None else ""
     return CompressionPlan(
         chosen,
         Budget.parse(budget),
@@ -76,6 +77,17 @@ def make_plan(
         decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
         buffer=buffer,
     )
+
+
+def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:
+    """
+    Raises:
+        ProfileError: the profile is for a model of another shape.
+    """
+    if differences := profile.shape.differences(shape):
+        raise ProfileError(
+            f"The profile is for another model ({', '.join(differences)}): make one with `headprof score`."
+        )
 
 
 def _check_layer_types(model: PreTrainedModel) -> None:
@@ -109,7 +121,12 @@ def _compressing(base: AttentionFunction, backend: str) -> AttentionFunction:
             if attention_mask is not None and query.shape[2] > 1:
                 own = _hide_padding(layer, attention_mask, query.shape[2])
             output = ragged_attention(
-                query, layer.rows(), key.shape[1], sinks=kwargs.get("s_aux"), backend=backend, **logit_options
+                query,
+                layer.storage.in_place(),
+                key.shape[1],
+                sinks=kwargs.get("s_aux"),
+                backend=backend,
+                **logit_options,
             )
             layer.observe(query, own, **logit_options)
             return output, None
@@ -141,7 +158,7 @@ def _hide_padding(layer: HeadCacheLayer, mask: torch.Tensor, num_new: int) -> to
     if bool(own.all()):
         return None
     own = own.expand(layer.batch_size, num_new)
-    layer.hide_newest(own)
+    layer.storage.hide_newest(own)
     return own
 
 
