@@ -56,6 +56,12 @@ results: $(VENV)/.installed
 	$(BIN)/headprof bench generate --methods ems --budgets 128 --lengths 1k --new-tokens 6000 --repeats 1 --without-full -o results/bench-long.json
 	$(BIN)/headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256
 	$(BIN)/headprof bench merge --shape llama-3-8b --lengths 4k --budgets 64,256
+	$(BIN)/headprof bench score --probes 96 --sides packed,stepwise-fast -o results/bench-score.json
+	$(BIN)/headprof bench score --probes 24 -o results/bench-score-all.json
+	$(BIN)/headprof bench score --probes 24 --sides packed --lengths 1k,2k,4k,8k -o results/bench-score-memory.json
+	$(BIN)/headprof bench score --probes 2 --sides stepwise-attentions --lengths 1k,2k,3k -o results/bench-score-attentions.json
+	$(BIN)/headprof validate -o results/validate.png
+	$(BIN)/headprof validate --probes 48 --draws 1 --per-head --csv results/drops.csv -o results/validate-per-head.png
 	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 -o results/bench-float32.json
 	$(BIN)/headprof bench generate --lengths 4000,8000 --repeats 2 --dtype bfloat16 -o results/bench-bfloat16.json
 
