@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
-from headprof.files import atomic_write
 from headprof.plots.certainty import check_known, half_width, interval_of, is_unsure
 from headprof.plots.html import write_page
 from headprof.plots.style import (
@@ -23,6 +22,7 @@ from headprof.plots.style import (
     bar_ticks,
     even_ticks,
     probe_facts,
+    save_picture,
     shape_fact,
 )
 from headprof.profile import HeadProfile
@@ -32,11 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg", ".html")
-_DPI = 180
 _DASHES = (0, (2.0, 1.3))
-
-# Set in full so that a user's own matplotlibrc does not change the picture.
-_STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "headprof", "svg.fonttype": "path", "axes.linewidth": 0.6}
 
 
 @dataclass(frozen=True)
@@ -175,13 +171,7 @@ def heatmap(
     if suffix == ".html":
         return write_page(profile, path, kinds, top, uncertainty)
 
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", _STYLE]), atomic_write(path) as temporary:
-        figure = _draw(profile, best, uncertainty)
-        # The date and the version of matplotlib would make equal pictures differ.
-        undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
-        figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=undated)
+    save_picture(lambda: _draw(profile, best, uncertainty), path)
     return path
 
 

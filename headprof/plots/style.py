@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from headprof.files import atomic_write
 from headprof.profile import HeadProfile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, MUTED, MARK = "#1b1720", "#6d6875", "#29d3c2"
 GRID = "#2a2238"
 SCORE_COLORMAP, UNCERTAINTY_COLORMAP = "magma", "cividis"
 SCORE_GAMMA = 0.5
 """Exponent of the score's color scale. A few heads dwarf the rest: a linear scale would show those few and black."""
+
+
+DPI = 180
+
+# Set in full so that a user's own matplotlibrc does not change the picture.
+_STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "headprof", "svg.fonttype": "path", "axes.linewidth": 0.6}
+
+
+def save_picture(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw in our style and write atomically as PNG or SVG, by the suffix; the same drawing gives the same bytes."""
+    import matplotlib.style
+
+    suffix = path.suffix.lower()
+    with matplotlib.style.context(["default", _STYLE]), atomic_write(path) as temporary:
+        # The date and the version of matplotlib would make equal pictures differ.
+        undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
+        draw().savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
 
 
 def shape_fact(profile: HeadProfile) -> str:

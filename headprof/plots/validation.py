@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
-from headprof.files import atomic_write
-from headprof.plots.style import INK, MUTED
+from headprof.plots.style import INK, MUTED, save_picture
 from headprof.scoring.validation import FAMILIES, Validation
 from headprof.scoring.verdict import curve, verdict
 
@@ -18,10 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".png", ".svg")
-_DPI = 180
 
-# Set in full so that a user's own matplotlibrc does not change the picture.
-_STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "headprof", "svg.fonttype": "path", "axes.linewidth": 0.6}
 
 _COLORS = {"top": "#d55e00", "random": "#0072b2", "bottom": "#6d6875"}
 """Of Okabe and Ito's palette, which color-blind people can tell apart; so do the markers and the labels."""
@@ -63,14 +59,7 @@ def validation_plot(result: Validation, path: str | Path) -> Path:
     path = Path(path)
     check_picture(path)
 
-    import matplotlib.style
-
-    suffix = path.suffix.lower()
-    with matplotlib.style.context(["default", _STYLE]), atomic_write(path) as temporary:
-        figure = _draw(result)
-        # The date and the version of matplotlib would make equal pictures differ.
-        undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
-        figure.savefig(temporary, format=suffix[1:], dpi=_DPI, metadata=undated)
+    save_picture(lambda: _draw(result), path)
     return path
 
 
