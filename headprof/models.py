@@ -156,11 +156,9 @@ def published_shape(name: str) -> HeadShape:
     """The shape of a published model by a name in `random_models.SHAPES`; raises `UsageError` for another name."""
     from transformers import AutoConfig
 
-    from headprof.random_models import SHAPES
+    from headprof.random_models import find_shape
 
-    if name not in SHAPES:
-        raise UsageError(f"There is no model shape {name!r}: choose one of {', '.join(SHAPES)}.")
-    return _named_shape(Source(name, name), AutoConfig.for_model(**SHAPES[name]))
+    return _named_shape(Source(name, name), AutoConfig.for_model(**find_shape(name)))
 
 
 def find_model(model: str | None, progress: Progress, *, weights: bool = True) -> Source:

@@ -26,23 +26,6 @@ if TYPE_CHECKING:
 Rows = list[list[str]]
 
 
-def top_heads(profile: HeadProfile, which: str, count: int = 5) -> tuple[list[str], Rows, str]:
-    """The best heads of a profile."""
-    errors = profile.standard_errors.get(which)
-    rows = [
-        [
-            f"{place}.",
-            str(layer),
-            str(head),
-            f"{value:.3f}",
-            "-" if errors is None else f"{errors[layer, head]:.3f}",
-        ]
-        for place, (layer, head, value) in enumerate(profile.top_heads(which, count), 1)
-    ]
-    title = f"Top {which} heads, from {profile.probes_used.get(which, 0)} counted probes"
-    return ["", "layer", "head", "score", "standard error"], rows, title
-
-
 def scoring_progress(name: str, now: Progress) -> str:
     """Where a scoring run stands, for its progress bar."""
     text = f"Scoring {name}, {now.answered} of {now.done} right"
@@ -294,7 +277,9 @@ def ranked_heads(profile: HeadProfile, which: str, count: int) -> tuple[list[str
         ]
         for place, (layer, head, value) in enumerate(profile.top_heads(which, count), 1)
     ]
-    return ["", "layer", "head", "score", "standard error", "95 % interval"], rows, f"Top {which} heads"
+    counted = profile.probes_used.get(which)
+    title = f"Top {which} heads" + (f", from {counted} counted probes" if counted else "")
+    return ["", "layer", "head", "score", "standard error", "95 % interval"], rows, title
 
 
 def overlaps(agreements: Mapping[str, Agreement]) -> tuple[list[str], Rows]:
@@ -375,8 +360,8 @@ def score_agreement(result: ScoreBenchResult) -> tuple[list[str], Rows, str]:
         ]
         for each in result.agreements
     ]
-    columns = ["side", "length", "scores", "over probes", "of packed and it", "rank correlation", f"top {result.top}"]
-    return columns, rows, "Mean scores of the heads beside those of packed"
+    columns = ["side", "length", "scores", "over probes", "ours and its", "rank correlation", f"top {result.top}"]
+    return columns, rows, "Mean scores of the heads beside ours"
 
 
 def memory_remarks(result: ScoreBenchResult, limit_bytes: float = 24e9) -> list[str]:

@@ -155,7 +155,7 @@ def score(
     if team.rank:
         return
     for which in profile.scores:
-        terminal.table(*tables.top_heads(profile, which))
+        terminal.table(*tables.ranked_heads(profile, which, 5))
     if request.stop is not None:
         terminal.remark(tables.stability(profile))
     terminal.result(str(target))
