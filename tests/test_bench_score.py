@@ -449,3 +449,14 @@ def test_on_cuda(small_shape):
         if side.estimated_bytes is not None:
             assert side.estimated_bytes == pytest.approx(side.peak_bytes, rel=0.6)
     assert memory_slope(result.memory("packed")).lengths == 3
+
+
+def test_unpacked_shows_what_packing_changes():
+    loaded = load_tiny()
+    request = dataclasses.replace(REQUEST, lengths=(700,), sides=("packed", "unpacked"), include_failed=True)
+    result = run_score_bench(loaded, request)
+    assert {each.side for each in result.agreements} == {"unpacked"}
+    alone = dataclasses.replace(request, sides=("unpacked", "stepwise-fast"), stop_after_answer=True)
+    beside = run_score_bench(loaded, alone)
+    assert {each.side for each in beside.agreements} == {"stepwise-fast"}
+    assert [side.packed_speedup for side in beside.sides] == [None, None]

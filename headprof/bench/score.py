@@ -34,6 +34,8 @@ from headprof.shape import HeadShape
 PACKED = "packed"
 PREFILLS: dict[str, Prefill] = {"stepwise-fast": "fast", "stepwise-attentions": "attentions"}
 SIDES = (PACKED, *PREFILLS)
+UNPACKED = "unpacked"
+"""Not run unless asked for: our scoring over contexts with one needle each, which shows what packing changes."""
 
 _FREE_SHARE = 0.8
 """Of the free memory; what is estimated to need more is not tried."""
@@ -49,8 +51,9 @@ class ScoreBenchRequest:
         pack: probes that share one context on our side; none to choose it from the length.
         include_failed: compare the scores over all probes too, also those answered wrongly.
         seed: of the probes.
-        sides: some of `SIDES`: ours (`packed`), and the papers' procedure with a fast prefill or with one that returns
-            all attention (see `StepwiseProber`).
+        sides: some of `SIDES`, ours (`packed`) and the papers' procedure with a fast prefill or with one that returns
+            all attention (see `StepwiseProber`), and `UNPACKED`. Scores are compared with those of `packed`; without
+            it, of `UNPACKED`.
         top: heads whose overlap is reported.
         stop_after_answer: see `StepwiseProber`.
     """
@@ -70,9 +73,11 @@ class ScoreBenchRequest:
         Raises:
             UsageError: an unknown side, no side, or a number that is too small.
         """
-        unknown = [side for side in self.sides if side not in SIDES]
+        unknown = [side for side in self.sides if side not in (*SIDES, UNPACKED)]
         if unknown or not self.sides:
-            raise UsageError(f"There is no side {''.join(unknown[:1])!r} to run: use some of {', '.join(SIDES)}.")
+            raise UsageError(
+                f"There is no side {''.join(unknown[:1])!r} to run: use some of {', '.join((*SIDES, UNPACKED))}."
+            )
         require_at_least(1, lengths=self.lengths, probes=self.probes, top=self.top)
         if self.pack is not None:
             require_at_least(1, pack=self.pack)
@@ -332,8 +337,8 @@ def _builder(loaded: LoadedModel, request: ScoreBenchRequest, length: int) -> Pr
 
 def _scoring(loaded: LoadedModel, request: ScoreBenchRequest, side: str) -> Callable[[ProbeContext], list[ProbeResult]]:
     """How a side scores the probes of a context; nothing is kept between two contexts."""
-    if side == PACKED:
-        return partial(_score_packed, loaded)
+    if side in (PACKED, UNPACKED):
+        return partial(_score_ours, loaded)
     prober = StepwiseProber(
         loaded.model,
         loaded.shape,
@@ -344,7 +349,7 @@ def _scoring(loaded: LoadedModel, request: ScoreBenchRequest, side: str) -> Call
     return prober.run
 
 
-def _score_packed(loaded: LoadedModel, context: ProbeContext) -> list[ProbeResult]:
+def _score_ours(loaded: LoadedModel, context: ProbeContext) -> list[ProbeResult]:
     with Prober(loaded.model, loaded.shape) as prober:
         return prober.run(context)
 
@@ -360,7 +365,7 @@ def _with_speedups(rows: Sequence[SideResult]) -> list[SideResult]:
 def _agreements(sides: Sequence[_Side], request: ScoreBenchRequest) -> list[Agreement]:
     """Our side beside each other one that was run to its end, at one length."""
     run = {side.name: side for side in sides if not side.failed}
-    ours = run.pop(PACKED, None)
+    ours = run.pop(PACKED, None) or run.pop(UNPACKED, None)
     if ours is None:
         return []
     found = []

@@ -215,14 +215,21 @@ def bench_score(
     model: Model = None,
     shape: Annotated[
         str | None,
-        typer.Option(help="Random weights of a published shape, instead of --model; implies --include-failed."),
+        typer.Option(
+            help="Random weights of a published shape, instead of --model; implies --include-failed and --stop-after-answer."
+        ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k",
     probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48,
     pack: Annotated[
         int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
     ] = None,
-    sides: Annotated[str, typer.Option(help="What is run, with commas.")] = "packed,stepwise-fast,stepwise-attentions",
+    sides: Annotated[
+        str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
+    ] = "packed,stepwise-fast,stepwise-attentions",
+    stop_after_answer: Annotated[
+        bool, typer.Option("--stop-after-answer", help="End the papers' decoding where the right answer would end.")
+    ] = False,
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
     ] = False,
@@ -255,7 +262,7 @@ def bench_score(
         seed=seed,
         sides=tuple(sides.split(",")),
         top=top,
-        stop_after_answer=shape is not None,
+        stop_after_answer=stop_after_answer or shape is not None,
     )
     request.check()
     if output is not None:
