@@ -216,7 +216,8 @@ def bench_score(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Random weights of a published shape, instead of --model; implies --include-failed and --stop-after-answer."
+            help="Random weights of a published shape, instead of --model; implies --include-failed and "
+            "--stop-after-answer."
         ),
     ] = None,
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k",
