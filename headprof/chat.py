@@ -46,26 +46,34 @@ def first_ids(tokenizer: Any) -> list[int]:
 class ChatFormat:
     """Encodes what a user says, as a whole or as a document and, later, questions about it.
 
+    Args:
+        tokenizer: the model's.
+        template: whether its chat template is used, if it has one.
+
     Raises:
         ModelError: the chat template does not repeat the user's text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template: bool = True) -> None:
         self._tokenizer = tokenizer
-        if getattr(tokenizer, "chat_template", None):
+        if template and getattr(tokenizer, "chat_template", None):
             self._before, self._after = template_parts(tokenizer)
             self._first: list[int] = []
         else:
             self._before, self._after = "", ""
             self._first = first_ids(tokenizer)
 
-    def document_ids(self, document: str) -> list[int]:
-        """Token ids of everything before the question about a document."""
-        return self._first + self._encode(f"{self._before}{document}{GAP}")
+    def document_ids(self, document: str, gap: str = GAP) -> list[int]:
+        """Token ids of everything before the question about a document; `gap` parts the two."""
+        return self._first + self._encode(f"{self._before}{document}{gap}")
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids that follow a document, up to where the model answers."""
         return self._encode(f"{question}{self._after}")
+
+    def reply_ids(self, reply: str) -> list[int]:
+        """Token ids of what the model says, or of its beginning."""
+        return self._encode(reply)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without a document."""

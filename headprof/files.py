@@ -90,6 +90,22 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_text(path: str | Path, text: str) -> None:
+    """Add a text to the end of a file, in UTF-8; synced to disk.
+
+    Raises:
+        HeadprofError: the disk refused; a part of the text may have been written.
+    """
+    target = Path(path).resolve()
+    try:
+        with target.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise HeadprofError(_explain(error.errno or errno.EIO, path)) from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, atomically; raises `HeadprofError` when the disk refuses."""
     with atomic_write(path) as temporary:

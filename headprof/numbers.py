@@ -9,16 +9,21 @@ from headprof.errors import UsageError
 _LENGTH = re.compile(r"(\d+)(k?)", re.IGNORECASE)
 
 
-def parse_lengths(text: str) -> tuple[int, ...]:
+def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:
     """Token counts with commas between them: `"1k,4k"` is `(1024, 4096)`.
 
     Raises:
-        UsageError: one of them is not a positive whole number with or without a `k`.
+        UsageError: one of them is not a whole number, `least` or more, with or without a `k`.
     """
     lengths = []
     for part in text.split(","):
         match = _LENGTH.fullmatch(part.strip())
-        if match is None or int(match[1]) == 0:
+        if match is None or int(match[1]) < least:
             raise UsageError(f"A length of {part.strip()!r} cannot be read: write token counts such as 512,1k,4k.")
         lengths.append(int(match[1]) * (1024 if match[2] else 1))
     return tuple(lengths)
+
+
+def format_length(tokens: int) -> str:
+    """A token count as it is written on the command line: `"4k"` for 4096, `"1000"` for 1000."""
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

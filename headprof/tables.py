@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from headprof.bench.score import ScoreBenchResult, SideResult
     from headprof.compression.cache import HeadCache
     from headprof.evaluation.perplexity import PerplexityCell
-    from headprof.evaluation.report import Cell
+    from headprof.evaluation.results import Cell, Evaluation
     from headprof.generation import Generation
     from headprof.profile import Agreement, FoundProfile, HeadProfile
     from headprof.scoring.run import Progress
@@ -69,20 +69,67 @@ def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[s
     )
 
 
-def cells(table: Iterable[Cell]) -> tuple[list[str], Rows]:
-    """Methods at budgets, with intervals."""
-    rows = [
-        [
-            cell.method,
-            cell.budget or "-",
-            f"{cell.correct}/{cell.asked}",
-            f"{cell.share:.0%}",
-            f"{cell.low:.0%} to {cell.high:.0%}",
-            human_bytes(cell.cache_bytes),
-        ]
-        for cell in table
-    ]
-    return ["method", "budget", "right", "share", "95 % interval", "cache bytes"], rows
+def evaluation(found: Evaluation) -> list[tuple[list[str], Rows, str]]:
+    """Scores and fidelity of methods at budgets: two tables for each task that is shown first, one for perplexity."""
+    from headprof.evaluation.results import main_cells
+
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in main_cells(found.cells):
+        groups.setdefault((cell.task, cell.group), []).append(cell)
+    made = [table for group in groups.values() for table in (scores(group), fidelity(group)) if table[1]]
+    return [*made, (*perplexities(found.perplexities), "Perplexity")] if found.perplexities else made
+
+
+def scores(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
+    """The scores of one task, a column for each budget, with 95 % intervals."""
+    columns, rows = _by_budget(cells, lambda cell: f"{cell.score:.0%}{_interval(cell.interval)}")
+    return columns, [*rows, _cache_bytes(cells, len(columns))], f"{_title(cells)}: score, and its 95 % interval"
+
+
+def fidelity(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
+    """How far each method's next tokens are from the full cache's; no rows if that was not run."""
+    known = [cell for cell in cells if cell.divergence is not None and cell.method != "full"]
+    columns, rows = _by_budget(known, lambda cell: f"{cell.divergence:.2g}, {cell.agreement:.0%}")
+    return columns, rows, f"{_title(cells)}: divergence from the full cache in nats, and share of tokens that agree"
+
+
+def _title(cells: Sequence[Cell]) -> str:
+    first = cells[0]
+    return f"{first.task}{f', {first.group}' if first.group else ''}, {first.questions} questions"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})"
+
+
+def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> tuple[list[str], Rows]:
+    """A row for each method, a column for each budget; what has no budget stands in the first one."""
+    budgets = list(dict.fromkeys(cell.budget for cell in cells if cell.budget))
+    methods: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        methods.setdefault(cell.method, {})[cell.budget or "".join(budgets[:1])] = text(cell)
+    rows = [[escape(name), *(row.get(budget, "") for budget in budgets or [""])] for name, row in methods.items()]
+    return ["method", *(budgets or [""])], rows
+
+
+def _cache_bytes(cells: Sequence[Cell], columns: int) -> list[str]:
+    """The mean size of the compressed caches at each budget."""
+    sizes: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.budget or len(cells) == 1:
+            sizes.setdefault(cell.budget, []).append(cell.cache_bytes)
+    return ["cache bytes", *(human_bytes(sum(each) / len(each)) for each in sizes.values())][:columns]
+
+
+def sharing(found: Evaluation) -> str:
+    """What the shared prefill saved, in words."""
+    saved = found.about["sharing"]
+    if not saved["questions"]:
+        return "Nothing was left to ask."
+    return (
+        f"One prefill served {saved['candidates']} caches: {saved['questions']} prompts were read and compressed in "
+        f"{saved['seconds']:.0f} s; reading them once for each cache would have taken {saved['seconds_apart']:.0f} s."
+    )
 
 
 def perplexities(table: Iterable[PerplexityCell]) -> tuple[list[str], Rows]:

@@ -287,7 +287,7 @@ MISTAKES = {
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
         2,
-        "There is no task 'chess': choose among niah, reasoning, perplexity.",
+        "There is no task 'chess': choose among niah, reasoning, perplexity, longbench, babilong, loogle, ruler.",
     ),
     "perplexity without texts": (
         ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full"),
@@ -337,7 +337,7 @@ MISTAKES = {
         "Global and local scores cannot be joined by 'median': choose max, sum, product, global or local.",
     ),
     "no such family": (
-        ("eval", "--model", "tiny", "--methods", "full", "--families", "chess"),
+        ("eval", "--model", "tiny", "--methods", "full", "--families", "chess", "-o", "new/results"),
         2,
         r"There is no needle family 'chess'; use some of [^\n]*",
     ),
@@ -368,7 +368,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(place, mistake):
     [
         ("heatmap", "broken.safetensors"),
         (*GENERATE, "--budget", "100B"),
-        ("eval", "--model", "tiny", "--methods", "snapkv", "--budgets", "8", "--probes", "1", "--json"),
+        ("profile", "show", "tiny.safetensors"),
     ],
 )
 def test_a_process_of_its_own_says_the_same(place, arguments):
@@ -477,7 +477,7 @@ def test_eval_without_knowing_the_question(place):
     for more in ((), ("--query-agnostic",), ("--query-agnostic", "--observe", "")):
         result = headprof(place, *options, *more)
         assert result.returncode == 0, result.stderr
-        sizes[more] = json.loads(result.stdout)[0]["cache_bytes"]
+        sizes[more] = json.loads(result.stdout)["cells"][0]["cache_bytes"]
     known, observed, alone = sizes.values()
     assert observed == alone < known
 
@@ -485,8 +485,13 @@ def test_eval_without_knowing_the_question(place):
 def test_eval_prints_a_table_and_writes_every_answer(place):
     options = ("eval", "--model", "tiny", "--profile", "tiny.safetensors", "--budgets", "8,100%", "--probes", "4")
     result = headprof(place, *options, "--methods", "full,snapkv,headkv-r2", "-o", "results", "--json")
-    cells = json.loads(result.stdout)
-    assert [(cell["method"], cell["budget"]) for cell in cells] == [
+    found = json.loads(result.stdout)
+    assert found == json.loads((place / "results" / "results.json").read_text())
+    cells = found["cells"]
+    assert [(cell["task"], cell["group"]) for cell in cells[::5]] == [
+        (task, group) for task in ("niah", "reasoning", "probes") for group in ("512", "1k")
+    ]
+    assert [(cell["method"], cell["budget"]) for cell in cells[:5]] == [
         ("full", ""),
         ("snapkv", "8"),
         ("snapkv", "100%"),
@@ -495,15 +500,18 @@ def test_eval_prints_a_table_and_writes_every_answer(place):
     ]
     lines = (place / "results" / "answers.csv").read_text().splitlines()
     assert len(lines) == 1 + 4 * 5
+    assert {"answers.jsonl", "cells.csv", "report.html", "scores.png", "depths.png", "divergence.png"} < {
+        file.name for file in (place / "results").iterdir()
+    }
     table = headprof(place, *options, "--methods", "full,snapkv")
-    assert "95 % interval" in table.stdout and "snapkv" in table.stdout
+    assert "95 % interval" in table.stdout and "snapkv" in table.stdout and "One prefill served 3" in table.stderr
 
 
 def test_eval_of_perplexity(place):
     options = ("eval", "--model", "tiny", "--tasks", "perplexity", "--data-dir", "document.txt", "--documents", "1")
     options = (*options, "--lengths", "200", "--continuation", "40", "--budgets", "12,100%", "--buffer", "8")
     result = headprof(place, *options, "--methods", "full,ems,ems:mass=false", "-o", "texts", "--json")
-    cells = json.loads(result.stdout)
+    cells = json.loads(result.stdout)["perplexities"]
     assert [(cell["method"], cell["budget"]) for cell in cells] == [
         ("full", ""),
         ("ems", "12"),

@@ -2,21 +2,29 @@
 
 import csv
 import io
+import math
+from dataclasses import replace
+from statistics import fmean, stdev
 
 import pytest
 import torch
 from test_compression import random_ids, random_profile
-from tiny import tiny_model, tiny_tokenizer
+from tiny import EOS, tiny_model, tiny_tokenizer
 
+from headprof.chat import ChatFormat
 from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
-from headprof.evaluation.command import EvalRequest, run_evaluation
-from headprof.evaluation.probing import Answer, Candidate, answer_probes
-from headprof.evaluation.report import results_csv, tabulate
-from headprof.evaluation.statistics import wilson_interval
+from headprof.evaluation import asking
+from headprof.evaluation.asking import Asker, Sharing
+from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.command import EvalRequest
+from headprof.evaluation.questions import ExampleQuestions, Judge, ProbeQuestions
+from headprof.evaluation.results import Answer, main_cells, results_csv, tabulate
+from headprof.evaluation.run import EvalRun
+from headprof.evaluation.statistics import mean_interval, t_95, wilson_interval
+from headprof.evaluation.tasks import Example
 from headprof.models import LoadedModel
-from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.shape import HeadShape
 
 
@@ -35,27 +43,54 @@ def test_wilson_interval_refuses_impossible_counts(successes, trials):
         wilson_interval(successes, trials)
 
 
-def answer(probe, method, budget, correct, size=10):
-    return Answer(probe, "retrieval", "code", 100, method, budget, correct, size)
+def test_mean_interval_is_students():
+    values = [0.1, 0.4, 0.35, 0.8]
+    half = t_95(3) * stdev(values) / 2
+    assert mean_interval(values) == pytest.approx((fmean(values) - half, fmean(values) + half))
+    assert t_95(3) == pytest.approx(3.182, abs=1e-3)
+    assert mean_interval([0.5]) is None and mean_interval([]) is None
+
+
+def answer(number, method, budget, score, size=10, task="niah", group="1k", divergence=None, agreement=None):
+    return Answer(task, str(number), group, method, budget, score, divergence, agreement, "", 100, size)
 
 
 def test_table_counts_per_method_and_budget():
-    answers = [answer(i, "full", "", i < 3, 40) for i in range(4)] + [answer(i, "snapkv", "8", i < 1) for i in range(4)]
+    answers = [answer(i, "full", "", float(i < 3), 40) for i in range(4)]
+    answers += [answer(i, "snapkv", "8", float(i < 1), divergence=i / 2, agreement=1 - i / 4) for i in range(4)]
     full, snapkv = tabulate(answers)
-    assert (full.method, full.correct, full.asked, full.share, full.cache_bytes) == ("full", 3, 4, 0.75, 40.0)
-    assert (snapkv.budget, snapkv.correct) == ("8", 1)
-    assert full.low < 0.75 < full.high
+    assert (full.method, full.questions, full.score, full.cache_bytes) == ("full", 4, 0.75, 40.0)
+    assert (
+        full.interval == wilson_interval(3, 4) and full.divergence is full.agreement is full.divergence_interval is None
+    )
+    assert (snapkv.budget, snapkv.score, snapkv.divergence, snapkv.agreement) == ("8", 0.25, 0.75, 0.625)
+    assert snapkv.divergence_interval == mean_interval([0, 0.5, 1, 1.5])
     rows = list(csv.DictReader(io.StringIO(results_csv(answers))))
-    assert len(rows) == 8 and rows[4] == {
-        "probe": "0",
-        "kind": "retrieval",
-        "family": "code",
-        "prompt_tokens": "100",
-        "method": "snapkv",
-        "budget": "8",
-        "correct": "True",
-        "cache_bytes": "10",
-    }
+    assert len(rows) == 8 and (rows[4]["method"], rows[4]["score"], rows[4]["divergence"]) == ("snapkv", "1.0", "0.0")
+    assert results_csv([]) == ""
+
+
+def test_graded_scores_have_students_interval_within_bounds():
+    (cell,) = tabulate([answer(i, "full", "", score) for i, score in enumerate((0.9, 1.0, 0.2))])
+    low, high = mean_interval([0.9, 1.0, 0.2])
+    assert high > 1 and cell.interval == (max(low, 0.0), 1.0)
+    assert tabulate([answer(0, "full", "", 0.4)])[0].interval is None
+
+
+def test_tasks_of_a_suite_are_pooled_length_by_length():
+    answers = [
+        answer(number, "full", "", float(task == "niah"), task=task, group=group)
+        for task in ("niah", "reasoning", "babilong/qa1")
+        for group in ("1k", "2k")
+        for number in range(3)
+    ]
+    cells = {(cell.task, cell.group): cell for cell in tabulate(answers)}
+    assert list(cells) == [
+        *((task, group) for task in ("niah", "reasoning", "probes") for group in ("1k", "2k")),
+        *(("babilong/qa1", group) for group in ("1k", "2k")),
+    ]
+    assert (cells["probes", "1k"].questions, cells["probes", "1k"].score) == (6, 0.5)
+    assert {cell.task for cell in main_cells(list(cells.values()))} == {"probes", "babilong/qa1"}
 
 
 def test_stacked_caches_continue_like_each_alone():
@@ -75,46 +110,192 @@ def test_stacked_caches_continue_like_each_alone():
             stack_caches([caches[0], shorter])
 
 
-def load_tiny():
-    model = tiny_model(num_kv_heads=2, layers=2)
+def load_tiny(**options):
+    model = tiny_model(num_kv_heads=2, layers=2, **options)
     return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
 
 
-@pytest.mark.parametrize(("known", "observers"), [(True, ()), (False, ()), (False, (5, 6, 7))])
-def test_answers_are_judged_as_the_model_itself_would_answer(known, observers):
-    """With the model's own greedy answer as the right one, the full cache is always right."""
-    from dataclasses import replace
+def candidates_for(loaded, *wanted):
+    profile = random_profile(loaded.model)
+    return [
+        Candidate(method, budget, make_plan(loaded.model, profile, method=method, budget=budget or 1))
+        for method, budget in wanted
+    ]
 
+
+MANY = (("snapkv", "9"), ("full", ""), ("headkv", "30"), ("ems", "12"), ("snapkv", "100%"), ("adakv", "16"))
+
+
+def invented_question(loaded, *, reply="", stop="", length=12, known_max=20):
+    """A question with a document of invented words; what it is worth is how often the letter e is said."""
+    document = " ".join(f"word{number % 17}" for number in range(60))
+    example = Example(
+        task="longbench/trec",
+        name="1",
+        group="",
+        before="Read: ",
+        document=document,
+        after="\nWhich word?",
+        reply=reply,
+        answers=("word three and then five",),
+        classes=(),
+        metric="longbench.qa_f1",
+        max_new_tokens=known_max,
+        chat=True,
+    )
+    question = ExampleQuestions(loaded, [example])[0]
+    judge = Judge(lambda text: text.count("e") / 100, lambda text: bool(stop) and stop in text, length)
+    return replace(question, judge=judge)
+
+
+@torch.inference_mode()
+def apart(loaded, candidate, prompt, tail, reference, observers, judge):
+    """What one candidate says and predicts, by itself and token by token: log-probabilities `[N, vocabulary]`, text."""
+    plan = replace(candidate.plan, buffer=None)
+    logs, said = [], []
+    with attending_ragged(loaded.model):
+        for feed in (list(reference), None):
+            cache = HeadCache(plan)
+            cache.expect_observers(observers)
+            prefill(loaded.model, torch.tensor([prompt]), cache)
+            for token in tail:
+                logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            if feed is not None:
+                for token in feed:
+                    logs.append(logits.double().log_softmax(dim=-1))
+                    logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                continue
+            while len(said) < judge.max_new_tokens:
+                token = int(logits.argmax())
+                if token == loaded.tokenizer.eos_token_id:
+                    break
+                said.append(token)
+                if judge.is_complete(loaded.tokenizer.decode(said, skip_special_tokens=True)):
+                    break
+                logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+    return torch.stack(logs), loaded.tokenizer.decode(said, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("most_logits", [asking.MOST_LOGITS, 1])
+@pytest.mark.parametrize("stop", ["", "e"])
+@pytest.mark.parametrize(("known", "reply"), [(True, ""), (True, "It is"), (False, ""), (False, "It is")])
+def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logits, monkeypatch):
+    monkeypatch.setattr(asking, "MOST_LOGITS", most_logits)
     loaded = load_tiny()
-    settings = ProbeSettings(probes=3, lengths=(512,), needles_per_context=1, split="eval")
-    contexts = []
-    for context in ProbeBuilder(loaded.tokenizer, settings, max_positions=4096):
-        probe = context.probes[0]
+    question = invented_question(loaded, reply=reply, stop=stop)
+    observers = [] if known else ChatFormat(loaded.tokenizer).question_ids("Who?")
+    candidates = [replace(each, plan=each.plan.for_observers(len(observers))) for each in candidates_for(loaded, *MANY)]
+    answers = Asker(loaded, candidates, known, observers).ask(question)
+
+    ids = [*question.document_ids, *question.asked_ids, *question.reply_ids]
+    first = len(question.document_ids) if not known else len(ids) - max(1, len(question.reply_ids))
+    prompt, tail = [*ids[:first], *observers], ids[first:]
+    alone = [
+        apart(loaded, each, prompt, tail, question.reference_ids, len(observers), question.judge) for each in candidates
+    ]
+    full = alone[1][0]
+    for found, (logs, text), candidate in zip(answers, alone, candidates, strict=True):
+        assert (found.method, found.budget, found.text) == (candidate.method, candidate.budget, text)
+        assert found.score == text.count("e") / 100
+        assert found.divergence == pytest.approx((full.exp() * (full - logs)).sum(dim=-1).mean().item(), abs=1e-5)
+        assert found.agreement == pytest.approx((full.argmax(dim=-1) == logs.argmax(dim=-1)).double().mean().item())
+        assert found.prompt_tokens == first
+    assert answers[1].divergence == 0 and answers[1].agreement == 1
+    assert answers[4].divergence == pytest.approx(0, abs=1e-6) and answers[0].divergence > 1e-4
+
+
+def test_generation_ends_with_the_models_end_token():
+    """The end token is made certain after a few steps: its row of the output matrix is that of what is said then."""
+    loaded = load_tiny()
+    question = invented_question(loaded, length=30)
+    asker = Asker(loaded, candidates_for(loaded, ("full", ""), ("snapkv", "9")))
+    said = loaded.tokenizer(asker.ask(question)[0].text, add_special_tokens=False).input_ids
+    loaded.model.generation_config.eos_token_id = [said[-1], 0]
+    ended = asker.ask(question)[0].text
+    assert len(ended) < len(loaded.tokenizer.decode(said)) and EOS not in ended
+    assert loaded.tokenizer.decode(said).startswith(ended)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_probes_are_judged_as_the_model_itself_would_answer(known):
+    """With the model's own greedy answer as the right one, the full cache is always right."""
+    loaded = load_tiny()
+    (full,) = candidates_for(loaded, ("full", ""))
+    asker = Asker(loaded, [full], known)
+    for probe in ProbeQuestions(loaded, "niah", 3, (512,), None, 5):
         for reply in ((), (7, 9)):
-            prompt = torch.tensor([[*context.context_ids, *probe.asked_ids, *reply]])
+            prompt = torch.tensor([[*probe.document_ids, *probe.asked_ids, *reply]])
             output = loaded.model.generate(
                 prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=2, eos_token_id=None
             )
             said = tuple(output[0, prompt.shape[1] :].tolist())
-            for right in (said, (*said[:-1], said[-1] + 1)):
-                contexts.append(replace(context, probes=(replace(probe, reply_ids=reply, answer_ids=right),)))
-    full = Candidate("full", "", make_plan(loaded.model, method="full", budget=1))
-    answers = answer_probes(loaded.model, contexts, [full], question_known=known, observer_ids=observers)
-    assert [each.correct for each in answers] == [True, False] * 6
+            for right, score in ((said, 1.0), ((*said[:-1], said[-1] + 1), 0.0)):
+                (found,) = asker.ask(replace(probe, reply_ids=reply, reference_ids=right))
+                assert found.score == score and found.text == ""
+
+
+def test_probes_of_a_task_do_not_depend_on_how_many_are_asked():
+    loaded = load_tiny()
+    few, many = (ProbeQuestions(loaded, "reasoning", number, (512, 700), None, 5) for number in (2, 6))
+    assert list(few) == list(many)[:2] and len(many) == 6
+    assert [each.group for each in many] == ["512", "700"] * 3
+    assert all(0 <= each.depth <= 1 and each.family for each in many)
+    assert {each.family for each in many}.isdisjoint(
+        each.family for each in ProbeQuestions(loaded, "niah", 6, (512,), None, 5)
+    )
+
+
+def test_the_reference_follows_what_stands_before_it():
+    loaded = load_tiny()
+    chat = ChatFormat(loaded.tokenizer)
+    for reply, text in (("", "word three and then five"), ("It is", " word three and then five")):
+        assert invented_question(loaded, reply=reply).reference_ids == tuple(chat.reply_ids(text)[:20])
+    assert len(invented_question(loaded, known_max=4).reference_ids) == 4
+
+
+def test_a_prompt_is_cut_in_the_middle_to_what_is_allowed():
+    loaded = load_tiny()
+    example = Example(
+        "longbench/qasper", "1", "", "Read: ", "one two three " * 200, " Which?", "", ("x",), (), "m", 8, True
+    )
+    for allowed in (300, None):
+        cut = ExampleQuestions(loaded, [example], allowed)[0]
+        tokens = len(cut.document_ids) + len(cut.asked_ids)
+        assert tokens <= 300 if allowed else tokens > 1000
+
+
+def test_sharing_is_added_up():
+    loaded = load_tiny()
+    asker = Asker(loaded, candidates_for(loaded, ("full", ""), ("snapkv", "9")))
+    question = invented_question(loaded)
+    asker.ask(question)
+    asker.ask(question)
+    sharing = asker.sharing
+    tokens = len(question.document_ids) + len(question.asked_ids) - 1
+    assert (sharing.questions, sharing.prompt_tokens, sharing.sampled_tokens) == (2, 2 * tokens, tokens)
+    assert sharing.seconds_apart(2) == pytest.approx(4 * sharing.sampled_seconds)
+    total = sharing + Sharing(1, 10, 1.0, 0, 0.0)
+    assert (total.questions, total.prompt_tokens) == (3, 2 * tokens + 10) and Sharing().seconds_apart(3) == 0
+
+
+def evaluated(loaded, *, profile=None, **options):
+    request = EvalRequest(**({"tasks": ("niah",), "budgets": ("8",), "probes": 2, "lengths": (512,)} | options))
+    return EvalRun(loaded, profile, request).evaluate().answers
 
 
 def test_a_request_runs_every_method_at_every_budget():
     loaded = load_tiny()
-    request = EvalRequest(
-        ["niah"], ["full", "snapkv", "headkv"], ["8", "100%"], 2, (512,), options={"pool_factor": 2.0}
-    )
-    assert request.check()
-    answers = run_evaluation(loaded, random_profile(loaded.model), request)
-    assert len(answers) == 2 * 5 and {each.kind for each in answers} == {"retrieval"}
-    by = {(each.probe, each.method, each.budget): each for each in answers}
-    for probe in range(2):
+    options = {"methods": ("full", "snapkv", "headkv"), "budgets": ("8", "100%"), "options": {"pool_factor": 2.0}}
+    assert EvalRequest(("niah",), **options).check()
+    answers = evaluated(loaded, profile=random_profile(loaded.model), **options)
+    assert len(answers) == 2 * 5
+    by = {(each.question, each.method, each.budget): each for each in answers}
+    for probe in ("0", "1"):
         full = by[probe, "full", ""]
-        assert by[probe, "snapkv", "100%"].correct == by[probe, "headkv", "100%"].correct == full.correct
+        for method in ("snapkv", "headkv"):
+            whole = by[probe, method, "100%"]
+            assert whole.score == full.score and whole.divergence == pytest.approx(0, abs=1e-6) and whole.agreement == 1
+        assert by[probe, "snapkv", "8"].divergence > 0 and math.isfinite(by[probe, "snapkv", "8"].divergence)
         assert by[probe, "snapkv", "8"].cache_bytes < full.cache_bytes / 10
         assert by[probe, "snapkv", "8"].cache_bytes == by[probe, "headkv", "8"].cache_bytes
 
@@ -122,19 +303,16 @@ def test_a_request_runs_every_method_at_every_budget():
 @pytest.mark.parametrize("observe", ["", "Who and when?"])
 def test_a_document_alone_is_compressed_when_the_question_is_not_known(observe):
     loaded = load_tiny()
-    methods = ["full", "snapkv", "knorm"]
-    request = EvalRequest(["niah"], methods, ["8"], 2, (512,), question_known=False, observe=observe)
-    assert bool(request.observer_ids(loaded)) == bool(observe)
-    answers = run_evaluation(loaded, None, request)
-    known = run_evaluation(loaded, None, EvalRequest(["niah"], methods, ["8"], 2, (512,)))
-    for one, other in zip(answers, known, strict=True):
+    methods = ("full", "snapkv", "knorm")
+    answers = evaluated(loaded, methods=methods, question_known=False, observe=observe)
+    for one, other in zip(answers, evaluated(loaded, methods=methods), strict=True):
         assert one.prompt_tokens < other.prompt_tokens
         assert (one.cache_bytes < other.cache_bytes) if one.method == "full" else one.cache_bytes == other.cache_bytes
 
 
 def test_a_request_that_needs_no_profile_says_so():
-    assert not EvalRequest(["niah"], ["full", "snapkv"], ["8"], 2, (512,)).check()
+    assert not EvalRequest(("niah",), ("full", "snapkv"), ("8",)).check()
     with pytest.raises(UsageError, match="no method 'magic'"):
-        EvalRequest(["niah"], ["magic"], ["8"], 2, (512,)).check()
+        EvalRequest(("niah",), ("magic",), ("8",)).check()
     with pytest.raises(UsageError, match="no pooling 'median'"):
-        EvalRequest(["niah"], ["snapkv"], ["8"], 2, (512,), options={"pooling": "median"}).check()
+        EvalRequest(("niah",), ("snapkv",), ("8",), options={"pooling": "median"}).check()

@@ -17,6 +17,7 @@ from headprof.compression.cache import HeadCache
 from headprof.compression.session import compressed, make_plan
 from headprof.errors import UsageError
 from headprof.evaluation import perplexity
+from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.perplexity import (
     Document,
     Loss,
@@ -25,8 +26,7 @@ from headprof.evaluation.perplexity import (
     select_documents,
     tabulate_losses,
 )
-from headprof.evaluation.probing import Candidate
-from headprof.evaluation.report import results_csv
+from headprof.evaluation.results import results_csv
 from headprof.evaluation.statistics import t_95
 from headprof.evaluation.texts import Text
 

@@ -19,10 +19,10 @@ from headprof.evaluation.tasks.ruler import (
     Needles,
     VariableTracking,
     fill,
-    group_of,
     prompt_tokens,
     zeta_counts,
 )
+from headprof.numbers import format_length
 
 NAMES = [name.partition("/")[2] for name in BENCHMARKS["ruler"]]
 TOKENIZERS = {"plain": tiny_tokenizer(), "chat": tiny_tokenizer(chat=True)}
@@ -50,7 +50,7 @@ def test_prompts_take_the_length_or_up_to_2_percent_less(name):
                 prompt = ChatFormat(TOKENIZERS[tokenizer]).prompt_ids(example.before + example.document + example.after)
                 taken = len(prompt) + len(TOKENIZERS[tokenizer](example.reply).input_ids)
                 assert 0.98 * length <= taken <= length
-                assert example.group == group_of(length)
+                assert example.group == format_length(length)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny
 
 from headprof.profile import HeadProfile
-from headprof.scoring.team import Team, claim_gpus
+from headprof.team import Team, claim_gpus
 
 RUN = ["score", "--model", "tiny", "--include-failed", "--lengths", "700,500", "--pack", "2"]
 

@@ -13,6 +13,8 @@ import typer
 from headprof import __version__, tables
 from headprof.chat import OBSERVATION
 from headprof.cli.bench import bench
+from headprof.cli.evaluate import evaluate
+from headprof.cli.harness import PASS_ON, lm_eval
 from headprof.cli.options import (
     Attn,
     Backend,
@@ -46,7 +48,6 @@ from headprof.cli.shared import (
     join_team,
     lengths_of,
     load,
-    load_profile,
     method_options,
     terminal,
 )
@@ -385,107 +386,8 @@ def compress(
     terminal.table(*tables.summary(summary))
 
 
-@app.command(name="eval")
-@guarded
-def evaluate(
-    model: Model = None,
-    profile: Profile = None,
-    tasks: Annotated[
-        str, typer.Option(help="niah (retrieval probes), reasoning (probes), perplexity; with commas.")
-    ] = "niah,reasoning",
-    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "full,snapkv,headkv,headkv-r2",
-    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "16,32,64,128",
-    probes: Annotated[int, typer.Option(min=1, help="Number of probes, over all tasks.")] = 120,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Tokens of a prompt, such as 1k,2k, or of a text for perplexity. Default: 1k, 4k."),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Texts for perplexity: .txt, .jsonl (field context or text), or a folder of these."),
-    ] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Texts for perplexity: the first that are long enough.")] = 20,
-    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.")] = 0,
-    continuation: Annotated[int, typer.Option(min=1, help="Tokens at a text's end that are predicted.")] = 512,
-    families: Annotated[str | None, typer.Option(help="Only these probe families, with commas.")] = None,
-    seed: Seed = 1000,
-    query_agnostic: Annotated[
-        bool, typer.Option("--query-agnostic", help="Compress the document alone, before the question is known.")
-    ] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for answers.csv.")] = None,
-    json: JsonFlag = False,
-    observe: Observe = OBSERVATION,
-    window: Window = None,
-    keep_last: KeepLast = None,
-    kernel: Kernel = None,
-    pooling: Pooling = None,
-    pool_factor: PoolFactor = None,
-    settings: Settings = None,
-    decode_budget: DecodeBudget = None,
-    buffer: Buffer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    trust_remote_code: Trust = False,
-) -> None:
-    """Compare methods and budgets on probes that no profile was made from, and by the perplexity of texts.
-
-    For perplexity all but the end of a text is compressed; while the end is read, the cache is compressed on.
-
-    [dim]headprof eval --methods full,snapkv,headkv-r2 --budgets 32,64
-    headprof eval --tasks perplexity --data-dir texts --methods full,h2o,ems --budgets 64,256[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.evaluation.command import EvalRequest, run_evaluation, run_perplexity
-    from headprof.evaluation.perplexity import tabulate_losses
-    from headprof.evaluation.report import results_csv, tabulate
-    from headprof.files import write_text
-
-    request = EvalRequest(
-        tasks=tasks.split(","),
-        methods=methods.split(","),
-        budgets=budgets.split(","),
-        probes=probes,
-        lengths=lengths_of(lengths) if lengths else None,
-        families=families.split(",") if families else None,
-        seed=seed,
-        question_known=not query_agnostic,
-        observe=observe,
-        data_dir=data_dir,
-        documents=documents,
-        skip=skip,
-        continuation=continuation,
-        options=method_options(window, keep_last, kernel, pooling, pool_factor, settings),
-        decoding=decoding_options(decode_budget, buffer),
-    )
-    needs_profile = request.check()
-    loaded = load(model, device, dtype, attn, trust_remote_code)
-    head_profile = load_profile(loaded, profile) if needs_profile else None
-    answers, losses = [], []
-    with terminal.progress() as report:
-        if request.probe_tasks:
-            answers = run_evaluation(
-                loaded, head_profile, request, lambda done: report(f"Asking {loaded.name}", done, probes)
-            )
-        if "perplexity" in request.tasks:
-            losses = run_perplexity(
-                loaded, head_profile, request, lambda done, total: report("Reading texts", done, total)
-            )
-    cells, texts = tabulate(answers), tabulate_losses(losses)
-    if output is not None and answers:
-        write_text(output / "answers.csv", results_csv(answers))
-    if output is not None and losses:
-        write_text(output / "losses.csv", results_csv(losses))
-    if json:
-        terminal.json([asdict(cell) for cell in cells] + [asdict(cell) for cell in texts])
-        return
-    if cells:
-        terminal.result_table(*tables.cells(cells))
-    if texts:
-        terminal.result_table(*tables.perplexities(texts))
-
-
+app.command(name="eval")(evaluate)
+app.command(name="lm-eval", context_settings=PASS_ON)(lm_eval)
 app.add_typer(profiles, name="profile")
 app.add_typer(bench, name="bench")
 

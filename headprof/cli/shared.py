@@ -95,10 +95,10 @@ def choose_plan(
     return plan
 
 
-def lengths_of(text: str) -> tuple[int, ...]:
+def lengths_of(text: str, least: int = 1) -> tuple[int, ...]:
     from headprof.numbers import parse_lengths
 
-    return parse_lengths(text)
+    return parse_lengths(text, least)
 
 
 def join_team():
@@ -107,7 +107,7 @@ def join_team():
 
     import torch
 
-    from headprof.scoring.team import Team, claim_gpus
+    from headprof.team import Team, claim_gpus
 
     gpus = claim_gpus(os.environ, torch.cuda.device_count())
     if gpus is not None:

@@ -1,28 +1,61 @@
-"""What `headprof eval` is asked for, checked before any model work, and carried out."""
+"""What `headprof eval` is asked for, checked before any model work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from headprof import __version__
 from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.budget import Budget
-from headprof.compression.methods import find_method
+from headprof.compression.methods import METHODS, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
-from headprof.evaluation.perplexity import Loss, PerplexitySettings, measure_perplexity, select_documents
-from headprof.evaluation.probing import Answer, Candidate, answer_probes
-from headprof.evaluation.texts import read_texts
+from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.perplexity import PerplexitySettings
+from headprof.evaluation.results import PROBE_TASKS
+from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
 from headprof.models import LoadedModel
-from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile import HeadProfile
 
-PROBE_TASKS = {"niah": "retrieval", "reasoning": "reasoning"}
-"""Tasks and the kind of probe each one asks."""
-TASKS = (*PROBE_TASKS, "perplexity")
+
+@dataclass(frozen=True)
+class Preset:
+    """How much an evaluation does.
+
+    Attributes:
+        tasks, methods, budgets, lengths: as in `EvalRequest`.
+        probes: number of probes, over both tasks of this project.
+    """
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    probes: int
+
+
+PRESETS = {
+    "quick": Preset(("niah", "reasoning"), tuple(METHODS), ("32", "64", "128"), (512, 1024), 80),
+    "standard": Preset(("niah", "reasoning"), tuple(METHODS), ("16", "32", "64", "128", "256"), (1024,), 200),
+    "thorough": Preset(
+        ("niah", "reasoning", "ruler", "babilong", "longbench"),
+        tuple(METHODS),
+        ("64", "128", "256", "512"),
+        (1024, 2048, 4096),
+        600,
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name; raises `UsageError` when there is none."""
+    if name not in PRESETS:
+        raise UsageError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 @dataclass(frozen=True)
@@ -30,30 +63,40 @@ class EvalRequest:
     """Methods times budgets times tasks.
 
     Attributes:
-        tasks: names in `TASKS`.
-        methods: names in the table of methods; `full` is run once, without a budget.
+        tasks: `niah`, `reasoning`, `perplexity`, a benchmark (`ruler`) or one of its tasks (`longbench/hotpotqa`).
+        methods: names in the table of methods, each of which may be followed by parameters; `full` is run once, without
+            a budget.
         budgets: as the command line takes them.
-        probes: number of probes, over all tasks.
-        lengths: of the probes' prompts, in tokens; of the texts whose perplexity is taken, which have but one.
+        probes: number of probes, over `niah` and `reasoning` together.
+        lengths: of prompts that can be had in several, in tokens; of the texts whose perplexity is taken, which have
+            but one.
         families: probe families to ask; all when none are named.
-        seed: of the probes.
+        seed: of what is generated.
+        limit: questions of each task, and of each of its lengths, at most; none for all.
+        max_prompt: tokens of a benchmark's prompt, the middle of a longer one is left out; none for as many as the
+            model can read.
+        prompts: a JSON file of templates in place of LongBench's.
         question_known: whether the question is part of the prompt that is compressed; if not, the document alone is.
-        data_dir: a text file, or a folder of them, for perplexity.
+        observe: if not, the text in the question's place that judges the document; empty for the document's own end.
+        data_dir: a folder with the benchmarks' files; for perplexity, a text file or a folder of them.
         documents: how many texts; none for all that are long enough.
         skip: how many of those to leave out first.
         continuation: tokens at a text's end that are predicted, after those before them have been compressed.
-        observe: if not, the text in the question's place that judges the document; empty for the document's own end.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
-        decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
+        decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default. They
+            matter to perplexity alone: what a model answers is kept.
     """
 
-    tasks: list[str]
-    methods: list[str]
-    budgets: list[str]
-    probes: int
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    probes: int = PRESETS["quick"].probes
     lengths: tuple[int, ...] | None = None
-    families: list[str] | None = None
+    families: tuple[str, ...] | None = None
     seed: int = 1000
+    limit: int | None = None
+    max_prompt: int | None = None
+    prompts: Path | None = None
     question_known: bool = True
     observe: str = OBSERVATION
     data_dir: Path | None = None
@@ -69,11 +112,13 @@ class EvalRequest:
         Raises:
             UsageError: an unknown task or method, a budget that cannot be read, or no texts for perplexity.
         """
-        for task in self.tasks:
-            if task not in TASKS:
-                raise UsageError(f"There is no task {task!r}: choose among {', '.join(TASKS)}.")
-        if "perplexity" in self.tasks:
+        if not self.all_tasks or not self.methods:
+            raise UsageError("There is nothing to evaluate: name at least one task and one method.")
+        if "perplexity" in self.all_tasks:
             self.perplexity_settings()
+        own = [task for task in self.all_tasks if task in PROBE_TASKS]
+        if self.probes < len(own):
+            raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
         for budget in self.budgets:
             Budget.parse(budget)
         for name in self.methods:
@@ -81,8 +126,30 @@ class EvalRequest:
         return any(find_method(method).budget.profile_scores for method in self.methods)
 
     @property
-    def probe_tasks(self) -> list[str]:
-        return [task for task in self.tasks if task in PROBE_TASKS]
+    def all_tasks(self) -> list[str]:
+        """The tasks by their own names, each once.
+
+        Raises:
+            UsageError: there is no such task.
+        """
+        own = (*PROBE_TASKS, "perplexity")
+        found: list[str] = []
+        for name in self.tasks:
+            if name not in own and name.partition("/")[0] not in BENCHMARKS:
+                raise UsageError(f"There is no task {name!r}: choose among {', '.join((*own, *BENCHMARKS))}.")
+            found += [name] if name in own else expand([name])
+        return list(dict.fromkeys(found))
+
+    def probes_of(self, task: str, lengths: tuple[int, ...]) -> int:
+        """How many of the probes are of `task`: an even share, within the limit."""
+        asked = [each for each in self.all_tasks if each in PROBE_TASKS]
+        share, rest = divmod(self.probes, len(asked))
+        share += asked.index(task) < rest
+        return share if self.limit is None else min(share, self.limit * len(lengths))
+
+    def task_request(self, loaded: LoadedModel) -> TaskRequest:
+        """What the benchmarks are asked for."""
+        return TaskRequest(self.data_dir, self.limit, self.lengths or (), loaded.tokenizer, self.seed, self.prompts)
 
     def perplexity_settings(self) -> PerplexitySettings:
         """
@@ -102,8 +169,9 @@ class EvalRequest:
                 "or lower --continuation."
             )
         buffer = self.decoding.get("buffer", BUFFER)
+        documents = self.documents if self.limit is None else min(self.limit, self.documents or self.limit)
         return PerplexitySettings(
-            lengths[0] - self.continuation, self.continuation, self.documents, self.skip, chunk=buffer or BUFFER
+            lengths[0] - self.continuation, self.continuation, documents, self.skip, chunk=buffer or BUFFER
         )
 
     def _options_of(self, name: str) -> dict[str, Any]:
@@ -119,9 +187,9 @@ class EvalRequest:
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
         made = []
-        for name in self.methods:
+        for name in dict.fromkeys(self.methods):
             method = find_method(name)
-            for budget in self.budgets if method.importance is not None else [""]:
+            for budget in dict.fromkeys(self.budgets) if method.importance is not None else [""]:
                 plan = make_plan(
                     loaded.model,
                     profile,
@@ -133,65 +201,20 @@ class EvalRequest:
                 made.append(Candidate(name, budget, plan))
         return made
 
-
-def run_evaluation(
-    loaded: LoadedModel,
-    profile: HeadProfile | None,
-    request: EvalRequest,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> list[Answer]:
-    """Ask probes that no profile was made from: names and values of the held-out half, one needle a context."""
-    settings = ProbeSettings(
-        probes=request.probes,
-        lengths=request.lengths or (1024,),
-        kinds=tuple(dict.fromkeys(PROBE_TASKS[task] for task in request.probe_tasks)),
-        families=tuple(request.families) if request.families else None,
-        needles_per_context=1,
-        seed=request.seed,
-        split="eval",
-    )
-    builder = ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
-    observers = request.observer_ids(loaded)
-    candidates = [
-        replace(candidate, plan=candidate.plan.for_observers(len(observers)))
-        for candidate in request.candidates(loaded, profile)
-    ]
-    for candidate in candidates:  # a budget that cannot be met is an error before any work
-        for length in settings.lengths:
-            candidate.plan.check(length)
-    done = 0
-
-    def count(_: list[Answer]) -> None:
-        nonlocal done
-        done += 1
-        on_done(done)
-
-    return answer_probes(
-        loaded.model,
-        builder,
-        candidates,
-        count,
-        question_known=request.question_known,
-        observer_ids=observers,
-    )
-
-
-def run_perplexity(
-    loaded: LoadedModel,
-    profile: HeadProfile | None,
-    request: EvalRequest,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Loss]:
-    """Predict the ends of the request's texts; `on_done` is told how many are done, and of how many."""
-    assert request.data_dir is not None
-    settings = request.perplexity_settings()
-    documents = select_documents(loaded.tokenizer, read_texts(request.data_dir), settings, loaded.max_positions)
-    done = 0
-
-    def count(_: list[Loss]) -> None:
-        nonlocal done
-        done += 1
-        on_done(done, len(documents))
-
-    candidates = request.candidates(loaded, profile)
-    return measure_perplexity(loaded.model, documents, candidates, count, chunk=settings.chunk)
+    def key(self, loaded: LoadedModel, profile: HeadProfile | None) -> dict[str, Any]:
+        """Everything that an answer depends on, as JSON has it; how many questions are asked is left out."""
+        settings = {
+            name: str(value) if isinstance(value, Path | Budget) else value
+            for name, value in asdict(self).items()
+            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts")
+        }
+        return {
+            "version": __version__,
+            "model": loaded.name,
+            "fingerprint": loaded.shape.to_dict(),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "profile": profile.digest() if profile is not None else "",
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+            "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
+            "decoding": {name: str(value) for name, value in self.decoding.items()},
+        }

@@ -30,11 +30,13 @@ from headprof.text import normalize_answer
 Scorer = Callable[..., float]
 """`(prediction, references, classes=()) -> float`."""
 
+LABEL_ENDS = (".", "<context>", "<example>")
+"""Where the part of a prediction ends that counts for BABILong."""
+
 _NUMBER = re.compile(r"\d+")
 _PARAGRAPH = re.compile(r"Paragraph (\d+)")
 _PARAGRAPH_ZH = re.compile(r"段落(\d+)")
 _NO_CODE = ("`", "#", "//")
-_BEFORE_MORE_EXAMPLES = re.compile(r"\.|<context>|<example>")
 _FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
 # LongBench's list lacks the opening 《 as well as 〈, 〉 and the full-width stop: where they are words, they count.
 _PUNCTUATION_ZH = str.maketrans(
@@ -184,7 +186,7 @@ def label_match(prediction: str, references: Sequence[str], classes: Sequence[st
         references: right labels.
         classes: the labels that may be answered: `possible_labels` of the task's.
     """
-    answer = _BEFORE_MORE_EXAMPLES.split(prediction.lower(), maxsplit=1)[0]
+    answer = re.split("|".join(map(re.escape, LABEL_ENDS)), prediction.lower(), maxsplit=1)[0]
     found = {label.lower() for label in classes if label.lower() in answer}
     return float(any(found == {reference.lower()} for reference in references if reference.strip()))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from statistics import fmean
 
 import torch
@@ -15,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headprof.compression.cache import FanOutCache, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
-from headprof.evaluation.probing import Candidate
-from headprof.evaluation.statistics import t_95
+from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.statistics import mean_interval
 from headprof.evaluation.texts import Text
 
 CHUNK = 64
@@ -245,12 +244,6 @@ def _exp(value: float) -> float:
 
 
 def _exp_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of a mean of logarithms, as the interval of what they are logarithms of.
-
-    Not a bootstrap, whose intervals are too narrow for the few documents that one has the time for.
-    """
-    if len(values) < 2:
-        return None
-    logs = torch.tensor(values, dtype=torch.float64)
-    half = t_95(len(logs) - 1) * logs.std() / sqrt(len(logs))
-    return (logs.mean() - half).exp().item(), (logs.mean() + half).exp().item()
+    """Student's 95 % interval of a mean of logarithms, as the interval of what they are logarithms of."""
+    found = mean_interval(values)
+    return None if found is None else (_exp(found[0]), _exp(found[1]))

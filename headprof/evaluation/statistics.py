@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, pi, sin, sqrt, tan
+from statistics import fmean, stdev
 
 Z_95 = 1.959963984540054
 
@@ -35,6 +37,17 @@ def t_95(degrees: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
     return tan(low) * sqrt(degrees)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's 95 % interval of a mean; none for less than two values.
+
+    Not a bootstrap, whose intervals are too narrow for the few values that one often has the time for.
+    """
+    if len(values) < 2:
+        return None
+    half = t_95(len(values) - 1) * stdev(values) / sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def _t_within(angle: float, degrees: int) -> float:

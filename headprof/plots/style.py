@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.files import atomic_write
+from headprof.numbers import format_length
 from headprof.profile import HeadProfile
 
 if TYPE_CHECKING:
@@ -55,12 +56,8 @@ def probe_facts(profile: HeadProfile, kinds: Iterable[str]) -> list[str]:
         facts.append(f"{' + '.join(counted)} probes")
     lengths = profile.settings.get("lengths")
     if isinstance(lengths, Sequence) and lengths and all(isinstance(length, int) for length in lengths):
-        facts.append(f"contexts of {', '.join(_format_length(length) for length in lengths)} tokens")
+        facts.append(f"contexts of {', '.join(format_length(length) for length in lengths)} tokens")
     return facts
-
-
-def _format_length(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
 
 
 def bar_ticks(highest: float, length: float, apart: float = 0.28) -> list[float]:

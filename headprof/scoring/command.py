@@ -15,7 +15,7 @@ from headprof.probes.needles import load_needles
 from headprof.profile import HeadProfile, profile_filename
 from headprof.scoring.results import probes_kept, results_file
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
-from headprof.scoring.team import Team
+from headprof.team import Team
 
 _DEPTHS_PER_FILLER = 8
 

@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Any
 
 from headprof.assets import asset_dir
-from headprof.evaluation.metrics import possible_labels
+from headprof.evaluation.metrics import LABEL_ENDS, possible_labels
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
 from headprof.evaluation.tasks.sources import Source, read_rows
 
@@ -68,6 +68,7 @@ def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example
             metric="babilong.label",
             max_new_tokens=MAX_NEW_TOKENS,
             chat=True,
+            stops=LABEL_ENDS,
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from headprof.errors import ModelError, UsageError
+from headprof.evaluation.metrics import METRICS, first_line
 
 DEFAULT_LENGTHS = (1024,)
 
@@ -35,6 +37,7 @@ class Example:
         max_new_tokens: tokens to generate.
         chat: whether the chat template goes around the prompt.
         first_line: whether only the prediction's first line counts.
+        stops: texts at which generation may end, since nothing from there on counts.
     """
 
     task: str
@@ -50,6 +53,26 @@ class Example:
     max_new_tokens: int
     chat: bool
     first_line: bool = False
+    stops: tuple[str, ...] = ()
+
+    @property
+    def reference(self) -> str:
+        """The right answer as a model would write it: the first, or all of them where all are wanted."""
+        if self.metric == "ruler.all":
+            return ", ".join(self.answers)
+        if self.metric == "loogle.cloze":
+            return json.dumps({f"<mask-{n}>": answer for n, answer in enumerate(self.answers)}, ensure_ascii=False)
+        return self.answers[0]
+
+    def score(self, prediction: str) -> float:
+        """What a generated text is worth by the task's metric, 0 to 1."""
+        counted = first_line(prediction) if self.first_line else prediction
+        return METRICS[self.metric](counted, self.answers, self.classes)
+
+    def is_complete(self, prediction: str) -> bool:
+        """Whether nothing that is generated after this text counts."""
+        text = prediction.lstrip("\n")
+        return any(stop in text for stop in self.stops)
 
     @property
     def text(self) -> str:

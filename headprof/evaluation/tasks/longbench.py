@@ -75,6 +75,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
             max_new_tokens=max_new_tokens,
             chat=name not in FEW_SHOT + CODE,
             first_line=name in FEW_SHOT,
+            stops=("\n",) if name in FEW_SHOT else (),
         )
         if row.number == request.limit:
             return

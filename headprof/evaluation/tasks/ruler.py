@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from headprof.chat import ChatFormat
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
+from headprof.numbers import format_length
 from headprof.probes.haystack import Haystack, join_sentences
 from headprof.probes.needles import SPLITS, load_families
 
@@ -218,11 +219,6 @@ GENERATORS: dict[str, Generator] = {
 }
 
 
-def group_of(length: int) -> str:
-    """A length in tokens as it is written on the command line: `"1k"` for 1024."""
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
-
-
 def examples(name: str, request: TaskRequest) -> Iterator[Example]:
     """The examples of task `name` (`"niah_single"`), length by length.
 
@@ -240,7 +236,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
             yield Example(
                 task=f"ruler/{name}",
                 name=f"{length}:{number}",
-                group=group_of(length),
+                group=format_length(length),
                 before=puzzle.before,
                 document=_filled(puzzle, length, request.tokenizer, name),
                 after=puzzle.after,

@@ -1,0 +1,236 @@
+"""Questions under many methods and budgets, from one prefill each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.session import attending_ragged, prefill
+from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.questions import Judge, Question
+from headprof.evaluation.results import Answer
+from headprof.models import LoadedModel
+
+MOST_LOGITS = 2**25
+"""Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""
+
+
+@dataclass
+class Sharing:
+    """What it saved that all candidates share one prefill.
+
+    Attributes:
+        questions: how many were asked.
+        prompt_tokens: of all their prompts.
+        seconds: that reading the prompts took, all compressions included.
+        sampled_tokens, sampled_seconds: of the prompts that were read once more, by themselves, to have something to
+            compare with.
+    """
+
+    questions: int = 0
+    prompt_tokens: int = 0
+    seconds: float = 0.0
+    sampled_tokens: int = 0
+    sampled_seconds: float = 0.0
+
+    def __add__(self, other: Sharing) -> Sharing:
+        return Sharing(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def seconds_apart(self, candidates: int) -> float:
+        """What the prefills would have taken, one for each candidate, without any compression."""
+        if not self.sampled_tokens:
+            return 0.0
+        return candidates * self.prompt_tokens * self.sampled_seconds / self.sampled_tokens
+
+
+@dataclass
+class Asker:
+    """Asks one question after the other.
+
+    If the question is known, the prompt that is compressed ends with it and the start of the model's turn; else the
+    document alone is compressed, and the question read afterwards. Either way at least one token is read after the
+    compression and before the answer, the last of the prompt if need be: so each token of the answer, the first one
+    too, depends on what the cache still holds. What comes after the prompt is kept, as in the papers, however long it
+    is.
+
+    Attributes:
+        loaded: the model that answers.
+        candidates: methods at budgets; the divergence is taken from the one with the method `full`, if there is one.
+        question_known: whether the question is part of what is compressed.
+        observer_ids: if not, tokens after the document that judge it and are not kept.
+        sharing: what reading the prompts took.
+    """
+
+    loaded: LoadedModel
+    candidates: Sequence[Candidate]
+    question_known: bool = True
+    observer_ids: Sequence[int] = ()
+    sharing: Sharing = field(default_factory=Sharing)
+    _sampled: set[tuple[str, str]] = field(default_factory=set)
+
+    @torch.inference_mode()
+    def ask(self, question: Question) -> list[Answer]:
+        """The answers under each candidate, in order."""
+        prompt, tail = self._split(question)
+        with attending_ragged(self.loaded.model):
+            caches = self._read(prompt, (question.task, question.group))
+            reference = self._reference(stack_caches(caches), tail, question.reference_ids)
+            if question.judge is None:
+                texts, scores = [""] * len(caches), [float(right) for right in reference.right]
+            else:
+                texts = self._generate(stack_caches(caches), tail, question.judge)
+                scores = [question.judge.score(text) for text in texts]
+        return [
+            Answer(
+                task=question.task,
+                question=question.name,
+                group=question.group,
+                method=candidate.method,
+                budget=candidate.budget,
+                score=scores[place],
+                divergence=reference.divergence[place] if reference.divergence else None,
+                agreement=reference.agreement[place] if reference.agreement else None,
+                text=texts[place],
+                prompt_tokens=caches[place].get_seq_length(),
+                cache_bytes=caches[place].nbytes,
+                depth=question.depth,
+                family=question.family,
+            )
+            for place, candidate in enumerate(self.candidates)
+        ]
+
+    def _split(self, question: Question) -> tuple[list[int], list[int]]:
+        """What is compressed (with the observers after it), and what is read from then on, up to the answer."""
+        prompt, tail = [*question.document_ids], [*question.asked_ids, *question.reply_ids]
+        if self.question_known:
+            prompt, tail = [*prompt, *question.asked_ids], [*question.reply_ids]
+            if not tail:
+                prompt, tail = prompt[:-1], prompt[-1:]
+            return prompt, tail
+        return [*prompt, *self.observer_ids], tail
+
+    def _read(self, prompt: list[int], kind: tuple[str, str]) -> list[HeadCache]:
+        """A filled cache for each candidate; one prompt of each kind is read alone, too, to see how long that takes."""
+        ids = torch.tensor([prompt], device=self.loaded.device)
+        observers = 0 if self.question_known else len(self.observer_ids)
+        caches = [HeadCache(candidate.plan) for candidate in self.candidates]
+        together = FanOutCache(caches)
+        together.expect_observers(observers)
+        self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
+        self.sharing.prompt_tokens += len(prompt)
+        self.sharing.questions += 1
+        if kind not in self._sampled:
+            self._sampled.add(kind)
+            self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids))
+            self.sharing.sampled_tokens += len(prompt)
+        return caches
+
+    def _prefill_alone(self, ids: torch.Tensor) -> None:
+        self.loaded.model(ids, use_cache=True, logits_to_keep=1)
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        if self.loaded.device.type == "cuda":
+            torch.cuda.synchronize(self.loaded.device)
+        return time.perf_counter() - start
+
+    def _reference(self, stack: HeadCache, tail: list[int], reference: Sequence[int]) -> _ReferenceRun:
+        """Feed the right answer to each entry of the stack, and see what they would have said."""
+        entries = stack.head_layers[0].batch_size
+        full = next((n for n, candidate in enumerate(self.candidates) if candidate.method == "full"), None)
+        run = _ReferenceRun(entries, full)
+        ids = torch.tensor([[*tail, *reference[:-1]]], device=self.loaded.device).expand(entries, -1)
+        wanted = torch.tensor(reference, device=self.loaded.device)
+        most = max(1, MOST_LOGITS // (entries * self.loaded.shape.vocab_size))
+        start, first = 0, len(tail) - 1  # the first token that predicts one of the answer
+        for done in range(0, len(reference), most):
+            count = min(most, len(reference) - done)
+            stop = first + done + count
+            logits = self.loaded.model(
+                ids[:, start:stop], past_key_values=stack, use_cache=True, logits_to_keep=count
+            ).logits
+            run.add(logits, wanted[done : done + count])
+            start = stop
+        return run
+
+    def _generate(self, stack: HeadCache, tail: list[int], judge: Judge) -> list[str]:
+        """What each entry of the stack goes on to say, greedily; those that are done leave the stack in good time."""
+        tokenizer, ends = self.loaded.tokenizer, self._end_tokens()
+        said: list[list[int]] = [[] for _ in range(stack.head_layers[0].batch_size)]
+        texts = [""] * len(said)
+        running = list(range(len(said)))  # whose answer each entry of the stack is
+        finished: set[int] = set()
+        fed = torch.tensor([tail], device=self.loaded.device).expand(len(said), -1)
+        for _ in range(judge.max_new_tokens):
+            logits = self.loaded.model(fed, past_key_values=stack, use_cache=True, logits_to_keep=1).logits
+            chosen = logits[:, -1].argmax(dim=-1)
+            for number, token in zip(running, chosen.tolist(), strict=True):
+                if number in finished:
+                    continue
+                if token in ends:
+                    finished.add(number)
+                    continue
+                said[number].append(token)
+                texts[number] = tokenizer.decode(said[number], skip_special_tokens=True)
+                if judge.is_complete(texts[number]):
+                    finished.add(number)
+            kept = [place for place, number in enumerate(running) if number not in finished]
+            if not kept:
+                break
+            if len(kept) <= len(running) // 2:
+                places = torch.tensor(kept)
+                stack.batch_select_indices(places)
+                chosen, running = chosen[places.to(chosen.device)], [running[place] for place in kept]
+            fed = chosen[:, None]
+        return texts
+
+    def _end_tokens(self) -> set[int]:
+        config: Any = self.loaded.model.generation_config
+        ends = config.eos_token_id if config is not None else None
+        listed = ends if isinstance(ends, list) else [ends]
+        return {token for token in (*listed, self.loaded.tokenizer.eos_token_id) if token is not None}
+
+
+class _ReferenceRun:
+    """What each entry of a stack makes of the right answer, and how far it is from entry `full`."""
+
+    def __init__(self, entries: int, full: int | None):
+        self._full = full
+        self._tokens = 0
+        self._right = torch.ones(entries, dtype=torch.bool)
+        self._divergence = torch.zeros(entries, dtype=torch.float64)
+        self._agreement = torch.zeros(entries, dtype=torch.int64)
+
+    def add(self, logits: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Take in logits `[entries, N, vocabulary]` of tokens that should be `wanted`, `[N]`."""
+        self._tokens += len(wanted)
+        chosen = logits.argmax(dim=-1)
+        self._right &= (chosen == wanted).all(dim=-1).cpu()
+        if self._full is None:
+            return
+        own = logits[self._full].float().log_softmax(dim=-1)
+        self._agreement += (chosen == chosen[self._full]).sum(dim=-1).cpu()
+        for entry, other in enumerate(logits):  # one by one, to hold no second copy of all logits
+            terms = own.exp() * (own - other.float().log_softmax(dim=-1))
+            self._divergence[entry] += terms.sum(dim=-1).clamp(min=0).double().sum().cpu()
+
+    @property
+    def right(self) -> list[bool]:
+        """Whether each entry's arg-max is right at every token."""
+        return self._right.tolist()
+
+    @property
+    def divergence(self) -> list[float] | None:
+        """In nats, a token."""
+        return None if self._full is None else (self._divergence / self._tokens).tolist()
+
+    @property
+    def agreement(self) -> list[float] | None:
+        """Share of tokens."""
+        return None if self._full is None else (self._agreement / self._tokens).tolist()

@@ -1,0 +1,113 @@
+"""The results of an evaluation on disk, question by question, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from headprof.errors import UsageError
+from headprof.evaluation.perplexity import Loss
+from headprof.evaluation.results import Answer
+from headprof.files import append_text, write_text
+
+Place = tuple[str, int]
+"""A task, and the number of a question in it."""
+Results = list[Answer] | list[Loss]
+"""What one question came to, under each candidate."""
+
+_KINDS = {"answers": Answer, "losses": Loss}
+
+
+class Journal:
+    """A file of JSON lines: first what the run is, then a line for each question, in the order in which they were done.
+
+    Attributes:
+        path: the file; none to keep none.
+        key: everything that an answer depends on.
+        results: of the questions done.
+    """
+
+    def __init__(self, path: Path | None, key: dict[str, Any]):
+        self.path = path
+        self.key = key
+        self.results: dict[Place, Results] = {}
+
+    def load(self) -> None:
+        """Take in what the file holds, if there is one; a last line that was cut off is left out.
+
+        Raises:
+            UsageError: it is of another run, or damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        key, found = _read(self.path)
+        if key != self.key:
+            raise UsageError(
+                f"The answers in {self.path} are of another model or other settings ({_first_difference(key, self.key)}"
+                "): give the same options again, choose another folder with -o, or run without --resume to start anew."
+            )
+        self.results |= found
+
+    def begin(self) -> None:
+        """Write what there is, atomically, in place of what was there."""
+        if self.path is not None:
+            write_text(self.path, "".join([_line({"run": self.key}), *map(_result_line, self.results.items())]))
+
+    def add(self, results: dict[Place, Results]) -> None:
+        """Keep these too.
+
+        Raises:
+            HeadprofError: the disk refused; the file holds whole lines still, but for the last one.
+        """
+        if self.path is not None and results:
+            append_text(self.path, "".join(map(_result_line, results.items())))
+        self.results |= results
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+
+def answers_kept(path: Path, key: dict[str, Any]) -> int:
+    """How many questions of the run `key` a file holds; 0 when it is of another run, damaged or not there."""
+    with contextlib.suppress(UsageError):
+        found_key, found = _read(path)
+        return len(found) if found_key == key else 0
+    return 0
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _result_line(item: tuple[Place, Results]) -> str:
+    (task, number), results = item
+    kind = "losses" if isinstance(results[0], Loss) else "answers"
+    return _line({"task": task, "number": number, kind: [asdict(result) for result in results]})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Place, Results]]:
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")  # after the last newline: nothing, or half a line
+        rows = [json.loads(line) for line in lines]
+        key = rows[0]["run"]
+        return key, {(row["task"], row["number"]): _results(row) for row in rows[1:]}
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"The answers in {path} are damaged: delete that file, or run without --resume.") from error
+    except OSError as error:
+        raise UsageError(
+            f"The answers in {path} cannot be read ({error.strerror}): choose another folder with -o."
+        ) from error
+
+
+def _results(row: dict[str, Any]) -> Results:
+    kind = "losses" if "losses" in row else "answers"
+    return [_KINDS[kind](**values) for values in row[kind]]
+
+
+def _first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    names: Iterable[str] = [*wanted, *(name for name in found if name not in wanted)]
+    return next((name.replace("_", " ") for name in names if found.get(name) != wanted.get(name)), "")

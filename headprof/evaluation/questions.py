@@ -1,0 +1,155 @@
+"""Questions as token ids, from this project's probes and from the examples of other benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from headprof.chat import ChatFormat
+from headprof.evaluation.results import PROBE_TASKS
+from headprof.evaluation.tasks import Example, cut_middle
+from headprof.models import LoadedModel
+from headprof.numbers import format_length
+from headprof.probes.build import ProbeBuilder, ProbeSettings
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a generated answer is scored.
+
+    Attributes:
+        score: what a text is worth, 0 to 1.
+        is_complete: whether nothing that comes after a text counts.
+        max_new_tokens: tokens to generate at most.
+    """
+
+    score: Callable[[str], float]
+    is_complete: Callable[[str], bool]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """A document and a question about it.
+
+    Attributes:
+        task, name, group, depth, family: as in `Answer`, where the name is called `question`.
+        document_ids: everything before the question, chat template included.
+        asked_ids: the question, up to where the model answers.
+        reply_ids: the given beginning of the model's reply; may be empty.
+        reference_ids: a right answer, at least one token.
+        judge: of what the model generates; none if the reference is fed instead, and right when each of its tokens is
+            the model's arg-max.
+    """
+
+    task: str
+    name: str
+    group: str
+    document_ids: tuple[int, ...]
+    asked_ids: tuple[int, ...]
+    reply_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]
+    judge: Judge | None = None
+    depth: float | None = None
+    family: str = ""
+
+
+class ProbeQuestions(Sequence[Question]):
+    """Needle probes that no profile was made from: names and values of the held-out half, one needle a context.
+
+    Args:
+        loaded: the model.
+        task: `"niah"` or `"reasoning"`.
+        number: how many; the lengths take turns.
+        lengths: of the prompts, in tokens.
+        families: names of those to ask; all when there are none.
+        seed: of the probes.
+
+    Raises:
+        UsageError: the settings ask for something that does not exist or does not fit.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        task: str,
+        number: int,
+        lengths: tuple[int, ...],
+        families: tuple[str, ...] | None,
+        seed: int,
+    ):
+        self.task = task
+        self.lengths = lengths
+        settings = ProbeSettings(
+            probes=number,
+            lengths=lengths,
+            kinds=(PROBE_TASKS[task],),
+            families=families,
+            needles_per_context=1,
+            seed=seed,
+            split="eval",
+        )
+        self._builder = ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
+
+    def __len__(self) -> int:
+        return len(self._builder)
+
+    def __getitem__(self, index):
+        context = self._builder.context(index)
+        probe = context.probes[0]
+        return Question(
+            task=self.task,
+            name=str(index),
+            group=format_length(self.lengths[index % len(self.lengths)]),
+            document_ids=context.context_ids,
+            asked_ids=probe.asked_ids,
+            reply_ids=probe.reply_ids,
+            reference_ids=probe.answer_ids,
+            depth=probe.depth,
+            family=probe.family,
+        )
+
+
+class ExampleQuestions(Sequence[Question]):
+    """The examples of a benchmark's task.
+
+    Args:
+        loaded: the model.
+        examples: of one task.
+        max_prompt: tokens of a prompt; what is longer is cut in the middle. None for as many as the model can read.
+
+    Raises:
+        UsageError: from the items: instructions and question alone are too long.
+    """
+
+    def __init__(self, loaded: LoadedModel, examples: Sequence[Example], max_prompt: int | None = None):
+        self._loaded = loaded
+        self._examples = examples
+        self._max_prompt = max_prompt
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        example = self._examples[index]
+        loaded, chat = self._loaded, ChatFormat(self._loaded.tokenizer, template=example.chat)
+        room = loaded.max_positions - example.max_new_tokens
+        template = len(chat.document_ids("", gap="")) + len(chat.question_ids(""))
+        example = cut_middle(example, loaded.tokenizer, min(room, self._max_prompt or room), template)
+        return Question(
+            task=example.task,
+            name=example.name,
+            group=example.group,
+            document_ids=tuple(chat.document_ids(example.before + example.document, gap="")),
+            asked_ids=tuple(chat.question_ids(example.after)),
+            reply_ids=tuple(chat.reply_ids(example.reply)),
+            reference_ids=_reference_ids(chat, example),
+            judge=Judge(example.score, example.is_complete, example.max_new_tokens),
+        )
+
+
+def _reference_ids(chat: ChatFormat, example: Example) -> tuple[int, ...]:
+    """A right answer as it would follow, as many tokens of it as the model may generate."""
+    text = example.reply or ("" if example.chat else example.after)
+    gap = " " if text and not text[-1].isspace() else ""
+    return tuple(chat.reply_ids(gap + example.reference)[: example.max_new_tokens])

@@ -1,0 +1,268 @@
+"""An evaluation: all questions under all candidates, kept on disk as they are answered, shared among processes."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+
+from headprof import __version__
+from headprof.errors import HeadprofError, InterruptedRun
+from headprof.evaluation.asking import Asker, Sharing
+from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.command import EvalRequest
+from headprof.evaluation.journal import Journal, Place, Results
+from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
+from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, Question
+from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulate
+from headprof.evaluation.tasks import TASKS, Example
+from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
+from headprof.evaluation.texts import read_texts
+from headprof.models import LoadedModel
+from headprof.profile import HeadProfile
+from headprof.team import Team
+
+ROUND = 4
+"""Questions for each process between two meetings of a team."""
+
+
+class Task(Protocol):
+    """The questions of a task, by number."""
+
+    def __len__(self) -> int: ...
+
+    def run(self, number: int) -> Results:
+        """What the question comes to under each candidate."""
+        ...
+
+
+@dataclass
+class QuestionTask:
+    """Questions that are answered."""
+
+    questions: Sequence[Question]
+    asker: Asker
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def run(self, number: int) -> Results:
+        return self.asker.ask(self.questions[number])
+
+
+@dataclass
+class PerplexityTask:
+    """Texts whose ends are predicted."""
+
+    loaded: LoadedModel
+    documents: Sequence[Document]
+    candidates: Sequence[Candidate]
+    chunk: int
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def run(self, number: int) -> Results:
+        losses = measure_perplexity(self.loaded.model, [self.documents[number]], self.candidates, chunk=self.chunk)
+        return [replace(loss, document=number) for loss in losses]
+
+
+class EvalRun:
+    """The work of `headprof eval` for a model and a request.
+
+    Args:
+        loaded: the model.
+        profile: its head profile, for methods that need one.
+        request: what to do.
+        output: a folder for `answers.jsonl`, to which each answer is written at once; none to keep none.
+        resume: begin with what that file holds.
+        team: the processes that share the work; each must do the same.
+        on_progress: called with the task, the number of questions done and that of all, by process 0.
+
+    Raises:
+        UsageError: the request asks for something that does not exist, does not fit, or cannot be had; `output` holds
+            the answers of another run.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        profile: HeadProfile | None,
+        request: EvalRequest,
+        *,
+        output: Path | None = None,
+        resume: bool = False,
+        team: Team | None = None,
+        on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
+    ):
+        self.loaded, self.profile, self.request = loaded, profile, request
+        self.team, self.on_progress = team or Team(), on_progress
+        self.asker = Asker(loaded, self._candidates(), request.question_known, request.observer_ids(loaded))
+        self.tasks = {name: self._task(name) for name in request.all_tasks}
+        file = None if output is None or self.team.rank else output / "answers.jsonl"
+        self.journal = Journal(file, request.key(loaded, profile))
+        self._resume = resume
+
+    def _candidates(self) -> list[Candidate]:
+        observers = len(self.request.observer_ids(self.loaded))
+        return [
+            replace(candidate, plan=candidate.plan.for_observers(observers))
+            for candidate in self.request.candidates(self.loaded, self.profile)
+        ]
+
+    def _task(self, name: str) -> Task:
+        request, loaded = self.request, self.loaded
+        if name == "perplexity":
+            assert request.data_dir is not None
+            settings = request.perplexity_settings()
+            texts = read_texts(request.data_dir)
+            documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions)
+            task = PerplexityTask(loaded, documents, request.candidates(loaded, self.profile), settings.chunk)
+            self._check(settings.prefix)
+            return task
+        if name in PROBE_TASKS:
+            lengths = tuple(dict.fromkeys(request.lengths or DEFAULT_LENGTHS))
+            number = request.probes_of(name, lengths)
+            probes = ProbeQuestions(loaded, name, number, lengths, request.families, request.seed)
+            for length in lengths:
+                self._check(length)
+            return QuestionTask(probes, self.asker)
+        examples = by_turns(TASKS[name].examples(request.task_request(loaded)))
+        questions = ExampleQuestions(loaded, examples, request.max_prompt)
+        first = questions[0]  # which says at once if the instructions do not fit
+        self._check(len(first.document_ids) + len(first.asked_ids))
+        return QuestionTask(questions, self.asker)
+
+    def _check(self, length: int) -> None:
+        """Budgets that cannot be met are errors before any work; raises `UsageError`."""
+        for candidate in self.asker.candidates:
+            candidate.plan.check(length)
+
+    def evaluate(self, command: str = "") -> Evaluation:
+        """Ask everything that has no answer yet; the outcome does not depend on interruptions or on the team's size.
+
+        Args:
+            command: noted in the outcome.
+
+        Raises:
+            InterruptedRun: Ctrl-C; what there is has been kept.
+        """
+        self._start()
+        try:
+            self._work()
+        except KeyboardInterrupt:
+            raise InterruptedRun(self._interrupted()) from None
+        return self._outcome(command)
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """All questions, in order."""
+        return [(name, number) for name, task in self.tasks.items() for number in range(len(task))]
+
+    def _start(self) -> None:
+        """Take in earlier answers; process 0 reads them for all."""
+        error = None
+        if self.team.rank == 0:
+            try:
+                if self._resume:
+                    self.journal.load()
+                self.journal.begin()
+            except HeadprofError as found:  # which the others must hear of too, or they would wait
+                error = found
+        error, earlier = self.team.share((error, self.journal.results))
+        if error is not None:
+            raise error
+        self.journal.results = earlier
+
+    def _work(self) -> None:
+        missing = [place for place in self.places if place not in self.journal.results]
+        step = 1 if self.team.size == 1 else ROUND * self.team.size
+        self._report(missing)
+        for start in range(0, len(missing), step):
+            mine: dict[Place, Results] = {}
+            for name, number in self.team.claim(missing[start : start + step]):
+                mine[name, number] = self.tasks[name].run(number)
+            for theirs in self.team.gather(mine):
+                self.journal.add(theirs)
+            self._report(missing[start + step :])
+        self.asker.sharing = sum(self.team.gather(self.asker.sharing), Sharing())
+
+    def _report(self, left: Sequence[Place]) -> None:
+        if self.team.rank == 0:
+            name = left[0][0] if left else self.places[-1][0]
+            self.on_progress(name, len(self.places) - len(left), len(self.places))
+
+    def _interrupted(self) -> str:
+        if self.journal.path is None or not len(self.journal):
+            return "Interrupted before anything was kept."
+        return (
+            f"Interrupted: the answers to {len(self.journal)} questions are kept in {self.journal.path}; give the same "
+            "command with --resume to go on."
+        )
+
+    def _outcome(self, command: str) -> Evaluation:
+        answers: list[Answer] = []
+        losses: list[Loss] = []
+        for place in self.places:
+            for result in self.journal.results[place]:
+                (answers if isinstance(result, Answer) else losses).append(result)  # type: ignore[arg-type]
+        return Evaluation(
+            about=self._about(command),
+            answers=answers,
+            losses=losses,
+            cells=tabulate(answers),
+            perplexities=tabulate_losses(losses),
+        )
+
+    def _about(self, command: str) -> dict[str, Any]:
+        key = self.journal.key
+        sharing = self.asker.sharing
+        candidates = len(self.asker.candidates)
+        return {
+            "command": command,
+            "model": self.loaded.name,
+            "dtype": key["dtype"],
+            "device": device_name(self.loaded.device),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "seed": self.request.seed,
+            "versions": {
+                "headprof": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "question_known": self.request.question_known,
+            "profile": key["profile"],
+            "questions": {name: len(task) for name, task in self.tasks.items()},
+            "settings": key,
+            "sharing": asdict(sharing) | {"candidates": candidates, "seconds_apart": sharing.seconds_apart(candidates)},
+        }
+
+
+def by_turns(examples: Iterable[Example]) -> list[Example]:
+    """The first example of each group, then the second of each ...: fewer examples are the beginning of more."""
+    place: Counter[str] = Counter()
+    placed = []
+    for example in examples:
+        place[example.group] += 1
+        placed.append((place[example.group], example))
+    return [example for _, example in sorted(placed, key=itemgetter(0))]
+
+
+def device_name(device: torch.device) -> str:
+    """What the model ran on."""
+    with suppress(RuntimeError, AssertionError):
+        if device.type == "cuda":
+            return torch.cuda.get_device_name(device)
+    return device.type

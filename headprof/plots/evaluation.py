@@ -1,0 +1,33 @@
+"""All files that an evaluation ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headprof.evaluation.results import Evaluation, results_csv, summary
+from headprof.files import write_json, write_text
+from headprof.plots.report import drawings, write_report
+
+
+def write_results(found: Evaluation, folder: Path) -> list[Path]:
+    """Write tables, pictures and the report into `folder`; returns the files.
+
+    Raises:
+        HeadprofError: the disk refused.
+    """
+    files = [folder / "results.json"]
+    write_json(files[0], summary(found))
+    tables: dict[str, Sequence[Any]] = {
+        "answers.csv": found.answers,
+        "losses.csv": found.losses,
+        "cells.csv": found.cells,
+    }
+    for name, rows in tables.items():
+        if rows:
+            files.append(folder / name)
+            write_text(files[-1], results_csv(rows))
+    files += [draw(folder / f"{name}.png") for name, draw in drawings(found).items()]
+    files.append(write_report(found, folder / "report.html"))
+    return files
