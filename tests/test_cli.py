@@ -336,6 +336,16 @@ MISTAKES = {
         2,
         "Global and local scores cannot be joined by 'median': choose max, sum, product, global or local.",
     ),
+    "prompts that are not there": (
+        ("eval", "--model", "tiny", "--methods", "full", "--prompts", "absent.json"),
+        2,
+        "There is no file absent.json: give a JSON file {task: template} with --prompts.",
+    ),
+    "prompts cut to no length": (
+        ("eval", "--model", "tiny", "--methods", "full", "--max-prompt", "long"),
+        2,
+        "A length of 'long' cannot be read: write token counts such as 512,1k,4k.",
+    ),
     "no such family": (
         ("eval", "--model", "tiny", "--methods", "full", "--families", "chess", "-o", "new/results"),
         2,

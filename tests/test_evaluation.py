@@ -204,6 +204,21 @@ def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logi
     assert answers[4].divergence == pytest.approx(0, abs=1e-6) and answers[0].divergence > 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("known", [True, False])
+def test_answers_on_a_gpu_are_those_on_the_cpu(known):
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    loaded = load_tiny()
+    question = invented_question(loaded, reply="It is")
+    here = Asker(loaded, candidates_for(loaded, *MANY), known).ask(question)
+    loaded.model.to("cuda")
+    there = Asker(loaded, candidates_for(loaded, *MANY), known).ask(question)
+    for one, other in zip(here, there, strict=True):
+        assert (one.method, one.budget, one.prompt_tokens) == (other.method, other.budget, other.prompt_tokens)
+        assert one.divergence == pytest.approx(other.divergence, abs=1e-3)
+
+
 def test_generation_ends_with_the_models_end_token():
     """The end token is made certain after a few steps: its row of the output matrix is that of what is said then."""
     loaded = load_tiny()

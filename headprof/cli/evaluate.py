@@ -88,10 +88,9 @@ def evaluate(
         ),
     ] = None,
     max_prompt: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            min=1,
-            help="Tokens of a benchmark's prompt; the middle of a longer one is left out. Default: the model's.",
+            help="Tokens of a benchmark's prompt, 4k; of longer ones the middle is left out. Default: the model's.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -155,7 +154,7 @@ def evaluate(
         families=_listed(families) or None,
         seed=seed,
         limit=limit,
-        max_prompt=max_prompt,
+        max_prompt=lengths_of(max_prompt)[0] if max_prompt else None,
         prompts=prompts,
         question_known=not query_agnostic,
         observe=observe,

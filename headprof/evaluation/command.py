@@ -119,6 +119,8 @@ class EvalRequest:
         own = [task for task in self.all_tasks if task in PROBE_TASKS]
         if self.probes < len(own):
             raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
+        if self.prompts is not None and not self.prompts.is_file():
+            raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
         for budget in self.budgets:
             Budget.parse(budget)
         for name in self.methods:

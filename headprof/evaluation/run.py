@@ -36,8 +36,8 @@ ROUND = 4
 """Questions for each process between two meetings of a team."""
 
 
-class Task(Protocol):
-    """The questions of a task, by number."""
+class RunnableTask(Protocol):
+    """What is asked of a task, by number."""
 
     def __len__(self) -> int: ...
 
@@ -120,7 +120,7 @@ class EvalRun:
             for candidate in self.request.candidates(self.loaded, self.profile)
         ]
 
-    def _task(self, name: str) -> Task:
+    def _task(self, name: str) -> RunnableTask:
         request, loaded = self.request, self.loaded
         if name == "perplexity":
             assert request.data_dir is not None
