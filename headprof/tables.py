@@ -70,14 +70,34 @@ def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[s
 
 
 def evaluation(found: Evaluation) -> list[tuple[list[str], Rows, str]]:
-    """Scores and fidelity of methods at budgets: two tables for each task that is shown first, one for perplexity."""
-    from headprof.evaluation.results import main_cells
+    """Scores and fidelity of methods at budgets: two tables for each task, or for all of a suite's together.
+
+    Of a suite's single tasks there are the scores at the largest budget; and there is a table of perplexities.
+    """
+    from headprof.evaluation.results import main_cells, suite_of
 
     groups: dict[tuple[str, str], list[Cell]] = {}
-    for cell in main_cells(found.cells):
+    shown = main_cells(found.cells)
+    for cell in shown:
         groups.setdefault((cell.task, cell.group), []).append(cell)
     made = [table for group in groups.values() for table in (scores(group), fidelity(group)) if table[1]]
+    single = [cell for cell in found.cells if cell not in shown]
+    for suite in dict.fromkeys(suite_of(cell.task) for cell in single):
+        made.append(by_task([cell for cell in single if suite_of(cell.task) == suite], suite))
     return [*made, (*perplexities(found.perplexities), "Perplexity")] if found.perplexities else made
+
+
+def by_task(cells: Sequence[Cell], suite: str) -> tuple[list[str], Rows, str]:
+    """The scores of a suite's single tasks at the largest budget, a column for each method."""
+    largest = max(cells, key=lambda cell: cell.cache_bytes if cell.budget else 0.0).budget
+    rows: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        if cell.budget in ("", largest):
+            name = f"{cell.task}, {cell.group}" if cell.group else cell.task
+            rows.setdefault(name, {})[cell.method] = f"{cell.score:.0%}"
+    methods = list(dict.fromkeys(method for row in rows.values() for method in row))
+    lines = [[escape(name), *(row.get(method, "") for method in methods)] for name, row in rows.items()]
+    return ["task", *map(escape, methods)], lines, f"{suite} by task: score{f' at budget {largest}' if largest else ''}"
 
 
 def scores(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:

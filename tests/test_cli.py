@@ -515,6 +515,7 @@ def test_eval_prints_a_table_and_writes_every_answer(place):
     }
     table = headprof(place, *options, "--methods", "full,snapkv")
     assert "95 % interval" in table.stdout and "snapkv" in table.stdout and "One prefill served 3" in table.stderr
+    assert "probes, 512, 2 questions" in table.stdout and "probes by task: score at budget 100%" in table.stdout
 
 
 def test_eval_of_perplexity(place):
