@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --cov=headprof --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --dist worksteal --cov=headprof --cov-report=term --cov-fail-under=90
 
 # Tests that need CUDA; run them on a machine that has it.
 test-gpu: $(VENV)/.installed

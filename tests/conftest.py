@@ -8,6 +8,8 @@ from pathlib import Path
 # The hub client reads these when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share the cores must not have as many threads each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 from xml.etree import ElementTree
 
 import pytest
@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from headprof.errors import HeadprofError, UsageError
 from headprof.evaluation.perplexity import PerplexityCell
 from headprof.evaluation.results import Answer, Evaluation, main_cells, tabulate
+from headprof.plots.depths import _draw as draw_depths
 from headprof.plots.depths import depth_table, depths_plot, few_budgets
 from headprof.plots.evaluation import write_results
 from headprof.plots.report import markdown_table, render_report
+from headprof.plots.scores import _draw as draw_scores
 from headprof.plots.scores import budget_order, scores_plot, spread, style_of
 
 METHODS = ("full", "headkv-r2", "snapkv", "ems:mass=false")
@@ -204,6 +206,72 @@ def test_labels_stand_apart_and_in_order(heights, apart):
     assert all(-1e-9 <= top <= 1 + 1e-9 for top in tops)
 
 
+def best_by_blocks(heights, apart, low, high):
+    """The least sum of squares over all ways to cut the labels into blocks, each as near to its own as it can be."""
+    order = sorted(heights)
+    best = None
+    for cuts in product([False, True], repeat=len(order) - 1):
+        starts = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]
+        placed = []
+        for start, end in pairwise(starts):
+            mean = sum(order[i] - i * apart for i in range(start, end)) / (end - start)
+            base = min(max(mean, low), high - (len(order) - 1) * apart)
+            placed += [base + i * apart for i in range(start, end)]
+        if all(upper - lower >= apart - 1e-9 for lower, upper in pairwise(placed)):
+            cost = sum((mine - own) ** 2 for mine, own in zip(placed, order, strict=True))
+            best = cost if best is None else min(best, cost)
+    return best
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=7), st.floats(0.01, 0.15))
+def test_labels_stand_as_near_to_their_lines_as_can_be(heights, apart):
+    cost = sum((mine - own) ** 2 for mine, own in zip(spread(heights, apart, 0.0, 1.0), heights, strict=True))
+    assert cost == pytest.approx(best_by_blocks(heights, apart, 0.0, 1.0), abs=1e-9)
+
+
+def test_settings_stand_below_a_name_and_do_not_widen_the_grids():
+    plain, long = (
+        draw_depths(depth_table(answers_of(methods=("full", name))), ["16"], 5)
+        for name in ("snapkv", "snapkv:kernel=11:pooling=mean:power=2:ramp=true")
+    )
+    assert long.get_size_inches()[0] == plain.get_size_inches()[0]
+    assert long.get_size_inches()[1] > plain.get_size_inches()[1]
+    assert {"snapkv", "kernel=11", "pooling=mean", "power=2", "ramp=true"} <= {text.get_text() for text in long.texts}
+
+
+@pytest.mark.parametrize("measure", ["score", "divergence", "agreement"])
+def test_the_heading_of_a_single_panel_is_within_the_picture(measure):
+    cells = [cell for cell in tabulate(answers_of()) if (cell.task, cell.group) == ("niah", "1k")]
+    cells = [cell for cell in cells if cell.budget or measure == "score"]
+    figure = draw_scores(cells, measure, "")
+    assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+
+
+def test_a_task_without_a_compressed_cache_has_no_panel(tmp_path):
+    cells = [cell for cell in tabulate(answers_of()) if cell.group == "512" or cell.method == "full"]
+    ids = ids_of(scores_plot(main_cells(cells), tmp_path / "a.svg"))
+    assert "panel-1" in ids and "panel-2" not in ids
+
+
+def test_only_answers_that_differ_are_shown_and_equal_ones_once():
+    answers = answers_of(tasks=("longbench/trec",), groups=("",), questions=14)
+    answers = [replace(each, text="same" if each.question == "0" else each.text) for each in answers]
+    page = render_report(found_of(answers))
+    shown = page[page.index("<details>") : page.index("</details>")]
+    parsed(page)
+    assert "<td>0</td>" not in shown and "<td>1</td>" in shown and "<td>10</td>" in shown and "<td>11</td>" not in shown
+    assert shown.count("<td>1</td>") == len(METHODS) and "<b>snapkv</b> 16, 64" in shown
+    assert "<details>" not in render_report(found_of([replace(each, text="same") for each in answers]))
+
+
+def test_graded_scores_have_a_decimal():
+    (cell,) = tabulate(answers_of(tasks=("niah",), groups=("",), methods=("snapkv",), budgets=("16",), questions=3))
+    assert "| **67 % (" in markdown_table([replace(cell, score=2 / 3)])
+    assert "| **66.6 % (" in markdown_table([replace(cell, score=0.6661)])
+    assert "| **0.0 % (" in markdown_table([replace(cell, score=1e-5)])
+    assert "| **67 %** |" in markdown_table([replace(cell, score=2 / 3, interval=None)])
+
+
 def test_the_report_holds_everything_and_loads_nothing():
     losses = [PerplexityCell("ems", "64", 3, 90, 12.34, (10.0, 14.0), 1.2, (1.1, 1.3), 5e6)]
     page = render_report(found_of(answers_of(tasks=("niah", "longbench/trec")), losses))
@@ -217,7 +285,9 @@ def test_the_report_holds_everything_and_loads_nothing():
 
 
 def test_the_best_of_a_budget_is_bold():
-    cells = [replace(cell, score=cell.score if cell.method == "full" else 0.1) for cell in tabulate(answers_of())]
+    cells = [
+        replace(cell, score=1.0 if cell.method == "full" else 0.1, questions=10) for cell in tabulate(answers_of())
+    ]
     cells = [cell for cell in cells if (cell.task, cell.group) == ("niah", "1k")]
     best = [replace(cell, score=0.9) if (cell.method, cell.budget) == ("snapkv", "64") else cell for cell in cells]
     table = markdown_table(best)

@@ -26,6 +26,7 @@ Counts = dict[Place, tuple[int, int]]
 
 # Inches.
 _CELL_WIDTH, _CELL_HEIGHT, _GAP, _LEFT, _RIGHT, _TOP, _BETWEEN, _BOTTOM = 0.5, 0.26, 0.14, 0.95, 0.1, 1.1, 0.34, 0.5
+_NAME_LETTER, _SETTING_LETTER, _SETTING_LINE = 0.075, 0.056, 0.12
 _NO_QUESTIONS = "#e9e7ec"
 
 
@@ -88,10 +89,16 @@ def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: i
     methods = list(dict.fromkeys(method for method, _ in tables))
     lengths = sorted({group for table in tables.values() for group, _ in table}, key=lambda text: parse_lengths(text))
     rows = budgets or [""]
-    wide = max(_CELL_WIDTH * len(lengths), 0.075 * max(map(len, methods)))
+    named = {method: _heading_of(method) for method in methods}
+    wide = max(
+        _CELL_WIDTH * len(lengths),
+        *(_NAME_LETTER * len(name) for name, _ in named.values()),
+        *(_SETTING_LETTER * len(setting) for _, settings in named.values() for setting in settings),
+    )
+    top = _TOP + _SETTING_LINE * max(len(settings) for _, settings in named.values())
     tall = _CELL_HEIGHT * bins
     width = _LEFT + len(methods) * (wide + _GAP) - _GAP + _RIGHT
-    height = _TOP + len(rows) * (tall + _BETWEEN) - _BETWEEN + _BOTTOM
+    height = top + len(rows) * (tall + _BETWEEN) - _BETWEEN + _BOTTOM
     with matplotlib.rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(max(width, 4.6), height), facecolor="white")
         FigureCanvasAgg(figure)
@@ -103,23 +110,38 @@ def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: i
                 if table is None:
                     continue
                 left = _LEFT + column * (wide + _GAP)
-                bottom = height - _TOP - row * (tall + _BETWEEN) - tall
+                bottom = height - top - row * (tall + _BETWEEN) - tall
                 axes = figure.add_axes((left / total_width, bottom / height, wide / total_width, tall / height))
                 axes.set_gid(f"depths-{method}-{budget if (method, budget) in tables else ''}")
                 _draw_panel(axes, table, lengths, bins)
                 last = row == len(rows) - 1 or (method, "") in tables
                 axes.set_xticks(range(len(lengths)), lengths if last else [])
                 if row == 0:
-                    name = "full cache" if method == "full" else method
-                    axes.set_title(name, size=8.5, color=INK, weight="bold", pad=19)
+                    _write_name(figure, left + wide / 2, *named[method])
                 if column == 0:
                     _label_depths(axes, bins)
-            label_at = (height - _TOP - row * (tall + _BETWEEN) + 0.1) / height
+            label_at = (height - top - row * (tall + _BETWEEN) + 0.1) / height
             if budget:
                 first = next(place for place, method in enumerate(methods) if (method, budget) in tables)
                 at = (_LEFT + (wide + _GAP) * first) / total_width
                 figure.text(at, label_at, f"budget {budget}", size=8, color=MUTED, va="center")
     return figure
+
+
+def _heading_of(method: str) -> tuple[str, list[str]]:
+    """A method's name, and its settings, which stand below it: in one line they would be wider than the grids."""
+    name, *settings = method.split(":")
+    return "full cache" if method == "full" else name, settings
+
+
+def _write_name(figure: Figure, center: float, name: str, settings: Sequence[str]) -> None:
+    """Write them at `center` inches from the left."""
+    width, height = figure.get_size_inches()
+    below = _TOP - 0.27
+    figure.text(center / width, 1 - below / height, name, size=8.5, color=INK, weight="bold", ha="center")
+    for setting in settings:
+        below += _SETTING_LINE
+        figure.text(center / width, 1 - below / height, setting, size=6.5, color=MUTED, ha="center")
 
 
 def _write_heading(figure: Figure) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headprof.evaluation.results import Answer, Cell, Evaluation
 
 MOST_TEXTS = 10
-"""Questions of a task whose generated answers are shown."""
+"""Questions of a task whose generated answers are shown, of those where they differ."""
 
 
 def write_report(found: Evaluation, path: str | Path) -> Path:
@@ -62,12 +62,15 @@ def markdown_table(cells: Sequence[Cell], measure: str = "score") -> str:
 
 
 def _score_text(cell: Cell) -> str:
-    ends = "" if cell.interval is None else f" ({100 * cell.interval[0]:.0f} to {100 * cell.interval[1]:.0f})"
-    return f"{100 * cell.score:.0f} %{ends}"
+    """With a decimal where answers are graded, and the score no whole number of right answers."""
+    right = cell.score * cell.questions
+    decimals = int(abs(right - round(right)) > 1e-6)
+    score, *ends = (f"{100 * share:.{decimals}f}" for share in (cell.score, *(cell.interval or ())))
+    return f"{score} %" + (f" ({' to '.join(ends)})" if ends else "")
 
 
 def _fidelity_text(cell: Cell) -> str:
-    return "" if cell.divergence is None else f"{cell.divergence:.2g}, {100 * (cell.agreement or 0):.0f} %"
+    return "" if cell.divergence is None else f"{cell.divergence:#.2g}, {100 * (cell.agreement or 0):.0f} %"
 
 
 Text = Callable[["Cell"], str]
@@ -116,7 +119,7 @@ def _matrix(cells: Sequence[Cell], measure: str, caption: str) -> str:
     rows = []
     for method, row in _rows(cells).items():
         if "" in row:
-            body = f'<td colspan="{max(1, len(budgets))}">{escape(text(row[""]))}</td>'
+            body = f'<td class="full" colspan="{max(1, len(budgets))}">{escape(text(row[""]))}</td>'
         else:
             entries = [
                 "" if budget not in row else _marked(cells, row[budget], text, best, "<b>{}</b>") for budget in budgets
@@ -179,24 +182,33 @@ def _pictures(found: Evaluation) -> list[str]:
 
 
 def _texts(answers: Sequence[Answer]) -> list[str]:
-    """For each task that generates, what was said to its first questions, folded away."""
-    tasks: dict[str, dict[str, list[Answer]]] = {}
+    """For each task that generates, what was said to the first questions where this differs, folded away."""
+    tasks: dict[str, dict[str, dict[str, list[Answer]]]] = {}
     for answer in answers:
-        if answer.text:
-            tasks.setdefault(answer.task, {}).setdefault(answer.question, []).append(answer)
+        tasks.setdefault(answer.task, {}).setdefault(answer.question, {}).setdefault(answer.text, []).append(answer)
     folded = []
     for task, questions in tasks.items():
-        rows = [
-            f"<tr><td>{escape(name)}</td><th>{escape(answer.method)}</th><td>{escape(answer.budget)}</td>"
-            f'<td>{100 * answer.score:.0f} %</td><td class="text">{escape(answer.text)}</td></tr>'
-            for name, said in list(questions.items())[:MOST_TEXTS]
-            for answer in said
-        ]
-        head = "<tr><th>question</th><th>method</th><th>budget</th><th>score</th><th>answer</th></tr>"
-        folded.append(
-            f"<details><summary>Answers to {escape(task)}</summary><table>{head}{''.join(rows)}</table></details>"
-        )
+        differing = [(name, said) for name, said in questions.items() if len(said) > 1][:MOST_TEXTS]
+        rows = [_text_row(name, text, same) for name, said in differing for text, same in said.items()]
+        head = "<tr><th>question</th><th>methods and budgets</th><th>score</th><th>answer</th></tr>"
+        if rows:
+            folded.append(
+                f"<details><summary>Answers to {escape(task)} that differ</summary>"
+                f'<table class="texts">{head}{"".join(rows)}</table></details>'
+            )
     return folded
+
+
+def _text_row(question: str, text: str, same: Sequence[Answer]) -> str:
+    """One of the answers to a question, once for all who gave it."""
+    budgets: dict[str, list[str]] = {}
+    for answer in same:
+        budgets.setdefault(answer.method, []).append(answer.budget)
+    who = "<br>".join(f"<b>{escape(method)}</b> {escape(', '.join(given))}" for method, given in budgets.items())
+    return (
+        f"<tr><td>{escape(question)}</td><td>{who}</td><td>{100 * same[0].score:.0f} %</td>"
+        f'<td class="text" dir="auto">{escape(text)}</td></tr>'
+    )
 
 
 def _facts(values: Mapping[str, Any]) -> str:

@@ -76,10 +76,8 @@ class _Measure:
 
 MEASURES = {
     "score": _Measure("Score by cache budget", "score", lambda cell: cell.interval),
-    "divergence": _Measure(
-        "Divergence from the full cache by cache budget", "nats", lambda cell: cell.divergence_interval, True
-    ),
-    "agreement": _Measure("Same next token as with the full cache, by cache budget", "same token", lambda cell: None),
+    "divergence": _Measure("Divergence from the full cache", "nats", lambda cell: cell.divergence_interval, True),
+    "agreement": _Measure("Same token as the full cache", "same token", lambda cell: None),
 }
 
 # Inches.
@@ -123,7 +121,9 @@ def scores_plot(cells: Sequence[Cell], path: str | Path, measure: str = "score",
         raise UsageError(f"There is no measure {measure!r}: choose one of {', '.join(MEASURES)}.")
     # What the full cache differs from itself is no news.
     shown = [each for each in cells if getattr(each, measure) is not None and (each.budget or measure == "score")]
-    if not any(cell.budget for cell in shown):
+    with_line = {(cell.task, cell.group) for cell in shown if cell.budget}
+    shown = [cell for cell in shown if (cell.task, cell.group) in with_line]
+    if not shown:
         raise UsageError(
             f"No compressed cache has a {measure} that could be drawn: evaluate one, and the method full beside it."
         )
