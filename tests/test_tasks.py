@@ -280,6 +280,40 @@ def test_lengths_are_named_as_the_benchmark_does(length, config):
     assert config_of(length) == config
 
 
+@pytest.mark.parametrize(
+    ("task", "question", "target", "reference"),
+    [
+        ("qa1", "Where is Sandra? ", "office", "Sandra is in the office."),
+        ("qa2", "Where is the milk?", "garden", "The milk is in the garden."),
+        ("qa3", "Where was the milk before the hallway? ", "office", "Before the hallway, the milk was in the office."),
+        ("qa1", "In which place is Sandra?", "office", "office"),
+        ("qa4", "What is north of the garden?", "office", "office"),
+        ("qa7", "How many objects is Mary carrying?", "two", "two"),
+    ],
+)
+def test_babilongs_reference_has_the_form_that_is_asked_for(task, question, target, reference, tmp_path):
+    row = {"input": "Sandra went to the office, Mary to the garden.", "question": question, "target": target}
+    (tmp_path / "1k").mkdir()
+    (tmp_path / "1k" / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+    (example,) = TASKS[f"babilong/{task}"].examples(TaskRequest(tmp_path, None, (1024,), None, 0))
+    assert example.reference == reference and example.answers == (target,) and example.score(reference) == 1
+
+
+def test_references_of_several_answers_hold_them_all():
+    example = Example("t", "1", "", "", "", "", "", ("12", "7"), (), "ruler.all", 9, True)
+    assert example.reference == "12, 7" and example.score(example.reference) == 1
+    cloze = replace(example, answers=("Olga", "the Bakers"), metric="loogle.cloze")
+    assert cloze.reference == '{"<mask-0>": "Olga", "<mask-1>": "the Bakers"}' and cloze.score(cloze.reference) == 1
+
+
+def test_generation_may_end_where_nothing_more_counts():
+    label = Example("t", "1", "", "", "", "", "", ("office",), ("office",), "babilong.label", 9, True, stops=(".",))
+    assert label.is_complete("In the office. And") and not label.is_complete("In the office")
+    line = replace(label, stops=("\n",), first_line=True, metric="longbench.qa_f1", answers=("a dog",))
+    assert line.is_complete("\n a dog\nand") and not line.is_complete("\n\n a dog")
+    assert line.score("\na dog\na cat") == 1
+
+
 def test_other_babilong_tasks_have_their_targets_as_labels(tmp_path):
     rows = [{**babilong_row(n), "target": "no" if n else "yes"} for n in range(4)]
     write_jsonl(tmp_path / "1k" / "qa6.jsonl", rows)

@@ -8,6 +8,7 @@ answer. The benchmark's labels decide what counts as an answer; of `qa6` to `qa2
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
@@ -64,6 +65,7 @@ def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example
             after=f"\n\nQuestion: {row.text('question').strip()}",
             reply="",
             answers=(row.text("target"),),
+            written=_written(name, row.text("question"), row.text("target")),
             classes=possible_labels(labels, row.text("question")),
             metric="babilong.label",
             max_new_tokens=MAX_NEW_TOKENS,
@@ -79,6 +81,13 @@ def _instructions(name: str) -> str:
         for example in prompt["examples"]
     ]
     return "\n\n".join([prompt["instruction"], *worked, prompt["format"]])
+
+
+def _written(name: str, question: str, target: str) -> str:
+    """The right answer as the instructions ask for it: a sentence, or the label alone."""
+    sentence = _prompts().get(name, {}).get("sentence")
+    asked = re.match(sentence["question"], question.strip()) if sentence else None
+    return sentence["answer"].format(*asked.groups(), target=target) if asked else target
 
 
 @cache

@@ -38,6 +38,7 @@ class Example:
         chat: whether the chat template goes around the prompt.
         first_line: whether only the prediction's first line counts.
         stops: texts at which generation may end, since nothing from there on counts.
+        written: a right answer in the form that is asked for, where `answers` has it in another.
     """
 
     task: str
@@ -54,10 +55,13 @@ class Example:
     chat: bool
     first_line: bool = False
     stops: tuple[str, ...] = ()
+    written: str = ""
 
     @property
     def reference(self) -> str:
         """The right answer as a model would write it: the first, or all of them where all are wanted."""
+        if self.written:
+            return self.written
         if self.metric == "ruler.all":
             return ", ".join(self.answers)
         if self.metric == "loogle.cloze":
