@@ -228,6 +228,14 @@ def test_a_half_written_line_is_asked_again(cut, alone, loaded, asked, tmp_path)
     assert (tmp_path / "answers.jsonl").read_text() == text
 
 
+def test_answers_of_before_are_kept_once_more(tmp_path):
+    file = tmp_path / "answers.jsonl"
+    for seed in (1, 2, 3):
+        Journal(file, {"seed": seed}).begin()
+    assert json.loads(file.read_text())["run"] == {"seed": 3}
+    assert json.loads((tmp_path / "answers.previous.jsonl").read_text())["run"] == {"seed": 2}
+
+
 def test_a_line_that_ends_within_a_letter_is_left_out(loaded, alone, tmp_path):
     answer = replace(alone[0].answers[0], text="码头\u2028\r\n\x85 \ufffd 🧪")
     kept = Journal(tmp_path / "answers.jsonl", {"seed": 1})

@@ -53,9 +53,13 @@ class Journal:
         self.results |= found
 
     def begin(self) -> None:
-        """Write what there is, atomically, in place of what was there."""
-        if self.path is not None:
-            write_text(self.path, "".join([_line({"run": self.key}), *map(_result_line, self.results.items())]))
+        """Write what there is, atomically; earlier answers that were not taken in are kept as `NAME.previous.jsonl`."""
+        if self.path is None:
+            return
+        if not self.results and self.path.is_file():
+            with contextlib.suppress(OSError):  # if the disk refuses, it says so at once
+                self.path.replace(self.path.with_suffix(".previous.jsonl"))
+        write_text(self.path, "".join([_line({"run": self.key}), *map(_result_line, self.results.items())]))
 
     def add(self, results: dict[Place, Results]) -> None:
         """Keep these too.
