@@ -404,6 +404,20 @@ def test_a_budget_below_what_heads_keep(task, budget, loaded, texts, data_dir, a
     assert asked.numbers == [] and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_share_of_the_shortest_prompt_is_checked_before_any_work(place, loaded, tmp_path, asked):
+    rows = [{"context": "A long text. " * 60, "input": "Who?", "answers": ["x"], "length": 4} for _ in range(4)]
+    rows[place]["context"] = "Short."
+    folder = tmp_path / "longbench"
+    folder.mkdir()
+    (folder / "narrativeqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = replace(PROBES, tasks=("longbench/narrativeqa",), lengths=None, budgets=("1%",), data_dir=tmp_path)
+    with pytest.raises(UsageError, match=r"^The shortest prompt of longbench/narrativeqa has \d+ tokens: A budget of"):
+        EvalRun(loaded, None, request, output=tmp_path / "out")
+    assert asked.numbers == [] and not (tmp_path / "out").exists()
+    EvalRun(loaded, None, replace(request, budgets=("90%",)))
+
+
 def test_presets():
     assert find_preset("quick") is PRESETS["quick"]
     with pytest.raises(UsageError, match="no preset 'slow': choose one of quick, standard, thorough"):

@@ -142,6 +142,11 @@ class EvalRequest:
             found += [name] if name in own else expand([name])
         return list(dict.fromkeys(found))
 
+    @property
+    def has_shares(self) -> bool:
+        """Whether a budget is a share of the prompt."""
+        return any(Budget.parse(budget).unit == "share" for budget in self.budgets)
+
     def probes_of(self, task: str, lengths: tuple[int, ...]) -> int:
         """How many of the probes are of `task`: an even share, within the limit."""
         asked = [each for each in self.all_tasks if each in PROBE_TASKS]

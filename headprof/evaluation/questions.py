@@ -53,6 +53,11 @@ class Question:
     depth: float | None = None
     family: str = ""
 
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Everything up to where the model answers."""
+        return self.document_ids + self.asked_ids
+
 
 class ProbeQuestions(Sequence[Question]):
     """Needle probes that no profile was made from: names and values of the held-out half, one needle a context.

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from headprof import __version__
-from headprof.errors import HeadprofError, InterruptedRun
+from headprof.errors import HeadprofError, InterruptedRun, UsageError
 from headprof.evaluation.asking import Asker, Sharing
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.command import EvalRequest
@@ -139,14 +139,20 @@ class EvalRun:
             return QuestionTask(probes, self.asker)
         examples = by_turns(TASKS[name].examples(request.task_request(loaded)))
         questions = ExampleQuestions(loaded, examples, request.max_prompt)
-        first = questions[0]  # which says at once if the instructions do not fit
-        self._check(len(first.document_ids) + len(first.asked_ids))
+        first = len(questions[0].prompt_ids)  # the question itself says if the instructions do not fit
+        if request.has_shares:  # of a prompt: the shortest one has the smallest budget
+            self._check(min(len(question.prompt_ids) for question in questions), f"The shortest prompt of {name}")
+        else:
+            self._check(first)
         return QuestionTask(questions, self.asker)
 
-    def _check(self, length: int) -> None:
+    def _check(self, length: int, prompt: str = "") -> None:
         """Budgets that cannot be met are errors before any work; raises `UsageError`."""
         for candidate in self.asker.candidates:
-            candidate.plan.check(length)
+            try:
+                candidate.plan.check(length)
+            except UsageError as error:
+                raise UsageError(f"{prompt} has {length} tokens: {error}" if prompt else str(error)) from None
 
     def evaluate(self, command: str = "") -> Evaluation:
         """Ask everything that has no answer yet; the outcome does not depend on interruptions or on the team's size.
