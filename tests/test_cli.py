@@ -175,7 +175,7 @@ MISTAKES = {
     "parameter that the method lacks": (
         (*GENERATE, "--method", "snapkv", "--pool-factor", "2"),
         2,
-        "This method has no parameter 'pool_factor': leave --pool-factor away.",
+        r"This method has no parameter 'pool_factor': choose among window, kernel, [^:]*, sinks, keep_last, [^:]*\.",
     ),
     "even kernel": (
         (*GENERATE, "--kernel", "4"),

@@ -17,7 +17,7 @@ from headprof.compression.importance import (
     Recency,
     WindowAttention,
 )
-from headprof.compression.methods import METHODS, Method, find_method
+from headprof.compression.methods import METHODS, Method, deal_options, find_method
 from headprof.compression.reduction import largest, ranking
 from headprof.compression.session import compressed, prefill
 from headprof.compression.states import PromptStates
@@ -296,3 +296,26 @@ def test_generation_with_every_method(name):
     if name != "adakv":
         assert torch.equal(lengths, plan.allocation(40))
     assert int(lengths.min()) >= plan.method.always_kept
+
+
+def test_options_for_several_methods_go_to_those_that_have_them():
+    options = {"window": 5, "keep_last": 0, "mass": True, "power": None}
+    dealt = deal_options(["snapkv", "knorm", "ems:mass=false"], options)
+    assert dealt == {
+        "snapkv": {"window": 5, "keep_last": 0},
+        "knorm": {"keep_last": 0},
+        "ems:mass=false": {"window": 5, "keep_last": 0, "mass": True},
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (["snapkv", "tova"], {"redundancy": 1.0}, "None of the methods has a parameter 'redundancy'"),
+        (["snapkv", "knorm"], {"window": "wide"}, "'window' cannot be 'wide'"),
+        (["snapkv", "chess"], {}, "no method 'chess'"),
+    ],
+)
+def test_options_that_no_method_can_take(names, options, message):
+    with pytest.raises(UsageError, match=message):
+        deal_options(names, options)

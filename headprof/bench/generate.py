@@ -28,7 +28,7 @@ from headprof.bench.measure import (
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
 from headprof.compression.cache import HeadCache, PromptLayer
-from headprof.compression.methods import find_method
+from headprof.compression.methods import deal_options, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
@@ -75,8 +75,7 @@ class BenchRequest:
         Raises:
             UsageError: an unknown method or backend, a budget that cannot be read, or a number that is too small.
         """
-        for name in self.methods:
-            find_method(name).with_options(**self.options_of(name))
+        deal_options(self.methods, self.options)
         for budget in self.budgets:
             Budget.parse(budget)
         for backend in self.backends:
@@ -93,10 +92,6 @@ class BenchRequest:
     def needs_profile(self) -> bool:
         """Whether one of the methods spends its budget by a head profile."""
         return any(find_method(name).budget.profile_scores is not None for name in self.methods)
-
-    def options_of(self, method: str) -> dict[str, Any]:
-        """The options that this method has a parameter for."""
-        return {name: value for name, value in self.options.items() if find_method(method).has_option(name)}
 
 
 @dataclass(frozen=True)
@@ -390,12 +385,9 @@ def _cases(model: Any, max_positions: int, profile: HeadProfile | None, request:
             f"Prompts of {max(request.lengths)} tokens and {request.new_tokens} new ones exceed the {max_positions} "
             "that the model can read: lower --lengths or --new-tokens."
         )
+    options = deal_options(request.methods, request.options)
     plans = [
-        (
-            name,
-            budget,
-            make_plan(model, profile, method=name, budget=budget, **request.options_of(name), **request.decoding),
-        )
+        (name, budget, make_plan(model, profile, method=name, budget=budget, **options[name], **request.decoding))
         for name in request.methods
         if find_method(name).importance is not None
         for budget in request.budgets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -115,7 +115,7 @@ class Method:
                 continue
             holder = method._holder(name)
             if holder is None:
-                raise UsageError(f"This method has no parameter {name!r}: leave --{name.replace('_', '-')} away.")
+                raise UsageError(f"This method has no parameter {name!r}: choose among {', '.join(self.options())}.")
             part: Any = method if holder == "method" else getattr(method, holder)
             part = replace(part, **{name: _of_kind(name, value, getattr(part, name))})
             method = part if holder == "method" else replace(method, **{holder: part})
@@ -166,6 +166,33 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
     return METHODS[name].with_options(**parse_settings(settings))
+
+
+def deal_options(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What each of some methods takes of parameters that are given to all: those that it has.
+
+    Args:
+        names: of the methods.
+        options: parameters, `None` for a method's own value.
+
+    Returns:
+        For each name the parameters to give to `Method.with_options`.
+
+    Raises:
+        UsageError: there is no such method, none of them has such a parameter, or a value is not of its kind.
+    """
+    methods = {name: find_method(name) for name in names}
+    given = {name: value for name, value in options.items() if value is not None}
+    for option in given:
+        if not any(method.has_option(option) for method in methods.values()):
+            raise UsageError(f"None of the methods has a parameter {option!r}: leave it away, or name one that has it.")
+    dealt = {
+        name: {option: value for option, value in given.items() if method.has_option(option)}
+        for name, method in methods.items()
+    }
+    for name, method in methods.items():
+        method.with_options(**dealt[name])
+    return dealt
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from headprof import __version__
 from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.budget import Budget
-from headprof.compression.methods import METHODS, find_method
+from headprof.compression.methods import METHODS, deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -123,8 +123,7 @@ class EvalRequest:
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
         for budget in self.budgets:
             Budget.parse(budget)
-        for name in self.methods:
-            find_method(name).with_options(**self._options_of(name))
+        deal_options(self.methods, self.options)
         return any(find_method(method).budget.profile_scores for method in self.methods)
 
     @property
@@ -181,10 +180,6 @@ class EvalRequest:
             lengths[0] - self.continuation, self.continuation, documents, self.skip, chunk=buffer or BUFFER
         )
 
-    def _options_of(self, name: str) -> dict[str, Any]:
-        """The options that this method has a parameter for."""
-        return {key: value for key, value in self.options.items() if find_method(name).has_option(key)}
-
     def observer_ids(self, loaded: LoadedModel) -> list[int]:
         """Tokens that judge the document in the question's place; none if the question is known."""
         if self.question_known or not self.observe:
@@ -194,6 +189,7 @@ class EvalRequest:
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
         made = []
+        options = deal_options(self.methods, self.options)
         for name in dict.fromkeys(self.methods):
             method = find_method(name)
             for budget in dict.fromkeys(self.budgets) if method.importance is not None else [""]:
@@ -202,7 +198,7 @@ class EvalRequest:
                     profile,
                     method=name,
                     budget=budget or 1,
-                    **self._options_of(name),
+                    **options[name],
                     **self.decoding,
                 )
                 made.append(Candidate(name, budget, plan))

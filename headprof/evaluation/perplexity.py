@@ -143,7 +143,7 @@ def select_documents(
     if len(found) < (wanted or settings.skip + 1):
         raise UsageError(
             f"Only {len(found)} texts have {needed} tokens or more, too few to skip {settings.skip} and take "
-            f"{settings.documents or 1}: ask for fewer documents, a shorter prefix, or give more texts."
+            f"{settings.documents or 1}: ask for fewer with --documents, for shorter ones with --lengths, or give more."
         )
     return found[settings.skip :]
 

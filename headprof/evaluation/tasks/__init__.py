@@ -34,7 +34,7 @@ def expand(names: Iterable[str]) -> list[str]:
         if benchmark not in BENCHMARKS:
             raise UsageError(f"There is no benchmark {benchmark!r}: choose among {', '.join(BENCHMARKS)}.")
         if rest and name not in TASKS:
-            known = [task.partition("/")[2] for task in BENCHMARKS[benchmark]]
+            known = [task.partition("/")[2] for task in TASKS if task.startswith(f"{benchmark}/")]
             raise UsageError(f"There is no task {rest!r} in {benchmark}: choose among {', '.join(known)}.")
         tasks += [name] if rest else BENCHMARKS[benchmark]
     return list(dict.fromkeys(tasks))
