@@ -539,6 +539,7 @@ def test_eval_of_perplexity(place):
     assert both.returncode == 2 and "of one length" not in both.stderr  # probes of 200 tokens have no room
     table = headprof(place, *options, "--methods", "full,ems")
     assert "perplexity" in table.stdout and "of full" in table.stdout
+    assert "left to ask" not in table.stderr
 
 
 def test_a_saved_document_goes_on_being_compressed(place):

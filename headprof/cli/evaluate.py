@@ -191,7 +191,8 @@ def evaluate(
         return
     for table in tables.evaluation(found):
         terminal.result_table(*table)
-    terminal.remark(tables.sharing(found))
+    if found.answers:
+        terminal.remark(tables.sharing(found))
     terminal.remark(f"Written: {', '.join(path.name for path in written)} in {output}.")
 
 
