@@ -85,9 +85,9 @@ def _explained(target: Path, path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text atomically, in UTF-8."""
+    """Write a text atomically, in UTF-8; what has no place there, as in names of files, is written as an escape."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def append_text(path: str | Path, text: str) -> None:
@@ -98,7 +98,7 @@ def append_text(path: str | Path, text: str) -> None:
     """
     target = Path(path).resolve()
     try:
-        with target.open("a", encoding="utf-8", newline="\n") as file:
+        with target.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -109,7 +109,8 @@ def append_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as JSON, atomically; raises `HeadprofError` when the disk refuses."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(path: str | Path) -> None:

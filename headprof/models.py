@@ -115,6 +115,16 @@ def load_model(
     return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer))
 
 
+def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ModelError: some of these numbers, which a model of this type came to, are infinite or none at all.
+    """
+    if not numbers.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(f"The model's numbers overflow in {kind}: choose another type with --dtype, such as float32.")
+
+
 def model_name(model: str | None) -> str:
     """What a profile of `model` records as the model's name, found without loading it (see `LoadedModel.name`)."""
     if model is None or model.lower() == EMBEDDED.lower():

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from headprof.errors import UsageError
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -36,11 +38,17 @@ class Team:
 
         Messages go through `gloo`, so that no process needs a GPU, and each one uses its own.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
         import torch.distributed as dist
 
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+        try:
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
+        except ValueError as error:
+            raise UsageError(
+                f"The environment has WORLD_SIZE, but is not that of a launcher ({error}): start with torchrun, or "
+                "unset WORLD_SIZE."
+            ) from None
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         return cls(rank, size, dist.PrefixStore("headprof", store))
 

@@ -134,6 +134,15 @@ def test_the_full_cache_alone_has_no_curve(tmp_path):
     }
 
 
+def test_files_of_a_run_before_are_taken_away(tmp_path):
+    write_results(found_of(answers_of()), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    losses = [PerplexityCell("ems", "64", 3, 90, 12.34, (10.0, 14.0), 1.2, (1.1, 1.3), 5e6)]
+    files = write_results(found_of([], losses), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.txt", *(file.name for file in files)}
+    assert {file.name for file in files} == {"results.json", "report.html"}
+
+
 def test_wrong_requests_are_refused(tmp_path):
     cells = tabulate(answers_of())
     with pytest.raises(UsageError, match=r"not as 'a.pdf'"):

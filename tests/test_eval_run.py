@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import socket
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from tiny import save_tiny, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 from headprof.cli import app
-from headprof.errors import HeadprofError, InterruptedRun, UsageError
+from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
 from headprof.evaluation import journal
 from headprof.evaluation.asking import Asker
 from headprof.evaluation.command import PRESETS, EvalRequest, find_preset
@@ -37,6 +38,12 @@ def loaded():
 def load_tiny(**options):
     model = tiny_model(num_kv_heads=2, **options)
     return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
+
+
+def other_tokenizer():
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template += "{# another one #}"
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +268,8 @@ def test_a_line_that_ends_within_a_letter_is_left_out(loaded, alone, tmp_path):
         ("options", {"options": {"pooling": "mean"}}),
         ("decoding", {"decoding": {"buffer": 9}}),
         ("dtype", {}),
+        ("weights", {}),
+        ("tokenizer", {}),
         ("model", {}),
         ("fingerprint", {}),
     ],
@@ -268,6 +277,8 @@ def test_a_line_that_ends_within_a_letter_is_left_out(loaded, alone, tmp_path):
 def test_another_runs_answers_are_refused(name, change, alone, loaded, asked):
     model = {
         "dtype": lambda: load_tiny(dtype=torch.bfloat16),
+        "weights": lambda: load_tiny(seed=1),
+        "tokenizer": lambda: replace(loaded, tokenizer=other_tokenizer()),
         "model": lambda: replace(loaded, name="other"),
         "fingerprint": lambda: load_tiny(layers=1),
     }.get(name, lambda: loaded)()
@@ -282,6 +293,39 @@ def test_another_runs_answers_are_refused(name, change, alone, loaded, asked):
     assert answers_kept(run.journal.path, run.journal.key) == 0
     assert asked.numbers == []
     assert (alone[1] / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["longbench/narrativeqa", "perplexity"])
+def test_answers_to_other_data_are_refused(task, loaded, asked, tmp_path):
+    data, output = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    rows = [{"context": f"On day {day} it rained. " * 30, "input": "When?", "answers": [f"day {day}"]} for day in "123"]
+    file = data / "narrativeqa.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = EvalRequest(
+        (task,), ("full",), ("8",), lengths=(60,), continuation=20, data_dir=data, documents=2, limit=2
+    )
+    EvalRun(loaded, None, request, output=output).evaluate()
+    before = (output / "answers.jsonl").read_bytes()
+    rows[2]["context"] += "And after."  # of which nothing was asked
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked.numbers.clear()
+    found = EvalRun(loaded, None, request, output=output, resume=True).evaluate()
+    assert asked.numbers == [] and (output / "answers.jsonl").read_bytes() == before
+    rows[1]["context"] = rows[1]["context"].replace("rained", "snowed")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match=f"The data of {task} is not that of the answers in .* run without --resume"):
+        EvalRun(loaded, None, request, output=output, resume=True).evaluate()
+    assert (output / "answers.jsonl").read_bytes() == before
+    assert EvalRun(loaded, None, request, output=output).evaluate() != found
+
+
+def test_what_was_asked_of_other_tasks_keeps_its_data(loaded, data_dir, tmp_path):
+    both = EvalRequest(("longbench/hotpotqa", "niah"), ("full",), ("8",), probes=1, data_dir=data_dir, limit=1)
+    EvalRun(loaded, None, both, output=tmp_path).evaluate()
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    EvalRun(loaded, None, replace(both, tasks=("niah",)), output=tmp_path, resume=True).evaluate()
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_answers_under_another_profile_are_refused(loaded, tmp_path):
@@ -412,10 +456,47 @@ def test_a_share_of_the_shortest_prompt_is_checked_before_any_work(place, loaded
     folder.mkdir()
     (folder / "narrativeqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     request = replace(PROBES, tasks=("longbench/narrativeqa",), lengths=None, budgets=("1%",), data_dir=tmp_path)
-    with pytest.raises(UsageError, match=r"^The shortest prompt of longbench/narrativeqa has \d+ tokens: A budget of"):
+    with pytest.raises(
+        UsageError, match=r"^The shortest text of longbench/narrativeqa to be compressed has \d+ tokens: A "
+    ):
         EvalRun(loaded, None, request, output=tmp_path / "out")
     assert asked.numbers == [] and not (tmp_path / "out").exists()
     EvalRun(loaded, None, replace(request, budgets=("90%",)))
+
+
+def test_a_share_counts_what_is_compressed_without_the_question(loaded):
+    request = replace(PROBES, budgets=("1%",), question_known=False)  # 3 of the 300 tokens of the whole prompts
+    with pytest.raises(
+        UsageError, match=r"^The shortest text of niah to be compressed has 2\d\d tokens: A budget of 2 "
+    ):
+        EvalRun(loaded, None, request)
+    EvalRun(loaded, None, replace(request, question_known=True))
+
+
+def test_equal_budgets_are_run_once(loaded):
+    run = EvalRun(loaded, None, replace(PROBES, budgets=("8", "08", "16", "8")))
+    assert [candidate.budget for candidate in run.asker.candidates] == ["", "8", "16"]
+
+
+@pytest.mark.parametrize("task", ["niah", "perplexity"])
+def test_a_model_that_overflows_is_said_to(task, texts, tmp_path):
+    loaded = load_tiny(dtype=torch.float16)
+    loaded.model.lm_head.weight.data *= 1e5
+    request = replace(PROBES, tasks=(task,), data_dir=texts, continuation=40, documents=2)
+    with pytest.raises(ModelError, match="overflow in float16: choose another type with --dtype"):
+        EvalRun(loaded, None, request, output=tmp_path).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("answers", "known"), [(["", "x"], True), ([""], False), ([" "], False)], ids=["one blank", "blank", "space"]
+)
+def test_a_blank_right_answer(answers, known, loaded, tmp_path):
+    row = {"context": "A long text. " * 30, "input": "Who?", "answers": answers}
+    (tmp_path / "narrativeqa.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    request = EvalRequest(("longbench/narrativeqa",), ("full", "snapkv"), ("8",), data_dir=tmp_path)
+    found = EvalRun(loaded, None, request).evaluate()
+    assert [answer.divergence is not None for answer in found.answers] == 4 * [known]
+    assert [cell.divergence_interval is not None for cell in found.cells] == 2 * [known]
 
 
 def test_presets():
@@ -502,6 +583,27 @@ def test_a_file_in_place_of_the_folder_for_results(place):
     (place / "file").write_text("x")
     ended = headprof(*ONE_PROBE, "-o", "file")
     assert ended.exit_code == 1 and "one of its folders is a file" in said(ended)
+
+
+@pytest.mark.parametrize(
+    ("resume", "message"),
+    [((), "is too long for this disk"), (("--resume",), r"cannot be read \(File name too long\)")],
+)
+def test_a_name_that_is_too_long(place, resume, message):
+    ended = headprof(*ONE_PROBE, *resume, "-o", "a" * 300)
+    assert ended.exit_code in (1, 2) and re.search(rf"{message}.*: choose .* with -o\.", said(ended))
+
+
+def test_a_name_that_is_no_text(place):
+    name = os.fsdecode(b"odd-\xff")
+    ended = headprof(*ONE_PROBE, "-o", name)
+    assert ended.exit_code == 0 and (place / name / "results.json").is_file()
+    assert headprof(*ONE_PROBE, "--observe", name, "-o", "odd").exit_code == 2
+
+
+def test_several_lengths_where_one_is_wanted(place):
+    ended = headprof(*ONE_PROBE, "--max-prompt", "1k,2k", "-o", "nothing")
+    assert ended.exit_code == 2 and "'1k,2k' are several lengths where one is wanted" in said(ended)
 
 
 def test_leaving_out_the_only_method_is_refused(place):

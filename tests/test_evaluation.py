@@ -70,6 +70,13 @@ def test_table_counts_per_method_and_budget():
     assert results_csv([]) == ""
 
 
+@pytest.mark.parametrize("text", ["one\rtwo", 'a "quoted", one\r\n', "\n", "", "None"])
+def test_texts_of_all_kinds_come_back_from_a_table(text):
+    written = results_csv([replace(answer(number, "full", "", 0.5), text=text) for number in range(2)])
+    rows = list(csv.DictReader(io.StringIO(written, newline="")))
+    assert [(row["text"], row["score"], row["divergence"]) for row in rows] == 2 * [(text, "0.5", "")]
+
+
 def test_graded_scores_have_students_interval_within_bounds():
     (cell,) = tabulate([answer(i, "full", "", score) for i, score in enumerate((0.9, 1.0, 0.2))])
     low, high = mean_interval([0.9, 1.0, 0.2])

@@ -314,6 +314,9 @@ def test_options_for_several_methods_go_to_those_that_have_them():
         (["snapkv", "tova"], {"redundancy": 1.0}, "None of the methods has a parameter 'redundancy'"),
         (["snapkv", "knorm"], {"window": "wide"}, "'window' cannot be 'wide'"),
         (["snapkv", "chess"], {}, "no method 'chess'"),
+        (["snapkv"], {"kernel": -3}, "A kernel of -3 tokens"),
+        (["snapkv"], {"power": float("nan")}, "'power' cannot be nan"),
+        (["pyramidkv"], {"taper": float("inf")}, "'taper' cannot be inf"),
     ],
 )
 def test_options_that_no_method_can_take(names, options, message):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import save_tiny
 
+from headprof.errors import UsageError
 from headprof.profile import HeadProfile
 from headprof.team import Team, claim_gpus
 
@@ -98,6 +99,15 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(place, seed):
     run(place, command)
     assert_same_file(target, place / "alone.safetensors")
     assert not list(place.glob(".*partial"))
+
+
+@pytest.mark.parametrize("size", ["2", "x", ""])
+def test_an_environment_that_no_launcher_made(size, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(UsageError, match="start with torchrun, or unset WORLD_SIZE"):
+        Team.join()
 
 
 def test_a_team_of_one_does_everything_itself():

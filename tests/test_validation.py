@@ -507,7 +507,7 @@ MISTAKES = {
     "unknown place": (("--where", "answer"), "cannot be silent in the 'answer'"),
     "unknown picture": (("-o", "v.gif"), "not as 'v.gif'"),
     "no draws": (("--draws", "0"), "with 0 draws"),
-    "several lengths": (("--length", "500,600"), "at one length, not at 2"),
+    "several lengths": (("--length", "500,600"), "several lengths where one is wanted"),
     "length that is no length": (("--length", "long"), "A length of 'long' cannot be read"),
     "csv of nothing": (("--csv", "drops.csv"), "those of --per-head: give both"),
     "too few contexts": (("--probes", "6"), "6 probes in fewer than 4 contexts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -410,5 +411,7 @@ def _app(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `--quiet` and `--debug` are understood anywhere in it."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show should not end an hour's work
+        sys.stdout.reconfigure(errors="backslashreplace")
     terminal.configure(quiet="--quiet" in given, debug="--debug" in given)
     app(args=[argument for argument in given if argument not in ("--quiet", "--debug")], prog_name="headprof")

@@ -101,6 +101,16 @@ def lengths_of(text: str, least: int = 1) -> tuple[int, ...]:
     return parse_lengths(text, least)
 
 
+def length_of(text: str) -> int:
+    """A single length; raises `UsageError` where there are several."""
+    from headprof.errors import UsageError
+
+    length, *more = lengths_of(text)
+    if more:
+        raise UsageError(f"{text!r} are several lengths where one is wanted: give a single one, such as {length}.")
+    return length
+
+
 def join_team():
     """The processes that `torchrun` or `accelerate launch` started, each with its GPUs; only the first one speaks."""
     import os

@@ -9,7 +9,7 @@ import typer
 
 from headprof import tables
 from headprof.cli.options import Attn, Device, Dtype, JsonFlag, Model, Seed, Trust
-from headprof.cli.shared import guarded, lengths_of, load, load_profile, terminal
+from headprof.cli.shared import guarded, length_of, load, load_profile, terminal
 
 
 @guarded
@@ -61,15 +61,11 @@ def validate(
     from headprof.scoring.validation import validate as run_validation
     from headprof.scoring.verdict import figures, verdict
 
-    lengths = lengths_of(length)
-    if len(lengths) > 1:
-        raise UsageError(f"Heads are checked at one length, not at {len(lengths)}: give one --length.")
+    tokens = length_of(length)
     if csv is not None and not per_head:
         raise UsageError("The figures for --csv are those of --per-head: give both.")
     check_picture(output)
-    settings = ValidationSettings(
-        top=top, probes=probes, length=lengths[0], pack=pack, draws=draws, seed=seed, where=where
-    )
+    settings = ValidationSettings(top=top, probes=probes, length=tokens, pack=pack, draws=draws, seed=seed, where=where)
     found = HeadProfile.load(find_profile(model_name(model), profile))
     settings.check(found.shape.num_layers * found.shape.num_heads)
     loaded = load(model, device, dtype, attn, trust_remote_code)

@@ -67,6 +67,8 @@ class WindowAttention(Importance):
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"A window of {self.window} queries judges nothing: give a --window of at least 1.")
+        if self.kernel < 1:
+            raise UsageError(f"A kernel of {self.kernel} tokens averages nothing: give an odd --kernel, 1 or more.")
         if self.kernel % 2 == 0:
             raise UsageError(
                 f"A kernel of {self.kernel} has no middle: give an odd --kernel, such as {self.kernel + 1}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -222,6 +223,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 def _of_kind(name: str, value: Any, present: Any) -> Any:
     """The value, if it is of the kind of the present one."""
     kind = type(present)
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    known = type(value) is kind or (kind is float and type(value) is int)
+    if not known or (type(value) is float and not isfinite(value)):
         raise UsageError(f"The parameter {name!r} cannot be {value!r}: give {_KINDS[kind]}.")
     return value

@@ -14,7 +14,7 @@ from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.questions import Judge, Question
 from headprof.evaluation.results import Answer
-from headprof.models import LoadedModel
+from headprof.models import LoadedModel, require_finite
 
 MOST_LOGITS = 2**25
 """Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""
@@ -109,10 +109,14 @@ class Asker:
         prompt, tail = [*question.document_ids], [*question.asked_ids, *question.reply_ids]
         if self.question_known:
             prompt, tail = [*prompt, *question.asked_ids], [*question.reply_ids]
-            if not tail:
-                prompt, tail = prompt[:-1], prompt[-1:]
-            return prompt, tail
-        return [*prompt, *self.observer_ids], tail
+        if not tail:
+            prompt, tail = prompt[:-1], prompt[-1:]
+        return prompt if self.question_known else [*prompt, *self.observer_ids], tail
+
+    def compressed_length(self, question: Question) -> int:
+        """Tokens of a question that are compressed."""
+        prompt, _ = self._split(question)
+        return len(prompt) if self.question_known else len(prompt) - len(self.observer_ids)
 
     def _read(self, prompt: list[int], kind: tuple[str, str]) -> list[HeadCache]:
         """A filled cache for each candidate; one prompt of each kind is read alone, too, to see how long that takes."""
@@ -210,7 +214,8 @@ class _ReferenceRun:
     def add(self, logits: torch.Tensor, wanted: torch.Tensor) -> None:
         """Take in logits `[entries, N, vocabulary]` of tokens that should be `wanted`, `[N]`."""
         self._tokens += len(wanted)
-        chosen = logits.argmax(dim=-1)
+        highest, chosen = logits.max(dim=-1)
+        require_finite(highest, logits.dtype)
         self._right &= (chosen == wanted).all(dim=-1).cpu()
         if self._full is None:
             return
@@ -227,10 +232,10 @@ class _ReferenceRun:
 
     @property
     def divergence(self) -> list[float] | None:
-        """In nats, a token."""
-        return None if self._full is None else (self._divergence / self._tokens).tolist()
+        """In nats, a token; none without tokens or something to compare with."""
+        return None if self._full is None or not self._tokens else (self._divergence / self._tokens).tolist()
 
     @property
     def agreement(self) -> list[float] | None:
-        """Share of tokens."""
-        return None if self._full is None else (self._agreement / self._tokens).tolist()
+        """Share of tokens; none likewise."""
+        return None if self._full is None or not self._tokens else (self._agreement / self._tokens).tolist()

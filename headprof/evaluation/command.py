@@ -10,6 +10,7 @@ from typing import Any
 from headprof import __version__
 from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.budget import Budget
+from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods import METHODS, deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
@@ -121,6 +122,8 @@ class EvalRequest:
             raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
         if self.prompts is not None and not self.prompts.is_file():
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
+        if self.observe != self.observe.encode("utf-8", "replace").decode("utf-8"):
+            raise UsageError("The text to observe with is not UTF-8: give another with --observe.")
         for budget in self.budgets:
             Budget.parse(budget)
         deal_options(self.methods, self.options)
@@ -189,10 +192,13 @@ class EvalRequest:
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
         made = []
+        budgets: dict[Budget, str] = {}
+        for text in self.budgets:
+            budgets.setdefault(Budget.parse(text), text)
         options = deal_options(self.methods, self.options)
         for name in dict.fromkeys(self.methods):
             method = find_method(name)
-            for budget in dict.fromkeys(self.budgets) if method.importance is not None else [""]:
+            for budget in budgets.values() if method.importance is not None else [""]:
                 plan = make_plan(
                     loaded.model,
                     profile,
@@ -216,6 +222,8 @@ class EvalRequest:
             "model": loaded.name,
             "fingerprint": loaded.shape.to_dict(),
             "dtype": str(loaded.dtype).removeprefix("torch."),
+            "weights": weights_fingerprint(loaded.model),
+            "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
             "profile": profile.digest() if profile is not None else "",
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),

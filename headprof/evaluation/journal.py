@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,39 +27,53 @@ class Journal:
 
     Attributes:
         path: the file; none to keep none.
-        key: everything that an answer depends on.
+        key: everything that all answers depend on.
+        digest: of the data that a question was made from; empty where there is none, or the question is not known.
         results: of the questions done.
     """
 
-    def __init__(self, path: Path | None, key: dict[str, Any]):
+    def __init__(self, path: Path | None, key: dict[str, Any], digest: Callable[[Place], str] = lambda place: ""):
         self.path = path
         self.key = key
+        self.digest = digest
         self.results: dict[Place, Results] = {}
+        self._digests: dict[Place, str] = {}
 
     def load(self) -> None:
         """Take in what the file holds, if there is one; a last line that was cut off is left out.
 
         Raises:
-            UsageError: it is of another run, or damaged.
+            UsageError: it is of another run, or of other data, or damaged.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return
-        key, found = _read(self.path)
+        with contextlib.suppress(OSError):  # what cannot be looked for cannot be read either
+            if not self.path.exists():
+                return
+        key, found, digests = _read(self.path)
         if key != self.key:
             raise UsageError(
                 f"The answers in {self.path} are of another model or other settings ({_first_difference(key, self.key)}"
                 "): give the same options again, choose another folder with -o, or run without --resume to start anew."
             )
+        for place in found:
+            if self.digest(place) not in ("", digests[place]):
+                raise UsageError(
+                    f"The data of {place[0]} is not that of the answers in {self.path}: restore it, choose another "
+                    "folder with -o, or run without --resume to start anew."
+                )
         self.results |= found
+        self._digests |= digests
 
     def begin(self) -> None:
         """Write what there is, atomically; earlier answers that were not taken in are kept as `NAME.previous.jsonl`."""
         if self.path is None:
             return
-        if not self.results and self.path.is_file():
+        if not self.results:
             with contextlib.suppress(OSError):  # if the disk refuses, it says so at once
-                self.path.replace(self.path.with_suffix(".previous.jsonl"))
-        write_text(self.path, "".join([_line({"run": self.key}), *map(_result_line, self.results.items())]))
+                if self.path.is_file():
+                    self.path.replace(self.path.with_suffix(".previous.jsonl"))
+        write_text(self.path, _line({"run": self.key}) + self._lines(self.results))
 
     def add(self, results: dict[Place, Results]) -> None:
         """Keep these too.
@@ -68,8 +82,13 @@ class Journal:
             HeadprofError: the disk refused; the file holds whole lines still, but for the last one.
         """
         if self.path is not None and results:
-            append_text(self.path, "".join(map(_result_line, results.items())))
+            append_text(self.path, self._lines(results))
         self.results |= results
+
+    def _lines(self, results: dict[Place, Results]) -> str:
+        return "".join(
+            _result_line(place, each, self._digests.get(place) or self.digest(place)) for place, each in results.items()
+        )
 
     def __len__(self) -> int:
         return len(self.results)
@@ -78,7 +97,7 @@ class Journal:
 def answers_kept(path: Path, key: dict[str, Any]) -> int:
     """How many questions of the run `key` a file holds; 0 when it is of another run, damaged or not there."""
     with contextlib.suppress(UsageError):
-        found_key, found = _read(path)
+        found_key, found, _ = _read(path)
         return len(found) if found_key == key else 0
     return 0
 
@@ -87,18 +106,22 @@ def _line(value: dict[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def _result_line(item: tuple[Place, Results]) -> str:
-    (task, number), results = item
+def _result_line(place: Place, results: Results, digest: str) -> str:
+    task, number = place
     kind = "losses" if isinstance(results[0], Loss) else "answers"
-    return _line({"task": task, "number": number, kind: [asdict(result) for result in results]})
+    return _line({"task": task, "number": number, "data": digest, kind: [asdict(result) for result in results]})
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Place, Results]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[Place, Results], dict[Place, str]]:
+    """What the run was; results and digests of its questions."""
     try:
         *lines, _ = path.read_bytes().split(b"\n")  # after the last newline: nothing, or half a line
         rows = [json.loads(line) for line in lines]
-        key = rows[0]["run"]
-        return key, {(row["task"], row["number"]): _results(row) for row in rows[1:]}
+        results, digests = {}, {}
+        for row in rows[1:]:
+            place = row["task"], row["number"]
+            results[place], digests[place] = _results(row), row["data"]
+        return rows[0]["run"], results, digests
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"The answers in {path} are damaged: delete that file, or run without --resume.") from error
     except OSError as error:

@@ -17,6 +17,7 @@ from headprof.errors import UsageError
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.statistics import mean_interval
 from headprof.evaluation.texts import Text
+from headprof.models import require_finite
 
 CHUNK = 64
 """Tokens of a continuation that are fed at once, unless told otherwise."""
@@ -205,6 +206,7 @@ def _loss(
     for start in range(0, len(predicted), chunk):
         part = slice(start, start + chunk)
         total += _nll(model(fed[:, part], past_key_values=cache, use_cache=True).logits[0], predicted[part])
+    require_finite(torch.tensor(total), model.dtype)
     return Loss(number, document.name, candidate.method, candidate.budget, ids.shape[1], total, cache.nbytes)
 
 

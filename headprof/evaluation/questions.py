@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 from headprof.chat import ChatFormat
 from headprof.evaluation.results import PROBE_TASKS
@@ -52,11 +53,6 @@ class Question:
     judge: Judge | None = None
     depth: float | None = None
     family: str = ""
-
-    @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """Everything up to where the model answers."""
-        return self.document_ids + self.asked_ids
 
 
 class ProbeQuestions(Sequence[Question]):
@@ -114,6 +110,10 @@ class ProbeQuestions(Sequence[Question]):
             family=probe.family,
         )
 
+    def digest(self, index: int) -> str:
+        """Empty: probes follow from their settings."""
+        return ""
+
 
 class ExampleQuestions(Sequence[Question]):
     """The examples of a benchmark's task.
@@ -151,6 +151,15 @@ class ExampleQuestions(Sequence[Question]):
             reference_ids=_reference_ids(chat, example),
             judge=Judge(example.score, example.is_complete, example.max_new_tokens),
         )
+
+    def digest(self, index: int) -> str:
+        """Of the example, whole and uncut."""
+        return digest_of(self._examples[index])
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 (hex) of a value's `repr`."""
+    return sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _reference_ids(chat: ChatFormat, example: Example) -> tuple[int, ...]:

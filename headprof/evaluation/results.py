@@ -184,7 +184,8 @@ def results_csv(results: Iterable[Any]) -> str:
     rows = [asdict(result) for result in results]
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        # Texts in quotes: the module leaves a carriage return bare, which ends a line for those who read it.
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()

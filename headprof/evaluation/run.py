@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import transformers
@@ -23,7 +23,7 @@ from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.journal import Journal, Place, Results
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
-from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, Question
+from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, digest_of
 from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulate
 from headprof.evaluation.tasks import TASKS, Example
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
@@ -34,6 +34,7 @@ from headprof.team import Team
 
 ROUND = 4
 """Questions for each process between two meetings of a team."""
+AnyQuestions = TypeVar("AnyQuestions", ProbeQuestions, ExampleQuestions)
 
 
 class RunnableTask(Protocol):
@@ -45,12 +46,16 @@ class RunnableTask(Protocol):
         """What the question comes to under each candidate."""
         ...
 
+    def digest(self, number: int) -> str:
+        """Of the data that the question is made from; empty if it is made from settings alone."""
+        ...
+
 
 @dataclass
 class QuestionTask:
     """Questions that are answered."""
 
-    questions: Sequence[Question]
+    questions: ProbeQuestions | ExampleQuestions
     asker: Asker
 
     def __len__(self) -> int:
@@ -58,6 +63,9 @@ class QuestionTask:
 
     def run(self, number: int) -> Results:
         return self.asker.ask(self.questions[number])
+
+    def digest(self, number: int) -> str:
+        return self.questions.digest(number)
 
 
 @dataclass
@@ -75,6 +83,9 @@ class PerplexityTask:
     def run(self, number: int) -> Results:
         losses = measure_perplexity(self.loaded.model, [self.documents[number]], self.candidates, chunk=self.chunk)
         return [replace(loss, document=number) for loss in losses]
+
+    def digest(self, number: int) -> str:
+        return digest_of(self.documents[number])
 
 
 class EvalRun:
@@ -110,7 +121,7 @@ class EvalRun:
         self.asker = Asker(loaded, self._candidates(), request.question_known, request.observer_ids(loaded))
         self.tasks = {name: self._task(name) for name in request.all_tasks}
         file = None if output is None or self.team.rank else output / "answers.jsonl"
-        self.journal = Journal(file, request.key(loaded, profile))
+        self.journal = Journal(file, request.key(loaded, profile), self._digest)
         self._resume = resume
 
     def _candidates(self) -> list[Candidate]:
@@ -127,32 +138,37 @@ class EvalRun:
             settings = request.perplexity_settings()
             texts = read_texts(request.data_dir)
             documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions)
-            task = PerplexityTask(loaded, documents, request.candidates(loaded, self.profile), settings.chunk)
             self._check(settings.prefix)
-            return task
+            return PerplexityTask(loaded, documents, request.candidates(loaded, self.profile), settings.chunk)
         if name in PROBE_TASKS:
             lengths = tuple(dict.fromkeys(request.lengths or DEFAULT_LENGTHS))
             number = request.probes_of(name, lengths)
             probes = ProbeQuestions(loaded, name, number, lengths, request.families, request.seed)
-            for length in lengths:
-                self._check(length)
-            return QuestionTask(probes, self.asker)
+            return QuestionTask(self._checked(name, probes), self.asker)
         examples = by_turns(TASKS[name].examples(request.task_request(loaded)))
-        questions = ExampleQuestions(loaded, examples, request.max_prompt)
-        first = len(questions[0].prompt_ids)  # the question itself says if the instructions do not fit
-        if request.has_shares:  # of a prompt: the shortest one has the smallest budget
-            self._check(min(len(question.prompt_ids) for question in questions), f"The shortest prompt of {name}")
+        return QuestionTask(self._checked(name, ExampleQuestions(loaded, examples, request.max_prompt)), self.asker)
+
+    def _checked(self, name: str, questions: AnyQuestions) -> AnyQuestions:
+        """The questions, once the first one can be asked and the budgets can be met; raises `UsageError`."""
+        first = self.asker.compressed_length(questions[0])
+        if self.request.has_shares:  # of what is compressed: the shortest has the smallest budget
+            shortest = min(self.asker.compressed_length(questions[number]) for number in range(len(questions)))
+            self._check(shortest, f"The shortest text of {name} to be compressed has {shortest} tokens: ")
         else:
             self._check(first)
-        return QuestionTask(questions, self.asker)
+        return questions
 
-    def _check(self, length: int, prompt: str = "") -> None:
+    def _check(self, length: int, where: str = "") -> None:
         """Budgets that cannot be met are errors before any work; raises `UsageError`."""
         for candidate in self.asker.candidates:
             try:
                 candidate.plan.check(length)
             except UsageError as error:
-                raise UsageError(f"{prompt} has {length} tokens: {error}" if prompt else str(error)) from None
+                raise UsageError(f"{where}{error}") from None
+
+    def _digest(self, place: Place) -> str:
+        name, number = place
+        return self.tasks[name].digest(number) if name in self.tasks and number < len(self.tasks[name]) else ""
 
     def evaluate(self, command: str = "") -> Evaluation:
         """Ask everything that has no answer yet; the outcome does not depend on interruptions or on the team's size.

@@ -57,7 +57,7 @@ def _texts_of(name: str, file: Path) -> Iterator[Text]:
         if line.strip():
             row = _row(line, f"Line {number} of {file}")
             text = next(row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str))
-            yield Text(f"{name}:{row.get('_id', number)}", _without_lone_surrogates(text))
+            yield Text(_without_lone_surrogates(f"{name}:{row.get('_id', number)}"), _without_lone_surrogates(text))
 
 
 def _row(line: str, where: str) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from headprof.evaluation.results import Evaluation, results_csv, summary
 from headprof.files import write_json, write_text
-from headprof.plots.report import drawings, write_report
+from headprof.plots.report import DRAWINGS, drawings, write_report
 
 
 def write_results(found: Evaluation, folder: Path) -> list[Path]:
-    """Write tables, pictures and the report into `folder`; returns the files.
+    """Write tables, pictures and the report into `folder`, and take away those of a run before; returns the files.
 
     Raises:
         HeadprofError: the disk refused.
@@ -30,4 +31,8 @@ def write_results(found: Evaluation, folder: Path) -> list[Path]:
             write_text(files[-1], results_csv(rows))
     files += [draw(folder / f"{name}.png") for name, draw in drawings(found).items()]
     files.append(write_report(found, folder / "report.html"))
+    for name in (*tables, *(f"{name}.png" for name in DRAWINGS)):
+        if folder / name not in files:
+            with suppress(OSError):
+                (folder / name).unlink()
     return files

@@ -155,6 +155,8 @@ def _perplexity_table(cells: Sequence[PerplexityCell]) -> str:
 
 
 Drawing = Callable[[Path], Path]
+DRAWINGS = ("scores", "divergence", "depths")
+"""Names of all pictures there may be."""
 
 
 def drawings(found: Evaluation) -> dict[str, Drawing]:

@@ -59,14 +59,14 @@ class Example:
 
     @property
     def reference(self) -> str:
-        """The right answer as a model would write it: the first, or all of them where all are wanted."""
+        """The right answer as a model would write it: the first that is not blank, or all where all are wanted."""
         if self.written:
             return self.written
         if self.metric == "ruler.all":
             return ", ".join(self.answers)
         if self.metric == "loogle.cloze":
             return json.dumps({f"<mask-{n}>": answer for n, answer in enumerate(self.answers)}, ensure_ascii=False)
-        return self.answers[0]
+        return next((answer for answer in self.answers if answer.strip()), "")
 
     def score(self, prediction: str) -> float:
         """What a generated text is worth by the task's metric, 0 to 1."""
