@@ -25,7 +25,8 @@ class HeadCacheLayer(PromptLayer):
 
     Its rows come from the prompt, as soon as the layer has attended over it; later tokens are appended to every head.
     When a head has outgrown its budget by the plan's buffer, all are compressed again, by what the queries that came
-    since look at.
+    since look at. In a batch that is at the same time for all sequences, so a short one that still had room may go on
+    otherwise than it would alone.
     """
 
     is_croppable = True
