@@ -37,7 +37,7 @@ profile: $(VENV)/.installed
 	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
 	rm profiles/SmolLM2-135M-Instruct.probes.safetensors
 
-# The figures of the README: four hours on 2 cores that do nothing else; an evaluation that was interrupted goes on where it
+# The figures of the README: five and a half hours on 2 cores that do nothing else; an evaluation that was interrupted goes on where it
 # was. DATA holds LongBench's multi_news.jsonl and BABILong's files; without it, the README's evaluations of these two come
 # from the hub (leave --data-dir away). Two processes of one thread each ask more in the same time than one of two threads.
 METHODS := headkv-ems,headkv-r2,headkv,snapkv,ems,adakv,pyramidkv,tova,h2o,knorm,streamingllm
@@ -52,7 +52,7 @@ results: $(VENV)/.installed
 	$(EVAL) --preset standard --methods $(METHODS),$(JUDGE) --query-agnostic --budgets 128,256 -o results/agnostic
 	$(EVAL) --tasks niah --lengths 256,512,1k,2k --methods headkv-r2,headkv,snapkv,adakv,pyramidkv,tova,h2o,streamingllm \
 		--budgets 32,64,128 --probes 100 -o results/depths
-	$(EVAL) --tasks babilong --lengths 0k,1k,2k --limit 25 --data-dir $(DATA) --methods $(METHODS) --budgets 64,128,256 \
+	$(EVAL) --tasks babilong --lengths 0k,1k,2k --limit 100 --data-dir $(DATA) --methods $(METHODS) --budgets 64,128,256 \
 		-o results/babilong
 	$(EVAL) --tasks longbench/multi_news --limit 6 --data-dir $(DATA) --methods $(METHODS) --budgets 64,128,256 \
 		-o results/multi_news
