@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import socket
+import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from headprof.cli import app
 from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
-from headprof.evaluation import journal
+from headprof.evaluation import journal, metrics
 from headprof.evaluation.asking import Asker
 from headprof.evaluation.command import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.journal import Journal, answers_kept
@@ -476,6 +477,26 @@ def test_a_share_counts_what_is_compressed_without_the_question(loaded):
 def test_equal_budgets_are_run_once(loaded):
     run = EvalRun(loaded, None, replace(PROBES, budgets=("8", "08", "16", "8")))
     assert [candidate.budget for candidate in run.asker.candidates] == ["", "8", "16"]
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_question_that_does_not_fit_is_found_before_any_work(row, loaded, asked, tmp_path):
+    rows = [{"context": "A long text. " * 60, "input": "Who?", "answers": ["x"]} for _ in range(3)]
+    rows[row]["input"] = "Who, then, was it? " * 200
+    (tmp_path / "narrativeqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    request = EvalRequest(("longbench/narrativeqa",), ("full",), ("8",), data_dir=tmp_path, max_prompt=600)
+    with pytest.raises(UsageError, match=f"the question of example {row + 1} .* do not fit into 600"):
+        EvalRun(loaded, None, request)
+    assert asked.numbers == []
+
+
+def test_a_package_that_is_missing_is_missed_before_any_work(loaded, data_dir, asked, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    monkeypatch.setattr(metrics, "_tokenizer_zh", metrics._tokenizer_zh.__wrapped__)
+    request = EvalRequest(("longbench/narrativeqa", "longbench/vcsum"), ("full",), ("8",), data_dir=data_dir, limit=1)
+    with pytest.raises(UsageError, match=r"pip install headprof\[eval\]"):
+        EvalRun(loaded, None, request)
+    assert asked.numbers == []
 
 
 @pytest.mark.parametrize("task", ["niah", "perplexity"])

@@ -312,11 +312,38 @@ def test_every_task_has_a_metric():
 
 def test_labels_of_babilong():
     places = {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
-    people_and_things = {"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"}
-    assert {name: set(labels) for name, labels in babilong.LABELS.items()} == {
-        **dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), places),
-        "qa5": people_and_things,
+    assert list(babilong.LABELS) == [f"qa{number}" for number in range(1, 21)]
+    assert {name for name, labels in babilong.LABELS.items() if set(labels) == places} == {
+        *("qa1", "qa2", "qa3", "qa4", "qa11", "qa12", "qa13")
     }
+    assert {name for name, labels in babilong.LABELS.items() if set(labels) == {"yes", "no"}} == {
+        *("qa6", "qa9", "qa17", "qa18")
+    }
+    assert set(babilong.LABELS["qa5"]) == {"Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"}
+    steps = [(first, second) for first in "nesw" for second in "nesw"]  # and never straight back
+    there_and_back = {("n", "s"), ("s", "n"), ("e", "w"), ("w", "e")}
+    assert set(babilong.LABELS["qa19"]) == {",".join(way) for way in steps if way not in there_and_back}
+
+
+@pytest.mark.parametrize(
+    ("task", "prediction", "right", "score"),
+    [
+        ("qa8", "football,milk", "football,milk", 1),
+        ("qa8", "Daniel is carrying the milk and the football.", "football,milk", 1),
+        ("qa8", "football", "football,milk", 0),
+        ("qa8", "football, milk, apple", "football,milk", 0),
+        ("qa8", "milk, football", "milk", 0),
+        ("qa8", "Nothing", "nothing", 1),
+        ("qa19", "n,w", "n,w", 1),
+        ("qa19", "w,n", "n,w", 0),
+        ("qa19", "n, w", "n,w", 0),
+        ("qa7", "none", "none", 0),  # which holds "one"
+        ("qa7", "two", "two", 1),
+        ("qa10", "Maybe.", "maybe", 1),
+    ],
+)
+def test_label_match_of_the_other_tasks(task, prediction, right, score):
+    assert METRICS["babilong.label"](prediction, (right,), babilong.LABELS[task]) == score
 
 
 PIECES = (

@@ -43,12 +43,12 @@ def facts(document):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prompts_take_the_length_or_up_to_2_percent_less(name):
+def test_prompts_and_answers_take_the_length_or_up_to_2_percent_less(name):
     for tokenizer in TOKENIZERS:
         for length in (1024, 1500, 4096):
             for example in examples(name, limit=3, lengths=(length,), tokenizer=tokenizer):
                 prompt = ChatFormat(TOKENIZERS[tokenizer]).prompt_ids(example.before + example.document + example.after)
-                taken = len(prompt) + len(TOKENIZERS[tokenizer](example.reply).input_ids)
+                taken = len(prompt) + len(TOKENIZERS[tokenizer](example.reply).input_ids) + example.max_new_tokens
                 assert 0.98 * length <= taken <= length
                 assert example.group == format_length(length)
 
@@ -98,7 +98,9 @@ def test_needles_are_spread_over_the_document():
     assert 0.4 < sum(depths) / len(depths) < 0.6
 
 
-def test_variables_are_those_that_following_the_assignments_finds():
+@pytest.mark.parametrize("chains", [1, 2])
+def test_variables_are_those_that_following_the_assignments_finds(chains, monkeypatch):
+    monkeypatch.setitem(ruler.GENERATORS, "variable_tracking", ruler.VariableTracking(chains=chains))
     for example in examples("variable_tracking", limit=10):
         values = {}
         for name, value in re.findall(r"Let (\w+) = (\w+)\.", example.document):
@@ -106,11 +108,11 @@ def test_variables_are_those_that_following_the_assignments_finds():
             values[name] = value if value.isdigit() else values[value]  # each is assigned before it is used
         number = re.search(r"value (\d{5})", example.after)[1]
         assert {name for name, value in values.items() if value == number} == set(example.answers)
-        assert sorted(Counter(values.values()).values()) == [5, 5]
+        assert sorted(Counter(values.values()).values()) == chains * [5]
 
 
 def test_common_words_are_the_most_common_ones():
-    for length in (512, 1024, 4096, 8192):
+    for length in (640, 1024, 4096, 8192):
         for example in examples("common_words", limit=2, lengths=(length,)):
             numbered = re.findall(r"(\d+)\. (\w+)", example.document)
             assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
@@ -167,6 +169,14 @@ def test_filling_reaches_what_trying_every_size_reaches(steps, room):
     assert found == best or room - found <= room * 0.005
 
 
+def test_a_length_that_the_model_cannot_read():
+    request = TaskRequest(None, 1, (1024, 2048), TOKENIZERS["chat"], 0, max_positions=1024)
+    generated = TASKS["ruler/niah_single"].examples(request)
+    assert next(generated).group == "1k"
+    with pytest.raises(UsageError, match="A length of 2048 tokens is more than the 1024 positions of the model"):
+        next(generated)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_length_that_is_too_short_names_one_that_is_not(name):
     with pytest.raises(
@@ -191,7 +201,7 @@ def test_parameters_are_fields():
 
 
 def test_there_are_a_hundred_examples_unless_told_otherwise():
-    generated = TASKS["ruler/niah_single"].examples(TaskRequest(None, None, (256,), TOKENIZERS["plain"], 0))
+    generated = TASKS["ruler/niah_single"].examples(TaskRequest(None, None, (320,), TOKENIZERS["plain"], 0))
     assert len(list(islice(generated, 200))) == ruler.EXAMPLES
 
 

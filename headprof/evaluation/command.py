@@ -158,7 +158,15 @@ class EvalRequest:
 
     def task_request(self, loaded: LoadedModel) -> TaskRequest:
         """What the benchmarks are asked for."""
-        return TaskRequest(self.data_dir, self.limit, self.lengths or (), loaded.tokenizer, self.seed, self.prompts)
+        return TaskRequest(
+            self.data_dir,
+            self.limit,
+            self.lengths or (),
+            loaded.tokenizer,
+            self.seed,
+            self.prompts,
+            loaded.max_positions,
+        )
 
     def perplexity_settings(self) -> PerplexitySettings:
         """

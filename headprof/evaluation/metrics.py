@@ -181,6 +181,9 @@ def code_sim(prediction: str, reference: str) -> float:
 def label_match(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
     """Whether the right label is the only one in the prediction's first sentence, in either case (BABILong).
 
+    A right answer of several labels, `football,milk`, wants just these. Labels are looked for as they are, so that
+    `none` holds `one` too and is never right, as in the benchmark.
+
     Args:
         prediction: what is generated; only what comes before a full stop or a further example counts.
         references: right labels.
@@ -188,7 +191,7 @@ def label_match(prediction: str, references: Sequence[str], classes: Sequence[st
     """
     answer = re.split("|".join(map(re.escape, LABEL_ENDS)), prediction.lower(), maxsplit=1)[0]
     found = {label.lower() for label in classes if label.lower() in answer}
-    return float(any(found == {reference.lower()} for reference in references if reference.strip()))
+    return float(any(found == _labels_of(reference.lower()) for reference in references if reference.strip()))
 
 
 @_of_one_reference
@@ -384,6 +387,11 @@ def _bleu(prediction: str, reference: str, n: int) -> float:
     if not matched:
         return 0.0
     return matched / counts.total() * min(1.0, exp(1 - len(expected) / len(predicted)))
+
+
+def _labels_of(reference: str) -> set[str]:
+    """The labels of a right answer of BABILong: one, or several with commas; `n,w` is one."""
+    return set(reference.split(",")) if len(reference) > len("n,w") else {reference}
 
 
 def _share_of_labels(found: Sequence[str], reference: str) -> float:

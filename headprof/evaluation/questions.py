@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from headprof.chat import ChatFormat
@@ -136,11 +136,8 @@ class ExampleQuestions(Sequence[Question]):
         return len(self._examples)
 
     def __getitem__(self, index):
-        example = self._examples[index]
-        loaded, chat = self._loaded, ChatFormat(self._loaded.tokenizer, template=example.chat)
-        room = loaded.max_positions - example.max_new_tokens
-        template = len(chat.document_ids("", gap="")) + len(chat.question_ids(""))
-        example = cut_middle(example, loaded.tokenizer, min(room, self._max_prompt or room), template)
+        example = self._cut(self._examples[index])
+        chat = ChatFormat(self._loaded.tokenizer, template=example.chat)
         return Question(
             task=example.task,
             name=example.name,
@@ -151,6 +148,24 @@ class ExampleQuestions(Sequence[Question]):
             reference_ids=_reference_ids(chat, example),
             judge=Judge(example.score, example.is_complete, example.max_new_tokens),
         )
+
+    def _cut(self, example: Example) -> Example:
+        """The example with as much of its document as fits."""
+        loaded, chat = self._loaded, ChatFormat(self._loaded.tokenizer, template=example.chat)
+        room = loaded.max_positions - example.max_new_tokens
+        template = len(chat.document_ids("", gap="")) + len(chat.question_ids(""))
+        return cut_middle(example, loaded.tokenizer, min(room, self._max_prompt or room), template)
+
+    def check(self) -> None:
+        """Find out before any work what would stop it.
+
+        Raises:
+            UsageError: instructions and question of an example alone are too long, or a package for its metric is
+                not installed.
+        """
+        for example in self._examples:
+            self._cut(replace(example, document=""))
+        self._examples[0].score("x")
 
     def digest(self, index: int) -> str:
         """Of the example, whole and uncut."""

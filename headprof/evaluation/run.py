@@ -146,7 +146,9 @@ class EvalRun:
             probes = ProbeQuestions(loaded, name, number, lengths, request.families, request.seed)
             return QuestionTask(self._checked(name, probes), self.asker)
         examples = by_turns(TASKS[name].examples(request.task_request(loaded)))
-        return QuestionTask(self._checked(name, ExampleQuestions(loaded, examples, request.max_prompt)), self.asker)
+        questions = ExampleQuestions(loaded, examples, request.max_prompt)
+        questions.check()
+        return QuestionTask(self._checked(name, questions), self.asker)
 
     def _checked(self, name: str, questions: AnyQuestions) -> AnyQuestions:
         """The questions, once the first one can be asked and the budgets can be met; raises `UsageError`."""

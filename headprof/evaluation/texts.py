@@ -67,6 +67,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise UsageError(
             f"{where} is not JSON ({error.msg} at column {error.colno}): write one object a line."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UsageError(f"{where} cannot be read ({error}): write one object a line.") from None
     if not isinstance(row, dict) or not any(isinstance(row.get(field), str) for field in TEXT_FIELDS):
         raise UsageError(f"{where} has no text in a field {' or '.join(map(repr, TEXT_FIELDS))}: name its text so.")
     return row

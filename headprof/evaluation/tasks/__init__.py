@@ -15,7 +15,7 @@ TASKS: dict[str, Task] = {task.name: task for module in (longbench, babilong, lo
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "longbench": tuple(task.name for task in longbench.TASKS),
-    "babilong": tuple(f"babilong/{name}" for name in babilong.LABELS),
+    "babilong": tuple(f"babilong/{name}" for name in babilong.REASONING),
     "loogle": tuple(task.name for task in loogle.TASKS),
     "ruler": tuple(task.name for task in ruler.TASKS),
 }

@@ -2,7 +2,7 @@
 
 Tasks `qa1` to `qa5` are the "reasoning in a haystack" of the HeadKV paper. Instructions and worked examples are this
 project's own; the examples use people, places and things that occur in none of the data, so that none is a right
-answer. The benchmark's labels decide what counts as an answer; of `qa6` to `qa20`, all targets of the data are labels.
+answer. The benchmark's labels decide what counts as an answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 from headprof.assets import asset_dir
@@ -19,18 +20,30 @@ from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, Ta
 from headprof.evaluation.tasks.sources import Source, read_rows
 
 DATASET = "RMT-team/babilong-100examples"
+OTHER_NAME = "RMT-team/babilong"
 LICENSE = "Apache-2.0; its facts are bAbI's (BSD), its filler PG-19's books, which are in the public domain"
 MAX_NEW_TOKENS = 20
 
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 LABELS = {
-    "qa1": PLACES,
-    "qa2": PLACES,
-    "qa3": PLACES,
-    "qa4": PLACES,
+    **dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), PLACES),
     "qa5": ("Bill", "Fred", "Jeff", "Mary", "apple", "football", "milk"),
+    "qa6": ("no", "yes"),
+    "qa7": ("none", "one", "three", "two"),
+    "qa8": ("apple", "football", "milk", "nothing"),
+    "qa9": ("no", "yes"),
+    "qa10": ("maybe", "no", "yes"),
+    **dict.fromkeys(("qa11", "qa12", "qa13"), PLACES),
+    "qa14": ("bedroom", "cinema", "kitchen", "office", "park", "school"),
+    "qa15": ("cat", "mouse", "sheep", "wolf"),
+    "qa16": ("gray", "green", "white", "yellow"),
+    **dict.fromkeys(("qa17", "qa18"), ("no", "yes")),
+    "qa19": ("e,e", "e,n", "e,s", "n,e", "n,n", "n,w", "s,e", "s,s", "s,w", "w,n", "w,s", "w,w"),
+    "qa20": ("bedroom", "bored", "garden", "hungry", "kitchen", "thirsty", "tired"),
 }
 """What may be answered to the questions of a task."""
+REASONING = ("qa1", "qa2", "qa3", "qa4", "qa5")
+"""The tasks that the HeadKV paper takes."""
 
 
 def config_of(length: int) -> str:
@@ -52,10 +65,9 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
 
 def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example]:
     files = (f"data/{name}/{config}", f"{name}/{config}", f"{config}/{name}")
-    rows = list(read_rows(Source(DATASET, config, name, files, "babilong"), request.data_dir))
-    labels = LABELS.get(name) or tuple(sorted({row.text("target") for row in rows}))
+    source = Source(DATASET, config, name, files, "babilong", other_name=OTHER_NAME)
     before = _instructions(name)
-    for row in rows[: request.limit]:
+    for row in islice(read_rows(source, request.data_dir), request.limit):
         yield Example(
             task=f"babilong/{name}",
             name=f"{config}:{row.number}",
@@ -66,7 +78,7 @@ def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example
             reply="",
             answers=(row.text("target"),),
             written=_written(name, row.text("question"), row.text("target")),
-            classes=possible_labels(labels, row.text("question")),
+            classes=possible_labels(LABELS[name], row.text("question")),
             metric="babilong.label",
             max_new_tokens=MAX_NEW_TOKENS,
             chat=True,
@@ -75,7 +87,7 @@ def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example
 
 
 def _instructions(name: str) -> str:
-    prompt = _prompts().get(name) or _prompts()["other"]
+    prompt = _prompts()["other"] | _prompts().get(name, {})
     worked = [
         f"Example: {example['text']}\nQuestion: {example['question']}\nAnswer: {example['answer']}"
         for example in prompt["examples"]
@@ -95,6 +107,4 @@ def _prompts() -> dict[str, Any]:
     return json.loads((asset_dir("data") / "benchmarks" / "babilong.json").read_text(encoding="utf-8"))
 
 
-TASKS = tuple(
-    Task(f"babilong/{name}", DATASET, LICENSE, partial(examples, name)) for name in (f"qa{n}" for n in range(1, 21))
-)
+TASKS = tuple(Task(f"babilong/{name}", DATASET, LICENSE, partial(examples, name)) for name in LABELS)

@@ -94,6 +94,7 @@ class TaskRequest:
         lengths: of BABILong's and RULER's prompts, in tokens; `DEFAULT_LENGTHS` if there are none.
         tokenizer: counts RULER's tokens.
         seed: of what is generated.
+        max_positions: longest sequence that the model was made for; none to take any.
         prompts: a JSON file `{task: template}` whose templates, with `{context}` and `{input}`, replace LongBench's.
     """
 
@@ -103,6 +104,7 @@ class TaskRequest:
     tokenizer: Any
     seed: int
     prompts: Path | None = None
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

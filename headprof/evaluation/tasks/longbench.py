@@ -70,7 +70,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
             after=after.replace("{input}", question),
             reply="",
             answers=row.texts("answers"),
-            classes=row.texts("all_classes") if "all_classes" in row else (),
+            classes=row.texts("all_classes") if metric == "classification" or "all_classes" in row else (),
             metric=f"longbench.{metric}",
             max_new_tokens=max_new_tokens,
             chat=name not in FEW_SHOT + CODE,
@@ -101,7 +101,7 @@ def _own_prompts() -> dict[str, str]:
 def _read_prompts(path: Path) -> dict[str, str]:
     try:
         prompts = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"The prompts in {path} cannot be read ({error}): give a JSON file {{task: template}}."
         ) from None

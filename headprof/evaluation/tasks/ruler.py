@@ -104,9 +104,9 @@ class VariableTracking:
         hops: assignments of a chain after the first, so it has one more variable, and all are wanted.
     """
 
-    chains: int = 2
+    chains: int = 1
     hops: int = 4
-    max_new_tokens: int = 64
+    max_new_tokens: int = 30
 
     def puzzle(self, rng: random.Random, length: int) -> Puzzle:
         numbers = rng.sample(range(10_000, 100_000), self.chains)
@@ -222,14 +222,19 @@ GENERATORS: dict[str, Generator] = {
 def examples(name: str, request: TaskRequest) -> Iterator[Example]:
     """The examples of task `name` (`"niah_single"`), length by length.
 
-    The whole prompt, chat template and beginning of the reply included, takes as many tokens as the length says
-    or up to 2 % less.
+    The whole prompt, chat template and beginning of the reply included, and the answer's tokens take as many as the
+    length says, or the prompt up to 2 % less.
 
     Raises:
-        UsageError: a length is too short for the task.
+        UsageError: a length is too short for the task, or longer than the model can read.
     """
     generator = GENERATORS[name]
     for length in dict.fromkeys(request.lengths or DEFAULT_LENGTHS):
+        if request.max_positions is not None and length > request.max_positions:
+            raise UsageError(
+                f"A length of {length} tokens is more than the {request.max_positions} positions of the model; use at "
+                f"most {request.max_positions}."
+            )
         for number in range(request.limit or EXAMPLES):
             rng = random.Random(f"{request.seed}/{name}/{length}/{number}")
             puzzle = generator.puzzle(rng, length)
@@ -238,7 +243,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
                 name=f"{length}:{number}",
                 group=format_length(length),
                 before=puzzle.before,
-                document=_filled(puzzle, length, request.tokenizer, name),
+                document=_filled(puzzle, length, generator.max_new_tokens, request.tokenizer, name),
                 after=puzzle.after,
                 reply=puzzle.reply,
                 answers=puzzle.answers,
@@ -260,17 +265,17 @@ def prompt_tokens(before: str, document: str, after: str, reply: str, tokenizer:
     return len(prompt) + len(tokenizer(reply, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _filled(puzzle: Puzzle, length: int, tokenizer: Any, name: str) -> str:
-    """The document with as much filler as `length` tokens hold."""
+def _filled(puzzle: Puzzle, length: int, answer: int, tokenizer: Any, name: str) -> str:
+    """The document with as much filler as `length` tokens hold beside the `answer` tokens that are generated."""
 
     def tokens(document: str) -> int:
         return prompt_tokens(puzzle.before, document, puzzle.after, puzzle.reply, tokenizer)
 
     document = puzzle.document(0)
     taken = tokens(document)
-    if taken > length:
-        raise UsageError(f"A length of {length} tokens is too short for ruler/{name}: use at least {taken}.")
-    return fill(puzzle.document, tokens, length)
+    if taken + answer > length:
+        raise UsageError(f"A length of {length} tokens is too short for ruler/{name}: use at least {taken + answer}.")
+    return fill(puzzle.document, tokens, length - answer)
 
 
 def fill(document: Callable[[int], str], tokens: Callable[[str], int], room: int) -> str:

@@ -8,7 +8,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Source:
         folder: a folder in which a user who has several datasets may keep this one's files.
         archive: the zip file on the hub that holds `files[0] + ".jsonl"`, for a dataset that `datasets` 4 and newer
             refuse to load because it comes with a script.
+        other_name: an id to take the dataset from where the hub does not know the first.
     """
 
     dataset: str
@@ -39,6 +40,7 @@ class Source:
     files: tuple[str, ...]
     folder: str
     archive: str = ""
+    other_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,12 @@ def _next(rows: Iterator[Any]) -> Mapping[str, Any] | None:
 
 
 def _from_hub(source: Source) -> Iterator[Mapping[str, Any]]:
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     failure = _why_unreachable(source.dataset)
+    if isinstance(failure, RepositoryNotFoundError) and source.other_name:
+        yield from _from_hub(replace(source, dataset=source.other_name, other_name=""))
+        return
     try:
         if source.archive:
             yield from _read_files([_archived(source, offline=failure is not None)])
