@@ -26,7 +26,7 @@ from headprof.probes.needles import SPLITS, load_families
 EXAMPLES = 100
 """How many examples of a length there are unless told otherwise."""
 FULL_LENGTH = 4096
-"""Tokens from which on the paper's parameters are used where shorter prompts need smaller ones."""
+"""Length from which on the paper's parameters are used where shorter prompts need smaller ones."""
 
 _CLOSE_ENOUGH = 0.005
 _VOCABULARY_SENTENCES = 3000
@@ -134,8 +134,8 @@ class CommonWords:
 
     Attributes:
         common: how many such words there are; all are wanted.
-        common_repeats, other_repeats: how often a common word occurs, and any other, in prompts of `FULL_LENGTH` tokens
-            or more; less often in shorter ones.
+        common_repeats, other_repeats: how often a common word occurs, and any other, at a length of `FULL_LENGTH` or
+            more, answer included; less often in shorter prompts.
     """
 
     common: int = 10
@@ -150,7 +150,7 @@ class CommonWords:
         taken = set(_vocabulary())
         made_up = (word for word in _distinct(partial(_made_up_word, rng)) if word not in taken)
         others = _Grown(chain(known, made_up))  # the made-up ones come into very long lists alone
-        share = min(1.0, length / FULL_LENGTH)
+        share = min(1.0, length / (FULL_LENGTH - self.max_new_tokens))
         fewest = max(1, round(self.other_repeats * share))
         most = max(2 * fewest + 1, round(self.common_repeats * share))
         order = rng.random()
@@ -237,7 +237,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
             )
         for number in range(request.limit or EXAMPLES):
             rng = random.Random(f"{request.seed}/{name}/{length}/{number}")
-            puzzle = generator.puzzle(rng, length)
+            puzzle = generator.puzzle(rng, length - generator.max_new_tokens)
             yield Example(
                 task=f"ruler/{name}",
                 name=f"{length}:{number}",
