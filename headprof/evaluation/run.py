@@ -152,12 +152,10 @@ class EvalRun:
 
     def _checked(self, name: str, questions: AnyQuestions) -> AnyQuestions:
         """The questions, once the first one can be asked and the budgets can be met; raises `UsageError`."""
-        first = self.asker.compressed_length(questions[0])
-        if self.request.has_shares:  # of what is compressed: the shortest has the smallest budget
-            shortest = min(self.asker.compressed_length(questions[number]) for number in range(len(questions)))
-            self._check(shortest, f"The shortest text of {name} to be compressed has {shortest} tokens: ")
-        else:
-            self._check(first)
+        shares = self.request.has_shares  # of what is compressed: the shortest has the smallest budget
+        numbers = range(len(questions) if shares else 1)
+        shortest = min(self.asker.compressed_length(questions[number]) for number in numbers)
+        self._check(shortest, f"The shortest text of {name} to be compressed has {shortest} tokens: " if shares else "")
         return questions
 
     def _check(self, length: int, where: str = "") -> None:
