@@ -321,6 +321,16 @@ def test_answers_to_other_data_are_refused(task, loaded, asked, tmp_path):
     assert EvalRun(loaded, None, request, output=output).evaluate() != found
 
 
+def test_answers_that_name_no_data_are_of_another_run_not_damaged(loaded, data_dir, tmp_path):
+    request = EvalRequest(("longbench/hotpotqa",), ("full",), ("8",), data_dir=data_dir, limit=1)
+    EvalRun(loaded, None, request, output=tmp_path).evaluate()
+    head, line = (tmp_path / "answers.jsonl").read_text().splitlines()
+    row = {name: value for name, value in json.loads(line).items() if name != "data"}
+    (tmp_path / "answers.jsonl").write_text(f"{head}\n{json.dumps(row)}\n")
+    with pytest.raises(UsageError, match="The data of longbench/hotpotqa is not that of the answers"):
+        EvalRun(loaded, None, request, output=tmp_path, resume=True).evaluate()
+
+
 def test_what_was_asked_of_other_tasks_keeps_its_data(loaded, data_dir, tmp_path):
     both = EvalRequest(("longbench/hotpotqa", "niah"), ("full",), ("8",), probes=1, data_dir=data_dir, limit=1)
     EvalRun(loaded, None, both, output=tmp_path).evaluate()

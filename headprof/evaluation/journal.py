@@ -120,7 +120,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Place, Results], dict[Place,
         results, digests = {}, {}
         for row in rows[1:]:
             place = row["task"], row["number"]
-            results[place], digests[place] = _results(row), row["data"]
+            results[place], digests[place] = _results(row), row.get("data", "")
         return rows[0]["run"], results, digests
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UsageError(f"The answers in {path} are damaged: delete that file, or run without --resume.") from error
