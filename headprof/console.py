@@ -95,12 +95,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) ->
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def human_bytes(count: float) -> str:
-    """`1.5 MB`: decimal units, three digits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from headprof import __version__
 from headprof.errors import ProfileError, UsageError
-from headprof.files import atomic_write
 from headprof.profile import KINDS, HeadProfile
+from headprof.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,7 +179,7 @@ def import_papers_json(paths: Mapping[str, Path], model_name: str, shape: HeadSh
     Raises:
         ProfileError: a file is malformed, or its layers and heads are not the model's.
     """
-    from headprof.scoring.uncertainty import bootstrap_interval, standard_error
+    from headprof.utils.bootstrap import bootstrap_interval, standard_error
 
     samples = {kind: read_papers_samples(path) for kind, path in paths.items()}
     for kind, path in paths.items():

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from headprof.assets import asset_dir
 from headprof.errors import HeadprofError, ProfileError, UsageError
-from headprof.files import atomic_write, read_safetensors
 from headprof.shape import HeadShape
+from headprof.utils.assets import asset_dir
+from headprof.utils.files import atomic_write, read_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor

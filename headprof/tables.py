@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from headprof.console import human_bytes
+from headprof.utils.units import human_bytes
 
 if TYPE_CHECKING:
     from headprof.bench.generate import BenchResult, LargestBatch

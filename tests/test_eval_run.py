@@ -23,9 +23,9 @@ from headprof.evaluation.asking import Asker
 from headprof.evaluation.command import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.journal import Journal, answers_kept
 from headprof.evaluation.run import EvalRun, PerplexityTask, QuestionTask
-from headprof.files import append_text
 from headprof.models import LoadedModel
 from headprof.shape import HeadShape
+from headprof.utils.files import append_text
 
 LENGTH = 300
 PROBES = EvalRequest(("niah", "reasoning"), ("full", "snapkv"), ("8",), probes=6, lengths=(LENGTH,))

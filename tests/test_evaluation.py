@@ -22,10 +22,10 @@ from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.questions import ExampleQuestions, Judge, ProbeQuestions
 from headprof.evaluation.results import Answer, main_cells, results_csv, tabulate
 from headprof.evaluation.run import EvalRun
-from headprof.evaluation.statistics import mean_interval, t_95, wilson_interval
 from headprof.evaluation.tasks import Example
 from headprof.models import LoadedModel
 from headprof.shape import HeadShape
+from headprof.utils.intervals import mean_interval, t_95, wilson_interval
 
 
 # Expected bounds: Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.

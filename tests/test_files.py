@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from headprof.errors import HeadprofError
-from headprof.files import atomic_write, check_writable, remove_leftovers
+from headprof.utils.files import atomic_write, check_writable, remove_leftovers
 
 
 def names(folder: Path) -> list[str]:
@@ -178,7 +178,7 @@ LIMITED = """
 import sys, torch
 from safetensors.torch import save_file
 from headprof.errors import HeadprofError
-from headprof.files import atomic_write, check_writable, remove_leftovers
+from headprof.utils.files import atomic_write, check_writable, remove_leftovers
 try:
     with atomic_write(sys.argv[1]) as temporary:
         if sys.argv[2] == "rust":
@@ -204,7 +204,11 @@ def test_a_real_refusal_of_the_system_is_explained(tmp_path, writer):
 
 def test_importing_does_not_load_torch():
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, headprof.files, headprof.profile, headprof.plots; print(*sys.modules)"],
+        [
+            sys.executable,
+            "-c",
+            "import sys, headprof.utils.files, headprof.profile, headprof.plots; print(*sys.modules)",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -27,8 +27,8 @@ from headprof.evaluation.perplexity import (
     tabulate_losses,
 )
 from headprof.evaluation.results import results_csv
-from headprof.evaluation.statistics import t_95
 from headprof.evaluation.texts import Text
+from headprof.utils.intervals import t_95
 
 
 def candidate(model, method, budget="", **options):

@@ -265,7 +265,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     make_profile().save(tmp_path / "p.safetensors")
-    monkeypatch.setattr("headprof.files.safe_open", denied)
+    monkeypatch.setattr("headprof.utils.files.safe_open", denied)
     with pytest.raises(ProfileError, match=r"cannot be read .*Permission denied.*: check its permissions"):
         HeadProfile.load(tmp_path / "p.safetensors")
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
-from headprof.assets import asset_dir
 from headprof.cli.profiles import profiles
 from headprof.cli.shared import terminal
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -21,6 +20,7 @@ from headprof.interchange import import_csv, import_papers_json, read_papers_jso
 from headprof.models import load_model, model_shape, published_shape
 from headprof.profile import OVERLAPS, HeadProfile, compare, compare_profiles, find_profile, list_profiles
 from headprof.shape import HeadShape
+from headprof.utils.assets import asset_dir
 
 SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"

@@ -22,7 +22,7 @@ from headprof.evaluation.tasks.ruler import (
     prompt_tokens,
     zeta_counts,
 )
-from headprof.numbers import format_length
+from headprof.utils.units import format_length
 
 NAMES = [name.partition("/")[2] for name in BENCHMARKS["ruler"]]
 TOKENIZERS = {"plain": tiny_tokenizer(), "chat": tiny_tokenizer(chat=True)}

@@ -2,12 +2,12 @@
 
 import pytest
 
-from headprof.assets import asset_dir
 from headprof.compression.session import make_plan
 from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.run import EvalRun
 from headprof.generation import demo_document, generate_text, prompt_ids
 from headprof.profile import HeadProfile, find_profile
+from headprof.utils.assets import asset_dir
 
 pytestmark = pytest.mark.model
 

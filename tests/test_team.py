@@ -13,7 +13,7 @@ from tiny import save_tiny
 
 from headprof.errors import UsageError
 from headprof.profile import HeadProfile
-from headprof.team import Team, claim_gpus
+from headprof.utils.team import Team, claim_gpus
 
 RUN = ["score", "--model", "tiny", "--include-failed", "--lengths", "700,500", "--pack", "2"]
 

@@ -2,10 +2,9 @@
 
 import pytest
 
-from headprof.console import human_bytes
 from headprof.errors import UsageError
-from headprof.numbers import parse_lengths
-from headprof.text import normalize_answer, token_f1, token_recall
+from headprof.utils.units import human_bytes, parse_lengths
+from headprof.utils.word_overlap import normalize_answer, token_f1, token_recall
 
 
 @pytest.mark.parametrize(

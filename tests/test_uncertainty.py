@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headprof.scoring.uncertainty import (
+from headprof.utils.bootstrap import (
     bootstrap_interval,
     cluster_sums,
     expected_change,

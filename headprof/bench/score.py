@@ -22,7 +22,6 @@ from headprof.bench.measure import (
     require_at_least,
 )
 from headprof.bench.stepwise import Prefill, StepwiseProber
-from headprof.console import human_bytes
 from headprof.errors import UsageError
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
@@ -30,6 +29,7 @@ from headprof.profile import KINDS, spearman, top_overlap
 from headprof.scoring.probing import Prober, ProbeResult
 from headprof.scoring.run import counted_values
 from headprof.shape import HeadShape
+from headprof.utils.units import human_bytes
 
 PACKED = "packed"
 PREFILLS: dict[str, Prefill] = {"stepwise-fast": "fast", "stepwise-attentions": "attentions"}

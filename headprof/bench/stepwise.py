@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.probing import ProbeResult
 from headprof.shape import HeadShape
-from headprof.text import token_recall
+from headprof.utils.word_overlap import token_recall
 
 Prefill = Literal["fast", "attentions"]
 Totals = list[list[float]]

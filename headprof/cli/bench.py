@@ -112,7 +112,7 @@ def bench_generate(
         )
     figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in found]}
     if output is not None:
-        from headprof.files import write_json
+        from headprof.utils.files import write_json
 
         write_json(output, figures)
     if json:
@@ -267,7 +267,7 @@ def bench_score(
     )
     request.check()
     if output is not None:
-        from headprof.files import check_writable
+        from headprof.utils.files import check_writable
 
         check_writable(output)
     if shape is not None:
@@ -280,7 +280,7 @@ def bench_score(
         result = run_score_bench(loaded, request, report)
     figures = {"model": loaded.name, "request": asdict(request)} | asdict(result)
     if output is not None:
-        from headprof.files import write_json
+        from headprof.utils.files import write_json
 
         write_json(output, figures)
     if json:

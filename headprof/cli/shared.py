@@ -96,7 +96,7 @@ def choose_plan(
 
 
 def lengths_of(text: str, least: int = 1) -> tuple[int, ...]:
-    from headprof.numbers import parse_lengths
+    from headprof.utils.units import parse_lengths
 
     return parse_lengths(text, least)
 
@@ -117,7 +117,7 @@ def join_team():
 
     import torch
 
-    from headprof.team import Team, claim_gpus
+    from headprof.utils.team import Team, claim_gpus
 
     gpus = claim_gpus(os.environ, torch.cuda.device_count())
     if gpus is not None:

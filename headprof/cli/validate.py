@@ -52,7 +52,6 @@ def validate(
     headprof validate --top 20 --where prompt --per-head --csv drops.csv -o validate.svg[/]
     """
     from headprof.errors import UsageError
-    from headprof.files import write_text
     from headprof.models import model_name
     from headprof.plots.validation import check_picture, validation_plot
     from headprof.profile import HeadProfile, find_profile
@@ -60,6 +59,7 @@ def validate(
     from headprof.scoring.validation import ValidationSettings
     from headprof.scoring.validation import validate as run_validation
     from headprof.scoring.verdict import figures, verdict
+    from headprof.utils.files import write_text
 
     tokens = length_of(length)
     if csv is not None and not per_head:

@@ -27,8 +27,8 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.recent import RecentQueries
 from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError
-from headprof.files import atomic_write, read_safetensors
 from headprof.shape import HeadShape
+from headprof.utils.files import atomic_write, read_safetensors
 
 if TYPE_CHECKING:
     from headprof.models import LoadedModel

@@ -12,7 +12,7 @@ from typing import Any
 from headprof.errors import UsageError
 from headprof.evaluation.perplexity import Loss
 from headprof.evaluation.results import Answer
-from headprof.files import append_text, write_text
+from headprof.utils.files import append_text, write_text
 
 Place = tuple[str, int]
 """A task, and the number of a question in it."""

@@ -25,7 +25,7 @@ from math import exp
 from typing import Any
 
 from headprof.errors import UsageError
-from headprof.text import normalize_answer
+from headprof.utils.word_overlap import normalize_answer
 
 Scorer = Callable[..., float]
 """`(prediction, references, classes=()) -> float`."""

@@ -15,9 +15,9 @@ from headprof.compression.cache import FanOutCache, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.candidate import Candidate
-from headprof.evaluation.statistics import mean_interval
 from headprof.evaluation.texts import Text
 from headprof.models import require_finite
+from headprof.utils.intervals import mean_interval
 
 CHUNK = 64
 """Tokens of a continuation that are fed at once, unless told otherwise."""

@@ -10,8 +10,8 @@ from headprof.chat import ChatFormat
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
 from headprof.models import LoadedModel
-from headprof.numbers import format_length
 from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.utils.units import format_length
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from headprof.evaluation.perplexity import Loss, PerplexityCell
-from headprof.evaluation.statistics import mean_interval, wilson_interval
+from headprof.utils.intervals import mean_interval, wilson_interval
 
 PROBE_TASKS = {"niah": "retrieval", "reasoning": "reasoning"}
 """This project's own tasks, and the kind of probe each one asks."""

@@ -30,7 +30,7 @@ from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
 from headprof.evaluation.texts import read_texts
 from headprof.models import LoadedModel
 from headprof.profile import HeadProfile
-from headprof.team import Team
+from headprof.utils.team import Team
 
 ROUND = 4
 """Questions for each process between two meetings of a team."""

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
-from headprof.numbers import parse_lengths
 from headprof.plots.scores import budget_order, checked_path
 from headprof.plots.style import INK, MUTED, SCORE_COLORMAP, save_picture
+from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

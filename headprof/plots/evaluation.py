@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from headprof.evaluation.results import Evaluation, results_csv, summary
-from headprof.files import write_json, write_text
 from headprof.plots.report import DRAWINGS, drawings, write_report
+from headprof.utils.files import write_json, write_text
 
 
 def write_results(found: Evaluation, folder: Path) -> list[Path]:

@@ -11,7 +11,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof.files import write_text
 from headprof.plots.certainty import half_width, interval_of, is_unsure
 from headprof.plots.style import (
     GRID,
@@ -26,6 +25,7 @@ from headprof.plots.style import (
     shape_fact,
 )
 from headprof.profile import HeadProfile
+from headprof.utils.files import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,11 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from headprof.console import human_bytes
 from headprof.evaluation.results import main_cells
-from headprof.files import write_text
 from headprof.plots.depths import depths_plot
 from headprof.plots.scores import budget_order, scores_plot
+from headprof.utils.files import write_text
+from headprof.utils.units import human_bytes
 
 if TYPE_CHECKING:
     from headprof.evaluation.perplexity import PerplexityCell

@@ -8,9 +8,9 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof.files import atomic_write
-from headprof.numbers import format_length
 from headprof.profile import HeadProfile
+from headprof.utils.files import atomic_write
+from headprof.utils.units import format_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from headprof.assets import asset_dir
 from headprof.errors import ProbeError, UsageError
+from headprof.utils.assets import asset_dir
 
 PARAGRAPH_BREAK = "\n\n"
 _MIN_FOLDER_SENTENCES = 8

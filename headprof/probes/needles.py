@@ -10,8 +10,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
-from headprof.assets import asset_dir
 from headprof.errors import ProbeError, UsageError
+from headprof.utils.assets import asset_dir
 
 Kind = Literal["retrieval", "reasoning"]
 Split = Literal["profile", "eval"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import UsageError
-from headprof.files import check_writable, remove_leftovers
 from headprof.models import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
@@ -15,7 +14,8 @@ from headprof.probes.needles import load_needles
 from headprof.profile import HeadProfile, profile_filename
 from headprof.scoring.results import probes_kept, results_file
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
-from headprof.team import Team
+from headprof.utils.files import check_writable, remove_leftovers
+from headprof.utils.team import Team
 
 _DEPTHS_PER_FILLER = 8
 

@@ -17,9 +17,9 @@ from headprof.probes.build import ProbeContext
 from headprof.profile import KINDS, HeadProfile, spearman, top_overlap
 from headprof.scoring.asking import SharedContext
 from headprof.scoring.silence import silenced_each
-from headprof.scoring.uncertainty import standard_error
 from headprof.scoring.validation import ValidationSettings, asking, build_probes, judge, passes
 from headprof.shape import HeadShape
+from headprof.utils.bootstrap import standard_error
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, that copies of the questions may take."""

@@ -14,7 +14,7 @@ from headprof.scoring.asking import SharedContext
 from headprof.scoring.capture import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.shape import HeadShape
-from headprof.text import token_f1
+from headprof.utils.word_overlap import token_f1
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from headprof.errors import UsageError
-from headprof.files import atomic_write
 from headprof.scoring.probing import ProbeResult
+from headprof.utils.files import atomic_write
 
 
 class RunResults:

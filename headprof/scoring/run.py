@@ -23,8 +23,8 @@ from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile import HeadProfile
 from headprof.scoring.probing import Prober, ProbeResult
 from headprof.scoring.results import RunResults
-from headprof.scoring.uncertainty import bootstrap_interval, expected_change, standard_error
-from headprof.team import Team
+from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error
+from headprof.utils.team import Team
 
 MIN_COUNTED = 8
 """Fewest answered probes of a kind from which a profile is made."""

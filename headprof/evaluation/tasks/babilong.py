@@ -14,10 +14,10 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any
 
-from headprof.assets import asset_dir
 from headprof.evaluation.metrics import LABEL_ENDS, possible_labels
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
 from headprof.evaluation.tasks.sources import Source, read_rows
+from headprof.utils.assets import asset_dir
 
 DATASET = "RMT-team/babilong-100examples"
 OTHER_NAME = "RMT-team/babilong"

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
-from headprof.assets import asset_dir
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import Example, Task, TaskRequest, split_template
 from headprof.evaluation.tasks.sources import Row, Source, read_rows
+from headprof.utils.assets import asset_dir
 
 DATASET = "THUDM/LongBench"
 LICENSE = "MIT for the benchmark; each task's texts keep the license of the dataset they come from"

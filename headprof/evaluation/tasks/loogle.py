@@ -14,9 +14,9 @@ from functools import cache, partial
 from itertools import count, islice
 from typing import Any
 
-from headprof.assets import asset_dir
 from headprof.evaluation.tasks.example import Example, Task, TaskRequest, split_template
 from headprof.evaluation.tasks.sources import Row, Source, parsed, read_rows
+from headprof.utils.assets import asset_dir
 
 DATASET = "bigai-nlco/LooGLE"
 LICENSE = "CC BY-SA 4.0"

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from headprof.chat import ChatFormat
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
-from headprof.numbers import format_length
 from headprof.probes.haystack import Haystack, join_sentences
 from headprof.probes.needles import SPLITS, load_families
+from headprof.utils.units import format_length
 
 EXAMPLES = 100
 """How many examples of a length there are unless told otherwise."""

@@ -1,4 +1,4 @@
-"""Reading numbers as people write them."""
+"""Numbers as people write them."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:
 def format_length(tokens: int) -> str:
     """A token count as it is written on the command line: `"4k"` for 4096, `"1000"` for 1000."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 MB`: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

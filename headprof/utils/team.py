@@ -1,4 +1,4 @@
-"""Processes that score together, as `torchrun` or `accelerate launch` started them; or one alone."""
+"""Processes that share the work, as `torchrun` or `accelerate launch` started them; or one alone."""
 
 from __future__ import annotations
 
