@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "HeadCache": "headprof.compression.cache",
-    "HeadProfile": "headprof.profile",
+    "HeadProfile": "headprof.profile.head_profile",
     "HeadprofError": "headprof.errors",
     "METHODS": "headprof.compression.methods",
     "compress_document": "headprof.generation",
     "compressed": "headprof.compression.session",
     "load_document": "headprof.compression.document",
-    "load_model": "headprof.models",
+    "load_model": "headprof.models.loading",
     "make_plan": "headprof.compression.session",
     "save_document": "headprof.compression.document",
 }
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError
     from headprof.generation import compress_document
-    from headprof.models import load_model
-    from headprof.profile import HeadProfile
+    from headprof.models.loading import load_model
+    from headprof.profile.head_profile import HeadProfile
 
 
 def __getattr__(name: str) -> Any:

@@ -13,12 +13,12 @@ import torch
 from transformers import TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
-from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.cache import HeadCache
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
-from headprof.models import LoadedModel
+from headprof.models.chat import OBSERVATION, ChatFormat
+from headprof.models.loading import LoadedModel
 from headprof.utils.assets import asset_dir
 
 

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.results import Cell, Evaluation
     from headprof.generation import Generation
-    from headprof.profile import Agreement, FoundProfile, HeadProfile
+    from headprof.profile.comparing import Agreement
+    from headprof.profile.finding import FoundProfile
+    from headprof.profile.head_profile import HeadProfile
     from headprof.scoring.run import Progress
     from headprof.scoring.validation import Validation
 

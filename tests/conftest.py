@@ -19,7 +19,7 @@ if not torch.cuda.is_available():  # Triton reads this when it is imported
 
 from tiny import save_tiny, save_tiny_gguf
 
-from headprof.models import LoadedModel, load_model
+from headprof.models.loading import LoadedModel, load_model
 
 
 @pytest.fixture(scope="session")

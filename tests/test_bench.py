@@ -13,7 +13,6 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from headprof import random_models
 from headprof.bench import generate as bench
 from headprof.bench import measure
 from headprof.bench.generate import BenchRequest, BenchResult, Measurement
@@ -21,6 +20,10 @@ from headprof.cli import main
 from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.session import compressed
 from headprof.errors import ProfileError, UsageError
+from headprof.models import random_weights as random_models
+from headprof.models.published import SHAPES
+from headprof.models.shape import HeadShape
+from headprof.profile import random_scores
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 16
 ROW_BYTES = 2 * HEAD_DIM * 4
@@ -340,11 +343,9 @@ def test_peak_memory_is_unknown_where_the_system_does_not_tell(monkeypatch, figu
 SMALL = {"num_hidden_layers": 2, "hidden_size": 288, "intermediate_size": 96, "vocab_size": 128}
 
 
-@pytest.fixture(params=random_models.SHAPES)
+@pytest.fixture(params=SHAPES)
 def small_shape(request, monkeypatch):
-    monkeypatch.setitem(
-        random_models.SHAPES, request.param, random_models.SHAPES[request.param] | SMALL | {"initializer_range": 0.2}
-    )
+    monkeypatch.setitem(SHAPES, request.param, SHAPES[request.param] | SMALL | {"initializer_range": 0.2})
     return request.param
 
 
@@ -352,12 +353,12 @@ def test_a_random_model_decodes_as_one_made_the_usual_way(small_shape):
     state = torch.random.get_rng_state()
     made = random_models.random_model(small_shape, torch.float32, "cpu")
     assert torch.equal(torch.random.get_rng_state(), state)
-    usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**random_models.SHAPES[small_shape])).eval()
+    usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[small_shape])).eval()
     usual.load_state_dict(made.state_dict())
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = bench._random_ids(made, 2, 20, seed=0)
     assert torch.equal(made.generate(ids, **options), usual.generate(ids, **options))
-    tied = random_models.SHAPES[small_shape]["tie_word_embeddings"]
+    tied = SHAPES[small_shape]["tie_word_embeddings"]
     assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
     weights = dict(made.named_parameters())
     assert all(weight.std() > 0 for name, weight in weights.items() if "norm" not in name)
@@ -366,7 +367,7 @@ def test_a_random_model_decodes_as_one_made_the_usual_way(small_shape):
 def test_a_random_model_in_16_bits_has_exact_rotary_frequencies(small_shape):
     made = random_models.random_model(small_shape, torch.bfloat16, "cpu")
     assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
-    shape = random_models.SHAPES[small_shape]
+    shape = SHAPES[small_shape]
     half = torch.arange(0, shape["head_dim"], 2, dtype=torch.float64) / shape["head_dim"]
     expected = shape["rope_parameters"]["rope_theta"] ** -half
     torch.testing.assert_close(made.model.rotary_emb.inv_freq.double(), expected, rtol=1e-5, atol=0.0)
@@ -390,7 +391,7 @@ def test_shapes_have_as_many_parameters_as_the_published_models(name, parameters
 def test_a_random_model_runs_with_a_random_profile(small_shape):
     model = random_models.random_model(small_shape, torch.float32, "cpu")
     request = dataclasses.replace(REQUEST, methods=("headkv-r2",), lengths=(24,))
-    result = bench.run_bench(model, 64, random_models.random_profile(model), request)
+    result = bench.run_bench(model, 64, random_scores.random_profile(HeadShape.from_config(model.config)), request)
     assert not any(each.failed for each in result.measurements)
 
 
@@ -403,17 +404,19 @@ def test_an_unknown_shape():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(monkeypatch):
     monkeypatch.setitem(
-        random_models.SHAPES,
+        SHAPES,
         "smollm2-135m",
-        random_models.SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 512},
+        SHAPES["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 512},
     )
     model = random_models.random_model("smollm2-135m", torch.bfloat16, "cuda")
     request = BenchRequest(("headkv-r2",), ("64",), lengths=(256, 1024), new_tokens=20, batch=2)
-    result = bench.run_bench(model, 8192, random_models.random_profile(model), request)
+    result = bench.run_bench(model, 8192, random_scores.random_profile(HeadShape.from_config(model.config)), request)
     for each in result.measurements:
         assert each.failed == "" and each.peak_bytes >= each.cache_bytes > 0 and each.decode_rate > 0
     assert result.environment["device"] == torch.cuda.get_device_name()
-    for each in bench.largest_batches(model, 8192, random_models.random_profile(model), request, at_most=4):
+    for each in bench.largest_batches(
+        model, 8192, random_scores.random_profile(HeadShape.from_config(model.config)), request, at_most=4
+    ):
         assert each.batch == 4 and each.decode_rate > 0 and each.cache_bytes > 0
 
 
@@ -451,13 +454,14 @@ def test_mistakes_get_one_sentence(tiny_folder, monkeypatch, capsys, arguments, 
 
 
 def test_a_random_model_is_loaded_by_its_shape(small_shape):
-    loaded, profile = random_models.load_random(small_shape, device="cpu")
+    loaded = random_models.load_random(small_shape, device="cpu")
+    profile = random_scores.random_profile(loaded.shape)
     assert loaded.name == small_shape and loaded.dtype == torch.float32 and profile.shape == loaded.shape
-    published = random_models.SHAPES[small_shape]["max_position_embeddings"]
+    published = SHAPES[small_shape]["max_position_embeddings"]
     assert loaded.max_positions == published
-    longer, _ = random_models.load_random(small_shape, device="cpu", max_positions=published + 5)
+    longer = random_models.load_random(small_shape, device="cpu", max_positions=published + 5)
     assert longer.max_positions == longer.model.config.max_position_embeddings == published + 5
-    shorter, _ = random_models.load_random(small_shape, device="cpu", max_positions=7)
+    shorter = random_models.load_random(small_shape, device="cpu", max_positions=7)
     assert shorter.max_positions == published
 
 

@@ -10,7 +10,7 @@ from headprof.bench import merge as bench_merge
 from headprof.bench.importance import run_importance_bench
 from headprof.bench.merge import run_merge_bench
 from headprof.errors import UsageError
-from headprof.random_models import SHAPES
+from headprof.models.published import SHAPES
 
 
 def test_both_ways_keep_the_same_rows_and_are_timed():

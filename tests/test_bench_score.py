@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_scoring import builder_for, load_tiny
 from tiny import ARCHITECTURES
 
-from headprof import random_models, tables
+from headprof import tables
 from headprof.bench import score
 from headprof.bench.score import (
     SIDES,
@@ -26,9 +26,11 @@ from headprof.bench.score import (
 from headprof.bench.stepwise import StepwiseProber
 from headprof.cli import main
 from headprof.errors import UsageError
+from headprof.models import random_weights as random_models
+from headprof.models.published import SHAPES
+from headprof.models.shape import HeadShape
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.probing import Prober, ProbeResult
-from headprof.shape import HeadShape
 
 REQUEST = ScoreBenchRequest(lengths=(600,), probes=8, pack=2, include_failed=True, top=3)
 MANY_ENDS = list(range(1, 512, 9))
@@ -411,8 +413,8 @@ def test_the_command_prints_a_table_and_keeps_all_figures(tiny_folder, tmp_path,
 def small_shape(monkeypatch):
     """A published shape made small, with few positions and room for the tokenizer of bytes."""
     small = {"num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 300, "max_position_embeddings": 500}
-    numbers = random_models.SHAPES["smollm2-135m"] | small
-    monkeypatch.setitem(random_models.SHAPES, "smollm2-135m", numbers)
+    numbers = SHAPES["smollm2-135m"] | small
+    monkeypatch.setitem(SHAPES, "smollm2-135m", numbers)
 
 
 def test_random_weights_of_a_shape_are_scored_too(small_shape, capsys):
@@ -441,7 +443,7 @@ def test_mistakes_get_one_sentence(tiny_folder, capsys, arguments, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(small_shape):
-    loaded, _ = random_models.load_random("smollm2-135m", device="cuda", max_positions=4096)
+    loaded = random_models.load_random("smollm2-135m", device="cuda", max_positions=4096)
     request = dataclasses.replace(REQUEST, lengths=(1024, 2048, 4096), stop_after_answer=True)
     result = run_score_bench(loaded, request)
     assert all(not side.failed and side.peak_bytes > 0 for side in result.sides)

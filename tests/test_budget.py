@@ -19,7 +19,7 @@ from headprof.compression.budget import (
     water_filled,
 )
 from headprof.errors import UsageError
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 KINDS_OF_SCORES = ["random", "sparse", "equal", "zero", "one hot", "wild"]
 

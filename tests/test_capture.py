@@ -5,7 +5,7 @@ import torch
 from tiny import ARCHITECTURES, tiny_model
 from transformers.cache_utils import DynamicCache
 
-from headprof.interface import wrapped_attention
+from headprof.models.attention_hook import wrapped_attention
 from headprof.scoring import capture
 from headprof.scoring.capture import RowReader, attention_rows, causal_visibility
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 
 from headprof.cli import main
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 
 NEEDLE = {
     "needle": "The key of the shed hangs behind the clock. The key of the barn lies under a stone.",

@@ -17,7 +17,7 @@ from headprof.compression.reduction import largest, ranking
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.compression.states import PromptStates
 from headprof.errors import CacheError, ProfileError, UsageError
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 
 def random_profile(model, seed=0):

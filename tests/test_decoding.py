@@ -21,7 +21,7 @@ from headprof.compression.session import attending_ragged, compressed, make_plan
 from headprof.compression.states import Judgement, PromptStates
 from headprof.errors import CacheError, UsageError
 from headprof.generation import compress_document, generate_text, question_ids
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 LOSSY = [name for name in METHODS if name != "full"]
 SHARING = ("adakv",)  # methods whose heads share a layer's rows anew each time

@@ -16,14 +16,14 @@ from test_cli import headprof
 from test_compression import random_ids, random_profile
 from tiny import save_tiny
 
-from headprof.chat import ChatFormat
 from headprof.cli import main
 from headprof.compression.cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document, tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.generation import compress_document, generate_text, question_ids
-from headprof.models import load_model
+from headprof.models.chat import ChatFormat
+from headprof.models.loading import load_model
 
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
 QUESTIONS = ["Who counted?", "How many boats were there?"]

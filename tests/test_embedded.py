@@ -16,10 +16,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from headprof import embedded
-from headprof.embedded import EMBEDDED, cache_dir, embedded_model_dir
 from headprof.errors import ModelError
-from headprof.models import LoadedModel, load_model
+from headprof.models import embedded
+from headprof.models.embedded import EMBEDDED, cache_dir, embedded_model_dir
+from headprof.models.loading import LoadedModel, load_model
 
 LOCK = f"{EMBEDDED.lower()}.lock"
 

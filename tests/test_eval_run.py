@@ -23,8 +23,8 @@ from headprof.evaluation.asking import Asker
 from headprof.evaluation.command import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.journal import Journal, answers_kept
 from headprof.evaluation.run import EvalRun, PerplexityTask, QuestionTask
-from headprof.models import LoadedModel
-from headprof.shape import HeadShape
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.utils.files import append_text
 
 LENGTH = 300

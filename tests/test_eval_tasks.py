@@ -11,15 +11,15 @@ from test_compression import random_profile
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from headprof.chat import ChatFormat
 from headprof.cli import app
 from headprof.evaluation import questions
 from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.questions import Judge
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import BENCHMARKS, TASKS
-from headprof.models import LoadedModel
-from headprof.shape import HeadShape
+from headprof.models.chat import ChatFormat
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 
 METHODS = ("full", "snapkv", "headkv-r2")
 MAX_PROMPT = 600  # which the instructions of BABILong nearly fill, in the tiny tokenizer's short tokens

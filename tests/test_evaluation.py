@@ -11,7 +11,6 @@ import torch
 from test_compression import random_ids, random_profile
 from tiny import EOS, tiny_model, tiny_tokenizer
 
-from headprof.chat import ChatFormat
 from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
@@ -23,8 +22,9 @@ from headprof.evaluation.questions import ExampleQuestions, Judge, ProbeQuestion
 from headprof.evaluation.results import Answer, main_cells, results_csv, tabulate
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import Example
-from headprof.models import LoadedModel
-from headprof.shape import HeadShape
+from headprof.models.chat import ChatFormat
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.utils.intervals import mean_interval, t_95, wilson_interval
 
 

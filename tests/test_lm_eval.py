@@ -24,14 +24,14 @@ from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 import headprof
 import headprof.integrations.lm_eval as adapter
-from headprof.checkpoint import Source
 from headprof.cli import harness as command
 from headprof.compression.cache import HeadCache
 from headprof.compression.session import attending_ragged, prefill
-from headprof.embedded import EMBEDDED
 from headprof.errors import ProfileError, UsageError
 from headprof.integrations.lm_eval import HeadprofLM
-from headprof.shape import HeadShape
+from headprof.models.checkpoint import Source
+from headprof.models.embedded import EMBEDDED
+from headprof.models.shape import HeadShape
 
 METHODS = ("snapkv", "headkv-r2", "ems", "adakv", "h2o", "streamingllm:sinks=2")
 

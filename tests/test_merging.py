@@ -16,7 +16,7 @@ from headprof.compression.methods import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
 from headprof.compression.states import Judgement, PromptStates
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 INF = float("inf")
 LEAST = torch.finfo(torch.float32).tiny

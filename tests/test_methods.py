@@ -22,7 +22,7 @@ from headprof.compression.reduction import largest, ranking
 from headprof.compression.session import compressed, prefill
 from headprof.compression.states import PromptStates
 from headprof.errors import UsageError
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), KeyNorm(), Recency()]
 

@@ -19,9 +19,9 @@ import torch
 from tiny import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
-from headprof import models
 from headprof.errors import HeadprofError, ModelError, UsageError
-from headprof.models import (
+from headprof.models import loading as models
+from headprof.models.loading import (
     EMBEDDED,
     attention_order,
     choose_device,
@@ -384,7 +384,7 @@ def test_offline_says_so_at_once() -> None:
 def test_no_network_fails_within_seconds(tmp_path: Path) -> None:
     """In a process of its own, because the hub client reads its settings once."""
     script = (
-        "import time; from headprof.errors import ModelError; from headprof.models import find_model\n"
+        "import time; from headprof.errors import ModelError; from headprof.models.loading import find_model\n"
         "import huggingface_hub; start = time.monotonic()\n"
         "try: find_model('some-org/some-model', print)\n"
         "except ModelError as error: print(f'{time.monotonic() - start:.1f}|{error}')\n"

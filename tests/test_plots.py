@@ -18,11 +18,11 @@ from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
 
 from headprof.errors import HeadprofError, ProfileError, UsageError
+from headprof.models.shape import HeadShape
 from headprof.plots.certainty import half_width, interval_of, is_unsure
 from headprof.plots.heads import _decimals, _draw, _tick_step, heatmap
 from headprof.plots.style import bar_ticks, even_ticks
-from headprof.profile import KINDS, HeadProfile
-from headprof.shape import HeadShape
+from headprof.profile.head_profile import KINDS, HeadProfile
 
 SVG = "{http://www.w3.org/2000/svg}"
 SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from headprof import profile as profile_module
 from headprof.errors import HeadprofError, ProfileError, UsageError
-from headprof.interchange import (
+from headprof.models.shape import HeadShape
+from headprof.profile import finding as profile_module
+from headprof.profile.finding import find_profile, profile_filename
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.interchange import (
     import_csv,
     import_papers_json,
     read_csv,
@@ -25,8 +28,7 @@ from headprof.interchange import (
     write_csv,
     write_papers_json,
 )
-from headprof.profile import HeadProfile, find_profile, profile_filename, spearman, top_overlap
-from headprof.shape import HeadShape
+from headprof.utils.ranks import spearman, top_overlap
 
 SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
 

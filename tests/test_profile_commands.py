@@ -16,10 +16,12 @@ from tiny import ARCHITECTURES, save_tiny
 from headprof.cli.profiles import profiles
 from headprof.cli.shared import terminal
 from headprof.errors import ModelError, ProfileError, UsageError
-from headprof.interchange import import_csv, import_papers_json, read_papers_json, write_csv
-from headprof.models import load_model, model_shape, published_shape
-from headprof.profile import OVERLAPS, HeadProfile, compare, compare_profiles, find_profile, list_profiles
-from headprof.shape import HeadShape
+from headprof.models.loading import load_model, model_shape, published_shape
+from headprof.models.shape import HeadShape
+from headprof.profile.comparing import OVERLAPS, compare, compare_profiles
+from headprof.profile.finding import find_profile, list_profiles
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.interchange import import_csv, import_papers_json, read_papers_json, write_csv
 from headprof.utils.assets import asset_dir
 
 SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
@@ -326,7 +328,7 @@ def test_unusable_accuracy_is_empty(text):
 def test_profiles_are_listed_in_the_order_of_search(work, monkeypatch, headprof):
     # Short paths, which a table does not fold.
     monkeypatch.setenv("HEADPROF_DATA", "data")
-    monkeypatch.setattr("headprof.profile.asset_dir", lambda name: Path("shipped"))
+    monkeypatch.setattr("headprof.profile.finding.asset_dir", lambda name: Path("shipped"))
     yours = Path("data/profiles")
     make_profile().save("profiles/twice.safetensors")
     make_profile(kinds=("reasoning",), metadata={"source": "a [paper]"}).save(yours / "a.safetensors")
@@ -376,12 +378,12 @@ def test_profiles_are_listed_in_the_order_of_search(work, monkeypatch, headprof)
 
 def test_a_folder_that_is_searched_twice_is_listed_once(work, monkeypatch):
     make_profile().save("profiles/a.safetensors")
-    monkeypatch.setattr("headprof.profile.asset_dir", lambda name: work / "profiles")
+    monkeypatch.setattr("headprof.profile.finding.asset_dir", lambda name: work / "profiles")
     assert [(each.path, each.shadowed_by) for each in list_profiles()] == [(Path("profiles/a.safetensors"), None)]
 
 
 def test_an_empty_list(work, headprof, monkeypatch):
-    monkeypatch.setattr("headprof.profile.asset_dir", lambda name: work / "none")
+    monkeypatch.setattr("headprof.profile.finding.asset_dir", lambda name: work / "none")
     code, table, remark = headprof("list")
     assert (code, table) == (0, "") and "There are no profiles in profiles, " in remark
     assert headprof("list", "--json")[1].strip() == "[]"

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from headprof.chat import ChatFormat
 from headprof.errors import UsageError
 from headprof.evaluation.tasks import BENCHMARKS, TASKS, TaskRequest, ruler
 from headprof.evaluation.tasks.ruler import (
@@ -22,6 +21,7 @@ from headprof.evaluation.tasks.ruler import (
     prompt_tokens,
     zeta_counts,
 )
+from headprof.models.chat import ChatFormat
 from headprof.utils.units import format_length
 
 NAMES = [name.partition("/")[2] for name in BENCHMARKS["ruler"]]

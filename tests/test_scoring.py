@@ -7,7 +7,8 @@ import torch
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 from headprof.errors import InterruptedRun, ProbeError, UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.scoring import asking, run
 from headprof.scoring.asking import SharedContext
@@ -15,7 +16,6 @@ from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.probing import Prober, ProbeResult
 from headprof.scoring.results import RunResults, probes_kept
 from headprof.scoring.run import StopRule, make_profile, score_heads
-from headprof.shape import HeadShape
 
 
 def load_tiny(arch="llama", **options) -> LoadedModel:

@@ -12,7 +12,7 @@ import torch
 from tiny import save_tiny
 
 from headprof.errors import UsageError
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.team import Team, claim_gpus
 
 RUN = ["score", "--model", "tiny", "--include-failed", "--lengths", "700,500", "--pack", "2"]

@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from headprof import tables
 from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, _spread, validation_plot
-from headprof.profile import KINDS, HeadProfile
+from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.scoring import validation
 from headprof.scoring.head_drops import HeadDrops, agreements, drops_csv, per_head_drops
 from headprof.scoring.silence import silenced, silenced_each
@@ -38,7 +39,6 @@ from headprof.scoring.validation import (
     validate,
 )
 from headprof.scoring.verdict import Verdict, curve, verdict
-from headprof.shape import HeadShape
 
 SMALL = ValidationSettings(top=2, counts=(1,), probes=8, length=500, pack=2, draws=2)
 
@@ -517,7 +517,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_sentence_before_the_model_is_loaded(place, arguments, message, monkeypatch):
-    monkeypatch.setattr("headprof.models.load_model", None)
+    monkeypatch.setattr("headprof.models.loading.load_model", None)
     made = run(place, *arguments)
     assert made.exit_code in (1, 2) and message in made.stderr and made.stderr.count("\n") == 1
     assert made.stdout == ""

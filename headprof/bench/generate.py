@@ -33,8 +33,8 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.generation import cache_nbytes
-from headprof.profile import HeadProfile
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
+from headprof.profile.head_profile import HeadProfile
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from headprof.bench.measure import Progress, median_seconds, require_at_least
 from headprof.compression.importance import PromptStates, received_attention
-from headprof.random_models import find_shape
+from headprof.models.published import find_shape
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from headprof.bench.measure import Progress, median_seconds, require_at_least
 from headprof.compression.budget import ProfileBudget
 from headprof.compression.methods import METHODS
 from headprof.compression.reduction import Reduced, Rows, largest, ranking
-from headprof.random_models import find_shape
+from headprof.models.published import find_shape
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from headprof.bench.measure import (
 )
 from headprof.bench.stepwise import Prefill, StepwiseProber
 from headprof.errors import UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
-from headprof.profile import KINDS, spearman, top_overlap
+from headprof.profile.head_profile import KINDS
 from headprof.scoring.probing import Prober, ProbeResult
 from headprof.scoring.run import counted_values
-from headprof.shape import HeadShape
+from headprof.utils.ranks import spearman, top_overlap
 from headprof.utils.units import human_bytes
 
 PACKED = "packed"

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.probing import ProbeResult
-from headprof.shape import HeadShape
 from headprof.utils.word_overlap import token_recall
 
 Prefill = Literal["fast", "attentions"]

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from headprof import __version__, tables
-from headprof.chat import OBSERVATION
 from headprof.cli.bench import bench
 from headprof.cli.evaluate import evaluate
 from headprof.cli.harness import PASS_ON, lm_eval
@@ -53,6 +52,7 @@ from headprof.cli.shared import (
     terminal,
 )
 from headprof.cli.validate import validate
+from headprof.models.chat import OBSERVATION
 
 app = typer.Typer(
     name="headprof",
@@ -184,8 +184,9 @@ def heatmap(
     headprof heatmap -o heads.html[/]
     """
     from headprof import plots
-    from headprof.models import model_name
-    from headprof.profile import HeadProfile, find_profile
+    from headprof.models.loading import model_name
+    from headprof.profile.finding import find_profile
+    from headprof.profile.head_profile import HeadProfile
 
     loaded = HeadProfile.load(find_profile(model_name(model), profile))
     plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)

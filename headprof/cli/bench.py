@@ -99,9 +99,11 @@ def bench_generate(
     request.check()
     head_profile: Any
     if shape is not None:
-        from headprof.random_models import load_random
+        from headprof.models.random_weights import load_random
+        from headprof.profile.random_scores import random_profile
 
-        loaded, head_profile = load_random(shape, device=device, dtype=dtype, attn=attn, seed=seed)
+        loaded = load_random(shape, device=device, dtype=dtype, attn=attn)
+        head_profile = random_profile(loaded.shape, seed)
     else:
         loaded = load(model, device, dtype, attn, trust_remote_code)
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
@@ -147,9 +149,9 @@ def bench_merge(
     from dataclasses import asdict
 
     from headprof.bench.merge import run_merge_bench
-    from headprof.random_models import place_and_dtype
+    from headprof.models.random_weights import device_and_dtype
 
-    place, type_of_numbers = place_and_dtype(device, dtype)
+    chosen_device, chosen_dtype = device_and_dtype(device, dtype)
     with terminal.progress() as report:
         times = run_merge_bench(
             shape,
@@ -157,8 +159,8 @@ def bench_merge(
             lengths_of(budgets),
             batch=batch,
             repeats=repeats,
-            device=place,
-            dtype=type_of_numbers,
+            device=chosen_device,
+            dtype=chosen_dtype,
             seed=seed,
             on_progress=report,
         )
@@ -189,17 +191,17 @@ def bench_importance(
     from dataclasses import asdict
 
     from headprof.bench.importance import run_importance_bench
-    from headprof.random_models import place_and_dtype
+    from headprof.models.random_weights import device_and_dtype
 
-    place, type_of_numbers = place_and_dtype(device, dtype)
+    chosen_device, chosen_dtype = device_and_dtype(device, dtype)
     with terminal.progress() as report:
         times = run_importance_bench(
             shape,
             lengths_of(lengths),
             tuple(0 if each == "0" else lengths_of(each)[0] for each in samples.split(",")),
             repeats=repeats,
-            device=place,
-            dtype=type_of_numbers,
+            device=chosen_device,
+            dtype=chosen_dtype,
             seed=seed,
             on_progress=report,
         )
@@ -271,9 +273,9 @@ def bench_score(
 
         check_writable(output)
     if shape is not None:
-        from headprof.random_models import load_random
+        from headprof.models.random_weights import load_random
 
-        loaded, _ = load_random(shape, device=device, dtype=dtype, attn=attn, max_positions=max(request.lengths))
+        loaded = load_random(shape, device=device, dtype=dtype, attn=attn, max_positions=max(request.lengths))
     else:
         loaded = load(model, device, dtype, attn, trust_remote_code)
     with terminal.progress() as report:

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from headprof import tables
-from headprof.chat import OBSERVATION
 from headprof.cli.options import (
     Attn,
     Buffer,
@@ -41,6 +40,7 @@ from headprof.cli.shared import (
     method_options,
     terminal,
 )
+from headprof.models.chat import OBSERVATION
 
 _TASKS = (
     "niah (retrieval probes), reasoning, babilong, longbench, loogle, ruler, perplexity; with commas. "

@@ -13,7 +13,8 @@ from headprof.cli.options import JsonFlag, Model, Trust
 from headprof.cli.shared import guarded, terminal
 
 if TYPE_CHECKING:
-    from headprof.profile import Agreement, HeadProfile
+    from headprof.profile.comparing import Agreement
+    from headprof.profile.head_profile import HeadProfile
 
 profiles = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="List, show, compare, import and export head profiles."
@@ -32,7 +33,7 @@ def list_command(json: JsonFlag = False) -> None:
 
     [dim]headprof profile list[/]
     """
-    from headprof.profile import list_profiles, profile_dirs
+    from headprof.profile.finding import list_profiles, profile_dirs
 
     found = list_profiles()
     if json:
@@ -70,7 +71,8 @@ def show(
     [dim]headprof profile show meta-llama/Meta-Llama-3-8B-Instruct
     headprof profile show mine.safetensors theirs.safetensors --top 20[/]
     """
-    from headprof.profile import HeadProfile, compare_profiles
+    from headprof.profile.comparing import compare_profiles
+    from headprof.profile.head_profile import HeadProfile
 
     path = _locate(profile)
     first = HeadProfile.load(path)
@@ -111,8 +113,8 @@ def import_command(
     headprof profile import scores.csv --model mistralai/Mistral-7B-Instruct-v0.3[/]
     """
     from headprof.errors import ModelError, UsageError
-    from headprof.interchange import check_import, import_profile
-    from headprof.models import model_name, model_shape, published_shape
+    from headprof.models.loading import model_name, model_shape, published_shape
+    from headprof.profile.interchange import check_import, import_profile
     from headprof.scoring.command import default_output
 
     papers = {kind: path for kind, path in (("retrieval", retrieval), ("reasoning", reasoning)) if path is not None}
@@ -148,7 +150,7 @@ def export(
 
     [dim]headprof profile export SmolLM2-135M-Instruct heads.json --which reasoning[/]
     """
-    from headprof.interchange import export_profile
+    from headprof.profile.interchange import export_profile
 
     export_profile(_locate(profile), output, which)
     terminal.result(str(output))
@@ -156,8 +158,8 @@ def export(
 
 def _locate(name: str | None) -> Path:
     """A profile's file, given as itself or by its model's name; the embedded model's when nothing is given."""
-    from headprof.models import model_name
-    from headprof.profile import find_profile
+    from headprof.models.loading import model_name
+    from headprof.profile.finding import find_profile
 
     path = Path(name or "").expanduser()
     if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf"):
@@ -166,7 +168,7 @@ def _locate(name: str | None) -> Path:
 
 
 def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int, json: bool) -> None:
-    from headprof.profile import compare
+    from headprof.profile.comparing import compare
 
     kinds = [which] if which else profile.kinds
     ranked = {kind: profile.top_heads(kind, top) for kind in kinds}

@@ -35,14 +35,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(model: str | None, device: str = "auto", dtype: str = "auto", attn: str = "auto", trust: bool = False):
-    from headprof.models import load_model
+    from headprof.models.loading import load_model
 
     with terminal.progress() as report:
         return load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust, progress=report)
 
 
 def load_profile(loaded, explicit: Path | None):
-    from headprof.profile import HeadProfile, find_profile
+    from headprof.profile.finding import find_profile
+    from headprof.profile.head_profile import HeadProfile
 
     return HeadProfile.load(find_profile(loaded.name, explicit), loaded.shape, model_name=loaded.name)
 

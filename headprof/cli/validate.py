@@ -52,9 +52,10 @@ def validate(
     headprof validate --top 20 --where prompt --per-head --csv drops.csv -o validate.svg[/]
     """
     from headprof.errors import UsageError
-    from headprof.models import model_name
+    from headprof.models.loading import model_name
     from headprof.plots.validation import check_picture, validation_plot
-    from headprof.profile import HeadProfile, find_profile
+    from headprof.profile.finding import find_profile
+    from headprof.profile.head_profile import HeadProfile
     from headprof.scoring import head_drops
     from headprof.scoring.validation import ValidationSettings
     from headprof.scoring.validation import validate as run_validation

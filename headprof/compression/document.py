@@ -27,11 +27,11 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.recent import RecentQueries
 from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write, read_safetensors
 
 if TYPE_CHECKING:
-    from headprof.models import LoadedModel
+    from headprof.models.loading import LoadedModel
 
 FORMAT = "headprof.cache"
 FORMAT_VERSION = "3"

@@ -9,7 +9,7 @@ import torch
 from headprof.compression.budget import Budget
 from headprof.compression.methods import Method
 from headprof.errors import UsageError
-from headprof.shape import HeadShape
+from headprof.models.shape import HeadShape
 
 BUFFER = 64
 """New tokens that every head takes beyond its budget before it is compressed again."""

@@ -18,13 +18,13 @@ from headprof.compression.methods import find_method
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.prompt_layer import PromptLayer
 from headprof.errors import ModelError, ProfileError
-from headprof.interface import AttentionFunction, wrapped_attention
-from headprof.shape import HeadShape
+from headprof.models.attention_hook import AttentionFunction, wrapped_attention
+from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headprof.profile import HeadProfile
+    from headprof.profile.head_profile import HeadProfile
 
 
 def make_plan(

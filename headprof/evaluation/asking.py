@@ -14,7 +14,7 @@ from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.questions import Judge, Question
 from headprof.evaluation.results import Answer
-from headprof.models import LoadedModel, require_finite
+from headprof.models.loading import LoadedModel, require_finite
 
 MOST_LOGITS = 2**25
 """Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from headprof import __version__
-from headprof.chat import OBSERVATION, ChatFormat
 from headprof.compression.budget import Budget
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods import METHODS, deal_options, find_method
@@ -19,8 +18,9 @@ from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
-from headprof.models import LoadedModel
-from headprof.profile import HeadProfile
+from headprof.models.chat import OBSERVATION, ChatFormat
+from headprof.models.loading import LoadedModel
+from headprof.profile.head_profile import HeadProfile
 
 
 @dataclass(frozen=True)

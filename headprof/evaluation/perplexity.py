@@ -16,7 +16,7 @@ from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.texts import Text
-from headprof.models import require_finite
+from headprof.models.loading import require_finite
 from headprof.utils.intervals import mean_interval
 
 CHUNK = 64

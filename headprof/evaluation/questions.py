@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
-from headprof.chat import ChatFormat
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
-from headprof.models import LoadedModel
+from headprof.models.chat import ChatFormat
+from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.utils.units import format_length
 

@@ -28,8 +28,8 @@ from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulat
 from headprof.evaluation.tasks import TASKS, Example
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
 from headprof.evaluation.texts import read_texts
-from headprof.models import LoadedModel
-from headprof.profile import HeadProfile
+from headprof.models.loading import LoadedModel
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.team import Team
 
 ROUND = 4

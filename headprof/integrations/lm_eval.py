@@ -30,18 +30,19 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from headprof.checkpoint import no_progress
 from headprof.compression.attention import check_backend
 from headprof.compression.budget import Budget
 from headprof.compression.cache import HeadCache, stack_caches
 from headprof.compression.methods import METHODS, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import attending_ragged, make_plan, prefill
-from headprof.embedded import EMBEDDED
 from headprof.errors import ModelError, UsageError
-from headprof.models import find_model, model_name
-from headprof.profile import HeadProfile, find_profile
-from headprof.shape import HeadShape
+from headprof.models.checkpoint import no_progress
+from headprof.models.embedded import EMBEDDED
+from headprof.models.loading import find_model, model_name
+from headprof.models.shape import HeadShape
+from headprof.profile.finding import find_profile
+from headprof.profile.head_profile import HeadProfile
 
 try:
     from lm_eval.api.registry import register_model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
-from headprof.profile import HeadProfile, score_command
+from headprof.profile.head_profile import HeadProfile, score_command
 
 if TYPE_CHECKING:
     from torch import Tensor

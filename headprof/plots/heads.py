@@ -25,7 +25,7 @@ from headprof.plots.style import (
     save_picture,
     shape_fact,
 )
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from headprof.plots.style import (
     probe_facts,
     shape_fact,
 )
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.files import write_text
 
 if TYPE_CHECKING:

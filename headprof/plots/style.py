@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.files import atomic_write
 from headprof.utils.units import format_length
 

@@ -6,8 +6,8 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from headprof.chat import GAP, first_ids, template_parts
 from headprof.errors import ProbeError
+from headprof.models.chat import GAP, first_ids, template_parts
 
 Span = tuple[int, int]
 """`[start, stop)` token positions in the full prompt."""

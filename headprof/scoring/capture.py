@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headprof.interface import AttentionFunction, eager_attention, wrapped_attention
+from headprof.models.attention_hook import AttentionFunction, eager_attention, wrapped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
-from headprof.profile import HeadProfile, profile_filename
+from headprof.profile.finding import profile_filename
+from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.results import probes_kept, results_file
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
 from headprof.utils.files import check_writable, remove_leftovers

@@ -12,14 +12,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
-from headprof.profile import KINDS, HeadProfile, spearman, top_overlap
+from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.scoring.asking import SharedContext
 from headprof.scoring.silence import silenced_each
 from headprof.scoring.validation import ValidationSettings, asking, build_probes, judge, passes
-from headprof.shape import HeadShape
 from headprof.utils.bootstrap import standard_error
+from headprof.utils.ranks import spearman, top_overlap
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, that copies of the questions may take."""

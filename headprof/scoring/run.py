@@ -18,9 +18,9 @@ import transformers
 
 from headprof import __version__
 from headprof.errors import InterruptedRun, ProbeError, UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
-from headprof.profile import HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.probing import Prober, ProbeResult
 from headprof.scoring.results import RunResults
 from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headprof.interface import AttentionFunction, wrapped_attention
-from headprof.shape import HeadShape
+from headprof.models.attention_hook import AttentionFunction, wrapped_attention
+from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from headprof.errors import ProbeError, UsageError
-from headprof.models import LoadedModel
+from headprof.models.loading import LoadedModel
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
-from headprof.profile import KINDS, HeadProfile
+from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.scoring.asking import SharedContext
 from headprof.scoring.capture import RowReader
 from headprof.scoring.silence import Head, silenced

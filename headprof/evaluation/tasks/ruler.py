@@ -16,9 +16,9 @@ from itertools import chain, count, islice
 from math import ceil
 from typing import Any, Protocol
 
-from headprof.chat import ChatFormat
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
+from headprof.models.chat import ChatFormat
 from headprof.probes.haystack import Haystack, join_sentences
 from headprof.probes.needles import SPLITS, load_families
 from headprof.utils.units import format_length

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from headprof.checkpoint import one_line, quiet
 from headprof.errors import UsageError
+from headprof.models.checkpoint import one_line, quiet
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _SUFFIXES = tuple(suffix + packed for packed in ("", ".gz") for suffix in _BUILDERS)

@@ -14,7 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import IO, Any
 
-from headprof.checkpoint import (
+from headprof.errors import ModelError
+from headprof.models.checkpoint import (
     Progress,
     Source,
     no_progress,
@@ -24,7 +25,6 @@ from headprof.checkpoint import (
     read_model,
     read_tokenizer,
 )
-from headprof.errors import ModelError
 
 EMBEDDED = "SmolLM2-135M-Instruct"
 

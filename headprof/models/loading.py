@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof.checkpoint import (
+from headprof.errors import ModelError, UsageError
+from headprof.models.checkpoint import (
     Progress,
     Source,
     check_gguf,
@@ -19,9 +20,9 @@ from headprof.checkpoint import (
     read_tokenizer,
     require_decoder,
 )
-from headprof.embedded import EMBEDDED, embedded_model_dir
-from headprof.errors import ModelError, UsageError
-from headprof.shape import HeadShape
+from headprof.models.embedded import EMBEDDED, embedded_model_dir
+from headprof.models.published import find_shape
+from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
     import torch
@@ -163,10 +164,8 @@ def model_shape(model: str | None = None, trust_remote_code: bool = False) -> He
 
 
 def published_shape(name: str) -> HeadShape:
-    """The shape of a published model by a name in `random_models.SHAPES`; raises `UsageError` for another name."""
+    """The shape of a published model by a name in `published.SHAPES`; raises `UsageError` for another name."""
     from transformers import AutoConfig
-
-    from headprof.random_models import find_shape
 
     return _named_shape(Source(name, name), AutoConfig.for_model(**find_shape(name)))
 
@@ -191,7 +190,7 @@ def find_model(model: str | None, progress: Progress, *, weights: bool = True) -
     if looks_like_path(model):
         raise ModelError(f"There is no file or folder {model}; check the path, or pass a hub id such as org/name.")
 
-    from headprof.hub import find_on_hub
+    from headprof.models.hub import find_on_hub
 
     return find_on_hub(model, progress, weights=weights)
 

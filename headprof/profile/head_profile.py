@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from headprof.errors import HeadprofError, ProfileError, UsageError
-from headprof.shape import HeadShape
-from headprof.utils.assets import asset_dir
+from headprof.errors import ProfileError, UsageError
+from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write, read_safetensors
+from headprof.utils.ranks import top_indices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +112,7 @@ class HeadProfile:
         """The `k` best query heads as (layer, head, score), best first; equal scores in order of layer, then head."""
         scores = self.scores_of(which)
         return [
-            (*divmod(index, self.shape.num_heads), float(scores.flatten()[index])) for index in _top_indices(scores, k)
+            (*divmod(index, self.shape.num_heads), float(scores.flatten()[index])) for index in top_indices(scores, k)
         ]
 
     def digest(self) -> str:
@@ -266,185 +264,3 @@ def _tensor_fault(tensor: Tensor, shape: HeadShape) -> str | None:
 def score_command(model_name: str | None) -> str:
     """The command that makes a profile of `model_name`, as the user would type it."""
     return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}"
-
-
-def profile_filename(model_name: str) -> str:
-    """File name of a model's profile: the last part of its hub id or path, with `.safetensors`."""
-    name = Path(model_name).name
-    if name in ("", ".."):
-        name = Path(model_name).resolve().name
-    return f"{name.removesuffix('.gguf')}.safetensors"
-
-
-def user_profile_dir() -> Path:
-    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's place for user data."""
-    import platformdirs
-
-    root = os.environ.get("HEADPROF_DATA") or platformdirs.user_data_dir("headprof", appauthor=False)
-    return Path(root).expanduser() / "profiles"
-
-
-def profile_dirs() -> list[Path]:
-    """Folders that are searched for profiles, first one first: `./profiles`, the user's own, the shipped ones."""
-    return [Path("profiles"), user_profile_dir(), asset_dir("profiles")]
-
-
-def find_profile(model_name: str, explicit: Path | None = None) -> Path:
-    """The file of a model's profile: `explicit` when given, else the first match in `profile_dirs()`.
-
-    Raises:
-        ProfileError: there is none; the message names the command that makes it.
-    """
-    if explicit is not None:
-        if explicit.is_file():
-            return explicit
-        command = f"{score_command(model_name)} -o {shlex.quote(str(explicit))}"
-        raise ProfileError(f"There is no profile file at {explicit}: check the path, or run `{command}`.")
-    for folder in profile_dirs():
-        if (path := folder / profile_filename(model_name)).is_file():
-            return path
-    raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(model_name)}`.")
-
-
-@dataclass(frozen=True)
-class FoundProfile:
-    """A file in one of the folders that are searched for profiles.
-
-    Attributes:
-        path: the file.
-        profile: what it holds; None when it cannot be used.
-        fault: why it cannot be used, as a sentence.
-        shadowed_by: the file of the same name that `find_profile` finds before it.
-    """
-
-    path: Path
-    profile: HeadProfile | None = None
-    fault: str | None = None
-    shadowed_by: Path | None = None
-
-
-def list_profiles() -> list[FoundProfile]:
-    """Every profile in `profile_dirs()`, in the order of search and then by name; damaged ones say what ails them.
-
-    `NAME.probes.safetensors` holds the results of a run, not a profile, and is left out.
-    """
-    first: dict[str, Path] = {}
-    found = []
-    folders: dict[Path, Path] = {}
-    for folder in profile_dirs():  # of which two are the same in a checkout
-        folders.setdefault(folder.resolve(), folder)
-    for folder in folders.values():
-        for path in sorted(folder.glob("*.safetensors")):
-            if not path.is_file() or path.name.endswith(".probes.safetensors"):
-                continue
-            shadowed_by = first.get(path.name)
-            first.setdefault(path.name, path)
-            try:
-                found.append(FoundProfile(path, HeadProfile.load(path), shadowed_by=shadowed_by))
-            except HeadprofError as error:
-                found.append(FoundProfile(path, fault=str(error), shadowed_by=shadowed_by))
-    return found
-
-
-OVERLAPS = (1, 5, 10, 20, 50)
-"""Numbers of top heads whose overlap a comparison gives."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How alike two score tensors rank the same heads.
-
-    Attributes:
-        num_heads: heads that were ranked, over all layers.
-        spearman: rank correlation over all heads; NaN if either scores are constant.
-        overlaps: share of the top heads that both have in common, for each of `OVERLAPS` up to `num_heads`.
-        k: the number of top heads that the next two lists are about.
-        only_first: (layer, head) of heads in the first top `k` and not the second, best first.
-        only_second: the same the other way round.
-    """
-
-    num_heads: int
-    spearman: float
-    overlaps: Mapping[int, float]
-    k: int
-    only_first: list[tuple[int, int]]
-    only_second: list[tuple[int, int]]
-
-    def expected_overlap(self, k: int) -> float:
-        """Overlap of two top `k` picked at random, `k / num_heads`."""
-        return k / self.num_heads
-
-
-def compare(a: Tensor, b: Tensor, k: int = 10) -> Agreement:
-    """Compare two score tensors `[L, H]` of the same heads, as the retrieval-head and HeadKV papers compare models.
-
-    Equal scores are ranked by layer, then head, so that top heads with a score of zero overlap more than by chance.
-
-    Args:
-        a, b: scores, `[L, H]`.
-        k: top heads to tell apart by name.
-
-    Raises:
-        ValueError: the shapes differ.
-        UsageError: `k` is negative.
-    """
-    rank_correlation = spearman(a, b)
-    best_a, best_b = _top_indices(a, k), _top_indices(b, k)
-    width = a.shape[-1]
-    return Agreement(
-        num_heads=a.numel(),
-        spearman=rank_correlation,
-        overlaps={count: top_overlap(a, b, count) for count in OVERLAPS if count <= a.numel()},
-        k=len(best_a),
-        only_first=[divmod(index, width) for index in best_a if index not in best_b],
-        only_second=[divmod(index, width) for index in best_b if index not in best_a],
-    )
-
-
-def compare_profiles(a: HeadProfile, b: HeadProfile, which: str | None = None, k: int = 10) -> dict[str, Agreement]:
-    """Compare two profiles by each kind of score that both hold, or by kind `which` alone.
-
-    Raises:
-        ProfileError: their layers or heads differ, they share no kind, or one lacks `which`.
-        UsageError: `which` is no kind of score, or `k` is negative.
-    """
-    grids = [(profile.shape.num_layers, profile.shape.num_heads) for profile in (a, b)]
-    if grids[0] != grids[1]:
-        sizes = " and ".join(f"{layers} layers of {heads} heads" for layers, heads in grids)
-        raise ProfileError(f"Profiles of {sizes} cannot be compared: choose two of the same model or shape.")
-    kinds = [which] if which else [kind for kind in a.kinds if kind in b.kinds]
-    if not kinds:
-        raise ProfileError(
-            f"One profile holds {a.kinds[0]} scores alone and the other {b.kinds[0]}: choose two with a kind in common."
-        )
-    return {kind: compare(a.scores_of(kind), b.scores_of(kind), k) for kind in kinds}
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two score tensors of equal shape, ties ranked by their average; NaN if either is constant."""
-    if a.shape != b.shape:
-        raise ValueError(f"cannot correlate scores of shapes {list(a.shape)} and {list(b.shape)}")
-    x, y = (ranks - ranks.mean() for ranks in (_average_ranks(a), _average_ranks(b)))
-    norm = float(x.norm() * y.norm())
-    return float(x @ y) / norm if norm > 0 else math.nan
-
-
-def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
-    """Share of the `k` best heads of `a` that are also among the `k` best of `b`, 0 to 1 (1 when `k` is 0)."""
-    if a.shape != b.shape:
-        raise ValueError(f"cannot compare scores of shapes {list(a.shape)} and {list(b.shape)}")
-    best = set(_top_indices(a, k))
-    return len(best.intersection(_top_indices(b, k))) / len(best) if best else 1.0
-
-
-def _average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, float64 `[n]`; equal values share the mean of the places they take together."""
-    _, group, counts = values.flatten().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
-
-
-def _top_indices(scores: Tensor, k: int) -> list[int]:
-    """Flat indices of the `k` largest scores, best first; equal scores by index."""
-    if k < 0:
-        raise UsageError(f"{k} top heads cannot be listed: give 0 or more.")
-    return scores.flatten().argsort(descending=True, stable=True)[:k].tolist()

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headprof.checkpoint import Progress, Source, one_line
 from headprof.errors import ModelError
+from headprof.models.checkpoint import Progress, Source, one_line
 
 _CONNECT_SECONDS = 10.0
 

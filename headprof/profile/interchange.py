@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from headprof import __version__
 from headprof.errors import ProfileError, UsageError
-from headprof.profile import KINDS, HeadProfile
+from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.utils.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headprof.shape import HeadShape
+    from headprof.models.shape import HeadShape
 
 _LARGEST = 3.4e38  # of a float32; also keeps out infinity and, since it compares false, NaN
 _HEAD_KEY = re.compile(r"(\d{1,5})-(\d{1,5})")

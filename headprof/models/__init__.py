@@ -1,0 +1,1 @@
+"""Models: found, loaded, described, spoken to, and looked into."""

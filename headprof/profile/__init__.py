@@ -1,0 +1,1 @@
+"""The head profile: its file, finding one, comparing two, importing and exporting."""

@@ -1,0 +1,90 @@
+"""Where head profiles are found: `./profiles`, the user's own folder, those that ship."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from headprof.errors import HeadprofError, ProfileError
+from headprof.profile.head_profile import HeadProfile, score_command
+from headprof.utils.assets import asset_dir
+
+
+def profile_filename(model_name: str) -> str:
+    """File name of a model's profile: the last part of its hub id or path, with `.safetensors`."""
+    name = Path(model_name).name
+    if name in ("", ".."):
+        name = Path(model_name).resolve().name
+    return f"{name.removesuffix('.gguf')}.safetensors"
+
+
+def user_profile_dir() -> Path:
+    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's place for user data."""
+    import platformdirs
+
+    root = os.environ.get("HEADPROF_DATA") or platformdirs.user_data_dir("headprof", appauthor=False)
+    return Path(root).expanduser() / "profiles"
+
+
+def profile_dirs() -> list[Path]:
+    """Folders that are searched for profiles, first one first: `./profiles`, the user's own, the shipped ones."""
+    return [Path("profiles"), user_profile_dir(), asset_dir("profiles")]
+
+
+def find_profile(model_name: str, explicit: Path | None = None) -> Path:
+    """The file of a model's profile: `explicit` when given, else the first match in `profile_dirs()`.
+
+    Raises:
+        ProfileError: there is none; the message names the command that makes it.
+    """
+    if explicit is not None:
+        if explicit.is_file():
+            return explicit
+        command = f"{score_command(model_name)} -o {shlex.quote(str(explicit))}"
+        raise ProfileError(f"There is no profile file at {explicit}: check the path, or run `{command}`.")
+    for folder in profile_dirs():
+        if (path := folder / profile_filename(model_name)).is_file():
+            return path
+    raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(model_name)}`.")
+
+
+@dataclass(frozen=True)
+class FoundProfile:
+    """A file in one of the folders that are searched for profiles.
+
+    Attributes:
+        path: the file.
+        profile: what it holds; None when it cannot be used.
+        fault: why it cannot be used, as a sentence.
+        shadowed_by: the file of the same name that `find_profile` finds before it.
+    """
+
+    path: Path
+    profile: HeadProfile | None = None
+    fault: str | None = None
+    shadowed_by: Path | None = None
+
+
+def list_profiles() -> list[FoundProfile]:
+    """Every profile in `profile_dirs()`, in the order of search and then by name; damaged ones say what ails them.
+
+    `NAME.probes.safetensors` holds the results of a run, not a profile, and is left out.
+    """
+    first: dict[str, Path] = {}
+    found = []
+    folders: dict[Path, Path] = {}
+    for folder in profile_dirs():  # of which two are the same in a checkout
+        folders.setdefault(folder.resolve(), folder)
+    for folder in folders.values():
+        for path in sorted(folder.glob("*.safetensors")):
+            if not path.is_file() or path.name.endswith(".probes.safetensors"):
+                continue
+            shadowed_by = first.get(path.name)
+            first.setdefault(path.name, path)
+            try:
+                found.append(FoundProfile(path, HeadProfile.load(path), shadowed_by=shadowed_by))
+            except HeadprofError as error:
+                found.append(FoundProfile(path, fault=str(error), shadowed_by=shadowed_by))
+    return found

@@ -1,0 +1,41 @@
+"""Ranks of scores: correlation, and what two rankings have on top in common."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from headprof.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation of two score tensors of equal shape, ties ranked by their average; NaN if either is constant."""
+    if a.shape != b.shape:
+        raise ValueError(f"cannot correlate scores of shapes {list(a.shape)} and {list(b.shape)}")
+    x, y = (ranks - ranks.mean() for ranks in (_average_ranks(a), _average_ranks(b)))
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else math.nan
+
+
+def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
+    """Share of the `k` best heads of `a` that are also among the `k` best of `b`, 0 to 1 (1 when `k` is 0)."""
+    if a.shape != b.shape:
+        raise ValueError(f"cannot compare scores of shapes {list(a.shape)} and {list(b.shape)}")
+    best = set(top_indices(a, k))
+    return len(best.intersection(top_indices(b, k))) / len(best) if best else 1.0
+
+
+def _average_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64 `[n]`; equal values share the mean of the places they take together."""
+    _, group, counts = values.flatten().unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
+
+
+def top_indices(scores: Tensor, k: int) -> list[int]:
+    """Flat indices of the `k` largest scores, best first; equal scores by index."""
+    if k < 0:
+        raise UsageError(f"{k} top heads cannot be listed: give 0 or more.")
+    return scores.flatten().argsort(descending=True, stable=True)[:k].tolist()
