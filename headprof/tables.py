@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headprof.profile.finding import FoundProfile
     from headprof.profile.head_profile import HeadProfile
     from headprof.scoring.run import Progress
-    from headprof.scoring.validation import Validation
+    from headprof.validation.causal_check import Validation
 
 Rows = list[list[str]]
 
@@ -372,8 +372,8 @@ def _grid(profile: HeadProfile) -> str:
 
 def validation(result: Validation) -> tuple[list[str], Rows]:
     """Answers while heads are silent: all counts for the heads of the probes' own kind, and the top of the other."""
-    from headprof.scoring.validation import FAMILIES
-    from headprof.scoring.verdict import curve
+    from headprof.validation.causal_check import FAMILIES
+    from headprof.validation.verdict import curve
 
     points = []
     for probes in result.probe_kinds:

@@ -30,7 +30,7 @@ from headprof.models import random_weights as random_models
 from headprof.models.published import SHAPES
 from headprof.models.shape import HeadShape
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.probing import Prober, ProbeResult
+from headprof.scoring.prober import Prober, ProbeResult
 
 REQUEST = ScoreBenchRequest(lengths=(600,), probes=8, pack=2, include_failed=True, top=3)
 MANY_ENDS = list(range(1, 512, 9))

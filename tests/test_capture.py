@@ -6,8 +6,8 @@ from tiny import ARCHITECTURES, tiny_model
 from transformers.cache_utils import DynamicCache
 
 from headprof.models.attention_hook import wrapped_attention
-from headprof.scoring import capture
-from headprof.scoring.capture import RowReader, attention_rows, causal_visibility
+from headprof.scoring import attention_rows as capture
+from headprof.scoring.attention_rows import RowReader, attention_rows, causal_visibility
 
 
 def eager_rows(model, ids, rows):

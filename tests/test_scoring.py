@@ -10,12 +10,13 @@ from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeSettings
-from headprof.scoring import asking, run
-from headprof.scoring.asking import SharedContext
+from headprof.scoring import run
+from headprof.scoring import shared_context as asking
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.probing import Prober, ProbeResult
-from headprof.scoring.results import RunResults, probes_kept
+from headprof.scoring.probe_results import RunResults, probes_kept
+from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import StopRule, make_profile, score_heads
+from headprof.scoring.shared_context import SharedContext
 
 
 def load_tiny(arch="llama", **options) -> LoadedModel:

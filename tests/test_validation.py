@@ -23,10 +23,8 @@ from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, _spread, validation_plot
 from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.scoring import validation
-from headprof.scoring.head_drops import HeadDrops, agreements, drops_csv, per_head_drops
-from headprof.scoring.silence import silenced, silenced_each
-from headprof.scoring.validation import (
+from headprof.validation import causal_check as validation
+from headprof.validation.causal_check import (
     NOTHING,
     AskedProbe,
     HeadSet,
@@ -38,7 +36,9 @@ from headprof.scoring.validation import (
     same_layer_heads,
     validate,
 )
-from headprof.scoring.verdict import Verdict, curve, verdict
+from headprof.validation.head_drops import HeadDrops, agreements, drops_csv, per_head_drops
+from headprof.validation.silence import silenced, silenced_each
+from headprof.validation.verdict import Verdict, curve, verdict
 
 SMALL = ValidationSettings(top=2, counts=(1,), probes=8, length=500, pack=2, draws=2)
 

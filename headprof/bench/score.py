@@ -27,7 +27,7 @@ from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import KINDS
-from headprof.scoring.probing import Prober, ProbeResult
+from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import counted_values
 from headprof.utils.ranks import spearman, top_overlap
 from headprof.utils.units import human_bytes

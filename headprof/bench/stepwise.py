@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
-from headprof.scoring.probing import ProbeResult
+from headprof.scoring.prober import ProbeResult
 from headprof.utils.word_overlap import token_recall
 
 Prefill = Literal["fast", "attentions"]

@@ -120,7 +120,7 @@ def score(
     headprof score --until-stable
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
-    from headprof.scoring.command import ScoreRequest, build_probes, default_output, resumable, score_to_file
+    from headprof.scoring.request import ScoreRequest, build_probes, default_output, resumable, score_to_file
     from headprof.scoring.run import StopRule
 
     request = ScoreRequest(

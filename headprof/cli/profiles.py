@@ -115,7 +115,7 @@ def import_command(
     from headprof.errors import ModelError, UsageError
     from headprof.models.loading import model_name, model_shape, published_shape
     from headprof.profile.interchange import check_import, import_profile
-    from headprof.scoring.command import default_output
+    from headprof.scoring.request import default_output
 
     papers = {kind: path for kind, path in (("retrieval", retrieval), ("reasoning", reasoning)) if path is not None}
     check_import(files or [], papers)

@@ -56,11 +56,11 @@ def validate(
     from headprof.plots.validation import check_picture, validation_plot
     from headprof.profile.finding import find_profile
     from headprof.profile.head_profile import HeadProfile
-    from headprof.scoring import head_drops
-    from headprof.scoring.validation import ValidationSettings
-    from headprof.scoring.validation import validate as run_validation
-    from headprof.scoring.verdict import figures, verdict
     from headprof.utils.files import write_text
+    from headprof.validation import head_drops
+    from headprof.validation.causal_check import ValidationSettings
+    from headprof.validation.causal_check import validate as run_validation
+    from headprof.validation.verdict import figures, verdict
 
     tokens = length_of(length)
     if csv is not None and not per_head:

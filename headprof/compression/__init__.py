@@ -1,0 +1,1 @@
+"""Compressed caches: what to keep, how it is held, and attention over it."""

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics, the run, and tables of what it found."""

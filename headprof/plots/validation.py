@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
 from headprof.plots.style import INK, MUTED, save_picture
-from headprof.scoring.validation import FAMILIES, Validation
-from headprof.scoring.verdict import curve, verdict
+from headprof.validation.causal_check import FAMILIES, Validation
+from headprof.validation.verdict import curve, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,0 +1,1 @@
+"""Needle probes: filler text, needle families, contexts with exact token spans."""

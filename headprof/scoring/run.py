@@ -21,8 +21,8 @@ from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.probing import Prober, ProbeResult
-from headprof.scoring.results import RunResults
+from headprof.scoring.probe_results import RunResults
+from headprof.scoring.prober import Prober, ProbeResult
 from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error
 from headprof.utils.team import Team
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headprof.scoring.validation import FAMILIES, Validation
 from headprof.utils.bootstrap import bootstrap_interval
+from headprof.validation.causal_check import FAMILIES, Validation
 
 MIN_LOSS = 0.10
 """Share of the answers that the top heads must cost."""

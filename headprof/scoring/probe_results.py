@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from headprof.errors import UsageError
-from headprof.scoring.probing import ProbeResult
+from headprof.scoring.prober import ProbeResult
 from headprof.utils.files import atomic_write
 
 

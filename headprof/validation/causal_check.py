@@ -21,9 +21,9 @@ from headprof.errors import ProbeError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.scoring.asking import SharedContext
-from headprof.scoring.capture import RowReader
-from headprof.scoring.silence import Head, silenced
+from headprof.scoring.attention_rows import RowReader
+from headprof.scoring.shared_context import SharedContext
+from headprof.validation.silence import Head, silenced
 
 FAMILIES = ("top", "random", "bottom")
 PLACES = ("prompt", "question")

@@ -13,7 +13,7 @@ from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
 from headprof.profile.finding import profile_filename
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.results import probes_kept, results_file
+from headprof.scoring.probe_results import probes_kept, results_file
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
 from headprof.utils.files import check_writable, remove_leftovers
 from headprof.utils.team import Team

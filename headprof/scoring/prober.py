@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
-from headprof.scoring.asking import SharedContext
-from headprof.scoring.capture import RowReader
+from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
+from headprof.scoring.shared_context import SharedContext
 from headprof.utils.word_overlap import token_f1
 
 

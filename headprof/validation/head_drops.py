@@ -16,11 +16,11 @@ from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
 from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.scoring.asking import SharedContext
-from headprof.scoring.silence import silenced_each
-from headprof.scoring.validation import ValidationSettings, asking, build_probes, judge, passes
+from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.ranks import spearman, top_overlap
+from headprof.validation.causal_check import ValidationSettings, asking, build_probes, judge, passes
+from headprof.validation.silence import silenced_each
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, that copies of the questions may take."""

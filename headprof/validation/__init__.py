@@ -1,0 +1,1 @@
+"""What a profile is worth: heads are silenced, and the answers counted."""
