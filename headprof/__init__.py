@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HeadCache": "headprof.compression.cache",
+    "HeadCache": "headprof.compression.cache.head_cache",
     "HeadProfile": "headprof.profile.head_profile",
     "HeadprofError": "headprof.errors",
-    "METHODS": "headprof.compression.methods",
-    "compress_document": "headprof.generation",
+    "METHODS": "headprof.compression.methods.table",
+    "compress_document": "headprof.compression.generation",
     "compressed": "headprof.compression.session",
     "load_document": "headprof.compression.document",
     "load_model": "headprof.models.loading",
@@ -44,12 +44,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from headprof.compression.cache import HeadCache
+    from headprof.compression.cache.head_cache import HeadCache
     from headprof.compression.document import load_document, save_document
-    from headprof.compression.methods import METHODS
+    from headprof.compression.generation import compress_document
+    from headprof.compression.methods.table import METHODS
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError
-    from headprof.generation import compress_document
     from headprof.models.loading import load_model
     from headprof.profile.head_profile import HeadProfile
 

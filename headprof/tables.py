@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from headprof.bench.importance import ImportanceTimes
     from headprof.bench.merge import MergeTimes
     from headprof.bench.score import ScoreBenchResult, SideResult
-    from headprof.compression.cache import HeadCache
+    from headprof.compression.cache.head_cache import HeadCache
+    from headprof.compression.generation import Generation
     from headprof.evaluation.perplexity import PerplexityCell
     from headprof.evaluation.results import Cell, Evaluation
-    from headprof.generation import Generation
     from headprof.profile.comparing import Agreement
     from headprof.profile.finding import FoundProfile
     from headprof.profile.head_profile import HeadProfile

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from headprof.compression import attention
-from headprof.compression.attention import (
+from headprof.compression.kernels import attention
+from headprof.compression.kernels.attention import (
     BACKENDS,
     PREFERENCE,
     Backend,
@@ -304,7 +304,7 @@ def test_kernels_compile_for_gpus():
     """What the interpreter lets through, the compiler may not; it needs no GPU to compile for one."""
     code = """
 import torch
-from headprof.compression import attention
+from headprof.compression.kernels import attention
 kernels = attention._kernels()
 import triton
 from triton.backends.compiler import GPUTarget
@@ -512,7 +512,7 @@ def test_available_backends_on_a_cpu(monkeypatch):
 
 
 def test_importing_the_module_does_not_import_triton():
-    code = "import sys, headprof.compression.attention; print('triton' in sys.modules)"
+    code = "import sys, headprof.compression.kernels.attention; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

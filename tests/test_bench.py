@@ -17,7 +17,7 @@ from headprof.bench import generate as bench
 from headprof.bench import measure
 from headprof.bench.generate import BenchRequest, BenchResult, Measurement
 from headprof.cli import main
-from headprof.compression.cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.cache.head_cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
 from headprof.compression.session import compressed
 from headprof.errors import ProfileError, UsageError
 from headprof.models import random_weights as random_models

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headprof import HeadProfile
-from headprof.compression.budget import (
+from headprof.compression.methods.budget import (
     AdaptiveBudget,
     Budget,
     ProfileBudget,

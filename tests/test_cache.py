@@ -9,9 +9,9 @@ from tiny import ARCHITECTURES, tiny_model
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
-from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.storage import CompactRows
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
-from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError, ModelError, UsageError
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headprof.compression import column_sums as module
-from headprof.compression.column_sums import column_sums
+from headprof.compression.kernels.column_sums import column_sums
 from headprof.errors import UsageError
 
 OPTIONS = {
@@ -332,7 +332,7 @@ def test_shapes_that_do_not_fit(changes):
 
 
 def test_importing_the_module_does_not_import_triton():
-    code = "import sys, headprof.compression.column_sums; print('triton' in sys.modules)"
+    code = "import sys, headprof.compression.kernels.column_sums; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -9,18 +9,18 @@ from test_cache import GREEDY, padded_ids, three_layers
 from test_compression import random_ids, random_profile
 from tiny import ARCHITECTURES, tiny_model
 
-from headprof.compression.budget import Budget, UniformBudget
-from headprof.compression.cache import HeadCache, stack_caches
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.cache.head_layer import FOLD, HeadCacheLayer
+from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.document import load_document, save_document
-from headprof.compression.head_layer import FOLD, HeadCacheLayer
-from headprof.compression.importance import Accumulated, Importance
-from headprof.compression.methods import METHODS, Method
+from headprof.compression.generation import compress_document, generate_text, question_ids
+from headprof.compression.methods.budget import Budget, UniformBudget
+from headprof.compression.methods.importance import Accumulated, Importance
+from headprof.compression.methods.reduction import Evict, EvictThenMerge
+from headprof.compression.methods.table import METHODS, Method
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.reduction import Evict, EvictThenMerge
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
-from headprof.compression.states import Judgement, PromptStates
 from headprof.errors import CacheError, UsageError
-from headprof.generation import compress_document, generate_text, question_ids
 from headprof.models.shape import HeadShape
 
 LOSSY = [name for name in METHODS if name != "full"]
@@ -228,7 +228,7 @@ def test_a_batch_equals_each_sequence_alone(name):
 
 def folding(monkeypatch, count):
     """Fold whenever so many queries are more than need be at hand."""
-    monkeypatch.setattr("headprof.compression.head_layer.FOLD", count)
+    monkeypatch.setattr("headprof.compression.cache.head_layer.FOLD", count)
 
 
 def remembered(cache):

@@ -17,11 +17,11 @@ from test_compression import random_ids, random_profile
 from tiny import save_tiny
 
 from headprof.cli import main
-from headprof.compression.cache import HeadCache, stack_caches
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document, tokenizer_fingerprint, weights_fingerprint
+from headprof.compression.generation import compress_document, generate_text, question_ids
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
-from headprof.generation import compress_document, generate_text, question_ids
 from headprof.models.chat import ChatFormat
 from headprof.models.loading import load_model
 
@@ -52,7 +52,7 @@ def test_a_loaded_document_answers_as_the_one_that_was_saved(tiny, tmp_path, met
 
 
 def test_a_document_kept_whole_answers_as_the_full_cache(tiny):
-    from headprof.generation import prompt_ids
+    from headprof.compression.generation import prompt_ids
 
     cache = compressed_document(tiny, "full")
     made = generate_text(tiny, question_ids(tiny, cache, QUESTIONS[0], 32), cache=cache, max_new_tokens=32)

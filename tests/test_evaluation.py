@@ -11,7 +11,7 @@ import torch
 from test_compression import random_ids, random_profile
 from tiny import EOS, tiny_model, tiny_tokenizer
 
-from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.evaluation import asking

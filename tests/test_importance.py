@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compression import slow_window_attention
 
-from headprof.compression.importance import (
+from headprof.compression.cache.states import PromptStates
+from headprof.compression.methods.importance import (
     Accumulated,
     GlobalLocal,
     KeyNorm,
@@ -19,8 +20,7 @@ from headprof.compression.importance import (
     received_attention,
     sampled_queries,
 )
-from headprof.compression.methods import METHODS
-from headprof.compression.states import PromptStates
+from headprof.compression.methods.table import METHODS
 from headprof.errors import UsageError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}

@@ -8,14 +8,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from headprof.compression.attention import RaggedRows, ragged_attention
-from headprof.compression.budget import Budget, UniformBudget
-from headprof.compression.head_layer import HeadCacheLayer
-from headprof.compression.importance import KeyNorm
-from headprof.compression.methods import Method
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.states import Judgement, PromptStates
+from headprof.compression.kernels.attention import RaggedRows, ragged_attention
+from headprof.compression.methods.budget import Budget, UniformBudget
+from headprof.compression.methods.importance import KeyNorm
+from headprof.compression.methods.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
+from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
-from headprof.compression.states import Judgement, PromptStates
 from headprof.models.shape import HeadShape
 
 INF = float("inf")
@@ -356,7 +356,7 @@ def test_classes_are_the_same_however_many_similarities_are_held_at_once(monkeyp
     is_centre = torch.arange(7) < torch.tensor([[7], [2], [0]])
     whole = nearest(candidates, centres, is_centre, 0.2)
     assert len(whole[0].unique()) == 8 and whole[1].max() == 2 and not whole[2].any()
-    monkeypatch.setattr("headprof.compression.reduction._SIMILARITIES", 100)
+    monkeypatch.setattr("headprof.compression.methods.reduction._SIMILARITIES", 100)
     assert torch.equal(nearest(candidates, centres, is_centre, 0.2), whole)
 
 

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 import headprof
-from headprof.compression.cache import HeadCache
-from headprof.compression.importance import (
+from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.states import PromptStates
+from headprof.compression.methods.importance import (
     Accumulated,
     KeyNorm,
     LastQuery,
     Recency,
     WindowAttention,
 )
-from headprof.compression.methods import METHODS, Method, deal_options, find_method
-from headprof.compression.reduction import largest, ranking
+from headprof.compression.methods.reduction import largest, ranking
+from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.session import compressed, prefill
-from headprof.compression.states import PromptStates
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 

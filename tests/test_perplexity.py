@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_compression import random_ids, random_profile
 from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
-from headprof.compression.cache import HeadCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.session import compressed, make_plan
 from headprof.errors import UsageError
 from headprof.evaluation import perplexity

@@ -2,10 +2,10 @@
 
 import pytest
 
+from headprof.compression.generation import demo_document, generate_text, prompt_ids
 from headprof.compression.session import make_plan
 from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.run import EvalRun
-from headprof.generation import demo_document, generate_text, prompt_ids
 from headprof.profile.finding import find_profile
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.assets import asset_dir

@@ -25,14 +25,14 @@ from headprof.bench.measure import (
     now,
     require_at_least,
 )
-from headprof.compression.attention import check_backend
-from headprof.compression.budget import Budget
-from headprof.compression.cache import HeadCache, PromptLayer
-from headprof.compression.methods import deal_options, find_method
+from headprof.compression.cache.head_cache import HeadCache, PromptLayer
+from headprof.compression.generation import cache_nbytes
+from headprof.compression.kernels.attention import check_backend
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
-from headprof.generation import cache_nbytes
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import HeadProfile
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headprof.bench.measure import Progress, median_seconds, require_at_least
-from headprof.compression.importance import PromptStates, received_attention
+from headprof.compression.methods.importance import PromptStates, received_attention
 from headprof.models.published import find_shape
 
 

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 
 from headprof.bench.measure import Progress, median_seconds, require_at_least
-from headprof.compression.budget import ProfileBudget
-from headprof.compression.methods import METHODS
-from headprof.compression.reduction import Reduced, Rows, largest, ranking
+from headprof.compression.methods.budget import ProfileBudget
+from headprof.compression.methods.reduction import Reduced, Rows, largest, ranking
+from headprof.compression.methods.table import METHODS
 from headprof.models.published import find_shape
 
 

@@ -241,9 +241,9 @@ def generate(
     """
     from dataclasses import replace
 
-    from headprof.compression.attention import check_backend
     from headprof.compression.document import load_document
-    from headprof.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
+    from headprof.compression.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
+    from headprof.compression.kernels.attention import check_backend
 
     check_backend(backend)
     check_sources(file, cache, compare)
@@ -346,10 +346,10 @@ def compress(
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
-    from headprof.compression.attention import check_backend
-    from headprof.compression.cache import stack_caches
+    from headprof.compression.cache.head_cache import stack_caches
     from headprof.compression.document import save_document
-    from headprof.generation import compress_document, generate_text, question_ids, read_document
+    from headprof.compression.generation import compress_document, generate_text, question_ids, read_document
+    from headprof.compression.kernels.attention import check_backend
 
     check_backend(backend)
     options = method_options(window, keep_last, kernel, pooling, pool_factor, settings)

@@ -50,7 +50,7 @@ def load_profile(loaded, explicit: Path | None):
 
 def method_options(window, keep_last, kernel, pooling, pool_factor, settings) -> dict[str, Any]:
     """Parameters of a method's parts; `None` leaves one at its default."""
-    from headprof.compression.methods import parse_settings
+    from headprof.compression.methods.table import parse_settings
 
     named = {
         "window": window,
@@ -64,7 +64,7 @@ def method_options(window, keep_last, kernel, pooling, pool_factor, settings) ->
 
 def decoding_options(decode_budget: str | None, buffer: int | None) -> dict[str, Any]:
     """How a cache is compressed while generating; what is not given keeps its default, a buffer of 0 is none."""
-    from headprof.compression.budget import Budget
+    from headprof.compression.methods.budget import Budget
 
     given: dict[str, Any] = {} if decode_budget is None else {"decode_budget": Budget.parse(decode_budget)}
     return given if buffer is None else given | {"buffer": buffer or None}
@@ -72,8 +72,8 @@ def decoding_options(decode_budget: str | None, buffer: int | None) -> dict[str,
 
 def check_method(method: str, budget: str, options: dict[str, Any]) -> None:
     """Complain about a method, a parameter or a budget before anything is loaded."""
-    from headprof.compression.budget import Budget
-    from headprof.compression.methods import find_method
+    from headprof.compression.methods.budget import Budget
+    from headprof.compression.methods.table import find_method
 
     find_method(method).with_options(**options)
     Budget.parse(budget)
@@ -83,7 +83,7 @@ def choose_plan(
     loaded, profile: Path | None, method: str, budget: str, options: dict[str, Any], prompt_length: int = 0
 ):
     """How to compress a prompt; none for the full cache. A budget that cannot be met is an error before any work."""
-    from headprof.compression.methods import find_method
+    from headprof.compression.methods.table import find_method
     from headprof.compression.session import make_plan
 
     if method == "full" and prompt_length:

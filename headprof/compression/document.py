@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headprof.compression.budget import Budget
-from headprof.compression.cache import HeadCache
-from headprof.compression.head_layer import HeadCacheLayer
-from headprof.compression.methods import find_method
+from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.recent_queries import RecentQueries
+from headprof.compression.cache.storage import CompactRows
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.recent import RecentQueries
-from headprof.compression.storage import CompactRows
 from headprof.errors import CacheError
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write, read_safetensors

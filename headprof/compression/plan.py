@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from headprof.compression.budget import Budget
-from headprof.compression.methods import Method
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import Method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 

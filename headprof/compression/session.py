@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from headprof.compression.attention import check_backend, ragged_attention
-from headprof.compression.budget import Budget
-from headprof.compression.cache import HeadCache
-from headprof.compression.chunked import chunked_prefill
-from headprof.compression.head_layer import HeadCacheLayer
-from headprof.compression.methods import find_method
+from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.prompt_layer import PromptLayer
+from headprof.compression.chunked_prefill import chunked_prefill
+from headprof.compression.kernels.attention import check_backend, ragged_attention
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import find_method
 from headprof.compression.plan import BUFFER, CompressionPlan
-from headprof.compression.prompt_layer import PromptLayer
 from headprof.errors import ModelError, ProfileError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.shape import HeadShape

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headprof.compression.cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.candidate import Candidate
 from headprof.evaluation.questions import Judge, Question

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from headprof import __version__
-from headprof.compression.budget import Budget
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
-from headprof.compression.methods import METHODS, deal_options, find_method
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import METHODS, deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headprof.compression.cache import FanOutCache, HeadCache
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.candidate import Candidate

@@ -30,10 +30,10 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from headprof.compression.attention import check_backend
-from headprof.compression.budget import Budget
-from headprof.compression.cache import HeadCache, stack_caches
-from headprof.compression.methods import METHODS, find_method
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.kernels.attention import check_backend
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import METHODS, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import ModelError, UsageError

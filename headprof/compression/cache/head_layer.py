@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import torch
 
-from headprof.compression.importance import received_attention
+from headprof.compression.cache.prompt_layer import PromptLayer
+from headprof.compression.cache.recent_queries import RecentQueries
+from headprof.compression.cache.states import Judgement, PromptStates
+from headprof.compression.cache.storage import SLACK, CompactRows, RowStorage
+from headprof.compression.methods.importance import received_attention
+from headprof.compression.methods.reduction import Rows, largest
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.prompt_layer import PromptLayer
-from headprof.compression.recent import RecentQueries
-from headprof.compression.reduction import Rows, largest
-from headprof.compression.states import Judgement, PromptStates
-from headprof.compression.storage import SLACK, CompactRows, RowStorage
 from headprof.errors import CacheError
 
 FOLD = 16

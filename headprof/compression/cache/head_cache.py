@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from headprof.compression.head_layer import HeadCacheLayer
-from headprof.compression.importance import Importance
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
+from headprof.compression.cache.states import Judgement, PromptStates
+from headprof.compression.cache.storage import SLACK
+from headprof.compression.methods.importance import Importance
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.prompt_layer import PromptLayer, outside_context
-from headprof.compression.states import Judgement, PromptStates
-from headprof.compression.storage import SLACK
 from headprof.errors import CacheError
 
 

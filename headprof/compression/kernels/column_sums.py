@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from headprof.compression.attention import available_backends, dot_dtype
+from headprof.compression.kernels.attention import available_backends, dot_dtype
 from headprof.errors import UsageError
 
 _LOG2_E = math.log2(math.e)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headprof.compression.cache import PromptCache
+from headprof.compression.cache.head_cache import PromptCache
 from headprof.errors import ModelError, UsageError
 
 if TYPE_CHECKING:

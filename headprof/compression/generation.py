@@ -13,7 +13,7 @@ import torch
 from transformers import TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
-from headprof.compression.cache import HeadCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError

@@ -10,8 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from headprof.compression.budget import AdaptiveBudget, BudgetPolicy, ProfileBudget, PyramidBudget, UniformBudget
-from headprof.compression.importance import (
+from headprof.compression.methods.budget import (
+    AdaptiveBudget,
+    BudgetPolicy,
+    ProfileBudget,
+    PyramidBudget,
+    UniformBudget,
+)
+from headprof.compression.methods.importance import (
     Accumulated,
     GlobalLocal,
     Importance,
@@ -20,7 +26,7 @@ from headprof.compression.importance import (
     Recency,
     WindowAttention,
 )
-from headprof.compression.reduction import Evict, EvictThenMerge, Reduction, ranking
+from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
 from headprof.errors import UsageError
 
 

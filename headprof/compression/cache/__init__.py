@@ -1,0 +1,1 @@
+"""The cache: rows, layers, when and to what they are compressed."""

@@ -1,0 +1,1 @@
+"""Attention over ragged rows, and sums of attention: reference, torch and CUDA."""

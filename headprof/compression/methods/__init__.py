@@ -1,0 +1,1 @@
+"""Methods: independent axes, and the table in which a method is one line."""
