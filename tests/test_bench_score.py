@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from test_scoring import builder_for, load_tiny
 from tiny import ARCHITECTURES
 
-from headprof import tables
 from headprof.bench import score
 from headprof.bench.score import (
     SIDES,
@@ -25,6 +24,7 @@ from headprof.bench.score import (
 )
 from headprof.bench.stepwise import StepwiseProber
 from headprof.cli import main
+from headprof.cli.tables import all as tables
 from headprof.errors import UsageError
 from headprof.models import random_weights as random_models
 from headprof.models.published import SHAPES

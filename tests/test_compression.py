@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicCache
 
 import headprof
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache
-from headprof.compression.cache.states import PromptStates
 from headprof.compression.methods.importance import WindowAttention
 from headprof.compression.methods.reduction import largest, ranking
+from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, find_method, parse_settings
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ProfileError, UsageError

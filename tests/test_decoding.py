@@ -11,12 +11,12 @@ from tiny import ARCHITECTURES, tiny_model
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.head_layer import FOLD, HeadCacheLayer
-from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document, generate_text, question_ids
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import Accumulated, Importance
 from headprof.compression.methods.reduction import Evict, EvictThenMerge
+from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.methods.table import METHODS, Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from headprof.cli import app
 from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
 from headprof.evaluation import journal, metrics
-from headprof.evaluation.asking import Asker
-from headprof.evaluation.command import PRESETS, EvalRequest, find_preset
+from headprof.evaluation.asker import Asker
 from headprof.evaluation.journal import Journal, answers_kept
+from headprof.evaluation.request import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.run import EvalRun, PerplexityTask, QuestionTask
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape

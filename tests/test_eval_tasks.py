@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from headprof.cli import app
 from headprof.evaluation import questions
-from headprof.evaluation.command import EvalRequest
 from headprof.evaluation.questions import Judge
+from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import BENCHMARKS, TASKS
 from headprof.models.chat import ChatFormat

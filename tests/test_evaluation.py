@@ -14,11 +14,11 @@ from tiny import EOS, tiny_model, tiny_tokenizer
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
-from headprof.evaluation import asking
-from headprof.evaluation.asking import Asker, Sharing
-from headprof.evaluation.candidate import Candidate
-from headprof.evaluation.command import EvalRequest
+from headprof.evaluation import asker as asking
+from headprof.evaluation.asker import Asker, Sharing
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import ExampleQuestions, Judge, ProbeQuestions
+from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.results import Answer, main_cells, results_csv, tabulate
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import Example

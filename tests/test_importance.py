@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compression import slow_window_attention
 
-from headprof.compression.cache.states import PromptStates
 from headprof.compression.methods.importance import (
     Accumulated,
     GlobalLocal,
@@ -20,6 +19,7 @@ from headprof.compression.methods.importance import (
     received_attention,
     sampled_queries,
 )
+from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS
 from headprof.errors import UsageError
 

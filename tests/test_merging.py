@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
-from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.kernels.attention import RaggedRows, ragged_attention
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import KeyNorm
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
+from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.models.shape import HeadShape

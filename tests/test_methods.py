@@ -10,7 +10,6 @@ from tiny import tiny_model
 
 import headprof
 from headprof.compression.cache.head_cache import HeadCache
-from headprof.compression.cache.states import PromptStates
 from headprof.compression.methods.importance import (
     Accumulated,
     KeyNorm,
@@ -19,6 +18,7 @@ from headprof.compression.methods.importance import (
     WindowAttention,
 )
 from headprof.compression.methods.reduction import largest, ranking
+from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError

@@ -17,7 +17,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.session import compressed, make_plan
 from headprof.errors import UsageError
 from headprof.evaluation import perplexity
-from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import (
     Document,
     Loss,

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
+from headprof.cli.context import terminal
 from headprof.cli.profiles import profiles
-from headprof.cli.shared import terminal
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.loading import load_model, model_shape, published_shape
 from headprof.models.shape import HeadShape

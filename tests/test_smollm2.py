@@ -4,7 +4,7 @@ import pytest
 
 from headprof.compression.generation import demo_document, generate_text, prompt_ids
 from headprof.compression.session import make_plan
-from headprof.evaluation.command import EvalRequest
+from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun
 from headprof.profile.finding import find_profile
 from headprof.profile.head_profile import HeadProfile

@@ -11,10 +11,21 @@ from typing import Annotated
 
 import typer
 
-from headprof import __version__, tables
+from headprof._version import __version__
 from headprof.cli.bench import bench
+from headprof.cli.context import (
+    check_method,
+    choose_plan,
+    decoding_options,
+    guarded,
+    join_team,
+    lengths_of,
+    load,
+    method_options,
+    terminal,
+)
 from headprof.cli.evaluate import evaluate
-from headprof.cli.harness import PASS_ON, lm_eval
+from headprof.cli.lm_eval import PASS_ON, lm_eval
 from headprof.cli.options import (
     Attn,
     Backend,
@@ -40,17 +51,7 @@ from headprof.cli.options import (
     Window,
 )
 from headprof.cli.profiles import profiles
-from headprof.cli.shared import (
-    check_method,
-    choose_plan,
-    decoding_options,
-    guarded,
-    join_team,
-    lengths_of,
-    load,
-    method_options,
-    terminal,
-)
+from headprof.cli.tables import all as tables
 from headprof.cli.validate import validate
 from headprof.models.chat import OBSERVATION
 

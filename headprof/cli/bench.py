@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headprof import tables
+from headprof.cli.context import decoding_options, guarded, lengths_of, load, load_profile, method_options, terminal
 from headprof.cli.options import (
     Attn,
     Buffer,
@@ -27,7 +27,7 @@ from headprof.cli.options import (
     Trust,
     Window,
 )
-from headprof.cli.shared import decoding_options, guarded, lengths_of, load, load_profile, method_options, terminal
+from headprof.cli.tables import all as tables
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
 

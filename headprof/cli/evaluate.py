@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from headprof import tables
+from headprof.cli.context import (
+    decoding_options,
+    guarded,
+    join_team,
+    length_of,
+    lengths_of,
+    load,
+    load_profile,
+    method_options,
+    terminal,
+)
 from headprof.cli.options import (
     Attn,
     Buffer,
@@ -29,17 +39,7 @@ from headprof.cli.options import (
     Trust,
     Window,
 )
-from headprof.cli.shared import (
-    decoding_options,
-    guarded,
-    join_team,
-    length_of,
-    lengths_of,
-    load,
-    load_profile,
-    method_options,
-    terminal,
-)
+from headprof.cli.tables import all as tables
 from headprof.models.chat import OBSERVATION
 
 _TASKS = (
@@ -136,8 +136,8 @@ def evaluate(
     headprof eval --preset standard --query-agnostic --budgets 128,256
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
-    from headprof.evaluation.command import EvalRequest, find_preset
     from headprof.evaluation.journal import answers_kept
+    from headprof.evaluation.request import EvalRequest, find_preset
     from headprof.evaluation.results import summary
     from headprof.evaluation.run import EvalRun
     from headprof.plots.evaluation import write_results

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprof import tables
+from headprof.cli.context import guarded, terminal
 from headprof.cli.options import JsonFlag, Model, Trust
-from headprof.cli.shared import guarded, terminal
+from headprof.cli.tables import all as tables
 
 if TYPE_CHECKING:
     from headprof.profile.comparing import Agreement

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from headprof import tables
+from headprof.cli.context import guarded, length_of, load, load_profile, terminal
 from headprof.cli.options import Attn, Device, Dtype, JsonFlag, Model, Seed, Trust
-from headprof.cli.shared import guarded, length_of, load, load_profile, terminal
+from headprof.cli.tables import all as tables
 
 
 @guarded

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
-from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.texts import Text
 from headprof.models.loading import require_finite
 from headprof.utils.intervals import mean_interval

@@ -16,14 +16,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 import transformers
 
-from headprof import __version__
+from headprof._version import __version__
 from headprof.errors import HeadprofError, InterruptedRun, UsageError
-from headprof.evaluation.asking import Asker, Sharing
-from headprof.evaluation.candidate import Candidate
-from headprof.evaluation.command import EvalRequest
+from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.journal import Journal, Place, Results
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
 from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, digest_of
+from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulate
 from headprof.evaluation.tasks import TASKS, Example
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof import __version__
+from headprof._version import __version__
 from headprof.errors import ProfileError, UsageError
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.utils.files import atomic_write

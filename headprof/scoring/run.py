@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from headprof import __version__
+from headprof._version import __version__
 from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings

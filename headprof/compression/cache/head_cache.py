@@ -10,9 +10,9 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
-from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.cache.storage import SLACK
 from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
 

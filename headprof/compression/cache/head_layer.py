@@ -9,10 +9,10 @@ import torch
 
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.recent_queries import RecentQueries
-from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.cache.storage import SLACK, CompactRows, RowStorage
 from headprof.compression.methods.importance import received_attention
 from headprof.compression.methods.reduction import Rows, largest
+from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from headprof.compression.cache.states import PromptStates
+from headprof.compression.methods.states import PromptStates
 from headprof.errors import CacheError
 
 

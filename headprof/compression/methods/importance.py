@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import avg_pool1d, max_pool1d
 
-from headprof.compression.cache.states import Judgement, PromptStates
 from headprof.compression.kernels.column_sums import column_sums
+from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.errors import UsageError
 
 

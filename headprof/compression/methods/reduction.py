@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import normalize
 
-from headprof.compression.cache.states import per_head
+from headprof.compression.methods.states import per_head
 from headprof.errors import UsageError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from headprof.console import Terminal
+from headprof.cli.terminal import Terminal
 from headprof.errors import HeadprofError
 
 terminal = Terminal()

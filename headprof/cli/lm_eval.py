@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from headprof.cli.shared import guarded
+from headprof.cli.context import guarded
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Context settings that leave every argument, `--help` too, to the harness."""

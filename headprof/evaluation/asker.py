@@ -11,7 +11,7 @@ import torch
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, prefill
-from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Judge, Question
 from headprof.evaluation.results import Answer
 from headprof.models.loading import LoadedModel, require_finite

@@ -7,14 +7,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from headprof import __version__
+from headprof._version import __version__
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import METHODS, deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
-from headprof.evaluation.candidate import Candidate
+from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
