@@ -389,7 +389,7 @@ def _cases(model: Any, max_positions: int, profile: HeadProfile | None, request:
     plans = [
         (name, budget, make_plan(model, profile, method=name, budget=budget, **options[name], **request.decoding))
         for name in request.methods
-        if find_method(name).importance is not None
+        if not find_method(name).keeps_everything
         for budget in request.budgets
     ]
     cases = []

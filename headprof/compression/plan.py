@@ -55,7 +55,7 @@ class CompressionPlan:
     @property
     def compresses_while_generating(self) -> bool:
         """Whether what comes after the prompt is compressed too."""
-        return self.buffer is not None and self.method.importance is not None
+        return self.buffer is not None and not self.method.keeps_everything
 
     def check(self, prompt_length: int) -> None:
         """
@@ -84,7 +84,7 @@ class CompressionPlan:
 
     def _allocation(self, given: Budget, length: int) -> torch.Tensor:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
-        budget = given.tokens(length, bytes_per_token) if self.method.importance is not None else length
+        budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
         if budget < 1:
             raise UsageError(
                 f"A budget of {int(given.amount)} bytes is less than one token per head "

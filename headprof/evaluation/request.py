@@ -206,7 +206,7 @@ class EvalRequest:
         options = deal_options(self.methods, self.options)
         for name in dict.fromkeys(self.methods):
             method = find_method(name)
-            for budget in budgets.values() if method.importance is not None else [""]:
+            for budget in [""] if method.keeps_everything else budgets.values():
                 plan = make_plan(
                     loaded.model,
                     profile,

@@ -134,7 +134,7 @@ class HeadprofLM(HFLM):
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any):
-        if self.plan.method.importance is not None:
+        if not self.plan.method.keeps_everything:
             generation_kwargs["past_key_values"] = HeadCache(self.plan)
         with self._attending():
             return super()._model_generate(context, max_length=max_length, stop=stop, **generation_kwargs)

@@ -58,6 +58,11 @@ class Method:
             raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
 
     @property
+    def keeps_everything(self) -> bool:
+        """Whether this is the full cache, whatever the budget."""
+        return self.importance is None
+
+    @property
     def always_kept(self) -> int:
         """Tokens that every head keeps, whatever its budget."""
         return self.sinks + self.keep_last
