@@ -4,6 +4,7 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
+from headprof.compression.methods.states import PromptStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
@@ -13,7 +14,6 @@ import headprof
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache
 from headprof.compression.methods.importance import WindowAttention
 from headprof.compression.methods.reduction import largest, ranking
-from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, find_method, parse_settings
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ProfileError, UsageError

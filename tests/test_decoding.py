@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from headprof.compression.methods.states import Judgement, PromptStates
 from test_cache import GREEDY, padded_ids, three_layers
 from test_compression import random_ids, random_profile
 from tiny import ARCHITECTURES, tiny_model
@@ -16,7 +17,6 @@ from headprof.compression.generation import compress_document, generate_text, qu
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import Accumulated, Importance
 from headprof.compression.methods.reduction import Evict, EvictThenMerge
-from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.methods.table import METHODS, Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill

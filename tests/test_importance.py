@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from headprof.compression.methods.states import PromptStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compression import slow_window_attention
@@ -19,7 +20,6 @@ from headprof.compression.methods.importance import (
     received_attention,
     sampled_queries,
 )
-from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS
 from headprof.errors import UsageError
 

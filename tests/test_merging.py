@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from headprof.compression.methods.states import Judgement, PromptStates
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from headprof.compression.kernels.attention import RaggedRows, ragged_attention
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import KeyNorm
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
-from headprof.compression.methods.states import Judgement, PromptStates
 from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.models.shape import HeadShape

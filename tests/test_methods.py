@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from headprof.compression.methods.states import PromptStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
@@ -18,7 +19,6 @@ from headprof.compression.methods.importance import (
     WindowAttention,
 )
 from headprof.compression.methods.reduction import largest, ranking
-from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError

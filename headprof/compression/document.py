@@ -22,11 +22,13 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
-from headprof.compression.cache.storage import CompactRows
 from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
+from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write, read_safetensors
 
@@ -75,26 +77,30 @@ def save_document(
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
-        "logits": json.dumps([layer.recent.logits for layer in cache.head_layers]),
+        "logits": json.dumps([_logits(layer.held.recent.layer) for layer in cache.head_layers]),
     } | dict(notes or {})
     metadata["checksum"] = _checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
+def _logits(layer: AttentionLayer) -> dict[str, Any]:
+    """How a layer makes logits of queries, as the file has it."""
+    return {"scaling": layer.scaling, "softcap": layer.softcap, "sliding_window": layer.sliding_window}
+
+
 def _parts(layer: HeadCacheLayer) -> dict[str, torch.Tensor | None]:
     """A layer's tensors by their names in the file."""
     rows = layer.storage.compact()
-    queries, judges = layer.recent.joined()
+    queries, valid = layer.held.recent.joined()
     return {
         "keys": rows.keys,
         "values": rows.values,
         "positions": rows.positions,
         "lengths": torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads),
-        "bias": rows.bias,
-        "received": rows.received,
+        **rows.columns,
         "queries": queries,
-        "judges": judges,
+        "judges": valid,
     }
 
 
@@ -127,7 +133,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     for layer, logits in zip(layers, json.loads(metadata["logits"]), strict=True):
         prefix, device = f"layers.{layer.layer_idx}.", _layer_device(loaded, layer.layer_idx)
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
-        _restore(layer, own, int(metadata["tokens_seen"]), logits)
+        how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
+        _restore(layer, own, int(metadata["tokens_seen"]), how)
     return HeadCache.of_layers(layers), metadata
 
 
@@ -147,15 +154,16 @@ def _saved_plan(loaded: LoadedModel, metadata: Mapping[str, str], scores: torch.
     )
 
 
-def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, logits: dict[str, Any]) -> None:
+def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, how: AttentionLayer) -> None:
     """Give a layer back what `_parts` took from it."""
     keys, lengths = parts["keys"], parts["lengths"]
     layer.batch_size, layer.num_kv_heads, layer.head_dim = *lengths.shape, keys.shape[-1]
     layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, seen
-    columns = (parts.get(name) for name in ("bias", "received"))
-    layer.hold(CompactRows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), *columns))
+    columns = {name: parts[name] for name in COLUMNS if name in parts}
+    recent = RecentQueries(layer=how)
     if "queries" in parts:
-        layer.recent = RecentQueries([parts["queries"]], [parts.get("judges")], logits)
+        recent = RecentQueries([parts["queries"]], [parts.get("judges")], how)
+    layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
 
 
 def _layer_device(loaded: LoadedModel, index: int) -> torch.device:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_cache import HeadCache
-from headprof.compression.cache.head_layer import HeadCacheLayer
-from headprof.compression.cache.prompt_layer import PromptLayer
-from headprof.compression.chunked_prefill import chunked_prefill
-from headprof.compression.kernels.attention import check_backend, ragged_attention
+from headprof.compression.hook import attending
 from headprof.compression.methods.budget import Budget
-from headprof.compression.methods.table import find_method
+from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError
-from headprof.models.attention_hook import AttentionFunction, wrapped_attention
+from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
@@ -31,7 +28,7 @@ def make_plan(
     model: PreTrainedModel,
     profile: HeadProfile | None = None,
     *,
-    method: str = "headkv-r2",
+    method: str | Method = "headkv-r2",
     budget: int | str | Budget = 64,
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
@@ -42,7 +39,7 @@ def make_plan(
     Args:
         model: the model whose cache is to be compressed.
         profile: its head profile, for methods that need one.
-        method: a name in `METHODS`.
+        method: a name in `METHODS` or of an installed package's method, or a `Method` itself.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
         decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
         options: parameters of the method's parts, such as `window=8`, `keep_last=4`, `pool_factor=1.1`.
@@ -51,20 +48,12 @@ def make_plan(
         UsageError: no such method or parameter, or the budget cannot be read.
         ProfileError: the method needs a profile and there is none, or it belongs to another model.
     """
-    chosen = find_method(method).with_options(**options)
+    base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
+    chosen = base.with_options(**options)
     shape = HeadShape.from_config(model.config)
     _check_layer_types(model)
-    which = chosen.budget.profile_scores
-    if which is None:
-        scores, digest = torch.ones(shape.num_layers, shape.num_kv_heads), ""
-    elif profile is None:
-        raise ProfileError(
-            f"The method {method!r} needs a head profile: make one with `headprof score`, or choose snapkv."
-        )
-    else:
-        _check_profile(profile, shape)
-        scores = profile.kv_head_scores(which, getattr(chosen.budget, "aggregate", "max"))
-        digest = profile.digest()
+    _check_rotary(model, chosen, name)
+    scores, digest = _budget_scores(profile, chosen, name, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(
         chosen,
@@ -72,11 +61,42 @@ def make_plan(
         shape,
         scores,
         element,
-        name=method,
+        name=name,
         profile_digest=digest,
         decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
         buffer=buffer,
     )
+
+
+def _budget_scores(
+    profile: HeadProfile | None, method: Method, name: str, shape: HeadShape
+) -> tuple[torch.Tensor, str]:
+    """Scores of the KV heads, `[L, K]`, by which the method spends its budget, and the digest of their profile."""
+    which = method.budget.profile_scores
+    if which is None:
+        return torch.ones(shape.num_layers, shape.num_kv_heads), ""
+    if profile is None:
+        raise ProfileError(
+            f"The method {name!r} needs a head profile: make one with `headprof score`, or choose snapkv."
+        )
+    _check_profile(profile, shape)
+    return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()
+
+
+def _check_rotary(model: PreTrainedModel, method: Method, name: str) -> None:
+    """
+    Raises:
+        ModelError: the method turns queries to other positions, and some layer's rotary embedding cannot be had.
+    """
+    if not method.importance.needs_rotary:
+        return
+    for layer_idx in range(HeadShape.from_config(model.config).num_layers):
+        rotary = rotary_of(model, layer_idx)
+        if rotary is None or not rotary.turns_back(HeadShape.from_config(model.config).head_dim):
+            raise ModelError(
+                f"The method {name!r} needs rotary embeddings as Transformers' Llama has them, which "
+                f"{type(model).__name__} has not: choose another method."
+            )
 
 
 def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:
@@ -103,74 +123,9 @@ def _check_layer_types(model: PreTrainedModel) -> None:
         )
 
 
-def _compressing(base: AttentionFunction, backend: str) -> AttentionFunction:
-    """The model's attention over a prompt, then compression; ragged attention for the tokens after it."""
-
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        layer: PromptLayer | None = getattr(key, "head_cache_layer", None)
-        if layer is None:  # another cache than ours
-            return base(module, query, key, value, attention_mask, **kwargs)
-        scaling = kwargs.get("scaling")
-        logit_options = {
-            "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-            "softcap": kwargs.get("softcap"),
-            "sliding_window": kwargs.get("sliding_window"),
-        }
-        if isinstance(layer, HeadCacheLayer) and layer.is_initialized:
-            own = None
-            if attention_mask is not None and query.shape[2] > 1:
-                own = _hide_padding(layer, attention_mask, query.shape[2])
-            output = ragged_attention(
-                query,
-                layer.storage.in_place(),
-                key.shape[1],
-                sinks=kwargs.get("s_aux"),
-                backend=backend,
-                **logit_options,
-            )
-            layer.observe(query, own, **logit_options)
-            return output, None
-        output, weights = base(module, query, key, value, attention_mask, **kwargs)
-        layer.attended(query, key, value, _valid_tokens(attention_mask, key), **logit_options)
-        return output, weights
-
-    return attention
-
-
-def _valid_tokens(mask: torch.Tensor | None, key: torch.Tensor) -> torch.Tensor:
-    """Which prompt tokens are no padding, bool `[B, T]`, from the mask that the attention function got.
-
-    A sliding layer's mask hides what its last query cannot see; later queries cannot see that either.
-    """
-    batch, _, num_tokens, _ = key.shape
-    if mask is None:
-        return torch.ones(batch, num_tokens, dtype=torch.bool, device=key.device)
-    if mask.ndim == 2:
-        return mask[:, :num_tokens].bool()
-    last_row = mask[:, 0, -1, :num_tokens]
-    return _visible(last_row).expand(batch, num_tokens)
-
-
-def _hide_padding(layer: HeadCacheLayer, mask: torch.Tensor, num_new: int) -> torch.Tensor | None:
-    """Hide padding among the newest tokens: what does not even see itself; bool `[B, Q]`, none if there is none."""
-    newest = mask[..., -num_new:]
-    own = newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
-    if bool(own.all()):
-        return None
-    own = own.expand(layer.batch_size, num_new)
-    layer.storage.hide_newest(own)
-    return own
-
-
-def _visible(mask: torch.Tensor) -> torch.Tensor:
-    """Boolean from a boolean mask, or from one that is added to the logits."""
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-@contextmanager
 def attending_ragged(
     model: PreTrainedModel, *, backend: str = "auto", prefill_chunk: int | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let `model` fill and read `HeadCache`s passed as `past_key_values`; other caches work as ever.
 
     Args:
@@ -183,12 +138,7 @@ def attending_ragged(
         UsageError: the backend cannot be used here, or the chunk is not positive.
         ModelError: the model's attention or layers cannot be reached.
     """
-    check_backend(backend)
-    with ExitStack() as stack:
-        wrap_mask = stack.enter_context(chunked_prefill(model, prefill_chunk)) if prefill_chunk is not None else None
-        wraps = [] if wrap_mask is None else [wrap_mask]
-        stack.enter_context(wrapped_attention(model, lambda base: _compressing(base, backend), *wraps))
-        yield
+    return attending(model, backend=backend, prefill_chunk=prefill_chunk)
 
 
 @contextmanager
@@ -196,7 +146,7 @@ def compressed(
     model: PreTrainedModel,
     profile: HeadProfile | None = None,
     *,
-    method: str = "headkv-r2",
+    method: str | Method = "headkv-r2",
     budget: int | str | Budget = 64,
     backend: str = "auto",
     prefill_chunk: int | None = None,
@@ -220,19 +170,8 @@ def compressed(
         model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options
     )
 
-    def start_head_cache(_module, args, kwargs):
-        cache = kwargs.get("past_key_values")
-        fresh = cache is None or (type(cache).__name__ == "DynamicCache" and cache.get_seq_length() == 0)
-        if fresh and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = HeadCache(plan)
-        return args, kwargs
-
-    with attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk):
-        hook = model.register_forward_pre_hook(start_head_cache, with_kwargs=True)
-        try:
-            yield plan
-        finally:
-            hook.remove()
+    with attending(model, backend=backend, prefill_chunk=prefill_chunk, new_cache=lambda: HeadCache(plan)):
+        yield plan
 
 
 @torch.no_grad()

@@ -12,13 +12,13 @@ from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.storage import SLACK
 from headprof.compression.methods.importance import Importance
-from headprof.compression.methods.states import Judgement, PromptStates
+from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
 
 
 class FanOutLayer(PromptLayer):
-    """The same layer of several caches, filled from one prefill; methods that judge alike share the judgement."""
+    """The same layer of several caches, filled from one prefill; methods of one importance share what it says."""
 
     def __init__(self, layers: list[HeadCacheLayer]):
         super().__init__()
@@ -33,15 +33,15 @@ class FanOutLayer(PromptLayer):
         needed = [layer.queries_needed() for layer in self.layers]
         return None if None in needed else max(count for count in needed if count is not None)
 
-    def filled(self, states: PromptStates, values: torch.Tensor) -> None:
-        judged: dict[Importance | None, Judgement | None] = {None: None}
+    def filled(self, observed: Observation) -> None:
+        assessed: dict[Importance, Assessment] = {}
         for layer in self.layers:
-            importance = layer.plan.method.importance
-            if importance is not None and importance not in judged:
-                judged[importance] = importance.judge(states)
-            layer.lazy_initialization(states.key, values)
+            importance = layer.schedule.importance
+            if importance not in assessed:
+                assessed[importance] = importance.assess(observed)
+            layer.lazy_initialization(observed.keys, observed.values)
             layer.seen, layer.observers = self.seen, self.observers
-            layer.compress(states, values, judged[importance])
+            layer.compress(observed, assessed[importance])
             layer.forget_prompt()
         self.is_initialized = True
 
@@ -72,7 +72,7 @@ class PromptCache(Cache):
                 layer.expected = prompt_tokens
 
     def expect_observers(self, tokens: int) -> None:
-        """Announce that the last tokens of the coming prompt only judge those before them.
+        """Announce that the last tokens of the coming prompt only observe those before them.
 
         So a document can be compressed by what questions about it would look at, before there is a question: let the
         model read the document and a stand-in for a question, and keep the document's tokens only.

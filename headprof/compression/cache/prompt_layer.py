@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from headprof.compression.methods.states import PromptStates
+from headprof.compression.hook import mark
+from headprof.compression.methods.observation import AttentionLayer, Observation
+from headprof.compression.rows import Rows
 from headprof.errors import CacheError
 
 
@@ -18,7 +21,7 @@ class PromptLayer(CacheLayerMixin):
     """A cache layer on its way through a prompt: it sees the layer's queries, keys and values, then is `filled`.
 
     A prompt may come in several chunks, one after the other through this layer before the next layer begins; then
-    `expected` says how many tokens belong to it. Of these the last `observers` only judge the others: they are not
+    `expected` says how many tokens belong to it. Of these the last `observers` only observe the others: they are not
     kept, and do not count as seen.
     """
 
@@ -32,39 +35,31 @@ class PromptLayer(CacheLayerMixin):
     def forget_prompt(self) -> None:
         self.expected = 0
         self.observers = 0
-        self._whole: list[torch.Tensor] = []  # room for the keys and the values of a prompt in chunks
-        self._queries: list[torch.Tensor] = []
+        self._whole: list[Tensor] = []  # room for the keys and the values of a prompt in chunks
+        self._queries: list[Tensor] = []
 
     def queries_needed(self) -> int | None:
-        """How many of the prompt's last queries `filled` wants; none for all."""
+        """How many of the prompt's last queries `filled` wants; `None` for all."""
         raise NotImplementedError
 
-    def filled(self, states: PromptStates, values: torch.Tensor) -> None:
-        """Take what is to be kept of a prompt.
-
-        Args:
-            states: the prompt's last queries, and its keys.
-            values: the prompt's values, `[B, K, T, D]`.
-        """
+    def filled(self, observed: Observation) -> None:
+        """Take what is to be kept of a prompt, from its last queries and all its rows."""
         raise NotImplementedError
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
 
-    def gather(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """The prompt's keys and values so far, `[B, K, tokens, D]`; the keys are marked with this layer.
-
-        The mark is how the attention function finds the layer: a model passes what it gets here on to it untouched.
 
         Raises:
             CacheError: the prompt was attended over without this package's attention.
         """
         keys, values = self._gathered(key_states, value_states)
-        keys.head_cache_layer = self  # type: ignore[attr-defined]
-        return keys, values
+        return mark(keys, self), values
 
-    def _gathered(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gathered(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = self.seen, self.seen + key_states.shape[2]
         if start and start >= self.expected:
             raise outside_context()
@@ -80,30 +75,26 @@ class PromptLayer(CacheLayerMixin):
         keys, values = self._whole
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def attended(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, valid: torch.Tensor, **logits
-    ) -> None:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: AttentionLayer) -> None:
         """Compress the layer once the attention over its whole prompt is done.
 
         Args:
             query: of the newest chunk, `[B, H, Q, D]`.
             key, value: of the prompt so far, `[B, K, tokens, D]`.
             valid: which of these tokens are no padding, bool `[B, tokens]`.
-            logits: `scaling`, `softcap` and `sliding_window` of this layer.
+            layer: how it attended.
         """
         needed = self.queries_needed()
-        last = query if needed is None else query[:, :, query.shape[2] - min(needed, query.shape[2]) :]
+        newest = _last(query, needed)
         if self.seen < self.expected:
-            self._queries.append(last.clone())
+            self._queries.append(newest.clone())
             return
-        queries = torch.cat([*self._queries, last], dim=2)
-        if needed is not None:
-            queries = queries[:, :, queries.shape[2] - min(needed, queries.shape[2]) :]
+        queries = _last(torch.cat([*self._queries, newest], dim=2), needed)
         if self.observers:
             valid = valid.clone()
             valid[:, -self.observers :] = False
             self.seen -= self.observers
-        self.filled(PromptStates(queries, key, valid, **logits), value)
+        self.filled(Observation(queries, Rows.of_prompt(key, value), valid, layer))
         self.forget_prompt()
 
     def get_seq_length(self) -> int:
@@ -115,3 +106,8 @@ class PromptLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
+
+
+def _last(queries: Tensor, count: int | None) -> Tensor:
+    """The last `count` of `[B, H, N, D]`, or all if they are fewer or it is `None`."""
+    return queries if count is None else queries[:, :, max(0, queries.shape[2] - count) :]

@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
+from headprof.compression.methods.observation import per_head
 from headprof.compression.methods.reduction import largest
-from headprof.compression.methods.states import per_head
 from headprof.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}

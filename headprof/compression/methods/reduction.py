@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch.nn.functional import normalize
 
-from headprof.compression.methods.states import per_head
+from headprof.compression.methods.observation import per_head
+from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import UsageError
 
 
@@ -50,55 +51,29 @@ def ranking(
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A layer's rows before they are reduced, and what is known of them.
+class Choice:
+    """What has been decided on a layer's rows, `[B, K, T]` each.
 
     Attributes:
-        keys, values: `[B, K, T, D]`.
-        ranked: importance, infinite for rows that every head keeps as they are, `[B, K, T]` (see `ranking`).
-        weights: attention that each row can expect, `[B, K, T]`.
-        bias: added to the rows' attention logits so far, float32 `[B, K, T]`, or none.
-        received: attention that each row has received so far, `[B, K, T]`, or none.
+        kept: rows that each head keeps, bool.
+        ranked: importance, infinite for rows that every head keeps as they are (see `ranking`).
+        weights: attention that each row can expect.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    kept: torch.Tensor
     ranked: torch.Tensor
     weights: torch.Tensor
-    bias: torch.Tensor | None = None
-    received: torch.Tensor | None = None
-
-    def of(self, kept: torch.Tensor) -> Reduced:
-        """The kept rows as they are; `kept` is bool `[B, K, T]`."""
-        bias, received = (None if each is None else each[kept] for each in (self.bias, self.received))
-        return Reduced(self.keys[kept], self.values[kept], bias, received)
-
-
-@dataclass
-class Reduced:
-    """The rows that a layer's heads keep, one head after the other.
-
-    Attributes:
-        keys, values: `[rows, D]`.
-        bias: added to the attention logits, float32 `[rows]`, or none.
-        received: attention that each row has received so far, float32 `[rows]`, or none.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None = None
-    received: torch.Tensor | None = None
 
 
 class Reduction(Protocol):
     """Shortens a layer's rows to those that its heads keep."""
 
-    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
-        """What the heads hold from now on.
+    def reduce(self, rows: Rows, choice: Choice) -> Rows:
+        """What the heads hold from now on, flat.
 
         Args:
-            rows: what they have.
-            kept: rows that each head keeps, bool `[B, K, T]`.
+            rows: what they have, a block.
+            choice: which of these they keep.
         """
         ...
 
@@ -107,8 +82,8 @@ class Reduction(Protocol):
 class Evict(Reduction):
     """Keep the chosen rows as they are and drop the others."""
 
-    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
-        return rows.of(kept)
+    def reduce(self, rows: Rows, choice: Choice) -> Rows:
+        return rows.kept(choice.kept)
 
 
 @dataclass(frozen=True)
@@ -152,15 +127,15 @@ class EvictThenMerge(Reduction):
         if not 0 < self.coverage <= 1:
             raise UsageError(f"A coverage of {self.coverage} is no share of attention: give more than 0, at most 1.")
 
-    def reduce(self, rows: Rows, kept: torch.Tensor) -> Reduced:
-        reduced = rows.of(kept)
-        centres = kept & rows.ranked.isfinite()
-        counts = self.count_candidates(rows, kept, centres)
+    def reduce(self, rows: Rows, choice: Choice) -> Rows:
+        reduced, kept = rows.kept(choice.kept), choice.kept
+        centres = kept & choice.ranked.isfinite()
+        counts = self.count_candidates(rows.keys, choice, centres)
         if self.threshold >= 1 or not bool(counts.any()):
             return reduced
-        clusters = self._clusters(rows, kept, centres, counts)
+        clusters = self._clusters(rows.keys, choice, centres, counts)
         merged = clusters.merged
-        changed = (kept.flatten().cumsum(0).view(len(merged), -1).gather(1, clusters.centre_at) - 1)[merged]
+        changed = (kept.flatten().cumsum(0).view(len(merged), -1).gather(1, clusters.centre_index) - 1)[merged]
 
         def put(held: torch.Tensor, new: torch.Tensor) -> None:
             held[changed] = new[merged].to(held.dtype)
@@ -168,43 +143,50 @@ class EvictThenMerge(Reduction):
         put(reduced.values, clusters.mean(*clusters.rows_of(rows.values)))
         if self.merge_keys:
             put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
+        for name, column in rows.columns.items():
+            if COLUMNS[name].summed:
+                put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
         if self.mass:
-            if reduced.bias is None:
-                reduced.bias = torch.zeros(len(reduced.keys), dtype=torch.float32, device=kept.device)
-            reduced.bias[changed] += clusters.whole[merged].log() - clusters.own[merged].log()
-        if rows.received is not None and reduced.received is not None:
-            put(reduced.received, clusters.summed(*clusters.rows_of(rows.received[..., None]))[..., 0])
+            bias = reduced.column("bias")
+            bias[changed] += clusters.whole[merged].log() - clusters.own[merged].log()
+            reduced = reduced.with_columns({"bias": bias})
         return reduced
 
-    def _clusters(self, rows: Rows, kept: torch.Tensor, centres: torch.Tensor, counts: torch.Tensor) -> _Clusters:
+    def _clusters(self, keys: torch.Tensor, choice: Choice, centres: torch.Tensor, counts: torch.Tensor) -> _Clusters:
         """Let the best `counts` rows of each head that are not kept, int64 `[B, K]`, join its centres."""
-        centre_at, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
-        rest = rows.ranked.masked_fill(kept, float("-inf")).flatten(0, 1)
-        candidate_at, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
-        keys = rows.keys.flatten(0, 1)
-        cluster = nearest(_at(keys, candidate_at), _at(keys, centre_at), is_centre, self.threshold)
-        weights = rows.weights.flatten(0, 1).float()
+        centre_index, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
+        rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
+        candidate_index, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
+        keys = keys.flatten(0, 1)
+        cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), is_centre, self.threshold)
+        weights = choice.weights.flatten(0, 1).float()
         weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
         return _Clusters(
-            centre_at,
-            candidate_at,
+            centre_index,
+            candidate_index,
             is_centre,
             cluster.masked_fill(~is_candidate, 0),
-            weights.gather(1, centre_at),
-            weights.gather(1, candidate_at),
+            weights.gather(1, centre_index),
+            weights.gather(1, candidate_index),
         )
 
-    def count_candidates(self, rows: Rows, kept: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """How many candidates each head has, int64 `[B, K]`."""
+    def count_candidates(self, keys: torch.Tensor, choice: Choice, centres: torch.Tensor) -> torch.Tensor:
+        """How many candidates each head has, int64 `[B, K]`.
+
+        Args:
+            keys: of all rows, `[B, K, T, D]`.
+            choice: which are kept.
+            centres: which of these others may join, bool `[B, K, T]`.
+        """
+        kept, ranked = choice.kept, choice.ranked
         num_centres = centres.sum(dim=-1)
-        free = (~kept & (rows.ranked > float("-inf"))).sum(dim=-1)
+        free = (~kept & (ranked > float("-inf"))).sum(dim=-1)
         counts = free.minimum((num_centres * self.candidates).long())
         if self.coverage < 1:
-            counts = counts.minimum(
-                (sparsity(rows.weights, rows.ranked, self.coverage) - kept.sum(dim=-1)).clamp(min=0)
-            )
+            needed = sparsity(choice.weights, ranked, self.coverage)
+            counts = counts.minimum((needed - kept.sum(dim=-1)).clamp(min=0))
         if self.redundancy:
-            share = redundancy(rows.keys, rows.ranked > float("-inf")).clamp(min=0) ** self.redundancy
+            share = redundancy(keys, ranked > float("-inf")).clamp(min=0) ** self.redundancy
             counts = (counts * share.double() + 1e-4).long()  # so that rounding loses none where all keys are alike
         return counts.masked_fill(num_centres == 0, 0)
 
@@ -266,15 +248,15 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def _packed(chosen: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of the true entries of each row, ascending, int64 `[N, C]`, and which of these are real, bool `[N, C]`."""
+    """Where the true entries of each row are, ascending, int64 `[N, C]`, and which of these are real, bool `[N, C]`."""
     most = int(counts.max())
-    places = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-    return places, torch.arange(most, device=chosen.device) < counts[:, None]
+    index = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+    return index, torch.arange(most, device=chosen.device) < counts[:, None]
 
 
-def _at(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows `[N, T, D]` at places `[N, P]`, as `[N, P, D]`."""
-    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
+def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `[N, T, D]` at an index `[N, P]`, as `[N, P, D]`."""
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -282,14 +264,14 @@ class _Clusters:
     """The centres of `N = B * K` heads, up to `C` each, and their candidates, up to `M` each.
 
     Attributes:
-        centre_at, candidate_at: their places among a head's rows, int64 `[N, C]` and `[N, M]`.
+        centre_index, candidate_index: their index among a head's rows, int64 `[N, C]` and `[N, M]`.
         is_centre: false where a head has fewer, bool `[N, C]`.
         cluster: the class that each candidate joins, as `nearest` gives it, int64 `[N, M]`.
         own, joining: weights of centres and candidates, float32 `[N, C]` and `[N, M]`.
     """
 
-    centre_at: torch.Tensor
-    candidate_at: torch.Tensor
+    centre_index: torch.Tensor
+    candidate_index: torch.Tensor
     is_centre: torch.Tensor
     cluster: torch.Tensor
     own: torch.Tensor
@@ -308,7 +290,7 @@ class _Clusters:
     def rows_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`."""
         rows = rows.flatten(0, 1)
-        return _at(rows, self.centre_at), _at(rows, self.candidate_at)
+        return _at(rows, self.centre_index), _at(rows, self.candidate_index)
 
     def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""

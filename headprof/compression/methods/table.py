@@ -17,16 +17,12 @@ from headprof.compression.methods.budget import (
     PyramidBudget,
     UniformBudget,
 )
-from headprof.compression.methods.importance import (
-    Accumulated,
-    GlobalLocal,
-    Importance,
-    KeyNorm,
-    LastQuery,
-    Recency,
-    WindowAttention,
-)
+from headprof.compression.methods.expected_attention import ExpectedAttention
+from headprof.compression.methods.importance import Importance, KeepAll, KeyDiff, KeyNorm, Recency
+from headprof.compression.methods.plugins import load_plugin, plugin_names
+from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
+from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.errors import UsageError
 
 
@@ -35,7 +31,7 @@ class Method:
     """One way to compress a cache.
 
     Attributes:
-        importance: which tokens matter; none keeps the whole prompt.
+        importance: which tokens matter; `KeepAll` makes it the full cache.
         budget: how many tokens each head keeps.
         reduction: what becomes of the others.
         sinks: first tokens of the prompt that every head keeps.
@@ -43,7 +39,7 @@ class Method:
         recent_share: share of a head's own tokens that are the last of the prompt (H2O, Zhang et al. 2023); 0 to 1.
     """
 
-    importance: Importance | None
+    importance: Importance
     budget: BudgetPolicy = field(default_factory=UniformBudget)
     reduction: Reduction = field(default_factory=Evict)
     sinks: int = 1
@@ -60,7 +56,7 @@ class Method:
     @property
     def keeps_everything(self) -> bool:
         """Whether this is the full cache, whatever the budget."""
-        return self.importance is None
+        return isinstance(self.importance, KeepAll)
 
     @property
     def always_kept(self) -> int:
@@ -96,7 +92,7 @@ class Method:
         return ranked, counts
 
     def for_observers(self, count: int) -> Method:
-        """This method for a prompt whose last `count` tokens only judge: a window is just they, all counting alike."""
+        """This method for a prompt whose last `count` tokens only observe: a window is just they, all counting alike."""
         options = {"window": count, "ramp": False}
         return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
 
@@ -151,7 +147,7 @@ _EMS = GlobalLocal(**asdict(_TUNED), combine="sum", balance=2.0, emphasis=1.0)
 _MERGE = EvictThenMerge(threshold=0.4, merge_keys=False)
 
 METHODS: dict[str, Method] = {
-    "full": Method(None),
+    "full": Method(KeepAll()),
     "snapkv": Method(_SNAPKV, UniformBudget(), Evict()),
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
@@ -165,7 +161,10 @@ METHODS: dict[str, Method] = {
     "h2o": Method(Accumulated(), UniformBudget(), Evict(), recent_share=0.5),
     "streamingllm": Method(Recency(), UniformBudget(), Evict(), sinks=4),
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
+    "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
+    "expected-attention": Method(ExpectedAttention(), UniformBudget(), Evict(), sinks=4),
 }
+"""This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
 
 def find_method(name: str) -> Method:
@@ -175,9 +174,29 @@ def find_method(name: str) -> Method:
         UsageError: there is none; the message lists those there are. Or it has no such parameter.
     """
     name, *settings = name.split(":")
-    if name not in METHODS:
-        raise UsageError(f"There is no method {name!r}: choose one of {', '.join(METHODS)}.")
-    return METHODS[name].with_options(**parse_settings(settings))
+    return _named(name).with_options(**parse_settings(settings))
+
+
+def _named(name: str) -> Method:
+    added = plugin_names()
+    if name in METHODS and name in added:
+        raise UsageError(
+            f"An installed package has a method {name!r} too, so that it is not clear which is meant: uninstall it, or "
+            "let it choose another name."
+        )
+    if name in METHODS:
+        return METHODS[name]
+    if name not in added:
+        raise UsageError(f"There is no method {name!r}: choose one of {', '.join([*METHODS, *added])}.")
+    method = load_plugin(name)
+    if not isinstance(method, Method):
+        raise UsageError(f"The method {name!r} of an installed package is no headprof.Method: update that package.")
+    return method
+
+
+def name_of(method: Method) -> str:
+    """The name that the table has for a method as it is; empty if it has none."""
+    return next((name for name, known in METHODS.items() if known == method), "")
 
 
 def deal_options(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

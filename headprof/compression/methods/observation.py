@@ -1,0 +1,171 @@
+"""What an importance is given: a layer's newest queries, the rows they observe, and the layer itself.
+
+Shapes: `B` sequences, `H` query heads, `K` KV heads, `g = H // K` query heads per KV head, `N` queries, `T` prompt
+tokens or held rows, `D` head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headprof.compression.rows import Rows
+from headprof.models.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """How a layer attends.
+
+    Attributes:
+        scaling: factor on the attention logits.
+        softcap: bound on the logits (Gemma-2), or `None`.
+        sliding_window: tokens that a query sees, or `None` for all.
+        rotary: the layer's rotary embedding, or `None` where it cannot be had.
+        module: the attention module; `None` before the first forward pass over a document that was loaded.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sliding_window: int | None = None
+    rotary: Rotary | None = None
+    module: torch.nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One layer's newest queries, and the rows they observe: a whole prompt's, or those that its heads still hold.
+
+    Attributes:
+        queries: of the last `N` tokens, rotated to their positions, `[B, H, N, D]`; an importance says how many it
+            needs.
+        rows: a block, `[B, K, T, ...]`.
+        valid: false where there is no row (padding), bool `[B, T]`, or `[B, K, T]` if heads differ.
+        layer: how it attends.
+        is_prompt: whether row `t` of every head is token `t` of the sequence; if not, a head holds some of them.
+        query_positions: each query's position in the sequence, int64 `[N]`; `None` for the last `N` of a prompt.
+        query_valid: false for queries that do not count (padding), bool `[B, N]`; `None` if all do.
+        seen: tokens of the sequence so far; `None` for `T`.
+        shared: what several importances need of this, computed once.
+    """
+
+    queries: Tensor
+    rows: Rows
+    valid: Tensor
+    layer: AttentionLayer
+    is_prompt: bool = True
+    query_positions: Tensor | None = None
+    query_valid: Tensor | None = None
+    seen: int | None = None
+    shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, K, T, D]`, rotated to their positions."""
+        return self.rows.keys
+
+    @property
+    def values(self) -> Tensor:
+        """`[B, K, T, D]`."""
+        return self.rows.values
+
+    @property
+    def positions(self) -> Tensor:
+        """Each row's position in the sequence, int `[B, K, T]`."""
+        return self.rows.positions
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens of the sequence so far."""
+        return self.rows.keys.shape[2] if self.seen is None else self.seen
+
+    def positions_of_queries(self) -> Tensor:
+        """Each query's position in the sequence, int64 `[N]`."""
+        if self.query_positions is not None:
+            return self.query_positions
+        num_tokens = self.keys.shape[2]
+        return torch.arange(num_tokens - self.queries.shape[2], num_tokens, device=self.keys.device)
+
+    def valid_rows(self) -> Tensor:
+        """Which rows each head has, bool `[B, K, T]`."""
+        return per_head(self.valid).expand(self.keys.shape[:3])
+
+    def attention(self, start: int, stop: int) -> Tensor:
+        """Softmax attention of a prompt's tokens `start` to before `stop`, float32 `[B, K, g, stop - start, stop]`.
+
+        Tokens from `stop` on are left out, since none of these queries sees them. A query that sees nothing but padding
+        has a row of zeros.
+
+        Raises:
+            ValueError: some of these queries are not held.
+        """
+        num_tokens = self.keys.shape[2]
+        first = num_tokens - self.queries.shape[2]
+        if not first <= start <= stop <= num_tokens:
+            raise ValueError(f"queries {start} to {stop} asked for, {first} to {num_tokens} held")
+        return self._attention(start - first, stop - first, stop)
+
+    def last_attention(self, count: int) -> Tensor:
+        """Softmax attention of the last `count` queries, or of all if they are fewer, float32 `[B, K, g, count, T]`.
+
+        Raises:
+            ValueError: some of these queries of a prompt are not held.
+        """
+        num_rows, held = self.keys.shape[2], self.queries.shape[2]
+        if self.is_prompt:
+            return self.attention(num_rows - min(count, num_rows), num_rows)
+        return self._attention(held - min(count, held), held, num_rows)
+
+    def _attention(self, first: int, last: int, num_keys: int) -> Tensor:
+        """Softmax attention of held queries `first` to before `last` over the first `num_keys` rows."""
+        batch, num_kv_heads, _, head_dim = self.keys.shape
+        group_size, count = self.queries.shape[1] // num_kv_heads, last - first
+        queries = self.queries[:, :, first:last].float() * self.layer.scaling
+        queries = queries.reshape(batch, num_kv_heads, group_size * count, head_dim)
+        logits = queries @ self.keys[:, :, :num_keys].float().transpose(2, 3)  # [B, K, g * count, num_keys]
+        if self.layer.softcap is not None:
+            logits = self.layer.softcap * torch.tanh(logits / self.layer.softcap)
+        logits = logits.reshape(batch, num_kv_heads, group_size, count, num_keys)
+        if (bias := self.rows.columns.get("bias")) is not None:
+            logits = logits + bias[:, :, None, None, :num_keys]
+        visible = self._visible(self.positions_of_queries()[first:last, None], num_keys)
+        attention = logits.masked_fill_(~visible, float("-inf")).softmax(dim=-1).nan_to_num_(nan=0.0)
+        if self.query_valid is not None:
+            attention *= self.query_valid[:, None, None, first:last, None]
+        return attention
+
+    def _visible(self, of_queries: Tensor, num_keys: int) -> Tensor:
+        """Which of the first `num_keys` rows queries at positions `[count, 1]` see, bool `[B, K or 1, 1, count, num_keys]`."""
+        if self.is_prompt:  # alike in all heads
+            positions = torch.arange(num_keys, device=self.keys.device)[None, None, None]
+        else:
+            positions = self.positions[:, :, None, :num_keys]
+        visible = positions <= of_queries  # [B or 1, K or 1, count, num_keys]
+        if self.layer.sliding_window is not None:
+            visible &= positions > of_queries - self.layer.sliding_window
+        return (visible & per_head(self.valid)[:, :, None, :num_keys])[:, :, None]
+
+
+def per_head(valid: Tensor) -> Tensor:
+    """`[B, T]` as `[B, 1, T]`; `[B, K, T]` as it is."""
+    return valid[:, None] if valid.ndim == 2 else valid
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What an importance says of a layer's rows.
+
+    Attributes:
+        importance: of each row, float32 `[B, K, T]`; higher is kept; any finite value for padding.
+        weights: attention that each row can expect, at least 0, by which rows that merge are weighed, `[B, K, T]`;
+            `None` if the importance serves.
+        columns: what the rows are to carry on for the next time, by names of `COLUMNS`, `[B, K, T]` each.
+    """
+
+    importance: Tensor
+    weights: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)

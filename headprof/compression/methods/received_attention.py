@@ -1,0 +1,160 @@
+"""Importance by the attention that rows have received from all queries, alone or beside that of the last.
+
+Shapes: `B` sequences, `K` KV heads, `T` rows, `N` queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headprof.compression.kernels.column_sums import column_sums
+from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.observation import Assessment, Observation
+from headprof.compression.methods.window_attention import WindowAttention
+from headprof.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Accumulated(Importance):
+    """Attention summed over all queries so far, averaged over the group (H2O, Zhang et al. 2023)."""
+
+    queries = None
+    at_hand = 0
+
+    def score(self, observed: Observation) -> Tensor:
+        return received_attention(observed)
+
+    def assess(self, observed: Observation) -> Assessment:
+        received = self.score(observed)
+        return Assessment(received, columns={"received": received})
+
+
+def received_attention(observed: Observation, samples: int = 0, last: int = 0) -> Tensor:
+    """Attention that each row has received from all queries so far, averaged over the group, float32 `[B, K, T]`.
+
+    Args:
+        observed: a prompt, with all its queries, or held rows with the queries that came since they were last scored.
+        samples: of a prompt's queries count about so many, evenly spaced, each for those that it stands for; 0 for all.
+        last: so many of the last queries count in any case.
+    """
+    key = ("received", samples, last)
+    if key not in observed.shared:
+        observed.shared[key] = _received_attention(observed, samples, last)
+    return observed.shared[key]
+
+
+def _received_attention(observed: Observation, samples: int, last: int) -> Tensor:
+    if not observed.is_prompt:
+        paid = observed.last_attention(observed.queries.shape[2]).sum(dim=3).mean(dim=2)
+        before = observed.rows.columns.get("received")
+        return paid if before is None else paid + before
+    num_tokens, device = observed.keys.shape[2], observed.keys.device
+    positions, weights = (each.to(device) for each in sampled_queries(num_tokens, samples, last))
+    asked = observed.queries if len(positions) == num_tokens else observed.queries[:, :, positions]
+    return column_sums(
+        asked,
+        observed.keys,
+        positions,
+        observed.valid,
+        scaling=observed.layer.scaling,
+        softcap=observed.layer.softcap,
+        sliding_window=observed.layer.sliding_window,
+        weights=weights,
+    )
+
+
+def sampled_queries(num_tokens: int, samples: int, last: int) -> tuple[Tensor, Tensor]:
+    """Positions of the queries of a prompt that are asked, int64 `[N]`, and how many each stands for, float32 `[N]`.
+
+    The last `last` are all asked; of those before them every `stride`-th, for the `stride` that end with it.
+    """
+    before = max(0, num_tokens - last)
+    stride = -(-before // samples) if samples else 1
+    if stride <= 1:
+        return torch.arange(num_tokens), torch.ones(num_tokens)
+    spaced = torch.arange(before - 1, -1, -stride).flip(0)
+    stands_for = torch.diff(spaced, prepend=torch.tensor([-1]))
+    positions = torch.cat([spaced, torch.arange(before, num_tokens)])
+    return positions, torch.cat([stands_for, torch.ones(num_tokens - before, dtype=torch.int64)]).float()
+
+
+@dataclass(frozen=True)
+class GlobalLocal(WindowAttention):
+    """Attention from the whole prompt and from its end together (EMS, Li et al. 2024, "Global-Local Importance").
+
+    A token's global score is the mean attention from all queries from its own on; a sum would favor early tokens, which
+    more queries see. Its local score is `WindowAttention`'s. The global scores are rescaled to the local ones' mean
+    over a head's tokens before the two are joined. While text is generated, the window is that of the queries since the
+    rows were last scored.
+
+    Attributes:
+        combine: how they are joined: the paper's `"max"`, `"sum"`, `"product"` (geometric mean), or `"global"` or
+            `"local"` for one alone.
+        balance: factor on the global score before they are joined.
+        samples: queries of the prompt that the global score asks, evenly spaced beside all of the window; 0 for all.
+        recency: exponent on the share of the sequence from which a token is seen: 0 for the mean, 1 for H2O's sum.
+        emphasis: rows that merge are weighed by their mean attention from all queries, and so many times that from the
+            window. Without it, what only the window looks at, such as the answer to a question, is drowned in a
+            cluster by what the whole text looks at. With one score alone, rows are weighed by that one.
+    """
+
+    combine: str = "max"
+    balance: float = 1.0
+    samples: int = 1024
+    recency: float = 0.0
+    emphasis: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.combine not in ("max", "sum", "product", "global", "local"):
+            raise UsageError(
+                f"Global and local scores cannot be joined by {self.combine!r}: choose max, sum, product, global or "
+                "local."
+            )
+        if self.balance <= 0:
+            raise UsageError(f"A balance of {self.balance} leaves no global score: give more than 0, or combine=local.")
+        if self.emphasis < 0:
+            raise UsageError(f"An emphasis of {self.emphasis} would weigh rows below nothing: give 0 or more.")
+        if self.samples < 0:
+            raise UsageError(f"There are no {self.samples} queries to ask: give samples of at least 1, or 0 for all.")
+
+    @property
+    def queries(self) -> int | None:  # type: ignore[override]
+        return None
+
+    @property
+    def at_hand(self) -> int:
+        return self.window
+
+    def score(self, observed: Observation) -> Tensor:
+        return self.assess(observed).importance
+
+    def assess(self, observed: Observation) -> Assessment:
+        received = received_attention(observed, self.samples, self.window)
+        valid = observed.valid_rows()
+        seen = observed.num_seen
+        seen_from = (seen - observed.positions).clamp(min=1).float()
+        whole = received / seen_from
+        local = self.attention(observed)
+        joined = self._joined(whole * (seen_from / seen) ** self.recency, self.pooled(local, observed), valid)
+        alone = {"global": whole, "local": local}
+        weights = alone[self.combine] if self.combine in alone else whole + self.emphasis * local
+        return Assessment(joined, weights, {"received": received})
+
+    def _joined(self, whole: Tensor, local: Tensor, valid: Tensor) -> Tensor:
+        if self.combine == "global":
+            return whole
+        if self.combine == "local":
+            return local
+        whole = whole * (self.balance * _mean(local, valid) / _mean(whole, valid).clamp(min=1e-30))
+        if self.combine == "max":
+            return torch.maximum(whole, local)
+        return whole + local if self.combine == "sum" else (whole * local).sqrt()
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of each head's valid entries, `[B, K, 1]`."""
+    return (values * valid).sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,118 @@
+"""Rows: the keys and values that the heads of a layer hold, and what else is known of each.
+
+Shapes: `B` sequences, `K` KV heads, `T` rows of each head, `D` head dimension. A head is one (sequence, KV head) pair,
+`b * K + k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column behaves.
+
+    Attributes:
+        fill: what a row has of which nothing is known.
+        summed: whether a merged row has the sum of the rows it stands for; else it has its centre's.
+    """
+
+    fill: float = 0.0
+    summed: bool = False
+
+
+COLUMNS: Mapping[str, Column] = {"bias": Column(), "received": Column(summed=True)}
+"""What may be known of a row beside its key, value and position, by name.
+
+- `bias`: added to the attention logits: the log mass of a merged row; -inf hides a row.
+- `received`: the attention that the row has received from all queries so far, averaged over the group.
+"""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a layer's heads: a block with as many for each head, or flat, with each head's own number.
+
+    Attributes:
+        keys, values: `[B, K, T, D]` in a block; flat `[rows, D]`, one head after the other.
+        positions: each row's position in the sequence, int `[B, K, T]` or int32 `[rows]`.
+        lengths: rows of each head, `B * K` numbers; empty in a block.
+        columns: what else is known of each row, by names of `COLUMNS`: float32 `[B, K, T]` or `[rows]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    lengths: Sequence[int] = ()
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_prompt(cls, keys: Tensor, values: Tensor) -> Rows:
+        """The block of a whole prompt, `[B, K, T, D]` each: row `t` of every head is token `t`."""
+        positions = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
+        return cls(keys, values, positions.expand(keys.shape[:3]))
+
+    def map(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] = ()) -> Rows:
+        """The same change made to keys, values, positions and every column; `lengths` of what comes of it."""
+        columns = {name: change(column) for name, column in self.columns.items()}
+        return Rows(change(self.keys), change(self.values), change(self.positions), lengths, columns)
+
+    def with_columns(self, columns: Mapping[str, Tensor]) -> Rows:
+        """These rows with more columns, or others in the place of those of the same names."""
+        return Rows(self.keys, self.values, self.positions, self.lengths, {**self.columns, **columns})
+
+    def without(self, name: str) -> Rows:
+        """These rows without a column, if they have it."""
+        columns = {other: column for other, column in self.columns.items() if other != name}
+        return Rows(self.keys, self.values, self.positions, self.lengths, columns)
+
+    def kept(self, kept: Tensor) -> Rows:
+        """Of a block the marked rows, flat; `kept` is bool `[B, K, T]`."""
+        rows = self.map(lambda each: each[kept], kept.sum(dim=-1).flatten().tolist())
+        return Rows(rows.keys, rows.values, rows.positions.int(), rows.lengths, rows.columns)
+
+    def of_heads(self, heads: Sequence[int]) -> Rows:
+        """Of flat rows those of these heads, in this order; a head may come more than once."""
+        starts = [0, *accumulate(self.lengths)]
+        lengths = [self.lengths[head] for head in heads]
+        index = ragged_index([starts[head] for head in heads], lengths, self.keys.device)
+        return self.map(lambda each: each[index], lengths)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """The heads of several flat rows, in order; a column that some of them lack is filled."""
+        names = [name for name in COLUMNS if any(name in part.columns for part in parts)]
+        whole = [part.with_columns({name: part.column(name) for name in names}) for part in parts]
+        return cls(
+            torch.cat([part.keys for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.positions for part in parts]),
+            [length for part in parts for length in part.lengths],
+            {name: torch.cat([part.columns[name] for part in whole]) for name in names},
+        )
+
+    def column(self, name: str) -> Tensor:
+        """The column of this name, or a new one of its fill, float32."""
+        found = self.columns.get(name)
+        if found is not None:
+            return found
+        return torch.full(self.positions.shape, COLUMNS[name].fill, dtype=torch.float32, device=self.keys.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that these rows are made of."""
+        return [self.keys, self.values, self.positions, *self.columns.values()]
+
+
+def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """`start, start + 1, ...` for each head, as many as its length, one head after the other: int64 `[sum(lengths)]`."""
+    counts = torch.tensor(lengths)
+    shifts = torch.tensor(starts) - (counts.cumsum(0) - counts)
+    index = torch.arange(sum(lengths)) + shifts.repeat_interleave(counts)
+    return index.to(device)

@@ -1,0 +1,71 @@
+"""The rotary position embedding of a model's layers, for those who must turn queries and keys to other positions."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary position embedding of one layer (Su et al. 2021, "RoFormer").
+
+    Attributes:
+        embedding: the model's module that makes cosines and sines of positions.
+        apply: the function of its modelling file that turns queries and keys by these.
+        layer_type: for models whose kinds of layers turn differently (Gemma-3), else `None`.
+    """
+
+    embedding: torch.nn.Module
+    apply: Callable[..., tuple[Tensor, Tensor]]
+    layer_type: str | None = None
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at positions, int `[N]`: float32 `[N, R]` each, with the model's scaling in them."""
+        device = next(self.embedding.buffers(), positions).device
+        like = torch.zeros(1, dtype=torch.float32, device=device)
+        extra = () if self.layer_type is None else (self.layer_type,)
+        cos, sin = self.embedding(like, positions.to(device)[None].long(), *extra)
+        return cos[0].float().to(positions.device), sin[0].float().to(positions.device)
+
+    def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn `[B, H, N, D]` by cosines and sines `[N, R]`; it is linear in these, so means of them serve too."""
+        return self.apply(states, states, cos[None], sin[None])[0]
+
+    def unrotate(self, states: Tensor, positions: Tensor) -> Tensor:
+        """What `[B, H, N, D]` was before it was turned to these positions, int `[N]`."""
+        cos, sin = self.angles(positions)
+        size = cos.square() + sin.square()  # not 1 where the embedding scales too
+        return self.rotate(states, cos / size, -sin / size)
+
+    def turns_back(self, head_dim: int) -> bool:
+        """Whether `unrotate` undoes what the model does to a head of this width, tried out."""
+        states = torch.linspace(-1, 1, 4 * head_dim).view(1, 1, 4, head_dim)
+        positions = torch.tensor([0, 1, 5, 77])
+        try:
+            turned = self.rotate(states, *self.angles(positions))
+            back = self.unrotate(turned, positions)
+        except Exception:  # other modelling files have other ideas of these functions
+            return False
+        return back.shape == states.shape and torch.allclose(back, states, atol=1e-4)
+
+
+def rotary_of(model: PreTrainedModel, layer_idx: int = 0) -> Rotary | None:
+    """The rotary embedding of one of a model's layers; `None` if it has none that is found where Transformers has it."""
+    decoder: Any = model.get_decoder() or model
+    embedding = getattr(decoder, "rotary_emb", None)
+    apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
+    if embedding is None or apply is None:
+        return None
+    kinds = getattr(decoder.config, "layer_types", None)
+    by_kind = kinds and "layer_type" in inspect.signature(embedding.forward).parameters
+    return Rotary(embedding, apply, kinds[layer_idx] if by_kind else None)
