@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headprof.compression import column_sums as module
+from headprof.compression.kernels import column_sums as entrance
+from headprof.compression.kernels import torch_column_sums as plain
 from headprof.compression.kernels.column_sums import column_sums
 from headprof.errors import UsageError
 
@@ -255,20 +256,20 @@ def test_tensors_laid_out_as_a_model_does(backend):
 def test_torch_with_either_library(by_onednn, monkeypatch):
     if by_onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
-    monkeypatch.setattr(module, "_PRODUCT_BY_ONEDNN", by_onednn)
+    monkeypatch.setattr(plain, "_PRODUCT_BY_ONEDNN", by_onednn)
     assert_like_slow(make_arguments(num_queries=150, num_tokens=300, option="weights"), backend="torch")
 
 
 def test_torch_holds_a_few_rows_of_logits_at_once(monkeypatch):
     """Whatever the number of queries."""
     held = []
-    products = module._products
+    products = plain._products
 
     def watched(query, keys):
         held.append(len(query) * len(keys))
         return products(query, keys)
 
-    monkeypatch.setattr(module, "_products", watched)
+    monkeypatch.setattr(plain, "_products", watched)
     arguments = make_arguments(num_queries=3000, num_tokens=3000, head_dim=8)
     column_sums(**arguments, backend="torch")
     assert max(held) <= 256 * 3000
@@ -280,7 +281,7 @@ def test_torch_holds_a_few_rows_of_logits_at_once(monkeypatch):
 
 def test_auto_on_a_cpu_is_torch(monkeypatch):
     arguments = make_arguments()
-    monkeypatch.setattr(module, "_triton_column_sums", None)
+    monkeypatch.setattr(entrance, "triton_column_sums", None)
     torch.testing.assert_close(column_sums(**arguments), column_sums(**arguments, backend="torch"), rtol=0, atol=0)
 
 
@@ -342,7 +343,7 @@ def test_kernels_compile_for_gpus():
     """What the interpreter lets through, the compiler may not; it needs no GPU to compile for one."""
     code = """
 import torch
-from headprof.compression import column_sums as module
+from headprof.compression.kernels import triton_column_sums as module
 kernels = module._kernels()
 import triton
 from triton.backends.compiler import GPUTarget

@@ -27,7 +27,7 @@ from headprof.bench.measure import (
 )
 from headprof.compression.cache.head_cache import HeadCache, PromptLayer
 from headprof.compression.generation import cache_nbytes
-from headprof.compression.kernels.attention import check_backend
+from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.plan import CompressionPlan

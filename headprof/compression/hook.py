@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
-from headprof.compression.kernels.attention import RaggedRows, check_backend, ragged_attention
+from headprof.compression.kernels.backends import check_backend, ragged_attention
+from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.errors import ModelError, UsageError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention

@@ -14,7 +14,7 @@ from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
-from headprof.compression.kernels.attention import RaggedRows
+from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import Rows

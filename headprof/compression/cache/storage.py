@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from headprof.compression.kernels.attention import RaggedRows
+from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.rows import COLUMNS, Rows, ragged_index
 
 SLACK = 16
