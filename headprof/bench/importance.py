@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from headprof.bench.measure import Progress, median_seconds, require_at_least
-from headprof.compression.methods.importance import PromptStates, received_attention
+from headprof.compression.methods.observation import AttentionLayer, Observation
+from headprof.compression.methods.received_attention import received_attention
+from headprof.compression.rows import Rows
 from headprof.models.published import find_shape
 
 
@@ -67,9 +69,9 @@ def run_importance_bench(
     times = []
     for done, length in enumerate(lengths):
         on_progress(f"Scoring {length} tokens", done, len(lengths))
-        states, value = _random_layer(shape, length, device, dtype, seed)
-        works = [partial(_attend, states, value), *(partial(_score, states, count) for count in samples)]
-        attention, *scores = median_seconds(works, repeats, value.device)
+        observed = _random_layer(shape, length, device, dtype, seed)
+        works = [partial(_attend, observed), *(partial(_score, observed, count) for count in samples)]
+        attention, *scores = median_seconds(works, repeats, observed.keys.device)
         times += [
             ImportanceTimes(shape, length, count, attention, score)
             for count, score in zip(samples, scores, strict=True)
@@ -77,10 +79,8 @@ def run_importance_bench(
     return times
 
 
-def _random_layer(
-    shape: str, length: int, device: str, dtype: torch.dtype, seed: int
-) -> tuple[PromptStates, torch.Tensor]:
-    """Queries `[1, H, T, D]` and keys of one layer, and its values `[1, K, T, D]`."""
+def _random_layer(shape: str, length: int, device: str, dtype: torch.dtype, seed: int) -> Observation:
+    """A prompt of one layer, with all its queries."""
     numbers = find_shape(shape)
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = numbers["num_attention_heads"], numbers["num_key_value_heads"]
@@ -89,12 +89,14 @@ def _random_layer(
         for heads in (num_heads, num_kv_heads, num_kv_heads)
     )
     valid = torch.ones(1, length, dtype=torch.bool, device=device)
-    return PromptStates(query, key, valid, scaling=key.shape[-1] ** -0.5), value
+    return Observation(query, Rows.of_prompt(key, value), valid, AttentionLayer(key.shape[-1] ** -0.5))
 
 
-def _attend(states: PromptStates, value: torch.Tensor) -> torch.Tensor:
-    return scaled_dot_product_attention(states.query, states.key, value, is_causal=True, enable_gqa=True)
+def _attend(observed: Observation) -> torch.Tensor:
+    return scaled_dot_product_attention(
+        observed.queries, observed.keys, observed.values, is_causal=True, enable_gqa=True
+    )
 
 
-def _score(states: PromptStates, samples: int) -> torch.Tensor:
-    return received_attention(states, samples, last=16)
+def _score(observed: Observation, samples: int) -> torch.Tensor:
+    return received_attention(observed, samples, last=16)

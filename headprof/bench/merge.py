@@ -10,8 +10,9 @@ import torch
 
 from headprof.bench.measure import Progress, median_seconds, require_at_least
 from headprof.compression.methods.budget import ProfileBudget
-from headprof.compression.methods.reduction import Reduced, Rows, largest, ranking
+from headprof.compression.methods.reduction import Choice, largest, ranking
 from headprof.compression.methods.table import METHODS
+from headprof.compression.rows import Rows
 from headprof.models.published import find_shape
 
 
@@ -73,28 +74,28 @@ def run_merge_bench(
     times = []
     for done, (length, budget) in enumerate(cases):
         on_progress(f"Merging {length} tokens into {budget}", done, len(cases))
-        rows, kept = _random_layer(shape, length, budget, batch, device, dtype, seed)
-        works: list[Callable[[], object]] = [partial(_reduce, rows, kept), partial(_reduce_heads, rows, kept)]
-        together, looped = median_seconds(works, repeats, rows.keys.device)
-        equal = _equal(_reduce(rows, kept), _reduce_heads(rows, kept))
+        layer = _random_layer(shape, length, budget, batch, device, dtype, seed)
+        works: list[Callable[[], object]] = [partial(_reduce, *layer), partial(_reduce_heads, *layer)]
+        together, looped = median_seconds(works, repeats, layer[0].keys.device)
+        equal = _equal(_reduce(*layer), _reduce_heads(*layer))
         times.append(MergeTimes(shape, length, budget, batch, together, looped, equal))
     return times
 
 
-def _reduce(rows: Rows, kept: torch.Tensor) -> Reduced:
+def _reduce(rows: Rows, choice: Choice) -> Rows:
     """All heads in one operation."""
-    return METHODS["ems"].reduction.reduce(rows, kept)
+    return METHODS["ems"].reduction.reduce(rows, choice)
 
 
-def _reduce_heads(rows: Rows, kept: torch.Tensor) -> list[Reduced]:
+def _reduce_heads(rows: Rows, choice: Choice) -> list[Rows]:
     """One head after the other."""
-    batch, num_kv_heads = kept.shape[:2]
-    return [_reduce(_head(rows, b, k), kept[b : b + 1, k : k + 1]) for b in range(batch) for k in range(num_kv_heads)]
+    batch, num_kv_heads = choice.kept.shape[:2]
+    return [_reduce(*_head(rows, choice, b, k)) for b in range(batch) for k in range(num_kv_heads)]
 
 
 def _random_layer(
     shape: str, length: int, budget: int, batch: int, device: str, dtype: torch.dtype, seed: int
-) -> tuple[Rows, torch.Tensor]:
+) -> tuple[Rows, Choice]:
     """Rows of one layer and which of them its heads keep; attention falls off as a power, as it does in models."""
     numbers = find_shape(shape)
     generator = torch.Generator().manual_seed(seed)
@@ -109,15 +110,17 @@ def _random_layer(
     counts = ProfileBudget().allocate(scores, budget=budget, context_length=length, always_kept=3)
     ranked = ranking(weights, torch.ones(batch, length, dtype=torch.bool, device=device), sinks=1, keep_last=2)
     kept = largest(ranked, counts.expand(batch, -1).to(device))
-    return Rows(keys, values, ranked, weights), kept
+    return Rows.of_prompt(keys, values), Choice(kept, ranked, weights)
 
 
-def _head(rows: Rows, b: int, k: int) -> Rows:
-    parts = (rows.keys, rows.values, rows.ranked, rows.weights)
-    return Rows(*(part[b : b + 1, k : k + 1] for part in parts))
+def _head(rows: Rows, choice: Choice, b: int, k: int) -> tuple[Rows, Choice]:
+    def of_head(each: torch.Tensor) -> torch.Tensor:
+        return each[b : b + 1, k : k + 1]
+
+    return rows.map(of_head), Choice(*map(of_head, (choice.kept, choice.ranked, choice.weights)))
 
 
-def _equal(together: Reduced, parts: list[Reduced]) -> bool:
+def _equal(together: Rows, parts: list[Rows]) -> bool:
     return torch.allclose(together.keys, torch.cat([part.keys for part in parts]), atol=1e-4, rtol=1e-3) and (
         torch.allclose(together.values, torch.cat([part.values for part in parts]), atol=1e-4, rtol=1e-3)
     )

@@ -158,7 +158,7 @@ def _in_chunks(forward: Callable, chunk: int) -> Callable:
         tokens = hidden_states.shape[1]
         if tokens <= chunk:
             return forward(hidden_states, *args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if hasattr(cache, "expect"):
             cache.expect(tokens)
         outputs = []

@@ -111,7 +111,7 @@ class Rows:
 
 
 def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    """`start, start + 1, ...` for each head, as many as its length, one head after the other: int64 `[sum(lengths)]`."""
+    """`start, start + 1, ...` for each head, one head after the other, int64 `[sum(lengths)]`."""
     counts = torch.tensor(lengths)
     shifts = torch.tensor(starts) - (counts.cumsum(0) - counts)
     index = torch.arange(sum(lengths)) + shifts.repeat_interleave(counts)

@@ -60,12 +60,12 @@ class Rotary:
 
 
 def rotary_of(model: PreTrainedModel, layer_idx: int = 0) -> Rotary | None:
-    """The rotary embedding of one of a model's layers; `None` if it has none that is found where Transformers has it."""
+    """The rotary embedding of one of a model's layers; `None` if there is none where Transformers' models have it."""
     decoder: Any = model.get_decoder() or model
     embedding = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if embedding is None or apply is None:
         return None
     kinds = getattr(decoder.config, "layer_types", None)
-    by_kind = kinds and "layer_type" in inspect.signature(embedding.forward).parameters
-    return Rotary(embedding, apply, kinds[layer_idx] if by_kind else None)
+    by_kind = "layer_type" in inspect.signature(embedding.forward).parameters
+    return Rotary(embedding, apply, kinds[layer_idx] if kinds and by_kind else None)

@@ -39,7 +39,7 @@ class RecentQueries:
             del self.queries[0], self.valid[0]
 
     def joined(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """All queries, `[B, H, N, D]`, and which are no padding, bool `[B, N]`; `None` if there are none, or all are."""
+        """All queries, `[B, H, N, D]`, and which are no padding, bool `[B, N]`; `None` if none, or all."""
         if not self.queries:
             return None, None
         valid = None

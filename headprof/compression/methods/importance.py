@@ -1,6 +1,6 @@
 """Which rows matter to a head: one axis of the table of methods, and those that ask little of the queries.
 
-Shapes: `B` sequences, `H` query heads, `K` KV heads, `g = H // K` query heads per KV head, `T` rows, `D` head dimension.
+Shapes: `B` sequences, `K` KV heads, `T` rows, `D` head dimension.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ class Observation:
         return attention
 
     def _visible(self, of_queries: Tensor, num_keys: int) -> Tensor:
-        """Which of the first `num_keys` rows queries at positions `[count, 1]` see, bool `[B, K or 1, 1, count, num_keys]`."""
+        """Which of the first rows queries at positions `[count, 1]` see, bool `[B, K or 1, 1, count, num_keys]`."""
         if self.is_prompt:  # alike in all heads
             positions = torch.arange(num_keys, device=self.keys.device)[None, None, None]
         else:

@@ -92,7 +92,7 @@ class Method:
         return ranked, counts
 
     def for_observers(self, count: int) -> Method:
-        """This method for a prompt whose last `count` tokens only observe: a window is just they, all counting alike."""
+        """This method for a prompt whose last `count` tokens only observe: a window is they, counting alike."""
         options = {"window": count, "ramp": False}
         return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
 
@@ -195,8 +195,16 @@ def _named(name: str) -> Method:
 
 
 def name_of(method: Method) -> str:
-    """The name that the table has for a method as it is; empty if it has none."""
-    return next((name for name, known in METHODS.items() if known == method), "")
+    """The name in the table from which `with_options(**method.options())` makes this method; empty if there is none."""
+    return next((name for name, known in METHODS.items() if _alike(known, method)), "")
+
+
+def _alike(known: Method, method: Method) -> bool:
+    """Whether two methods are of the same parts, and differ in options alone."""
+    axes = ("importance", "budget", "reduction")
+    if any(type(getattr(known, axis)) is not type(getattr(method, axis)) for axis in axes):
+        return False
+    return known.with_options(**method.options()) == method
 
 
 def deal_options(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
