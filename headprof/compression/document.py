@@ -77,15 +77,18 @@ def save_document(
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
-        "logits": json.dumps([_logits(layer.held.recent.layer) for layer in cache.head_layers]),
+        "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
     } | dict(notes or {})
     metadata["checksum"] = _checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _logits(layer: AttentionLayer) -> dict[str, Any]:
-    """How a layer makes logits of queries, as the file has it."""
+def _logits(recent: RecentQueries) -> dict[str, Any]:
+    """How a layer makes logits of its remembered queries, as the file has it; where there are none it is left open."""
+    if not len(recent):
+        return {"scaling": 1.0}
+    layer = recent.layer
     return {"scaling": layer.scaling, "softcap": layer.softcap, "sliding_window": layer.sliding_window}
 
 
