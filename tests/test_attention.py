@@ -59,8 +59,8 @@ def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> 
         free = (head * 5) % 4 if space is None else space
         for flat in (keys, values):
             flat += [torch.randn(length, head_dim, generator=generator), torch.full((free, head_dim), NAN)]
-        places = torch.randperm(2 * length, generator=generator)[:length].sort().values
-        positions += [places, torch.full((free,), -7)]
+        ascending = torch.randperm(2 * length, generator=generator)[:length].sort().values
+        positions += [ascending, torch.full((free,), -7)]
         mass = torch.rand(length, generator=generator) * 3
         if bias == "hidden":
             mass[torch.rand(length, generator=generator) < (1.0 if head == 0 else 0.4)] = -math.inf
