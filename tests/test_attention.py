@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.devices import has_triton, interpreted, on_cuda
 from torch.nn.functional import scaled_dot_product_attention
 
 from headprof.compression.kernels import (
@@ -43,12 +43,6 @@ OPTIONS = {
     "hidden": {"bias": "hidden"},
     "all": {"softcap": 3.0, "sliding_window": 9, "sinks": True, "bias": "hidden"},
 }
-
-has_triton = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(
-    not has_triton or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton, interpreting its kernels"
-)
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> RaggedRows:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_scoring import builder_for, load_tiny
-from tiny import ARCHITECTURES
+from support.probe_builders import builder_for
+from support.tiny_models import ARCHITECTURES, load_tiny
 
 from headprof.bench.score import (
     SIDES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import has_triton, interpreted, on_cuda
 
 from headprof.compression.kernels import column_sums as entrance
 from headprof.compression.kernels import torch_column_sums as plain
@@ -28,11 +28,6 @@ OPTIONS = {
 PADDING = ("none", "left", "right", "gaps", "everything")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-has_triton = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(
-    not has_triton or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton, interpreting its kernels"
-)
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BACKENDS = ("torch", pytest.param("triton", marks=interpreted))
 
 

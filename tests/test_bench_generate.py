@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_compression import random_profile
-from tiny import tiny_model
+from support.profiles import random_profile
+from support.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
