@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import subprocess
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.devices import has_triton, interpreted, on_cuda
 from torch.nn.functional import scaled_dot_product_attention
 
 from headprof.compression.kernels import (
@@ -44,12 +44,6 @@ OPTIONS = {
     "all": {"softcap": 3.0, "sliding_window": 9, "sinks": True, "bias": "hidden"},
 }
 
-has_triton = importlib.util.find_spec("triton") is not None
-interpreted = pytest.mark.skipif(
-    not has_triton or os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton, interpreting its kernels"
-)
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> RaggedRows:
     """Random heads of these lengths; their free space is `space` rows, or as many as it likes, and holds NaN."""
@@ -59,8 +53,8 @@ def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> 
         free = (head * 5) % 4 if space is None else space
         for flat in (keys, values):
             flat += [torch.randn(length, head_dim, generator=generator), torch.full((free, head_dim), NAN)]
-        places = torch.randperm(2 * length, generator=generator)[:length].sort().values
-        positions += [places, torch.full((free,), -7)]
+        ascending = torch.randperm(2 * length, generator=generator)[:length].sort().values
+        positions += [ascending, torch.full((free,), -7)]
         mass = torch.rand(length, generator=generator) * 3
         if bias == "hidden":
             mass[torch.rand(length, generator=generator) < (1.0 if head == 0 else 0.4)] = -math.inf

@@ -36,8 +36,8 @@ class Backend:
 
     Attributes:
         attend: the request's answer, `[B, Q, H, D]`.
-        unsupported: why it cannot serve a request, as a verb phrase for "The attention backend 'x' ...", or none.
-        package: what it needs beyond torch, or none.
+        unsupported: why it cannot serve a request, as a verb phrase for "The attention backend 'x' ...", or `None`.
+        package: what it needs beyond torch, or `None`.
     """
 
     attend: Callable[[Request], Tensor]
@@ -79,9 +79,9 @@ def ragged_attention(
         rows: keys and values, the new tokens' included.
         num_kv_heads: `K`.
         scaling: factor on the logits.
-        softcap: bound on the logits (Gemma-2), or none.
-        sliding_window: rows this many positions or more behind a token are hidden from it, or none.
-        sinks: learned logits `[H]` that join the softmax and are dropped (gpt-oss), or none.
+        softcap: bound on the logits (Gemma-2), or `None`.
+        sliding_window: rows this many positions or more behind a token are hidden from it, or `None`.
+        sinks: learned logits `[H]` that join the softmax and are dropped (gpt-oss), or `None`.
         backend: a name in `BACKENDS`, or `auto`.
 
     Returns:
@@ -124,8 +124,8 @@ def check_backend(name: str) -> None:
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the backends that can serve a plain request there; `reference`, which is no rival, left out."""
     empty = torch.empty(0, 64, device=device, dtype=dtype)
-    none = torch.empty(0, device=device, dtype=torch.int32)
-    request = Request(empty.view(0, 1, 1, 64), RaggedRows(empty, empty, none, none, 0, 0), 1, 1.0)
+    no_rows = torch.empty(0, device=device, dtype=torch.int32)
+    request = Request(empty.view(0, 1, 1, 64), RaggedRows(empty, empty, no_rows, no_rows, 0, 0), 1, 1.0)
     return tuple(
         name for name, backend in BACKENDS.items() if name != "reference" and backend.unsupported(request) is None
     )

@@ -18,7 +18,7 @@ class ColumnRequest:
 
     query: Tensor
     key: Tensor
-    places: Tensor
+    positions: Tensor
     valid: Tensor
     scaling: float
     softcap: float | None
@@ -48,14 +48,14 @@ class ColumnRequest:
         fits = (
             self.key.shape == (batch, num_kv_heads, num_tokens, head_dim)
             and num_heads % num_kv_heads == 0
-            and self.places.shape == (num_queries,)
+            and self.positions.shape == (num_queries,)
             and self.valid.shape == (batch, num_tokens)
             and (self.weights is None or self.weights.shape == (num_queries,))
         )
         if not fits:
             shapes = [
                 tuple(each.shape)
-                for each in (self.query, self.key, self.places, self.valid, self.weights)
+                for each in (self.query, self.key, self.positions, self.valid, self.weights)
                 if each is not None
             ]
-            raise ValueError(f"shapes of query, key, places, valid and weights do not fit together: {shapes}")
+            raise ValueError(f"shapes of query, key, positions, valid and weights do not fit together: {shapes}")

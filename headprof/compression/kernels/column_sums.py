@@ -19,7 +19,7 @@ from headprof.errors import UsageError
 def column_sums(
     query: Tensor,
     key: Tensor,
-    places: Tensor,
+    positions: Tensor,
     valid: Tensor,
     *,
     scaling: float,
@@ -31,20 +31,20 @@ def column_sums(
 ) -> Tensor:
     """Softmax attention summed over queries: H2O's accumulated score (Zhang et al. 2023), EMS's global one.
 
-    A query sees the valid keys up to its own place; one that sees none adds nothing. The softmax is in float32. Memory
-    beyond the arguments and the result grows with `T`, not with `N * T`.
+    A query sees the valid keys up to its own position; one that sees none adds nothing. The softmax is in float32.
+    Memory beyond the arguments and the result grows with `T`, not with `N * T`.
 
     Args:
         query: the chosen queries, `[B, H, N, D]`.
         key: the prompt's keys, `[B, K, T, D]`.
-        places: the token that each query belongs to, below `T` and ascending, int64 `[N]`.
+        positions: each query's position in the prompt, below `T` and ascending, int64 `[N]`.
         valid: false for padding keys, bool `[B, T]`.
         scaling: factor on the logits.
-        softcap: bound on the logits (Gemma-2), or none.
-        sliding_window: keys this many tokens or more behind a query are hidden from it, or none.
-        weights: each query's factor in the sum, float32 `[N]`; none for 1.
+        softcap: bound on the logits (Gemma-2), or `None`.
+        sliding_window: keys this many tokens or more behind a query are hidden from it, or `None`.
+        weights: each query's factor in the sum, float32 `[N]`; `None` for 1.
         backend: `torch`, `triton`, or `auto`: Triton on a CUDA device where it can serve, else plain torch.
-        block: queries that plain torch takes at once; none goes by the device.
+        block: queries that plain torch takes at once; `None` goes by the device.
 
     Returns:
         Sum over the queries, mean over a group's query heads, float32 `[B, K, T]`.
@@ -53,7 +53,7 @@ def column_sums(
         UsageError: no such backend, or it cannot serve here.
         ValueError: the arguments' shapes do not fit together.
     """
-    request = ColumnRequest(query, key, places, valid, scaling, softcap, sliding_window, weights)
+    request = ColumnRequest(query, key, positions, valid, scaling, softcap, sliding_window, weights)
     request.check()
     if _chosen_backend(backend, query) == "torch":
         return torch_column_sums(request, block)

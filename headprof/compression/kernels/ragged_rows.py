@@ -18,12 +18,12 @@ class RaggedRows:
 
     Attributes:
         keys, values: `[rows, D]`, one head after the other in the order `b * K + k`, with free space after each.
-        positions: each row's place in the sequence, int32 `[rows]`, ascending within a head.
+        positions: each row's position in the sequence, int32 `[rows]`, ascending within a head.
         bounds: first row and end (exclusive) of each head's rows in use, alternating, then the number of rows in the
             storage: int32 `[2 * N + 1]` on the rows' device.
         longest: most rows that one head has in use.
         uniform: rows of storage per head if all heads have equally many and equally many of them in use, else 0.
-        bias: added to the logits, float32 `[rows]` (the log mass of merged rows; -inf hides a row), or none.
+        bias: added to the logits, float32 `[rows]` (the log mass of merged rows; -inf hides a row), or `None`.
     """
 
     keys: Tensor

@@ -21,7 +21,7 @@ class Package:
         return _importable(self.module)
 
     def missing(self) -> str | None:
-        """That it has to be installed, as a verb phrase; none if it is."""
+        """That it has to be installed, as a verb phrase; `None` if it is."""
         return None if self.importable else f"needs `pip install {self.pip_name}`"
 
 

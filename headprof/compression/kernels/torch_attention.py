@@ -82,10 +82,10 @@ def _mask(request: Request, take: Callable[[Tensor], Tensor], length: int, last:
 
     Args:
         take: picks these heads' rows from a tensor `[rows]`, as `[n, length]`.
-        last: place of each new token among its head's rows, `[n, Q]`; none if they are the last `Q` of `length`.
+        last: index of each new token among its head's rows, `[n, Q]`; `None` if they are the last `Q` of `length`.
 
     Returns:
-        `[n or 1, 1, Q, length]`: bool, or the rows' bias with -inf on hidden ones; none if all see all.
+        `[n or 1, 1, Q, length]`: bool, or the rows' bias with -inf on hidden ones; `None` if all see all.
     """
     bias, window, num_queries = request.rows.bias, request.sliding_window, request.num_queries
     visible = None
@@ -113,7 +113,7 @@ def _attend(
         query: `[n, 1, g, D]` or `[n, g, Q, D]`.
         keys, values: `[n, 1, length, D]`.
         mask: as `_mask` makes it.
-        sinks: `[n, 1, g, 1]` or `[n, g, 1, 1]`, or none.
+        sinks: `[n, 1, g, 1]` or `[n, g, 1, 1]`, or `None`.
     """
     # Fused attention takes a float mask in float32 only on a CPU, and gives zeros there for a row that sees nothing.
     fused_takes_mask = mask is None or mask.dtype == torch.bool or query.device.type == "cpu"

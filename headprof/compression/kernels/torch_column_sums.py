@@ -23,11 +23,11 @@ _PRODUCT_BY_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine()
 def torch_column_sums(request: ColumnRequest, block: int | None) -> Tensor:
     """One KV head after the other, a block of queries at a time over the keys that some of them see."""
     batch, num_kv_heads, num_tokens, _ = request.key.shape
-    group_size, places = request.group_size, request.places.tolist()
+    group_size, positions = request.group_size, request.positions.tolist()
     block = block or _queries_per_block(request)
     sums = request.key.new_zeros(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     for b, (first, end, gaps) in enumerate(request.spans().tolist()):
-        seen_blocks = list(_seen_blocks(places, block, first, end, request.sliding_window))
+        seen_blocks = list(_seen_blocks(positions, block, first, end, request.sliding_window))
         for k in range(num_kv_heads):
             group = request.query[b, k * group_size : (k + 1) * group_size]
             keys = request.key[b, k].float().contiguous()
@@ -48,13 +48,13 @@ def _queries_per_block(request: ColumnRequest) -> int:
 
 
 def _seen_blocks(
-    places: list[int], block: int, first: int, end: int, sliding_window: int | None
+    positions: list[int], block: int, first: int, end: int, sliding_window: int | None
 ) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that some of it see, from `first` to before `end`."""
-    for start in range(0, len(places), block):
-        stop = min(start + block, len(places))
-        oldest = 0 if sliding_window is None else places[start] - sliding_window + 1
-        seen = slice(max(first, oldest), min(end, places[stop - 1] + 1))
+    for start in range(0, len(positions), block):
+        stop = min(start + block, len(positions))
+        oldest = 0 if sliding_window is None else positions[start] - sliding_window + 1
+        seen = slice(max(first, oldest), min(end, positions[stop - 1] + 1))
         if seen.start < seen.stop:
             yield slice(start, stop), seen
 
@@ -88,14 +88,14 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
 
 def _hide(request: ColumnRequest, logits: Tensor, queries: slice, seen: slice, valid: Tensor | None) -> None:
     """Put -inf for the keys `seen` that not all of these queries see; `valid`, `[T]`, only if there are gaps in it."""
-    places = request.places[queries, None]
+    positions = request.positions[queries, None]
     start = seen.start
     if valid is None and request.sliding_window is None:
-        start = min(max(start, int(places[0]) + 1), seen.stop)  # all see what is before
-    keys = torch.arange(start, seen.stop, device=places.device)
-    hidden = keys > places
+        start = min(max(start, int(positions[0]) + 1), seen.stop)  # all see what is before
+    keys = torch.arange(start, seen.stop, device=positions.device)
+    hidden = keys > positions
     if request.sliding_window is not None:
-        hidden |= keys <= places - request.sliding_window
+        hidden |= keys <= positions - request.sliding_window
     if valid is not None:
         hidden |= ~valid[start : seen.stop]
     logits[:, :, start - seen.start :].masked_fill_(hidden, float("-inf"))

@@ -26,7 +26,7 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
     """Every program reads a stretch of one head's rows once, for up to 64 queries of its group and all new tokens.
 
     Args:
-        num_splits: stretches of the longest head (shorter ones have fewer); none goes by the device's size.
+        num_splits: stretches of the longest head (shorter ones have fewer); `None` goes by the device's size.
     """
     attend_kernel, combine_kernel = _kernels()
     query, rows = request.query.contiguous(), request.rows
@@ -220,8 +220,8 @@ def _attend_kernel(
     mixed = mixed / total[:, None]
     write = real[:, None] & (dims < HEAD_DIM)[None, :]
     if partial is None:
-        place = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
-        elements = (place * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
+        index = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
+        elements = (index * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(output + elements, mixed.to(output.dtype.element_ty), mask=write)
     else:
         part = (head * splits + split) * (num_queries * GROUP_SIZE) + row_of_block
@@ -266,6 +266,6 @@ def _combine_kernel(
         total = total * fade + tl.sum(weights, 0)
         highest = higher
     mixed = mixed / tl.where(total == 0.0, 1.0, total)
-    place = (head // NUM_KV_HEADS * num_queries + query // GROUP_SIZE) * NUM_KV_HEADS + head % NUM_KV_HEADS
-    elements = (place * GROUP_SIZE + query % GROUP_SIZE) * HEAD_DIM + dims
+    index = (head // NUM_KV_HEADS * num_queries + query // GROUP_SIZE) * NUM_KV_HEADS + head % NUM_KV_HEADS
+    elements = (index * GROUP_SIZE + query % GROUP_SIZE) * HEAD_DIM + dims
     tl.store(output + elements, mixed.to(output.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -30,7 +30,7 @@ def triton_column_sums(request: ColumnRequest) -> Tensor:
         return sums.unflatten(1, (-1, request.group_size)).mean(dim=2)
     tile = _Tile.of(query)
     log_sums = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=key.device)
-    given = (query, key, request.places.int(), request.valid.to(torch.uint8))
+    given = (query, key, request.positions.int(), request.valid.to(torch.uint8))
     sizes = (request.scaling, request.softcap, request.sliding_window, num_queries, num_tokens)
     options = {
         "NUM_HEADS": num_heads,
@@ -91,13 +91,13 @@ def _query_bounds(request: ColumnRequest, block_keys: int) -> Tensor:
     """For each block of keys the first query that sees some of it, the first that reaches its end, and the end of those
     whose window reaches it: int32 `[blocks, 3]`."""
     num_tokens = request.key.shape[2]
-    first_keys = torch.arange(0, num_tokens, block_keys, device=request.places.device)
+    first_keys = torch.arange(0, num_tokens, block_keys, device=request.positions.device)
     last_keys = (first_keys + block_keys - 1).clamp(max=num_tokens - 1)
-    first, full = (torch.searchsorted(request.places, keys) for keys in (first_keys, last_keys))
+    first, full = (torch.searchsorted(request.positions, keys) for keys in (first_keys, last_keys))
     if request.sliding_window is None:
-        stop = torch.full_like(first, len(request.places))
+        stop = torch.full_like(first, len(request.positions))
     else:
-        stop = torch.searchsorted(request.places, last_keys + request.sliding_window)
+        stop = torch.searchsorted(request.positions, last_keys + request.sliding_window)
     return torch.stack([first, full, stop], dim=1).int()
 
 
@@ -132,7 +132,7 @@ def _base_2(products, scaling, softcap):
 def _log_sums_kernel(
     query,  # [B, H, N, D]
     key,  # [B, K, T, D]
-    places,  # [N]
+    positions,  # [N]
     valid,  # [B, T]
     spans,  # [B, 3], as ColumnRequest.spans makes them
     log_sums,  # [B, H, N], written
@@ -156,18 +156,18 @@ def _log_sums_kernel(
     index = first_query + tl.arange(0, BLOCK_QUERIES)
     real = index < num_queries
     queries = _load_rows(query, head * num_queries + index, real, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
-    place = tl.load(places + index, mask=real, other=-1)
-    first_place = tl.load(places + first_query)
-    last_place = tl.load(places + tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1)
+    position = tl.load(positions + index, mask=real, other=-1)
+    first_position = tl.load(positions + first_query)
+    last_position = tl.load(positions + tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1)
 
     start = tl.load(spans + 3 * sequence)
-    stop = tl.minimum(tl.load(spans + 3 * sequence + 1), last_place + 1)
+    stop = tl.minimum(tl.load(spans + 3 * sequence + 1), last_position + 1)
     gaps = tl.load(spans + 3 * sequence + 2)
     if sliding_window is not None:
-        start = tl.maximum(start, first_place - sliding_window + 1)
+        start = tl.maximum(start, first_position - sliding_window + 1)
         clear = start
     else:  # up to here there is nothing to hide
-        seen_by_all = tl.maximum(tl.minimum(first_place + 1, stop) - start, 0)
+        seen_by_all = tl.maximum(tl.minimum(first_position + 1, stop) - start, 0)
         clear = tl.where(gaps > 0, start, start + seen_by_all // BLOCK_KEYS * BLOCK_KEYS)
 
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -184,9 +184,9 @@ def _log_sums_kernel(
             logits = _base_2(tl.dot(queries, tl.trans(keys), input_precision="ieee"), scaling, softcap)
             if masked:
                 real_key = tl.load(valid + sequence * num_tokens + row, mask=held, other=0) > 0
-                visible = real_key[None, :] & (row[None, :] <= place[:, None])
+                visible = real_key[None, :] & (row[None, :] <= position[:, None])
                 if sliding_window is not None:
-                    visible = visible & (row[None, :] > (place - sliding_window)[:, None])
+                    visible = visible & (row[None, :] > (position - sliding_window)[:, None])
                 logits = tl.where(visible, logits, float("-inf"))
             higher = tl.maximum(highest, tl.max(logits, 1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf would give NaN
@@ -200,7 +200,7 @@ def _log_sums_kernel(
 def _column_sums_kernel(
     query,  # [B, H, N, D]
     key,  # [B, K, T, D]
-    places,  # [N]
+    positions,  # [N]
     valid,  # [B, T]
     bounds,  # [blocks of keys, 3], as _query_bounds makes them
     log_sums,  # [B, H, N]
@@ -249,10 +249,10 @@ def _column_sums_kernel(
             logits = _base_2(tl.dot(keys, tl.trans(queries), input_precision="ieee"), scaling, softcap)
             attention = tl.exp2(logits - log_sum[None, :])
             if masked:
-                place = tl.load(places + index, mask=real, other=-1)
-                visible = row[:, None] <= place[None, :]
+                position = tl.load(positions + index, mask=real, other=-1)
+                visible = row[:, None] <= position[None, :]
                 if sliding_window is not None:
-                    visible = visible & (row[:, None] > (place - sliding_window)[None, :])
+                    visible = visible & (row[:, None] > (position - sliding_window)[None, :])
                 attention = tl.where(visible, attention, 0.0)
             if weights is not None:
                 attention *= tl.load(weights + index, mask=real, other=0.0)[None, :]

@@ -15,7 +15,7 @@ TRITON = Package("triton", "triton")
 
 
 def triton_unsupported(query: Tensor) -> str | None:
-    """Why a kernel cannot serve these queries, `[..., D]`, as a verb phrase; none if it can.
+    """Why a kernel cannot serve these queries, `[..., D]`, as a verb phrase; `None` if it can.
 
     The interpreter, which `TRITON_INTERPRET=1` turns on, serves a CPU.
     """
