@@ -122,10 +122,10 @@ def cuda_is_full():
 def test_a_case_without_memory_fails_alone(model, monkeypatch, fail):
     before = HeadCacheLayer.filled
 
-    def filled(layer, states, values):
-        if layer.plan.name == "snapkv" and states.key.shape[2] == 40:
+    def filled(layer, observed):
+        if layer.plan.name == "snapkv" and observed.keys.shape[2] == 40:
             fail()
-        before(layer, states, values)
+        before(layer, observed)
 
     monkeypatch.setattr(HeadCacheLayer, "filled", filled)
     measurements = run(model).measurements

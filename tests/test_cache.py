@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
-from headprof.compression.cache.storage import CompactRows
+from headprof.compression.rows import Rows
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ModelError, UsageError
 
@@ -80,8 +80,8 @@ def test_prefill_in_chunks_gives_the_same_cache(arch, chunk, method):
     torch.testing.assert_close(out.logits[seen], whole, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(after.logits, whole_after, atol=1e-4, rtol=1e-4)
     for one, other in zip(caches[None].head_layers, caches[chunk].head_layers, strict=True):
-        assert one.lengths == other.lengths and torch.equal(one.storage.positions, other.storage.positions)
-        torch.testing.assert_close(one.storage.keys, other.storage.keys, atol=1e-4, rtol=1e-4)
+        assert one.lengths == other.lengths and torch.equal(one.storage.rows.positions, other.storage.rows.positions)
+        torch.testing.assert_close(one.storage.rows.keys, other.storage.rows.keys, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -158,12 +158,12 @@ def test_appending_within_the_slack_copies_nothing():
     with compressed(model, method="snapkv", budget=9) as plan:
         cache = HeadCache(plan, slack=8)
         prefill(model, random_ids(1, 30), cache)
-        places = [layer.storage.keys.data_ptr() for layer in cache.head_layers]
+        addresses = [layer.storage.rows.keys.data_ptr() for layer in cache.head_layers]
         for _ in range(8):
             model(random_ids(1, 1), past_key_values=cache)
-        assert [layer.storage.keys.data_ptr() for layer in cache.head_layers] == places
+        assert [layer.storage.rows.keys.data_ptr() for layer in cache.head_layers] == addresses
         model(random_ids(1, 1), past_key_values=cache)
-        assert [layer.storage.keys.data_ptr() for layer in cache.head_layers] != places
+        assert [layer.storage.rows.keys.data_ptr() for layer in cache.head_layers] != addresses
 
 
 def test_several_tokens_at_once_equal_one_by_one_and_crop_takes_them_back():
@@ -294,9 +294,9 @@ def test_observers_judge_and_are_not_kept(prefill_chunk):
         whole = model(following, past_key_values=caches[1]).logits
     assert caches[0].get_seq_length() == plain.get_seq_length() == 30
     assert torch.equal(caches[0].lengths, plain.lengths)
-    assert all(int(layer.storage.positions.max()) < 30 for layer in caches[0].head_layers)
+    assert all(int(layer.storage.rows.positions.max()) < 30 for layer in caches[0].head_layers)
     assert any(
-        not torch.equal(a.storage.positions, b.storage.positions)
+        not torch.equal(a.storage.rows.positions, b.storage.rows.positions)
         for a, b in zip(caches[0].head_layers, plain.head_layers, strict=True)
     )
     torch.testing.assert_close(whole, expected, atol=1e-5, rtol=1e-4)
@@ -325,11 +325,11 @@ def test_compact_rows_carry_a_bias_through_everything():
     def rows(lengths, bias):
         count = sum(lengths)
         keys = torch.arange(count * 2.0).reshape(count, 2)
-        return CompactRows(keys, -keys, torch.arange(count).int(), lengths, torch.ones(count) if bias else None)
+        return Rows(keys, -keys, torch.arange(count).int(), lengths, {"bias": torch.ones(count)} if bias else {})
 
-    joined = CompactRows.joined([rows([2, 1], False), rows([1, 3], True)])
-    assert joined.bias.tolist() == [0, 0, 0, 1, 1, 1, 1] and joined.lengths == [2, 1, 1, 3]
+    joined = Rows.joined([rows([2, 1], False), rows([1, 3], True)])
+    assert joined.columns["bias"].tolist() == [0, 0, 0, 1, 1, 1, 1] and joined.lengths == [2, 1, 1, 3]
     chosen = joined.of_heads([3, 0, 3])
-    assert chosen.lengths == [3, 2, 3] and chosen.bias.tolist() == [1, 1, 1, 0, 0, 1, 1, 1]
+    assert chosen.lengths == [3, 2, 3] and chosen.columns["bias"].tolist() == [1, 1, 1, 0, 0, 1, 1, 1]
     assert chosen.positions.tolist() == [1, 2, 3, 0, 1, 1, 2, 3]
-    assert CompactRows.joined([rows([2], False)]).bias is None
+    assert not Rows.joined([rows([2], False)]).columns

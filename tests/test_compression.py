@@ -4,19 +4,19 @@ from itertools import accumulate, pairwise
 
 import pytest
 import torch
-from headprof.compression.methods.states import PromptStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.observations import as_held_rows, observed_prompt
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.tiny_models import tiny_model
-from support.twins import slow_score, whole_prompt
+from support.twins import slow_score
 from transformers.cache_utils import DynamicCache
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache
-from headprof.compression.methods.importance import WindowAttention
 from headprof.compression.methods.reduction import largest, ranking
 from headprof.compression.methods.table import METHODS, find_method, parse_settings
+from headprof.compression.methods.window_attention import WindowAttention
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ProfileError, UsageError
 
@@ -41,7 +41,7 @@ def test_window_attention_equals_its_slow_twin(
     generator = torch.Generator().manual_seed(tokens * 31 + window)
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     valid[0, : min(padding, tokens - 1)] = False
-    states = PromptStates(
+    observed = observed_prompt(
         torch.randn(batch, heads[0], tokens, 8, generator=generator),
         torch.randn(batch, heads[1], tokens, 8, generator=generator),
         valid,
@@ -49,8 +49,8 @@ def test_window_attention_equals_its_slow_twin(
         softcap=softcap,
         sliding_window=sliding,
     )
-    fast = WindowAttention(window, kernel, pooling, power, ramp).score(states).double()
-    slow = slow_score(WindowAttention(window, kernel, pooling, power, ramp), whole_prompt(states))
+    fast = WindowAttention(window, kernel, pooling, power, ramp).score(observed).double()
+    slow = slow_score(WindowAttention(window, kernel, pooling, power, ramp), as_held_rows(observed))
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
 
 
@@ -132,8 +132,8 @@ def test_fan_out_equals_separate_prefills():
             prefill(model, ids, alone)
             assert torch.equal(alone.lengths, cache.lengths)
             for a, b in zip(alone.layers, cache.layers, strict=True):
-                assert torch.equal(a.storage.keys, b.storage.keys)
-                assert torch.equal(a.storage.positions, b.storage.positions)
+                assert torch.equal(a.storage.rows.keys, b.storage.rows.keys)
+                assert torch.equal(a.storage.rows.positions, b.storage.rows.positions)
         with pytest.raises(CacheError, match="takes one prompt"):
             prefill(model, ids, FanOutCache(together))
 
@@ -235,6 +235,6 @@ def test_on_cuda_the_budget_decides_the_rows_and_a_full_one_changes_nothing(arch
     with compressed(model, random_profile(model), method="headkv-r2", budget=7) as plan:
         cache = HeadCache(plan)
         prefill(model, ids, cache)
-    assert cache.head_layers[0].storage.keys.is_cuda
+    assert cache.head_layers[0].storage.rows.keys.is_cuda
     if arch == "llama":
         assert torch.equal(cache.lengths[:, 1], plan.allocation(40))

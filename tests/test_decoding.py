@@ -5,19 +5,24 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from support.observations import observed_prompt
 from support.profiles import random_profile
 from support.prompts import GREEDY, distinct_ids, left_padded, padded_ids, random_ids
 from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
-from headprof.compression.cache.head_layer import FOLD, HeadCacheLayer
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.held_rows import FOLD
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document, generate_text, question_ids
 from headprof.compression.methods.budget import Budget, UniformBudget
-from headprof.compression.methods.importance import Accumulated, Importance
+from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.observation import Assessment, AttentionLayer
+from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reduction import Evict, EvictThenMerge
 from headprof.compression.methods.table import METHODS, Method
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.rows import COLUMNS
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, UsageError
 from headprof.models.shape import HeadShape
@@ -77,9 +82,8 @@ def check_same_layer(layer, twin):
     rows, twins = layer.storage.compact(), twin.storage.compact()
     torch.testing.assert_close(rows.keys, twins.keys, **CLOSE)
     torch.testing.assert_close(rows.values, twins.values, **CLOSE)
-    for column, other in ((rows.bias, twins.bias), (rows.received, twins.received)):
-        zeros = rows.keys.new_zeros(len(rows.keys), dtype=torch.float32)
-        torch.testing.assert_close(zeros if column is None else column, zeros if other is None else other, **CLOSE)
+    for name in COLUMNS:
+        torch.testing.assert_close(rows.column(name), twins.column(name), **CLOSE)
 
 
 # Bounds.
@@ -211,12 +215,12 @@ def test_a_batch_equals_each_sequence_alone(name):
 
 def folding(monkeypatch, count):
     """Fold whenever so many queries are more than need be at hand."""
-    monkeypatch.setattr("headprof.compression.cache.head_layer.FOLD", count)
+    monkeypatch.setattr("headprof.compression.cache.held_rows.FOLD", count)
 
 
 def remembered(cache):
     """Most queries that a layer remembers."""
-    return max(len(layer.recent) for layer in cache.head_layers)
+    return max(len(layer.held.recent) for layer in cache.head_layers)
 
 
 COUNTING = {
@@ -299,7 +303,7 @@ def test_tokens_of_the_last_pass_can_be_taken_out_without_a_trace(name, monkeypa
             if plain.lengths.max() == 13:
                 check_same(plain, cropped)
             for layer in cropped.head_layers:
-                removable = layer.storage.appended - layer._settled
+                removable = layer.held.removable
                 if removable < layer.storage.appended:
                     refused += 1
                     with pytest.raises(CacheError, match=f"Only the last {removable} tokens can be taken out"):
@@ -357,7 +361,7 @@ def test_without_a_buffer_all_after_the_prompt_is_kept(name):
     assert torch.equal(whole.lengths, kept + 100) and torch.equal(roomy.lengths, whole.lengths)
     assert head_positions(whole) == head_positions(roomy)
     assert not torch.allclose(logits[2], logits[0], **CLOSE)
-    assert all(layer.storage.received is None for layer in whole.head_layers)
+    assert all("received" not in layer.storage.rows.columns for layer in whole.head_layers)
 
 
 # Budgets for generating.
@@ -521,7 +525,7 @@ def test_hidden_rows_go_at_the_next_compression(name):
         mask[1, 30:34] = 0
         positions = mask.cumsum(-1)[:, 30:] - 1
         step(model, batch, random_ids(2, 7, seed=1), attention_mask=mask, position_ids=positions)
-        bias = batch.head_layers[0].storage.compact().bias
+        bias = batch.head_layers[0].storage.compact().columns.get("bias")
         assert int((bias == float("-inf")).sum()) == 2 * 4
         for i in range(4):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -531,7 +535,7 @@ def test_hidden_rows_go_at_the_next_compression(name):
         for layer, held in zip(batch.head_layers, head_positions(batch), strict=True):
             assert not any({30, 31, 32, 33} & set(positions) for positions in held[2:])
             assert {36, 40} <= set(held[2]) & set(held[3])
-            assert layer.storage.bias is None or layer.storage.compact().bias.isfinite().all()
+            assert layer.storage.compact().column("bias").isfinite().all()
         if name not in SHARING:
             assert (batch.lengths == (batch.plan.decode_allocation(38) + 3)[:, None]).all()
 
@@ -547,8 +551,8 @@ def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, de
     loaded, _ = load_document(tmp_path / "doc.safetensors", tiny)
     check_same(cache, loaded)
     if "ems" in name:
-        assert cache.head_layers[0].storage.bias is not None and cache.head_layers[0].storage.bias.max() > 0
-    assert (cache.head_layers[0].storage.received is not None) == (name != "snapkv")
+        assert cache.head_layers[0].storage.rows.column("bias").max() > 0
+    assert ("received" in cache.head_layers[0].storage.rows.columns) == (name != "snapkv")
     assert loaded.plan.method == plan.method and loaded.plan.buffer == 6
     for seen in (200, 500):
         assert torch.equal(loaded.plan.decode_allocation(seen), plan.decode_allocation(seen))
@@ -590,17 +594,16 @@ def test_a_document_saved_while_text_is_generated_goes_on_as_the_one_in_memory(
 
 @dataclass(frozen=True)
 class Watching(Importance):
-    """Random importance; remembers what it was asked to judge."""
+    """Random importance; remembers what it was asked about."""
 
-    judged: list = field(default_factory=list, compare=False)
+    asked: list = field(default_factory=list, compare=False)
     queries = None
 
-    def judge(self, states):
-        self.judged.append(states)
-        generator = torch.Generator().manual_seed(len(self.judged))
-        importance = torch.rand(states.key.shape[:3], generator=generator)
-        before = 0 if states.received is None else states.received
-        return Judgement(importance, importance, before + importance)
+    def assess(self, observed):
+        self.asked.append(observed)
+        generator = torch.Generator().manual_seed(len(self.asked))
+        importance = torch.rand(observed.keys.shape[:3], generator=generator)
+        return Assessment(importance, importance, {"received": observed.rows.column("received") + importance})
 
 
 def layer_of(method, budget, buffer, *, heads=2, group=3, dim=8):
@@ -616,6 +619,7 @@ def layer_of(method, budget, buffer, *, heads=2, group=3, dim=8):
 def test_a_layer_hands_over_the_rows_it_holds_and_the_queries_since():
     """Merged rows with their bias, no hidden ones, heads of different lengths."""
     watching, prompt, dim = Watching(), 24, 8
+    how = AttentionLayer(scaling=0.5, softcap=9.0, sliding_window=7)
     merge = EvictThenMerge(threshold=-1.0, candidates=2.0, coverage=1.0, redundancy=0.0, merge_keys=True, mass=True)
     layer = layer_of(Method(watching, UniformBudget(), merge, sinks=1, keep_last=1), 10, 6)
     generator = torch.Generator().manual_seed(0)
@@ -627,37 +631,38 @@ def test_a_layer_hands_over_the_rows_it_holds_and_the_queries_since():
     valid[1, : prompt - 7] = False  # this sequence begins with 7 rows a head, the other with 10
     key, value = random(2, prompt), random(2, prompt)
     layer.update(key, value)
-    layer.filled(PromptStates(random(6, prompt), key, valid, 0.5), value)
+    layer.filled(observed_prompt(random(6, prompt), key, valid, value, scaling=0.5))
     assert layer.lengths == [10, 10, 7, 7]
     seen, since, own, compressions = prompt, [], [], 0
     for number, count in enumerate([1, 2, 3, 1, 4, 2, 3, 3, 1, 1, 6, 2] * 2):
-        held, asked = layer.storage.compact(), len(watching.judged)
+        held, asked = layer.storage.compact(), len(watching.asked)
         layer.update(random(2, count), random(2, count))
-        if len(watching.judged) > asked:
+        if len(watching.asked) > asked:
             compressions += 1
-            states = watching.judged[-1]
-            assert torch.equal(states.query, torch.cat(since, dim=2)) and states.seen == seen
-            assert states.places.tolist() == list(range(seen - states.query.shape[2], seen))
-            assert (states.scaling, states.softcap, states.sliding_window) == (0.5, 9.0, 7)
-            judges = torch.cat(own, dim=1)
-            assert judges.all() if states.judges is None else torch.equal(states.judges, judges)
-            visible = held.bias > -float("inf")
-            assert torch.equal(states.key[states.valid], held.keys[visible])
-            for given, expected in ((states.positions, held.positions), (states.received, held.received)):
-                assert torch.equal(given[states.valid], expected[visible])
-            assert torch.equal(states.bias[states.valid], held.bias[visible])
+            observed = watching.asked[-1]
+            assert torch.equal(observed.queries, torch.cat(since, dim=2)) and observed.seen == seen
+            assert observed.query_positions.tolist() == list(range(seen - observed.queries.shape[2], seen))
+            assert observed.layer == how and not observed.is_prompt
+            own_queries = torch.cat(own, dim=1)
+            if observed.query_valid is None:
+                assert own_queries.all()
+            else:
+                assert torch.equal(observed.query_valid, own_queries)
+            visible = held.columns["bias"] > -float("inf")
+            for given, expected in zip(observed.rows.tensors, held.tensors, strict=True):
+                assert torch.equal(given[observed.valid], expected[visible])
             per_head = [int(part.sum()) for part in visible.split(held.lengths)]
-            assert states.valid.sum(dim=-1).flatten().tolist() == per_head
+            assert observed.valid.sum(dim=-1).flatten().tolist() == per_head
             since, own = [], []
-        new_queries, judges = random(6, count), torch.ones(2, count, dtype=torch.bool)
+        new_queries, new = random(6, count), torch.ones(2, count, dtype=torch.bool)
         if number % 5 == 4:
-            judges[1, 0] = False
-            layer.storage.hide_newest(judges)
-        layer.observe(new_queries, None if judges.all() else judges, scaling=0.5, softcap=9.0, sliding_window=7)
+            new[1, 0] = False
+            layer.storage.hide_newest(new)
+        layer.observe(new_queries, None if new.all() else new, how)
         since.append(new_queries)
-        own.append(judges)
+        own.append(new)
         seen += count
-    assert compressions >= 6 and layer.storage.bias.max() > 1
+    assert compressions >= 6 and layer.storage.rows.columns["bias"].max() > 1
 
 
 # H2O (Zhang et al. 2023), as in the paper.
@@ -697,8 +702,7 @@ def test_heavy_hitters_are_those_of_the_paper(buffer, chunk, monkeypatch):
     method = Method(Accumulated(), UniformBudget(), Evict(), sinks=0, keep_last=1, recent_share=0.5)
     layer = layer_of(method, target, buffer, heads=heads, group=group, dim=dim)
     layer.update(key[:, :, :prompt], value[:, :, :prompt])
-    valid = torch.ones(1, prompt, dtype=torch.bool)
-    layer.filled(PromptStates(query[:, :, :prompt], key[:, :, :prompt], valid, 0.5), value[:, :, :prompt])
+    layer.filled(observed_prompt(query[:, :, :prompt], key[:, :, :prompt], values=value[:, :, :prompt], scaling=0.5))
     slow = [HeavyHitters(target, buffer) for _ in range(heads)]
     for k, head in enumerate(slow):
         head.buffer = num_tokens  # a prompt is read whole
@@ -709,7 +713,7 @@ def test_heavy_hitters_are_those_of_the_paper(buffer, chunk, monkeypatch):
     for start in range(prompt, num_tokens, chunk):
         new = slice(start, min(start + chunk, num_tokens))
         layer.update(key[:, :, new], value[:, :, new])
-        layer.observe(query[:, :, new], scaling=0.5)
+        layer.observe(query[:, :, new], None, AttentionLayer(scaling=0.5))
         held = layer.storage.compact()
         for k, (head, positions) in enumerate(zip(slow, held.positions.split(held.lengths), strict=True)):
             if len(head.rows) + new.stop - new.start > target + buffer:

@@ -1,27 +1,51 @@
 """Evict-then-merge against loops in float64, and what merged rows mean to attention."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from headprof.compression.methods.states import Judgement, PromptStates
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.observations import observed_prompt
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.kernels.backends import ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import KeyNorm
-from headprof.compression.methods.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity
+from headprof.compression.methods.observation import Assessment
+from headprof.compression.methods.reduction import Choice, Evict, EvictThenMerge, largest, nearest, redundancy, sparsity
 from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.rows import Rows
 from headprof.models.shape import HeadShape
 
 INF = float("inf")
 LEAST = torch.finfo(torch.float32).tiny
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+
+
+@dataclass
+class Block:
+    """Rows `[B, K, T, ...]` and what is known of each, some of it before they are reduced, some after."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    ranked: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    received: torch.Tensor | None = None
+
+
+def reduce(reduction, block, kept):
+    """What a reduction makes of a block, flat."""
+    columns = {name: getattr(block, name) for name in ("bias", "received") if getattr(block, name) is not None}
+    rows = Rows.of_prompt(block.keys, block.values).with_columns(columns)
+    reduced = reduction.reduce(rows, Choice(kept, block.ranked, block.weights))
+    assert reduced.lengths == kept.sum(dim=-1).flatten().tolist()
+    assert torch.equal(reduced.positions, rows.positions[kept]) and reduced.positions.dtype == torch.int32
+    return Block(reduced.keys, reduced.values, **reduced.columns)
 
 
 # The twin: one head after the other, one row after the other.
@@ -169,7 +193,7 @@ def cases(draw, *, ties):
     weights = torch.randint(0, 64, size, generator=generator) / 64 if ties else torch.rand(size, generator=generator)
     weights /= 16  # they are shares of attention
     weights[torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.0, 0.3]))] = 0
-    rows = Rows(
+    rows = Block(
         keys.to(dtype),
         torch.randn(*size, 8, generator=generator).to(dtype),
         ranked,
@@ -194,7 +218,7 @@ def check_against_the_twin(rows, kept, merge):
         parts = slow_reduced(merge, Head(rows, b, k), of_head(kept, b, k))
         for all_heads, part in zip((keys, values, biases, received), parts, strict=True):
             all_heads.extend(part)
-    reduced = merge.reduce(rows, kept)
+    reduced = reduce(merge, rows, kept)
     assert len(reduced.keys) == len(reduced.values) == len(keys)
     assert reduced.keys.dtype == reduced.values.dtype == rows.keys.dtype
     close = {"atol": TOLERANCE[rows.keys.dtype], "rtol": TOLERANCE[rows.keys.dtype]}
@@ -223,11 +247,11 @@ def test_of_equally_important_rows_the_earlier_is_the_better_candidate(case):
 
 
 def simple_rows(keys, ranked, weights=None, values=None):
-    """One head's rows `[T, D]`, as `Rows`."""
+    """One head's rows `[T, D]`, as a block."""
     ranked = torch.as_tensor(ranked, dtype=torch.float32)
     weights = torch.ones_like(ranked) if weights is None else torch.as_tensor(weights)
     values = torch.arange(2.0 * len(ranked)).reshape(-1, 2) if values is None else values
-    return Rows(*(each[None, None] for each in (torch.as_tensor(keys), values, ranked, weights)))
+    return Block(*(each[None, None] for each in (torch.as_tensor(keys), values, ranked, weights)))
 
 
 EVERY = EvictThenMerge(threshold=0.5, candidates=100, coverage=1.0, redundancy=0.0, merge_keys=True, mass=True)
@@ -235,7 +259,7 @@ EVERY = EvictThenMerge(threshold=0.5, candidates=100, coverage=1.0, redundancy=0
 
 def test_of_equal_centres_the_earlier_takes_the_candidate():
     rows = simple_rows([[1.0, 0], [2, 0], [4, 0], [0, 1]], [3, 2, 1, 4])
-    reduced = EVERY.reduce(rows, torch.tensor([[[True, True, False, True]]]))
+    reduced = reduce(EVERY, rows, torch.tensor([[[True, True, False, True]]]))
     torch.testing.assert_close(reduced.bias, torch.tensor([math.log(2), 0, 0]))
     torch.testing.assert_close(reduced.keys, torch.tensor([[2.5, 0], [2, 0], [0, 1]]))
 
@@ -243,8 +267,8 @@ def test_of_equal_centres_the_earlier_takes_the_candidate():
 def test_a_candidate_no_more_similar_than_the_threshold_is_dropped():
     rows = simple_rows([[1.0, 1, 1, 1], [1, 1, 1, -1]], [2, 1])  # a cosine of exactly a half
     kept = torch.tensor([[[True, False]]])
-    assert EVERY.reduce(rows, kept).bias.tolist() == [0]
-    assert replace(EVERY, threshold=0.499).reduce(rows, kept).bias.tolist() == [pytest.approx(math.log(2))]
+    assert reduce(EVERY, rows, kept).bias.tolist() == [0]
+    assert reduce(replace(EVERY, threshold=0.499), rows, kept).bias.tolist() == [pytest.approx(math.log(2))]
 
 
 def test_of_equally_important_rows_the_earlier_is_the_only_candidate():
@@ -252,7 +276,7 @@ def test_of_equally_important_rows_the_earlier_is_the_only_candidate():
     values[1, 0] = 1
     rows = simple_rows(torch.ones(40, 4), [9.0] + [1.0] * 39, values=values)
     kept = torch.arange(40)[None, None] < 1
-    assert replace(EVERY, candidates=1).reduce(rows, kept).values.tolist() == [[0.5, 0]]
+    assert reduce(replace(EVERY, candidates=1), rows, kept).values.tolist() == [[0.5, 0]]
 
 
 def test_keys_that_cancel_out_stay_finite():
@@ -260,13 +284,13 @@ def test_keys_that_cancel_out_stay_finite():
     keys = 2.0**9 * torch.tensor([[1.0, 1, 1, 1], [-1, -1, 1, -1], [-1, 1, -1, -1], [1, -1, -1, 1]])
     assert not keys.sum(dim=0).any()
     rows = simple_rows(keys, [4, 3, 2, 1])
-    reduced = replace(EVERY, threshold=-0.9).reduce(rows, torch.tensor([[[True, False, False, False]]]))
+    reduced = reduce(replace(EVERY, threshold=-0.9), rows, torch.tensor([[[True, False, False, False]]]))
     assert reduced.bias.tolist() == [pytest.approx(math.log(4))] and reduced.keys.isfinite().all()
 
 
 def test_a_centre_without_attention_that_takes_in_much_stays_finite():
     rows = simple_rows(torch.ones(9, 4), range(9, 0, -1), weights=[0.0] + [1.0] * 8)
-    reduced = EVERY.reduce(rows, torch.arange(9)[None, None] < 1)
+    reduced = reduce(EVERY, rows, torch.arange(9)[None, None] < 1)
     assert reduced.bias.isfinite().all() and reduced.keys.isfinite().all() and reduced.values.isfinite().all()
 
 
@@ -284,7 +308,7 @@ def test_merging_nothing_is_evicting(case, by_threshold):
     rows, kept, merge = case
     merge = replace(merge, threshold=1.0) if by_threshold else replace(merge, candidates=0.0)
     rows = replace(rows, bias=None)
-    reduced, evicted = merge.reduce(rows, kept), Evict().reduce(rows, kept)
+    reduced, evicted = reduce(merge, rows, kept), reduce(Evict(), rows, kept)
     assert torch.equal(reduced.keys, evicted.keys) and torch.equal(reduced.values, evicted.values)
     assert reduced.bias is None
     assert rows.received is None or torch.equal(reduced.received, evicted.received)
@@ -294,7 +318,7 @@ def test_merging_nothing_is_evicting(case, by_threshold):
 @settings(max_examples=100, deadline=None)
 def test_rows_that_take_nothing_in_stay_as_they_were_and_weight_is_conserved(case):
     rows, kept, merge = case
-    reduced, before = merge.reduce(rows, kept), Evict().reduce(rows, kept)
+    reduced, before = reduce(merge, rows, kept), reduce(Evict(), rows, kept)
     row = 0
     for b, k in heads_of(kept):
         head, of_this = Head(rows, b, k), of_head(kept, b, k)
@@ -322,10 +346,10 @@ def test_each_head_alone_is_reduced_as_among_others(case):
     rows, kept, merge = case
     for b, k in heads_of(kept):  # where rounding decides, it may decide otherwise
         slow_reduced(merge, Head(rows, b, k), of_head(kept, b, k))
-    together, start = merge.reduce(rows, kept), 0
+    together, start = reduce(merge, rows, kept), 0
     for b, k in heads_of(kept):
         of_this = {name: None if each is None else each[b : b + 1, k : k + 1] for name, each in vars(rows).items()}
-        alone = merge.reduce(Rows(**of_this), kept[b : b + 1, k : k + 1])
+        alone = reduce(merge, Block(**of_this), kept[b : b + 1, k : k + 1])
         part = slice(start, start + len(alone.keys))
         start = part.stop
         close = {"atol": 1e-5, "rtol": 1e-5 if rows.keys.dtype == torch.float32 else 0.01}
@@ -399,13 +423,13 @@ def with_newest(each):
 def test_a_merged_row_draws_the_attention_of_all_that_it_stands_for(copies, backend):
     keys, values = prompt_with_copies(copies)
     importance = importance_of_first_copies(keys.shape[2])
-    rows = Rows(keys, values, importance, torch.full_like(importance, 0.25))
+    rows = Block(keys, values, importance, torch.full_like(importance, 0.25))
     query = torch.randn(1, 2 * HEADS, 1, DIM, generator=torch.Generator().manual_seed(copies))
     attend = {"num_kv_heads": HEADS, "scaling": 0.3, "backend": backend}
     expected = ragged_attention(query, ragged(with_newest(keys[0]), with_newest(values[0])), **attend)
     for mass in (True, False):
         merge = replace(EVERY, threshold=0.99, mass=mass)
-        reduced = merge.reduce(rows, torch.arange(keys.shape[2]).expand(importance.shape) < 10)
+        reduced = reduce(merge, rows, torch.arange(keys.shape[2]).expand(importance.shape) < 10)
         merged = [with_newest(each.view(HEADS, 10, DIM)) for each in (reduced.keys, reduced.values)]
         bias = None if reduced.bias is None else torch.nn.functional.pad(reduced.bias.view(HEADS, 10), (0, 1)).flatten()
         output = ragged_attention(query, ragged(*merged, bias), **attend)
@@ -428,9 +452,10 @@ def compressed_layer(plan, keys, values):
     layer.lazy_initialization(keys, values)
     layer.seen = count
     importance = importance_of_first_copies(count)
-    states = PromptStates(keys[:, :, :0], keys, torch.ones(1, count, dtype=torch.bool), 0.3)
-    layer.compress(states, values, Judgement(importance, torch.ones_like(importance), torch.ones_like(importance)))
-    assert layer.storage.received is not None
+    ones = torch.ones_like(importance)
+    observed = observed_prompt(keys[:, :, :0], keys, values=values, scaling=0.3)
+    layer.compress(observed, Assessment(importance, ones, {"received": ones}))
+    assert "received" in layer.storage.rows.columns
     layer.update(torch.full((1, HEADS, 1, DIM), 0.1), torch.full((1, HEADS, 1, DIM), 0.1))
     return layer
 
@@ -447,7 +472,7 @@ def test_a_layer_of_merged_rows_attends_as_the_whole_one(copies, backend):
     expected = attended(compressed_layer(layer_plan(100), keys, values))
     merged = compressed_layer(layer_plan(10, mass=True), keys, values)
     assert merged.lengths == [11] * HEADS
-    assert merged.storage.compact().received.view(HEADS, 11)[0].tolist() == [1, 1, 1, copies, *[1] * 6, 0]
+    assert merged.storage.compact().columns["received"].view(HEADS, 11)[0].tolist() == [1, 1, 1, copies, *[1] * 6, 0]
     torch.testing.assert_close(attended(merged), expected, atol=1e-6, rtol=1e-6)
     light = compressed_layer(layer_plan(10, mass=False), keys, values)
     assert not torch.allclose(attended(light), expected, atol=1e-4)

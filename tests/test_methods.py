@@ -1,36 +1,42 @@
 """The methods of the papers: every importance against loops in float64, the choice of tokens, and whole generations."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from headprof.compression.methods.states import PromptStates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.observations import as_held_rows, observed_prompt
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.tiny_models import tiny_model
-from support.twins import slow_attention, slow_score, whole_prompt
+from support.twins import slow_attention, slow_score
 
 from headprof.compression.cache.head_cache import HeadCache
-from headprof.compression.methods.importance import (
-    Accumulated,
-    KeyNorm,
-    LastQuery,
-    Recency,
-    WindowAttention,
-)
+from headprof.compression.methods.expected_attention import ExpectedAttention
+from headprof.compression.methods.importance import KeyDiff, KeyNorm, Recency
+from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reduction import largest, ranking
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
+from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError
 
-IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), KeyNorm(), Recency()]
+IMPORTANCES = [
+    WindowAttention(5, 3),
+    LastQuery(),
+    Accumulated(),
+    KeyNorm(),
+    KeyDiff(),
+    Recency(),
+    ExpectedAttention(future=4, skip_first=1),
+]
 
 
 @st.composite
 def prompts(draw):
-    """One layer's queries and keys with any grouping, padding in front, and last tokens that only judge the others."""
+    """One layer's queries and keys with any grouping, padding in front, and last tokens that only observe."""
     batch, num_kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 8))
     tokens = draw(st.integers(1, 16))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -38,7 +44,7 @@ def prompts(draw):
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     valid[0, : draw(st.integers(0, tokens - 1))] = False
     valid[:, tokens - draw(st.integers(0, min(2, tokens - 1))) :] = False
-    return PromptStates(
+    return observed_prompt(
         torch.randn(batch, num_kv_heads * group, tokens, 8, generator=generator).to(dtype),
         torch.randn(batch, num_kv_heads, tokens, 8, generator=generator).to(dtype),
         valid,
@@ -51,50 +57,43 @@ def prompts(draw):
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
 @given(prompts())
 @settings(max_examples=25, deadline=None)
-def test_importance_equals_its_slow_twin(importance, states):
-    score = importance.score(states)
-    assert score.dtype == torch.float32 and score.shape == states.key.shape[:3]
-    torch.testing.assert_close(score.double(), slow_score(importance, whole_prompt(states)), atol=1e-5, rtol=1e-4)
+def test_importance_equals_its_slow_twin(importance, observed):
+    score = importance.score(observed)
+    assert score.dtype == torch.float32 and score.shape == observed.keys.shape[:3]
+    torch.testing.assert_close(score.double(), slow_score(importance, as_held_rows(observed)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
 @given(prompts(), st.integers(0, 20))
 @settings(max_examples=25, deadline=None)
-def test_the_queries_it_names_are_all_it_needs(importance, states, more):
-    num_tokens = states.key.shape[2]
+def test_the_queries_it_names_are_all_it_needs(importance, observed, more):
+    num_tokens = observed.keys.shape[2]
     needed = num_tokens if importance.queries is None else min(importance.queries, num_tokens)
     held = min(needed + more, num_tokens)
-    fewer = PromptStates(
-        states.query[:, :, num_tokens - held :],
-        states.key,
-        states.valid,
-        states.scaling,
-        states.softcap,
-        states.sliding_window,
-    )
-    assert torch.equal(importance.score(fewer), importance.score(states))
+    fewer = replace(observed, queries=observed.queries[:, :, num_tokens - held :], shared={})
+    assert torch.equal(importance.score(fewer), importance.score(observed))
 
 
 @given(prompts(), st.data())
 @settings(max_examples=40, deadline=None)
-def test_rows_are_those_of_the_whole_matrix(states, data):
-    batch, num_kv_heads, num_tokens, _ = states.key.shape
+def test_rows_are_those_of_the_whole_matrix(observed, data):
+    batch, num_kv_heads, num_tokens, _ = observed.keys.shape
     start = data.draw(st.integers(0, num_tokens))
     stop = data.draw(st.integers(max(1, start), num_tokens))
-    rows = states.rows(start, stop)
-    group = states.query.shape[1] // num_kv_heads
+    rows = observed.attention(start, stop)
+    group = observed.queries.shape[1] // num_kv_heads
     assert rows.shape == (batch, num_kv_heads, group, stop - start, stop)
-    expected = slow_attention(whole_prompt(states))[:, :, start:stop]
+    expected = slow_attention(as_held_rows(observed))[:, :, start:stop]
     assert not expected[..., stop:].any()
     torch.testing.assert_close(rows.flatten(1, 2).double(), expected[..., :stop], atol=1e-5, rtol=1e-4)
-    assert torch.equal(states.last_rows(num_tokens - start), states.rows(start, num_tokens))
+    assert torch.equal(observed.last_attention(num_tokens - start), observed.attention(start, num_tokens))
 
 
 def test_rows_of_queries_that_are_not_held_are_refused():
-    states = PromptStates(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 9, 4), torch.ones(1, 9, dtype=torch.bool), 1.0)
-    assert states.rows(6, 9).shape == (1, 2, 1, 3, 9)
+    observed = observed_prompt(torch.rand(1, 2, 3, 8), torch.rand(1, 2, 9, 8), scaling=1.0)
+    assert observed.attention(6, 9).shape == (1, 2, 1, 3, 9)
     with pytest.raises(ValueError, match="queries 5 to 9 asked for, 6 to 9 held"):
-        states.last_rows(4)
+        observed.last_attention(4)
 
 
 def test_parameters_that_make_no_sense():

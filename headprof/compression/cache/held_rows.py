@@ -1,4 +1,4 @@
-"""What a layer holds while text is generated: its heads' rows, and the newest queries, by which they are scored next."""
+"""What a layer holds while text is generated: its heads' rows, and the newest queries."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class ExpectedAttention(Importance):
         expected = self._expected(observed, counted, observed.positions_of_queries() >= first + self.skip_first)
         if self.value_norm:
             expected = (expected + self.epsilon) * observed.values.float().norm(dim=-1)
-        highest = expected.masked_fill(~valid, 0.0).flatten(1).amax(dim=1)
+        highest = expected.masked_fill(~counted, 0.0).flatten(1).amax(dim=1)
         return expected.where(counted, highest[:, None, None])
 
     def _expected(self, observed: Observation, counted: Tensor, asked: Tensor) -> Tensor:
