@@ -1,0 +1,1 @@
+"""What several test modules share: tiny models, prompts, profiles, slow twins, files of benchmarks, commands."""
