@@ -24,7 +24,7 @@ from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 import headprof
 import headprof.integrations.lm_eval as adapter
-from headprof.cli import harness as command
+from headprof.cli import lm_eval as command
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import ProfileError, UsageError
