@@ -2,10 +2,10 @@
 
 import json
 
+import bench_parts
 import pytest
 import torch
 
-from headprof import cli
 from headprof.bench import merge as bench_merge
 from headprof.bench.importance import run_importance_bench
 from headprof.bench.merge import run_merge_bench
@@ -49,31 +49,34 @@ def test_what_cannot_be_run():
         run_merge_bench("smollm2-135m", (100,), (16,), repeats=0)
 
 
-def test_the_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(
-            [
-                "bench",
-                "merge",
-                "--shape",
-                "smollm2-135m",
-                "--lengths",
-                "200",
-                "--budgets",
-                "16",
-                "--repeats",
-                "1",
-                "--json",
-            ]
-        )
-    (case,) = json.loads(capsys.readouterr().out)
-    assert stop.value.code == 0 and case["equal"] and case["ratio"] > 0
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "merge", "--shape", "smollm2-135m", "--lengths", "200", "--budgets", "16", "--repeats", "1"])
-    assert "head by head" in capsys.readouterr().out
+def run_parts(capsys, *words):
+    bench_parts.main([*words, "--shape", "smollm2-135m", "--repeats", "1"])
+    return capsys.readouterr().out
 
 
-def test_the_score_is_timed_beside_the_attention(capsys):
+def test_the_script_times_merging(capsys):
+    words = ("merge", "--lengths", "200", "--budgets", "16,20")
+    cases = json.loads(run_parts(capsys, *words, "--json"))
+    assert [case["budget"] for case in cases] == [16, 20]
+    assert all(case["equal"] and case["ratio"] == case["looped"] / case["together"] for case in cases)
+    head, *rows = run_parts(capsys, *words).splitlines()
+    assert head.split() == ["shape", "length", "budget", "batch", "together", "looped", "equal", "ratio"]
+    assert [row.split()[:4] for row in rows] == [["smollm2-135m", "200", budget, "1"] for budget in ("16", "20")]
+
+
+def test_the_script_times_importance(capsys):
+    words = ("importance", "--lengths", "64")
+    assert [case["samples"] for case in json.loads(run_parts(capsys, *words, "--json"))] == [0, 1024]
+    shown = run_parts(capsys, *words, "--samples", "0,16")
+    assert "attention" in shown and [row.split()[2] for row in shown.splitlines()[1:]] == ["0", "16"]
+
+
+def test_the_script_says_what_is_wrong_in_a_sentence():
+    with pytest.raises(SystemExit, match="Error: There is no model shape 'llama-9'"):
+        bench_parts.main(["merge", "--shape", "llama-9"])
+
+
+def test_the_score_is_timed_beside_the_attention():
     times = run_importance_bench("smollm2-135m", (64, 128), (0, 16), repeats=1)
     assert [(each.length, each.samples) for each in times] == [(64, 0), (64, 16), (128, 0), (128, 16)]
     assert all(each.attention > 0 and each.ratio == each.score / each.attention for each in times)
@@ -81,12 +84,3 @@ def test_the_score_is_timed_beside_the_attention(capsys):
         run_importance_bench("llama-9", (64,), (0,))
     with pytest.raises(UsageError, match="at least"):
         run_importance_bench("smollm2-135m", (64,), (-1,))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(
-            ["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]
-        )
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "all" in shown and "of attention" in shown
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--json"])
-    assert [case["samples"] for case in json.loads(capsys.readouterr().out)] == [0, 1024]

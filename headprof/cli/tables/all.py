@@ -12,8 +12,6 @@ from headprof.utils.units import human_bytes
 
 if TYPE_CHECKING:
     from headprof.bench.generate import BenchResult, LargestBatch
-    from headprof.bench.importance import ImportanceTimes
-    from headprof.bench.merge import MergeTimes
     from headprof.bench.score import ScoreBenchResult, SideResult
     from headprof.compression.cache.head_cache import HeadCache
     from headprof.compression.generation import Generation
@@ -235,40 +233,6 @@ def benchmark(result: BenchResult) -> tuple[list[str], Rows]:
         )
     columns = ["cache", "attention", "prompt", "prefill", "compressing", "tokens/s", "of full", "floor tokens/s"]
     return [*columns, "cache bytes", "of full ", "at most", "steadiness", "peak"], rows
-
-
-def merging(times: Iterable[MergeTimes]) -> tuple[list[str], Rows]:
-    """All heads at once beside one after the other."""
-    rows = [
-        [
-            each.shape,
-            str(each.length),
-            str(each.budget),
-            str(each.batch),
-            f"{each.together * 1e3:.2f} ms",
-            f"{each.looped * 1e3:.2f} ms",
-            f"{each.ratio:.2f}x",
-            "yes" if each.equal else "NO",
-        ]
-        for each in times
-    ]
-    return ["shape", "prompt", "budget", "batch", "all heads", "head by head", "ratio", "same rows"], rows
-
-
-def importance(times: Iterable[ImportanceTimes]) -> tuple[list[str], Rows]:
-    """The global score beside the attention over the same prompt."""
-    rows = [
-        [
-            each.shape,
-            str(each.length),
-            str(each.samples or "all"),
-            f"{each.attention * 1e3:.2f} ms",
-            f"{each.score * 1e3:.2f} ms",
-            f"{each.ratio:.1%}",
-        ]
-        for each in times
-    ]
-    return ["shape", "prompt", "queries", "attention", "score", "of attention"], rows
 
 
 def largest_batches(found: Iterable[LargestBatch]) -> tuple[list[str], Rows]:
