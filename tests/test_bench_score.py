@@ -24,7 +24,7 @@ from headprof.bench.score import (
 )
 from headprof.bench.stepwise import StepwiseProber
 from headprof.cli import main
-from headprof.cli.tables import all as tables
+from headprof.cli.tables import bench as tables
 from headprof.errors import UsageError
 from headprof.models import random_weights as random_models
 from headprof.models.published import SHAPES
@@ -318,7 +318,7 @@ def test_all_attention_is_not_asked_for_where_it_cannot_fit(monkeypatch):
     result = run_score_bench(loaded, request)
     assert [side.failed for side in result.sides] == [""] * 5 + ["would need 39.2 MB (estimate)"]
     assert result.sides[-1].estimated_bytes == needed
-    _, rows = tables.score_bench(result)
+    _, rows = tables.scoring(result)
     assert rows[-1][4:8] == ["would need 39.2 MB (estimate)", "-", "-", "39.2 MB (estimate)"]
 
 

@@ -16,13 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from support.list_options import commands
 from tiny import save_tiny
 
-from headprof.cli import main
+from headprof.cli import app, main
+from headprof.compression.methods.names import METHOD_NAMES
+from headprof.compression.methods.table import METHODS
 from headprof.profile.head_profile import HeadProfile
 
+APP = typer.main.get_command(app)
 NEEDLE = {
     "needle": "The key of the shed hangs behind the clock. The key of the barn lies under a stone.",
     "real_needle": "The key of the shed hangs behind the clock.",
@@ -418,6 +423,37 @@ def test_help_is_quick_and_imports_no_torch(place):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "heatmap" in headprof_process(place, "--help").stdout
     assert headprof_process(place, "--version").stdout.startswith("headprof ")
+
+
+def test_options_of_one_name_have_the_default_of_their_command():
+    found = {name: {each.name: each.default for each in command.params} for name, command in commands(APP)}
+    assert [found[f"headprof {name}"]["budget"] for name in ("generate", "compress")] == ["64", "256"]
+    seeds = {"score": 0, "generate": 0, "eval": 1000, "validate": 2000, "bench generate": 0, "bench score": 0}
+    assert {name: found[f"headprof {name}"]["seed"] for name in seeds} == seeds
+    assert [name for name in found if name.startswith("headprof bench ")] == [
+        "headprof bench generate",
+        "headprof bench score",
+    ]
+
+
+def test_the_light_names_are_those_of_the_table():
+    assert tuple(METHODS) == METHOD_NAMES
+
+
+def test_help_names_methods_of_other_packages_and_loads_none(place, tmp_path):
+    (tmp_path / "more-1.0.dist-info").mkdir()
+    (tmp_path / "more-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: more\nVersion: 1.0\n")
+    (tmp_path / "more-1.0.dist-info" / "entry_points.txt").write_text(
+        "[headprof.methods]\nzeal = absent:ZEAL\nadept = absent:ADEPT\nems = absent:EMS\n"
+    )
+    script = "from headprof.compression.methods.names import method_names; print(*method_names())"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = {"cwd": place, "capture_output": True, "text": True, "check": True}
+    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
+    names = subprocess.run([sys.executable, "-c", script], env=environment, **options).stdout.split()
+    assert names == [*METHOD_NAMES, "adept", "zeal"]
+    shown = subprocess.run([sys.executable, "-m", "headprof", "generate", "--help"], env=environment, **options).stdout
+    assert "streamingllm, knorm, adept or zeal" in " ".join(shown.replace("│", " ").split())
 
 
 def test_score_heatmap_generate_in_that_order(place):

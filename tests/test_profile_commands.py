@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny
 
 from headprof.cli.context import terminal
-from headprof.cli.profiles import profiles
+from headprof.cli.profile import profiles
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.loading import load_model, model_shape, published_shape
 from headprof.models.shape import HeadShape

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from headprof.cli.tables import all as tables
+from headprof.cli.tables import validate as tables
 from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
 from headprof.models.loading import LoadedModel

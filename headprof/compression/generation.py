@@ -272,8 +272,7 @@ def generate_text(
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
-    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
-    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
+    ids = _after_seen(ids, seen, filler).to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
@@ -302,3 +301,8 @@ def generate_text(
         decode_seconds=times[-1] - times[0],
         cached_tokens=seen,
     )
+
+
+def _after_seen(ids: torch.Tensor, seen: int, filler: int) -> torch.Tensor:
+    """Ids `[1, T]` after so many that a cache has seen: Transformers drops these, whichever they were."""
+    return torch.cat([torch.full((1, seen), filler), ids], dim=1)

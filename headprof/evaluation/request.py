@@ -38,6 +38,37 @@ class Preset:
     lengths: tuple[int, ...]
     probes: int
 
+    def request(
+        self,
+        *,
+        tasks: tuple[str, ...] = (),
+        methods: tuple[str, ...] = (),
+        budgets: tuple[str, ...] = (),
+        lengths: tuple[int, ...] | None = None,
+        probes: int | None = None,
+        without_full: bool = False,
+        **others: Any,
+    ) -> EvalRequest:
+        """A request in which this preset stands for what is not given.
+
+        Args:
+            tasks, methods, budgets, lengths, probes: as in `EvalRequest`; empty or `None` for the preset's. The
+                preset's lengths are those of its own tasks.
+            without_full: leave the full cache out, which is added otherwise.
+            others: the other attributes of `EvalRequest`.
+        """
+        asked = methods or self.methods
+        return EvalRequest(
+            tasks=tasks or self.tasks,
+            methods=tuple(name for name in asked if name != "full")
+            if without_full
+            else tuple(dict.fromkeys(("full", *asked))),
+            budgets=budgets or self.budgets,
+            probes=probes or self.probes,
+            lengths=lengths or (None if tasks else self.lengths),
+            **others,
+        )
+
 
 PRESETS = {
     "quick": Preset(("niah", "reasoning"), tuple(METHODS), ("32", "64", "128"), (512, 1024), 80),

@@ -19,7 +19,7 @@ import transformers
 from headprof._version import __version__
 from headprof.errors import HeadprofError, InterruptedRun, UsageError
 from headprof.evaluation.asker import Asker, Sharing
-from headprof.evaluation.journal import Journal, Place, Results
+from headprof.evaluation.journal import Journal, Place, Results, answers_kept
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
 from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, digest_of
@@ -123,6 +123,11 @@ class EvalRun:
         file = None if output is None or self.team.rank else output / "answers.jsonl"
         self.journal = Journal(file, request.key(loaded, profile), self._digest)
         self._resume = resume
+
+    @property
+    def resumable(self) -> int:
+        """How many questions of this very run have answers from before, which `resume` would begin with."""
+        return answers_kept(self.journal.path, self.journal.key) if self.journal.path is not None else 0
 
     def _candidates(self) -> list[Candidate]:
         observers = len(self.request.observer_ids(self.loaded))

@@ -11,7 +11,6 @@ from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
-from headprof.profile.finding import profile_filename
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.probe_results import probes_kept, results_file
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
@@ -79,11 +78,6 @@ def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
         needles=load_needles(request.needles) if request.needles else None,
         haystack=Haystack.from_folder(request.haystack) if request.haystack else None,
     )
-
-
-def default_output(name: str) -> Path:
-    """Where a model's profile goes when nothing is said: `./profiles/MODEL.safetensors`."""
-    return Path("profiles") / profile_filename(name)
 
 
 def resumable(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> int:
