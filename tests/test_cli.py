@@ -606,6 +606,47 @@ def test_a_saved_document_goes_on_being_compressed(place):
     assert bounded["cache_bytes"] < growing["cache_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--method", "snapkv"), "--method"),
+        (("--method", "headkv-r2"), "--method"),  # the default, but given
+        (("--budget", "64"), "--budget"),
+        (("-b", "32"), "--budget"),
+        (("--profile", "tiny.safetensors"), "--profile"),
+        (("--window", "8"), "--window"),
+        (("--keep-last", "4"), "--keep-last"),
+        (("--kernel", "5"), "--kernel"),
+        (("--pooling", "max"), "--pooling"),
+        (("--pool-factor", "2"), "--pool-factor"),
+        (("--set", "power=2"), "--set"),
+        (("--set", "power=2", "--budget", "32", "--window", "8"), "--budget, --window and --set"),
+    ],
+)
+def test_a_saved_document_is_not_compressed_in_another_way(place, given, named):
+    ask = ("generate", "--model", "tiny", "--cache", "d.kv", "--prompt", "How many?")
+    result = headprof(place, *ask, *given)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"Error: A compressed document already says how it was compressed: leave {named} away.\n"
+
+
+def test_a_saved_document_is_continued_as_asked(place):
+    made = headprof(
+        place, *("compress", "--model", "tiny", "--file", "document.txt", "--method", "snapkv", "-o", "whole.kv")
+    )
+    assert made.returncode == 0, made.stderr
+    ask = ("generate", "--model", "tiny", "--cache", "whole.kv", "--prompt", "How many?", "--json")
+    options = ("--max-new-tokens", "20", "--decode-budget", "12", "--buffer", "4", "--backend", "torch")
+    options = (*options, "--prefill-chunk", "16", "--temperature", "1.5", "--device", "cpu", "--dtype", "float32")
+    runs = []
+    for more in ((), (*options, "--seed", "1"), (*options, "--seed", "2")):
+        result = headprof(place, *ask, *more)
+        assert result.returncode == 0, result.stderr
+        runs += json.loads(result.stdout)["runs"].values()
+    plain, one, other = runs
+    assert one["text"] != other["text"] and one["cache_bytes"] < plain["cache_bytes"] / 4
+
+
 def test_needles_of_the_papers_format(place):
     (place / "haystack" / "a.txt").write_text("Rain fell on the roof all day. The river rose a little. " * 400)
     options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--probes", "9")

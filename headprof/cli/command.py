@@ -37,6 +37,17 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def given_options(context: typer.Context, *groups: type) -> list[str]:
+    """The options of these groups that were given on the command line, as `--name`, in the order of the help."""
+    names = {each.name for group in groups for each in fields(group)}
+    return [max(each.opts, key=len) for each in context.command.params if each.name in names and _given(context, each)]
+
+
+def _given(context: typer.Context, parameter: Any) -> bool:
+    source = context.get_parameter_source(parameter.name)
+    return source is not None and source.name != "DEFAULT"
+
+
 def _options(group: Parameter) -> Iterator[Parameter]:
     """The parameters that a group stands for."""
     hints = get_type_hints(group.annotation, include_extras=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
     CompressOptions,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 @command
 def generate(
     *,
+    context: typer.Context,
     model: Model = None,
     compressing: CompressOptions,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file: the context of the question.")] = None,
@@ -67,7 +68,7 @@ def generate(
     from headprof.compression.generation import check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
-    check_sources(file, cache, compare)
+    check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
     request = compression_request(compressing, tuning, decoding, reading)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:

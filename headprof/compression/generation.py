@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,16 @@ def what_to_ask(
     return *demo_document(), True
 
 
-def check_sources(file: Path | None, cache: Path | None, compare: bool) -> None:
+def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:
     """
+    Args:
+        file: a document, as text.
+        cache: a compressed one.
+        compare: whether to answer with the full cache too.
+        compressing: options that were given to say how to compress, such as `--budget`.
+
     Raises:
-        UsageError: a compressed document is to be used together with what it stands for.
+        UsageError: a compressed document is to be used together with what it stands for, or to be compressed.
     """
     if cache is not None and file is not None:
         raise UsageError("A compressed document and a file cannot be used together: leave --file or --cache away.")
@@ -113,6 +119,10 @@ def check_sources(file: Path | None, cache: Path | None, compare: bool) -> None:
         raise UsageError(
             "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
         )
+    if cache is not None and compressing:
+        *others, last = compressing
+        named = f"{', '.join(others)} and {last}" if others else last
+        raise UsageError(f"A compressed document already says how it was compressed: leave {named} away.")
 
 
 def read_document(path: Path) -> str:
