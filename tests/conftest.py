@@ -17,7 +17,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tiny import save_tiny, save_tiny_gguf
+from support.tiny_models import save_tiny, save_tiny_gguf
 
 from headprof.models.loading import LoadedModel, load_model
 

@@ -4,8 +4,9 @@ import gc
 
 import pytest
 import torch
-from test_compression import random_ids, random_profile
-from tiny import ARCHITECTURES, tiny_model
+from support.profiles import random_profile
+from support.prompts import GREEDY, padded_ids, random_ids
+from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
@@ -13,22 +14,6 @@ from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_
 from headprof.compression.cache.storage import CompactRows
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ModelError, UsageError
-
-GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-
-
-def padded_ids(batch, length=40):
-    """Token ids and their mask; every sequence but the first begins with padding."""
-    ids, mask = random_ids(batch, length), torch.ones(batch, length, dtype=torch.int64)
-    for entry in range(1, batch):
-        mask[entry, : 7 + 8 * entry] = 0
-    return ids.masked_fill(mask == 0, 2), mask
-
-
-def three_layers(arch, num_kv_heads):
-    """A tiny model; Gemma-2 with eager attention, since sdpa, the default of older versions, forgets its softcap."""
-    attn = "eager" if arch == "gemma2" else None
-    return tiny_model(arch, num_kv_heads=num_kv_heads, layers=3, attn=attn)
 
 
 def generated(model, ids, mask):

@@ -4,7 +4,6 @@ Most commands run inside the test's process, since importing PyTorch and Transfo
 their own are left to what only they can show, and to a comparison of both ways.
 """
 
-import io
 import json
 import os
 import re
@@ -17,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from huggingface_hub import constants
 from safetensors.torch import save_file
+from support.commands import headprof, headprof_process
 from support.list_options import commands
-from tiny import save_tiny
+from support.tiny_models import save_tiny
 
-from headprof.cli import app, main
+from headprof.cli import app
 from headprof.compression.methods.names import METHOD_NAMES
 from headprof.compression.methods.table import METHODS
 from headprof.profile.head_profile import HeadProfile
@@ -70,41 +69,6 @@ def place(tmp_path_factory) -> Path:
 
 # A random model answers nothing right, so failed probes count here.
 SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed")
-
-
-def headprof(place: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    """Run the command line in folder `place`, inside this process."""
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setenv("HEADPROF_DATA", str(place / "data-home"))
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)  # its variable was read at import
-        patch.setattr(sys, "argv", ["headprof", *arguments])
-        patch.setattr(sys, "stdin", io.StringIO(stdin))
-        patch.setattr(sys, "stdout", stdout)
-        patch.setattr(sys, "stderr", stderr)
-        patch.setattr(sys, "excepthook", sys.excepthook)  # which typer replaces
-        try:
-            main()
-        except SystemExit as ended:
-            code = ended.code
-        except Exception:
-            sys.excepthook(*sys.exc_info())
-            code = 1
-    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
-
-
-def headprof_process(place: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own, as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "headprof", *arguments],
-        cwd=place,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HEADPROF_DATA": str(place / "data-home"), "HF_HUB_OFFLINE": "1"},
-    )
 
 
 GENERATE = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--prompt", "Who counted?")

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import tiny_model
+from support.twins import slow_score, whole_prompt
 from transformers.cache_utils import DynamicCache
 
-import headprof
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache
 from headprof.compression.methods.importance import WindowAttention
 from headprof.compression.methods.reduction import largest, ranking
@@ -17,55 +19,6 @@ from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, find_method, parse_settings
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ProfileError, UsageError
-from headprof.models.shape import HeadShape
-
-
-def random_profile(model, seed=0):
-    shape = HeadShape.from_config(model.config)
-    generator = torch.Generator().manual_seed(seed)
-    size = (shape.num_layers, shape.num_heads)
-    scores = {which: torch.rand(size, generator=generator) ** 4 for which in ("retrieval", "reasoning")}
-    return headprof.HeadProfile(model_name="tiny", shape=shape, scores=scores)
-
-
-def random_ids(batch, length, seed=0):
-    return torch.randint(3, 500, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def slow_window_attention(states, window, kernel, pooling, power, ramp):
-    """Loops over everything, in float64."""
-    batch, num_heads, num_tokens, _ = states.query.shape
-    num_kv_heads = states.key.shape[1]
-    group = num_heads // num_kv_heads
-    result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
-    for b in range(batch):
-        for head in range(num_heads):
-            for i in range(max(0, num_tokens - window), num_tokens):
-                seen = [j for j in range(i + 1) if states.valid[b, j]]
-                if states.sliding_window is not None:
-                    seen = [j for j in seen if j > i - states.sliding_window]
-                if not seen:
-                    continue
-                logits = (
-                    states.key[b, head // group, seen].double() @ states.query[b, head, i].double() * states.scaling
-                )
-                if states.softcap is not None:
-                    logits = states.softcap * torch.tanh(logits / states.softcap)
-                weight = i - max(0, num_tokens - window) + 1 if ramp else 1
-                result[b, head // group, seen] += weight * logits.softmax(-1) ** power
-    observers = range(max(0, num_tokens - window), num_tokens)
-    for j in range(num_tokens):
-        weights = [n if ramp else 1 for n, i in enumerate(observers, 1) if i >= j]
-        result[:, :, j] = (result[:, :, j] / (sum(weights) * group)) ** (1 / power)
-    reach = kernel // 2
-    pooled = torch.zeros_like(result)
-    for b in range(batch):
-        for j in range(num_tokens):
-            around = [i for i in range(max(0, j - reach), min(j + reach + 1, num_tokens)) if states.valid[b, i]]
-            if around:
-                part = result[b, :, around]
-                pooled[b, :, j] = part.amax(dim=-1) if pooling == "max" else part.mean(dim=-1)
-    return pooled
 
 
 @given(
@@ -97,7 +50,7 @@ def test_window_attention_equals_its_slow_twin(
         sliding_window=sliding,
     )
     fast = WindowAttention(window, kernel, pooling, power, ramp).score(states).double()
-    slow = slow_window_attention(states, window, kernel, pooling, power, ramp)
+    slow = slow_score(WindowAttention(window, kernel, pooling, power, ramp), whole_prompt(states))
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
 
 

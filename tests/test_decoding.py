@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from test_cache import GREEDY, padded_ids, three_layers
-from test_compression import random_ids, random_profile
-from tiny import ARCHITECTURES, tiny_model
+from support.profiles import random_profile
+from support.prompts import GREEDY, distinct_ids, left_padded, padded_ids, random_ids
+from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.head_layer import FOLD, HeadCacheLayer
@@ -33,22 +33,6 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def distinct_ids(batch, length, seed=0):
-    """Token ids, none of which comes twice in a sequence: in the first layer their keys are equally long."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(497, generator=generator)[:length] + 3 for _ in range(batch)])
-
-
-def left_padded(ids, lengths):
-    """Sequences of these lengths as a batch with padding in front, and their mask."""
-    width = max(lengths)
-    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
-    padded = torch.full((len(lengths), width), 2)
-    for entry, length in enumerate(lengths):
-        padded[entry, width - length :] = ids[entry, :length]
-    return padded, mask
 
 
 def options_of(name):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import headprof
-from test_compression import random_ids, random_profile
-from tiny import save_tiny
+from support.commands import headprof
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import save_tiny
 
 from headprof.cli import main
 from headprof.compression.cache.head_cache import HeadCache, stack_caches

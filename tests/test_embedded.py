@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from support.tiny_models import tiny_model
 
 from headprof.errors import ModelError
 from headprof.models import embedded

@@ -11,20 +11,17 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hub_data import write_hub_data
-from test_compression import random_profile
-from tiny import save_tiny, tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
+from support.commands import invoke as headprof
+from support.hub_data import write_hub_data
+from support.profiles import random_profile
+from support.tiny_models import load_tiny, save_tiny, tiny_tokenizer
 
-from headprof.cli import app
 from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
 from headprof.evaluation import journal, metrics
 from headprof.evaluation.asker import Asker
 from headprof.evaluation.journal import Journal, answers_kept
 from headprof.evaluation.request import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.run import EvalRun, PerplexityTask, QuestionTask
-from headprof.models.loading import LoadedModel
-from headprof.models.shape import HeadShape
 from headprof.utils.files import append_text
 
 LENGTH = 300
@@ -34,11 +31,6 @@ PROBES = EvalRequest(("niah", "reasoning"), ("full", "snapkv"), ("8",), probes=6
 @pytest.fixture(scope="module")
 def loaded():
     return load_tiny()
-
-
-def load_tiny(**options):
-    model = tiny_model(num_kv_heads=2, **options)
-    return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
 
 
 def other_tokenizer():
@@ -562,10 +554,6 @@ def place(model_folder, monkeypatch):
     torch.set_num_threads(1)
     yield model_folder
     torch.set_num_threads(threads)
-
-
-def headprof(*arguments):
-    return CliRunner().invoke(app, list(arguments))
 
 
 def said(ended):

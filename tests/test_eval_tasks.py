@@ -5,21 +5,18 @@ from collections import Counter
 from math import isfinite
 
 import pytest
-from hub_data import BABILONG, LONGBENCH, LOOGLE, write_hub_data
 from huggingface_hub import constants
-from test_compression import random_profile
-from tiny import tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
+from support.commands import invoke
+from support.hub_data import BABILONG, LONGBENCH, LOOGLE, write_hub_data
+from support.profiles import random_profile
+from support.tiny_models import load_tiny
 
-from headprof.cli import app
 from headprof.evaluation import questions
 from headprof.evaluation.questions import Judge
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import BENCHMARKS, TASKS
 from headprof.models.chat import ChatFormat
-from headprof.models.loading import LoadedModel
-from headprof.models.shape import HeadShape
 
 METHODS = ("full", "snapkv", "headkv-r2")
 MAX_PROMPT = 600  # which the instructions of BABILong nearly fill, in the tiny tokenizer's short tokens
@@ -33,8 +30,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded():
-    model = tiny_model(num_kv_heads=2)
-    return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
+    return load_tiny()
 
 
 @pytest.fixture
@@ -100,7 +96,7 @@ def test_benchmarks_on_the_command_line(data_dir, tiny, tiny_folder, tmp_path, s
     command += ["--tasks", "longbench/trec,longbench/lcc,babilong/qa1,loogle,ruler/niah_single", "--lengths", "1k"]
     command += ["--data-dir", str(data_dir), "--limit", "2", "--max-prompt", str(MAX_PROMPT)]
     command += ["--methods", "snapkv,headkv-r2", "--budgets", "16", "--json", "-o", str(tmp_path / "results")]
-    ended = CliRunner().invoke(app, command)
+    ended = invoke(*command)
     assert ended.exit_code == 0, ended.output
     found = json.loads(ended.stdout)
     assert found["about"]["questions"] == {
@@ -146,7 +142,7 @@ def cut_off(request, monkeypatch, tmp_path):
 def test_without_a_network_one_sentence_and_nothing_is_left(task, cut_off, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["eval", "--model", str(tiny_folder), "--tasks", task, "--methods", "snapkv", "--budgets", "16"]
-    ended = CliRunner().invoke(app, [*command, "-o", "results"])
+    ended = invoke(*command, "-o", "results")
     assert (ended.exit_code, ended.stdout) == (2, "")
     sentence = " ".join(ended.stderr.split())
     assert sentence.startswith(f"Error: The dataset {OUTSIDE[task]} ")

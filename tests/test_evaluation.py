@@ -8,8 +8,9 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from test_compression import random_ids, random_profile
-from tiny import EOS, tiny_model, tiny_tokenizer
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import EOS, load_tiny, tiny_model
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
@@ -23,8 +24,6 @@ from headprof.evaluation.results import Answer, main_cells, results_csv, tabulat
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import Example
 from headprof.models.chat import ChatFormat
-from headprof.models.loading import LoadedModel
-from headprof.models.shape import HeadShape
 from headprof.utils.intervals import mean_interval, t_95, wilson_interval
 
 
@@ -115,11 +114,6 @@ def test_stacked_caches_continue_like_each_alone():
         prefill(model, ids, shorter := HeadCache(plans[0]))
         with pytest.raises(ValueError, match="same number of tokens"):
             stack_caches([caches[0], shorter])
-
-
-def load_tiny(**options):
-    model = tiny_model(num_kv_heads=2, layers=2, **options)
-    return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), "tiny", 4096)
 
 
 def candidates_for(loaded, *wanted):

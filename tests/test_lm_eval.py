@@ -20,7 +20,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 import headprof
 import headprof.integrations.lm_eval as adapter
@@ -31,7 +33,6 @@ from headprof.errors import ProfileError, UsageError
 from headprof.integrations.lm_eval import HeadprofLM
 from headprof.models.checkpoint import Source
 from headprof.models.embedded import EMBEDDED
-from headprof.models.shape import HeadShape
 
 METHODS = ("snapkv", "headkv-r2", "ems", "adakv", "h2o", "streamingllm:sinks=2")
 
@@ -43,9 +44,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def profile(model) -> headprof.HeadProfile:
-    shape = HeadShape.from_config(model.config)
-    scores = torch.rand(shape.num_layers, shape.num_heads, generator=torch.Generator().manual_seed(1))
-    return headprof.HeadProfile("tiny", shape, {"retrieval": scores, "reasoning": scores})
+    return random_profile(model, seed=1)
 
 
 def harness(model, **options) -> HFLM:
@@ -61,7 +60,7 @@ def made(model, profile):
 
 
 def tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(3, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return random_ids(1, count, seed)[0].tolist()
 
 
 def some_requests() -> list:
@@ -317,9 +316,7 @@ def workplace(tmp_path_factory) -> Path:
     """A folder with a checkpoint, its profile, and two tasks with their data."""
     folder = tmp_path_factory.mktemp("harness")
     save_tiny(folder / "tiny", layers=3)
-    shape = headprof.load_model(str(folder / "tiny"), device="cpu").shape
-    scores = torch.rand(shape.num_layers, shape.num_heads, generator=torch.Generator().manual_seed(1))
-    headprof.HeadProfile("tiny", shape, {"reasoning": scores}).save(folder / "profiles" / "tiny.safetensors")
+    random_profile(tiny_model(layers=3), seed=1).save(folder / "profiles" / "tiny.safetensors")
     for name, task in (("choice", CHOICE), ("write", WRITE)):
         (folder / f"{name}.yaml").write_text(task.format(folder=folder))
     questions = [TEXT[start : start + 260] for start in (0, 100, 200)]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import tiny_model
+from support.twins import slow_attention, slow_score, whole_prompt
 
-import headprof
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.methods.importance import (
     Accumulated,
@@ -22,7 +24,6 @@ from headprof.compression.methods.states import PromptStates
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError
-from headprof.models.shape import HeadShape
 
 IMPORTANCES = [WindowAttention(5, 3), LastQuery(), Accumulated(), KeyNorm(), Recency()]
 
@@ -47,63 +48,13 @@ def prompts(draw):
     )
 
 
-def slow_attention(states):
-    """The whole attention matrix, float64 `[B, H, T, T]`, one query at a time."""
-    batch, num_heads, num_tokens, _ = states.query.shape
-    group = num_heads // states.key.shape[1]
-    attention = torch.zeros(batch, num_heads, num_tokens, num_tokens, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(num_heads):
-            for i in range(num_tokens):
-                seen = [j for j in range(i + 1) if states.valid[b, j]]
-                if states.sliding_window is not None:
-                    seen = [j for j in seen if j > i - states.sliding_window]
-                if not seen:
-                    continue
-                logits = states.key[b, h // group, seen].double() @ states.query[b, h, i].double() * states.scaling
-                if states.softcap is not None:
-                    logits = states.softcap * torch.tanh(logits / states.softcap)
-                attention[b, h, i, seen] = logits.softmax(-1)
-    return attention
-
-
-def slow_score(importance, states):
-    """Importance from the whole attention matrix, float64 `[B, K, T]`."""
-    attention = slow_attention(states)
-    batch, num_kv_heads, num_tokens, _ = states.key.shape
-    group = attention.shape[1] // num_kv_heads
-    result = torch.zeros(batch, num_kv_heads, num_tokens, dtype=torch.float64)
-    for b in range(batch):
-        for k in range(num_kv_heads):
-            of_group = attention[b, k * group : (k + 1) * group]
-            for j in range(num_tokens):
-                match importance:
-                    case LastQuery():
-                        result[b, k, j] = sum(attention[b, h, -1, j] for h in range(attention.shape[1]))
-                        result[b, k, j] /= attention.shape[1]
-                    case Accumulated():
-                        result[b, k, j] = sum(of_group[:, i, j].sum() for i in range(num_tokens)) / group
-                    case KeyNorm():
-                        result[b, k, j] = -math.sqrt(sum(float(x) ** 2 for x in states.key[b, k, j]))
-                    case Recency():
-                        result[b, k, j] = j
-                    case WindowAttention():
-                        observers = range(max(j, num_tokens - importance.window), num_tokens)
-                        result[b, k, j] = sum(of_group[:, i, j].mean() for i in observers) / len(observers)
-    if isinstance(importance, WindowAttention):
-        reach = importance.kernel // 2
-        around = [result[..., max(0, j - reach) : j + reach + 1].amax(dim=-1) for j in range(num_tokens)]
-        return torch.stack(around, dim=-1)
-    return result
-
-
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
 @given(prompts())
 @settings(max_examples=25, deadline=None)
 def test_importance_equals_its_slow_twin(importance, states):
     score = importance.score(states)
     assert score.dtype == torch.float32 and score.shape == states.key.shape[:3]
-    torch.testing.assert_close(score.double(), slow_score(importance, states), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(score.double(), slow_score(importance, whole_prompt(states)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=repr)
@@ -133,7 +84,7 @@ def test_rows_are_those_of_the_whole_matrix(states, data):
     rows = states.rows(start, stop)
     group = states.query.shape[1] // num_kv_heads
     assert rows.shape == (batch, num_kv_heads, group, stop - start, stop)
-    expected = slow_attention(states)[:, :, start:stop]
+    expected = slow_attention(whole_prompt(states))[:, :, start:stop]
     assert not expected[..., stop:].any()
     torch.testing.assert_close(rows.flatten(1, 2).double(), expected[..., :stop], atol=1e-5, rtol=1e-4)
     assert torch.equal(states.last_rows(num_tokens - start), states.rows(start, num_tokens))
@@ -274,16 +225,10 @@ def test_a_method_is_made_again_from_its_parameters(name):
     assert find_method(name).with_options(**changed.options()) == changed
 
 
-def random_profile(model):
-    shape = HeadShape.from_config(model.config)
-    scores = torch.rand(shape.num_layers, shape.num_heads, generator=torch.Generator().manual_seed(0)) ** 4
-    return headprof.HeadProfile(model_name="tiny", shape=shape, scores={"retrieval": scores, "reasoning": scores})
-
-
 @pytest.mark.parametrize("name", list(METHODS))
 def test_generation_with_every_method(name):
     model = tiny_model(num_kv_heads=2, layers=3)
-    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(1, 40, seed=1)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     full = model.generate(ids, **options)
     with compressed(model, random_profile(model), method=name, budget=40):

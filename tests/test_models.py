@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
+from support.tiny_models import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
 from headprof.errors import HeadprofError, ModelError, UsageError

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compression import random_ids, random_profile
-from tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.session import compressed, make_plan

@@ -1,7 +1,6 @@
 """The heatmap: valid pictures of every size, the right heads marked, the same bytes twice."""
 
 import itertools
-import json
 import re
 import struct
 import xml.etree.ElementTree as ET
@@ -16,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Rectangle
+from support.profiles import SIZES, make_profile, with_intervals
 
 from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
@@ -25,21 +25,6 @@ from headprof.plots.style import bar_ticks, even_ticks
 from headprof.profile.head_profile import KINDS, HeadProfile
 
 SVG = "{http://www.w3.org/2000/svg}"
-SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
-
-
-def make_profile(layers: int = 4, heads: int = 6, kv_heads: int = 2, kinds=KINDS, name="org/Model") -> HeadProfile:
-    generator = torch.Generator().manual_seed(layers * heads)
-    # Like measured scores: most near zero and a few far above.
-    scores = {kind: torch.rand(layers, heads, generator=generator) ** 12 * 0.6 for kind in kinds}
-    return HeadProfile(
-        model_name=name,
-        shape=HeadShape("M", layers, heads, kv_heads, 64, 100),
-        scores=scores,
-        standard_errors={kind: table * 0.05 for kind, table in scores.items()},
-        probes_used=dict.fromkeys(kinds, 60),
-        metadata={"settings": json.dumps({"lengths": [500, 1024, 4096]})},
-    )
 
 
 def marked(path: Path) -> list[str]:
@@ -270,18 +255,6 @@ def test_small_helpers():
         4,
         2,
     ]
-
-
-def with_intervals(profile: HeadProfile) -> HeadProfile:
-    """Lopsided intervals, as a bootstrap gives near zero."""
-    intervals = {
-        kind: (
-            (scores - 1.5 * profile.standard_errors[kind]).clamp(min=0),
-            scores + 2.5 * profile.standard_errors[kind],
-        )
-        for kind, scores in profile.scores.items()
-    }
-    return replace(profile, intervals=intervals)
 
 
 def drawn_with_uncertainty(profile: HeadProfile, kinds=KINDS, top: int = 10):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_plots import SIZES, make_profile, with_intervals
+from support.profiles import SIZES, make_profile, with_intervals
 
 from headprof.errors import HeadprofError, ProfileError
 from headprof.models.shape import HeadShape

@@ -5,6 +5,7 @@ import math
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.profiles import SHAPE, small_profile
 
 from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
@@ -30,20 +32,11 @@ from headprof.profile.interchange import (
 )
 from headprof.utils.ranks import spearman, top_overlap
 
-SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
-
-
-def make_profile(shape: HeadShape = SHAPE, seed: int = 0) -> HeadProfile:
-    generator = torch.Generator().manual_seed(seed)
-    tables = [torch.rand(shape.num_layers, shape.num_heads, generator=generator) for _ in range(4)]
-    return HeadProfile(
-        model_name="org/Small-Model",
-        shape=shape,
-        scores={"retrieval": tables[0], "reasoning": tables[1]},
-        standard_errors={"retrieval": tables[2], "reasoning": tables[3]},
-        probes_used={"retrieval": 40, "reasoning": 31},
-        metadata={"seed": "7", "settings": json.dumps({"lengths": [512, 1024]}), "command": "headprof score"},
-    )
+make_profile = partial(
+    small_profile,
+    intervals={},
+    metadata={"seed": "7", "settings": json.dumps({"lengths": [512, 1024]}), "command": "headprof score"},
+)
 
 
 def parts_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

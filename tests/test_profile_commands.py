@@ -11,10 +11,11 @@ import torch
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, save_tiny
+from support.commands import invoke
+from support.profiles import SHAPE
+from support.profiles import small_profile as make_profile
+from support.tiny_models import ARCHITECTURES, save_tiny
 
-from headprof.cli.context import terminal
-from headprof.cli.profile import profiles
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.loading import load_model, model_shape, published_shape
 from headprof.models.shape import HeadShape
@@ -24,7 +25,6 @@ from headprof.profile.head_profile import HeadProfile
 from headprof.profile.interchange import import_csv, import_papers_json, read_papers_json, write_csv
 from headprof.utils.assets import asset_dir
 
-SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 # What meta-llama/Meta-Llama-3-8B-Instruct has as its config.json.
 LLAMA_3_CONFIG = {
@@ -61,24 +61,6 @@ LLAMA_3_TOP = {
 }
 
 
-def make_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=("retrieval", "reasoning"), **parts) -> HeadProfile:
-    generator = torch.Generator().manual_seed(seed)
-    grid = (shape.num_layers, shape.num_heads)
-    scores = {kind: torch.rand(grid, generator=generator) for kind in kinds}
-    return HeadProfile(
-        **{
-            "model_name": "org/Small-Model",
-            "shape": shape,
-            "scores": scores,
-            "standard_errors": {kind: torch.rand(grid, generator=generator) for kind in kinds},
-            "intervals": {kind: (values * 0.9, values * 1.1) for kind, values in scores.items()},
-            "probes_used": dict(zip(kinds, (40, 31), strict=False)),
-            "metadata": {"date": "2026-01-02", "accuracy": json.dumps({"boats": [9, 12]})},
-        }
-        | parts
-    )
-
-
 def papers_table(samples: torch.Tensor) -> dict[str, list[float]]:
     num_layers, num_heads, _ = samples.shape
     return {f"{i}-{j}": samples[i, j].tolist() for i in range(num_layers) for j in range(num_heads)}
@@ -100,18 +82,12 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def headprof(capsys):
+def headprof():
     """Run a `headprof profile` command; gives its exit code, its stdout and its stderr."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        terminal.configure(quiet=False, debug=False)
-        code = 0
-        try:
-            profiles(args=list(arguments), prog_name="headprof profile")
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        ended = invoke("profile", *arguments)
+        return ended.exit_code, ended.stdout, ended.stderr
 
     return run
 
@@ -134,8 +110,8 @@ def slow_interval(values: list[list[float]], resamples: int = 2000):
             for draw in draws.tolist()
         )
         for ends, share in ((low, 0.025), (high, 0.975)):
-            place, part = divmod(share * (resamples - 1), 1)
-            ends.append(means[int(place)] * (1 - part) + means[int(place) + 1] * part)
+            index, part = divmod(share * (resamples - 1), 1)
+            ends.append(means[int(index)] * (1 - part) + means[int(index) + 1] * part)
     return low, high
 
 
@@ -267,7 +243,7 @@ def slow_compare(a: list[float], b: list[float], width: int, k: int):
         return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
 
     def top(values, count):
-        return sorted(range(len(values)), key=lambda place: (-values[place], place))[:count]
+        return sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
 
     x, y = ranks(a), ranks(b)
     mean = (len(a) - 1) / 2

@@ -8,7 +8,7 @@ from math import pi
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from support.tiny_models import tiny_tokenizer
 
 from headprof.errors import UsageError
 from headprof.evaluation.tasks import BENCHMARKS, TASKS, TaskRequest, ruler

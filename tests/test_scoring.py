@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from support.probe_builders import builder_for
+from support.tiny_models import ARCHITECTURES, load_tiny
 
 from headprof.errors import InterruptedRun, ProbeError, UsageError
-from headprof.models.loading import LoadedModel
-from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.scoring import run
 from headprof.scoring import shared_context as asking
@@ -17,17 +16,6 @@ from headprof.scoring.probe_results import RunResults, probes_kept
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import StopRule, make_profile, score_heads
 from headprof.scoring.shared_context import SharedContext
-
-
-def load_tiny(arch="llama", **options) -> LoadedModel:
-    model = tiny_model(arch, **options)
-    tokenizer = tiny_tokenizer(chat=True)
-    return LoadedModel(model, tokenizer, HeadShape.from_config(model.config), f"tiny-{arch}", 4096)
-
-
-def builder_for(loaded, probes=8, pack=4, seed=0, length=1024) -> ProbeBuilder:
-    settings = ProbeSettings(probes=probes, lengths=(length,), needles_per_context=pack, seed=seed)
-    return ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
 
 
 def slow_scores(loaded, context, probe):

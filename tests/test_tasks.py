@@ -13,7 +13,8 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from support.json_lines import write_jsonl
+from support.tiny_models import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from headprof.errors import ModelError, UsageError
@@ -91,12 +92,6 @@ def loogle_new_rows(task):
             {"context": f"Document {number // 3}", "question": pair["Q"], "answer": answer, "evidence": ["..."]}
         )
     return rows
-
-
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

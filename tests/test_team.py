@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
+from support.tiny_models import save_tiny
 
 from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile

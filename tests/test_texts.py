@@ -1,16 +1,10 @@
 """Texts from plain files, JSON lines and folders of both."""
 
-import json
-
 import pytest
+from support.json_lines import write_jsonl
 
 from headprof.errors import UsageError
 from headprof.evaluation.texts import Text, read_texts
-
-
-def write_rows(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def test_a_text_file_is_one_text(tmp_path):
@@ -26,7 +20,7 @@ def test_rows_have_their_text_in_context_or_text(tmp_path):
         {"text": "\n"},
         {"context": None, "text": "Three."},
     ]
-    texts = read_texts(write_rows(tmp_path / "rows.jsonl", *rows))
+    texts = read_texts(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert texts == [Text("rows.jsonl:a1", "One."), Text("rows.jsonl:2", "Two."), Text("rows.jsonl:4", "Three.")]
 
 
@@ -45,7 +39,7 @@ def test_half_a_character_becomes_a_question_mark(tmp_path):
 def test_a_folder_is_read_by_name_with_what_is_below(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "c.txt").write_text("second")
-    write_rows(tmp_path / "a.jsonl", {"context": "first", "_id": 7})
+    write_jsonl(tmp_path / "a.jsonl", [{"context": "first", "_id": 7}])
     (tmp_path / "z.txt").write_text("third")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "README.md").write_text("no text of ours")

@@ -13,13 +13,13 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, save_tiny, tiny_model, tiny_tokenizer
+from support.profiles import random_profile
+from support.tiny_models import ARCHITECTURES, load_tiny, save_tiny, tiny_model
 from typer.testing import CliRunner
 
 from headprof.cli.tables import validate as tables
 from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
-from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, _spread, validation_plot
 from headprof.profile.head_profile import KINDS, HeadProfile
@@ -43,15 +43,8 @@ from headprof.validation.verdict import Verdict, curve, verdict
 SMALL = ValidationSettings(top=2, counts=(1,), probes=8, length=500, pack=2, draws=2)
 
 
-def load_tiny(arch="llama", **options) -> LoadedModel:
-    model = tiny_model(arch, **options)
-    return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), f"tiny-{arch}", 4096)
-
-
-def make_profile(loaded, kinds=("retrieval", "reasoning")) -> HeadProfile:
-    generator = torch.Generator().manual_seed(1)
-    size = loaded.shape.num_layers, loaded.shape.num_heads
-    return HeadProfile(loaded.name, loaded.shape, {kind: torch.rand(size, generator=generator) for kind in kinds})
+def make_profile(loaded, kinds=KINDS) -> HeadProfile:
+    return random_profile(loaded.model, seed=1, kinds=kinds, name=loaded.name)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model
+from support.prompts import random_ids
+from support.tiny_models import ARCHITECTURES, tiny_model
 from transformers.cache_utils import DynamicCache
 
 from headprof.models.attention_hook import wrapped_attention
@@ -28,7 +29,7 @@ def keep(seen):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_equal_eager_attention(arch, num_kv_heads):
     model = tiny_model(arch, num_kv_heads=num_kv_heads, layers=3)
-    ids = torch.randint(3, 500, (1, 37), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(1, 37, seed=1)
     wanted = torch.tensor([20, 21, 36])
     expected = eager_rows(model, ids, wanted)
     seen = {}
@@ -89,7 +90,7 @@ def test_flash_attention_is_left_for_passes_with_a_mask(arch):
 
 def test_mistral_sliding_window_hides_old_tokens():
     model = tiny_model("mistral", sliding_window=8, layers=2)
-    ids = torch.randint(3, 500, (1, 30), generator=torch.Generator().manual_seed(1))
+    ids = random_ids(1, 30, seed=1)
     seen = {}
     with RowReader(model).installed() as reader, reader.reading([torch.tensor([29])], keep(seen)):
         model(ids, past_key_values=DynamicCache())

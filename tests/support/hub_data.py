@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from support.json_lines import write_jsonl
 
 ROWS = 6
 
@@ -41,13 +41,15 @@ LOOGLE = ("shortdep_qa", "longdep_qa", "shortdep_cloze", "summarization")
 def write_hub_data(folder: Path) -> Path:
     """All 21 tasks of LongBench, 20 of BABILong at 0k and 1k, and 4 of LooGLE, `ROWS` rows each, in `folder`."""
     for task in LONGBENCH:
-        _write(folder / "longbench" / "data" / f"{task}.jsonl", (_longbench(task, number) for number in range(ROWS)))
+        write_jsonl(
+            folder / "longbench" / "data" / f"{task}.jsonl", (_longbench(task, number) for number in range(ROWS))
+        )
     for task in BABILONG:
         for config in ("0k", "1k"):
             rows = (_babilong(task, config, number) for number in range(ROWS))
-            _write(folder / "babilong" / "data" / task / f"{config}.jsonl", rows)
+            write_jsonl(folder / "babilong" / "data" / task / f"{config}.jsonl", rows)
     for task in LOOGLE:
-        _write(folder / "loogle" / "data" / f"{task}.jsonl", (_loogle(task, number) for number in range(ROWS)))
+        write_jsonl(folder / "loogle" / "data" / f"{task}.jsonl", (_loogle(task, number) for number in range(ROWS)))
     return folder
 
 
@@ -61,11 +63,6 @@ def story(seed: str, words: int) -> str:
         if len(text) >= words:
             break
     return " ".join(text)
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _longbench(task: str, number: int) -> dict[str, Any]:

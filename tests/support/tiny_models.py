@@ -12,6 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from headprof.models.checkpoint import quiet
+from headprof.models.loading import LoadedModel
+from headprof.models.shape import HeadShape
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3")
 
@@ -128,6 +130,18 @@ def _options(
                 "query_pre_attn_scalar": head_dim,
             }
     raise ValueError(f"no tiny model of architecture {arch!r}")
+
+
+def three_layers(arch: str, num_kv_heads: int) -> PreTrainedModel:
+    """A tiny model; Gemma-2 with eager attention, since sdpa, the default of older versions, forgets its softcap."""
+    attn = "eager" if arch == "gemma2" else None
+    return tiny_model(arch, num_kv_heads=num_kv_heads, layers=3, attn=attn)
+
+
+def load_tiny(arch: str = "llama", **options: Any) -> LoadedModel:
+    """`tiny_model(arch, **options)` with its tokenizer and a chat template, as loading gives it: `tiny-<arch>`."""
+    model = tiny_model(arch, **options)
+    return LoadedModel(model, tiny_tokenizer(chat=True), HeadShape.from_config(model.config), f"tiny-{arch}", 4096)
 
 
 def save_tiny(path: Path, arch: str = "llama", *, chat: bool = False, **options: Any) -> Path:

@@ -1,0 +1,68 @@
+"""Head profiles with made-up scores."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+from headprof.models.shape import HeadShape
+from headprof.profile.head_profile import KINDS, HeadProfile
+
+SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
+"""Layers, heads and KV heads of profiles to draw: common, large, without groups, with one KV head, smallest."""
+
+
+SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
+
+
+def random_profile(model, seed=0, kinds=KINDS, name="tiny") -> HeadProfile:
+    """A profile that fits `model`: most heads near zero, few far above, and for each kind others."""
+    shape = HeadShape.from_config(model.config)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {kind: torch.rand(shape.num_layers, shape.num_heads, generator=generator) ** 4 for kind in kinds}
+    return HeadProfile(model_name=name, shape=shape, scores=scores)
+
+
+def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=KINDS, **parts) -> HeadProfile:
+    """A profile of `shape` with everything that scoring notes, and `parts` in place of its parts."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = (shape.num_layers, shape.num_heads)
+    scores = {kind: torch.rand(grid, generator=generator) for kind in kinds}
+    return HeadProfile(
+        **{
+            "model_name": "org/Small-Model",
+            "shape": shape,
+            "scores": scores,
+            "standard_errors": {kind: torch.rand(grid, generator=generator) for kind in kinds},
+            "intervals": {kind: (values * 0.9, values * 1.1) for kind, values in scores.items()},
+            "probes_used": dict(zip(kinds, (40, 31), strict=False)),
+            "metadata": {"date": "2026-01-02", "accuracy": json.dumps({"boats": [9, 12]})},
+        }
+        | parts
+    )
+
+
+def make_profile(layers: int = 4, heads: int = 6, kv_heads: int = 2, kinds=KINDS, name="org/Model") -> HeadProfile:
+    """A profile to draw, with scores like measured ones: most near zero and a few far above."""
+    generator = torch.Generator().manual_seed(layers * heads)
+    scores = {kind: torch.rand(layers, heads, generator=generator) ** 12 * 0.6 for kind in kinds}
+    return HeadProfile(
+        model_name=name,
+        shape=HeadShape("M", layers, heads, kv_heads, 64, 100),
+        scores=scores,
+        standard_errors={kind: table * 0.05 for kind, table in scores.items()},
+        probes_used=dict.fromkeys(kinds, 60),
+        metadata={"settings": json.dumps({"lengths": [500, 1024, 4096]})},
+    )
+
+
+def with_intervals(profile: HeadProfile) -> HeadProfile:
+    """Lopsided intervals, as a bootstrap gives near zero."""
+    intervals = {
+        kind: (
+            (scores - 1.5 * profile.standard_errors[kind]).clamp(min=0),
+            scores + 2.5 * profile.standard_errors[kind],
+        )
+        for kind, scores in profile.scores.items()
+    }
+    return replace(profile, intervals=intervals)
