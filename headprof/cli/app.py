@@ -121,7 +121,7 @@ def score(
     headprof score --until-stable
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
-    from headprof.scoring.request import ScoreRequest, build_probes, default_output, resumable, score_to_file
+    from headprof.scoring.request import ScoreRequest, build_probes, default_output, score_to_file, starting_anew
     from headprof.scoring.run import StopRule
 
     request = ScoreRequest(
@@ -141,8 +141,8 @@ def score(
     loaded = load(model, device, dtype, attn, trust_remote_code)
     builder = build_probes(loaded, request)
     target = output or default_output(loaded.name)
-    if not resume and (kept := resumable(loaded, builder, target, decode)):
-        terminal.remark(f"Starting anew; with --resume, {kept} probes would be taken from {target.parent} as they are.")
+    if not resume and (remark := starting_anew(loaded, builder, target, decode)):
+        terminal.remark(remark)
     with terminal.progress() as report:
         profile = score_to_file(
             loaded,

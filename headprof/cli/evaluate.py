@@ -136,7 +136,6 @@ def evaluate(
     headprof eval --preset standard --query-agnostic --budgets 128,256
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
-    from headprof.evaluation.journal import answers_kept
     from headprof.evaluation.request import EvalRequest, find_preset
     from headprof.evaluation.results import summary
     from headprof.evaluation.run import EvalRun
@@ -180,8 +179,8 @@ def evaluate(
             team=team,
             on_progress=lambda task, done, total: report(f"Asking {loaded.name}, {task}", done, total),
         )
-        if not resume and run.journal.path and (kept := answers_kept(run.journal.path, run.journal.key)):
-            terminal.remark(f"Starting anew; with --resume, {kept} questions would be taken from {output} as they are.")
+        if not resume and (remark := run.kept.starting_anew()):
+            terminal.remark(remark)
         found = run.evaluate(shlex.join(["headprof", *(word for word in sys.argv[1:] if word != "--resume")]))
     team.leave()
     if team.rank:
