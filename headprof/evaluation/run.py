@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-import transformers
-
-from headprof._version import __version__
 from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.journal import Journal, QuestionKey, Results
@@ -31,6 +24,7 @@ from headprof.evaluation.texts import read_texts
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.resuming import KeptResults
+from headprof.utils.run_record import device_name, library_versions, machine, today
 from headprof.utils.team import Team
 
 ROUND = 4
@@ -231,15 +225,10 @@ class EvalRun:
             "model": self.loaded.name,
             "dtype": key["dtype"],
             "device": device_name(self.loaded.device),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "date": today(),
             "seed": self.request.seed,
-            "versions": {
-                "headprof": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": library_versions(),
             "question_known": self.request.question_known,
             "profile": key["profile"],
             "questions": {name: len(task) for name, task in self.tasks.items()},
@@ -256,11 +245,3 @@ def by_turns(examples: Iterable[Example]) -> list[Example]:
         seen[example.group] += 1
         turns.append((seen[example.group], example))
     return [example for _, example in sorted(turns, key=itemgetter(0))]
-
-
-def device_name(device: torch.device) -> str:
-    """What the model ran on."""
-    with suppress(RuntimeError, AssertionError):
-        if device.type == "cuda":
-            return torch.cuda.get_device_name(device)
-    return device.type

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from headprof._version import __version__
 from headprof.errors import ProfileError, UsageError
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.utils.files import atomic_write
+from headprof.utils.run_record import today
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def import_profile(
     check_import(tables, papers)
     profile = import_csv(tables[0], model_name, shape) if tables else import_papers_json(papers, model_name, shape)
     provenance = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "versions": json.dumps({"headprof": __version__}),
     }
     if source:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from headprof._version import __version__
 from headprof.errors import ProbeError, UsageError
@@ -24,6 +21,7 @@ from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error
 from headprof.utils.resuming import KeptResults
+from headprof.utils.run_record import library_versions, today
 from headprof.utils.team import Team
 
 MIN_COUNTED = 8
@@ -312,16 +310,9 @@ def make_profile(
             "settings": json.dumps(noted | ({} if stop is None else {"until_stable": stop})),
             "seed": str(settings.seed),
             "accuracy": json.dumps(family_accuracy(results)),
-            "versions": json.dumps(
-                {
-                    "headprof": __version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                }
-            ),
+            "versions": json.dumps(library_versions()),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "date": today(),
             "command": command,
         },
     )
