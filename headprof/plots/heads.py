@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headprof.errors import UsageError
 from headprof.plots.certainty import check_known, half_width, interval_of, is_unsure
 from headprof.plots.html import write_page
 from headprof.plots.style import (
@@ -20,10 +19,12 @@ from headprof.plots.style import (
     SCORE_GAMMA,
     UNCERTAINTY_COLORMAP,
     bar_ticks,
+    checked_path,
     even_ticks,
     probe_facts,
     save_picture,
     shape_fact,
+    write_line,
 )
 from headprof.profile.head_profile import HeadProfile
 
@@ -159,18 +160,13 @@ def heatmap(
         ProfileError: the profile lacks the kind of score asked for.
         HeadprofError: the disk refused.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        choices = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise UsageError(f"A heatmap is written as {choices}, not as {path.name!r}: choose one with -o.")
+    path = checked_path(path, FORMATS, what="A heatmap", mend="choose one with -o")
     kinds = profile.kinds if which == "both" else (which,)
     best = {kind: profile.top_heads(kind, top) for kind in kinds}
     if uncertainty:
         check_known(profile, kinds)
-    if suffix == ".html":
+    if path.suffix.lower() == ".html":
         return write_page(profile, path, kinds, top, uncertainty)
-
     save_picture(lambda: _draw(profile, best, uncertainty), path)
     return path
 
@@ -197,20 +193,12 @@ def _draw(profile: HeadProfile, best: dict[str, list[tuple[int, int, float]]], u
 
 def _draw_title(figure: Figure, layout: _Layout, profile: HeadProfile, kinds: list[str]) -> None:
     facts = [shape_fact(profile), *probe_facts(profile, kinds)]
-    _fit_text(figure, layout, profile.model_name, below=0.36, fontsize=14, color=INK, weight="bold")
+    margins = layout.left, layout.right
+    write_line(figure, profile.model_name, margins, below=0.36, fontsize=14, color=INK, weight="bold")
     # A line of this size takes about 0.07 inches a letter.
     fits = 0.07 * len("  ·  ".join(facts)) <= layout.text_width
     for i, line in enumerate([facts] if fits else [facts[:1], facts[1:]]):
-        _fit_text(figure, layout, "  ·  ".join(line), below=0.65 + 0.18 * i, fontsize=9, color=MUTED)
-
-
-def _fit_text(figure: Figure, layout: _Layout, text: str, below: float, fontsize: float, **style: Any) -> None:
-    """Write a line `below` inches from the top of the figure, shrunk when it is wider than the figure."""
-    x, y, _, _ = layout.fraction(layout.left, layout.height - below, 0, 0)
-    line = figure.text(x, y, text, va="center", fontsize=fontsize, parse_math=False, **style)
-    room = layout.text_width * figure.dpi
-    if (width := line.get_window_extent().width) > room:
-        line.set_fontsize(fontsize * room / width)
+        write_line(figure, "  ·  ".join(line), margins, below=0.65 + 0.18 * i, fontsize=9, color=MUTED)
 
 
 def _draw_panel(
