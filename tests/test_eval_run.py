@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from headprof.cli import app
 from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
-from headprof.evaluation import journal, metrics
+from headprof.evaluation import chinese_words, journal
 from headprof.evaluation.asker import Asker
 from headprof.evaluation.journal import Journal
 from headprof.evaluation.request import PRESETS, EvalRequest, find_preset
@@ -505,7 +505,7 @@ def test_a_question_that_does_not_fit_is_found_before_any_work(row, loaded, aske
 
 def test_a_package_that_is_missing_is_missed_before_any_work(loaded, data_dir, asked, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    monkeypatch.setattr(metrics, "_tokenizer_zh", metrics._tokenizer_zh.__wrapped__)
+    monkeypatch.setattr(chinese_words, "_tokenizer", chinese_words._tokenizer.__wrapped__)
     request = EvalRequest(("longbench/narrativeqa", "longbench/vcsum"), ("full",), ("8",), data_dir=data_dir, limit=1)
     with pytest.raises(UsageError, match=r"pip install headprof\[eval\]"):
         EvalRun(loaded, None, request)
