@@ -562,8 +562,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def place(model_folder, monkeypatch):
     """The folder that commands run in, one thread each; they draw nothing, which would take seconds."""
-    monkeypatch.setattr("headprof.plots.evaluation.drawings", lambda found: {})  # which would take seconds
-    monkeypatch.setattr("headprof.plots.evaluation.write_report", lambda found, path: path)
+    monkeypatch.setattr("headprof.plots.results_folder.drawings", lambda found: {})  # which would take seconds
+    monkeypatch.setattr("headprof.plots.results_folder.write_report", lambda found, path: path)
     monkeypatch.chdir(model_folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -139,7 +139,7 @@ def evaluate(
     from headprof.evaluation.request import EvalRequest, find_preset
     from headprof.evaluation.results import summary
     from headprof.evaluation.run import EvalRun
-    from headprof.plots.evaluation import write_results
+    from headprof.plots.results_folder import write_results
 
     chosen = find_preset(preset)
     asked = _listed(methods) or chosen.methods

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
 from headprof.plots.labels import spread
-from headprof.plots.methods import marker_of, style_of
+from headprof.plots.method_styles import marker_of, style_of
 from headprof.plots.style import INK, MUTED, checked_path, even_ticks, lighten_axes, save_picture
 
 if TYPE_CHECKING:
