@@ -89,8 +89,8 @@ def test_every_task_end_to_end(names, limit, lengths, loaded, data_dir, short_an
 
 
 def test_benchmarks_on_the_command_line(data_dir, tiny, tiny_folder, tmp_path, short_answers, monkeypatch):
-    monkeypatch.setattr("headprof.plots.evaluation.drawings", lambda found: {})  # which would take seconds
-    monkeypatch.setattr("headprof.plots.evaluation.write_report", lambda found, path: path)
+    monkeypatch.setattr("headprof.plots.results_folder.drawings", lambda found: {})  # which would take seconds
+    monkeypatch.setattr("headprof.plots.results_folder.write_report", lambda found, path: path)
     random_profile(tiny.model).save(tmp_path / "tiny.safetensors")
     command = ["eval", "--model", str(tiny_folder), "--profile", str(tmp_path / "tiny.safetensors")]
     command += ["--tasks", "longbench/trec,longbench/lcc,babilong/qa1,loogle,ruler/niah_single", "--lengths", "1k"]

@@ -20,9 +20,10 @@ from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.loading import load_model, model_shape, published_shape
 from headprof.models.shape import HeadShape
 from headprof.profile.comparing import OVERLAPS, compare, compare_profiles
+from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.finding import find_profile, list_profiles
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.interchange import import_csv, import_papers_json, read_papers_json, write_csv
+from headprof.profile.papers_json import import_papers_json, read_papers_json
 from headprof.utils.assets import asset_dir
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"

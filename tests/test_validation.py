@@ -1,6 +1,5 @@
 """The causal check: silenced heads against hooks on the output projection, the sets of heads, curves and verdicts."""
 
-import itertools
 import json
 import random
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from headprof.cli.tables import validate as tables
 from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
 from headprof.models.shape import HeadShape
-from headprof.plots.validation import _draw, _spread, validation_plot
+from headprof.plots.validation import _draw, validation_plot
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.validation import causal_check as validation
 from headprof.validation.causal_check import (
@@ -442,17 +441,6 @@ def test_a_long_name_fits_into_the_picture():
     figure = _draw(whole_result(name="organisation/" + "very-long-name-" * 12, kinds=("retrieval",)))
     width = figure.get_size_inches()[0] * figure.dpi
     assert all(text.get_window_extent().x1 <= width for text in figure.texts)
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=5))
-def test_labels_stand_apart_in_the_order_of_their_lines(heights):
-    placed = _spread(heights, 8.5)
-    assert max(placed) <= 100 + 1e-9
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    for below, above in itertools.pairwise(order):
-        assert placed[above] - placed[below] >= 8.5 - 1e-9
-    if all(b - a >= 8.5 for a, b in itertools.pairwise(sorted(heights))):
-        assert placed == heights
 
 
 def test_drops_are_written_and_compared_with_scores():

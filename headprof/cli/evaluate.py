@@ -152,8 +152,8 @@ def evaluate(
             team=team,
             on_progress=lambda task, done, total: report(f"Asking {loaded.name}, {task}", done, total),
         )
-        if not resume and (kept := run.resumable):
-            terminal.remark(f"Starting anew; with --resume, {kept} questions would be taken from {output} as they are.")
+        if not resume and (remark := run.kept.starting_anew()):
+            terminal.remark(remark)
         found = run.evaluate(command_line())
     team.leave()
     if team.rank == 0:
@@ -196,7 +196,7 @@ def _listed(text: str | None) -> tuple[str, ...]:
 
 def _show(found: Evaluation, output: Path, json: bool) -> None:
     from headprof.evaluation.results import summary
-    from headprof.plots.evaluation import write_results
+    from headprof.plots.results_folder import write_results
 
     written = write_results(found, output)
     if json:

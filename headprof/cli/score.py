@@ -81,7 +81,7 @@ def score(
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
     from headprof.profile.finding import default_output
-    from headprof.scoring.request import build_probes, resumable, score_to_file
+    from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
     request = _request(asked, counting, seed)
     request.check()
@@ -89,8 +89,8 @@ def score(
     loaded = load(model, loading)
     builder = build_probes(loaded, request)
     target = output or default_output(loaded.name)
-    if not resume and (kept := resumable(loaded, builder, target, request.decode)):
-        terminal.remark(f"Starting anew; with --resume, {kept} probes would be taken from {target.parent} as they are.")
+    if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
+        terminal.remark(remark)
     with terminal.progress() as report:
         profile = score_to_file(
             loaded,

@@ -10,7 +10,7 @@ from typing import Any
 from headprof._version import __version__
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
-from headprof.compression.methods.table import METHODS, deal_options, find_method
+from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -70,12 +70,18 @@ class Preset:
         )
 
 
+COMPARED = (
+    *("full", "snapkv", "headkv", "headkv-r2", "ems", "headkv-ems"),
+    *("tova", "pyramidkv", "adakv", "h2o", "streamingllm", "knorm"),
+)
+"""Methods of every preset. By name, not all that there are: answers that were kept are of these, in this order."""
+
 PRESETS = {
-    "quick": Preset(("niah", "reasoning"), tuple(METHODS), ("32", "64", "128"), (512, 1024), 80),
-    "standard": Preset(("niah", "reasoning"), tuple(METHODS), ("16", "32", "64", "128", "256"), (1024,), 200),
+    "quick": Preset(("niah", "reasoning"), COMPARED, ("32", "64", "128"), (512, 1024), 80),
+    "standard": Preset(("niah", "reasoning"), COMPARED, ("16", "32", "64", "128", "256"), (1024,), 200),
     "thorough": Preset(
         ("niah", "reasoning", "ruler", "babilong", "longbench"),
-        tuple(METHODS),
+        COMPARED,
         ("64", "128", "256", "512"),
         (1024, 2048, 4096),
         600,
