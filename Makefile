@@ -1,4 +1,4 @@
-# Everything runs in .venv; constraints.txt pins what the figures in the README were made with.
+# Everything runs in .venv; constraints.txt pins what the figures in docs/ were made with.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -38,9 +38,10 @@ profile: $(VENV)/.installed
 	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
 	rm profiles/SmolLM2-135M-Instruct.probes.safetensors
 
-# The figures of the README: five and a half hours on 2 cores that do nothing else; an evaluation that was interrupted goes on where it
-# was. DATA holds LongBench's multi_news.jsonl and BABILong's files; without it, the README's evaluations of these two come
-# from the hub (leave --data-dir away). Two processes of one thread each ask more in the same time than one of two threads.
+# The figures of docs/results.md, and most of docs/scoring.md: five and a half hours on 2 cores that do nothing else; an
+# evaluation that was interrupted goes on where it was. DATA holds LongBench's multi_news.jsonl and BABILong's files; without
+# it, the evaluations of these two come from the hub (leave --data-dir away). Two processes of one thread each ask more in the
+# same time than one of two threads.
 METHODS := headkv-ems,headkv-r2,headkv,snapkv,ems,adakv,pyramidkv,tova,h2o,knorm,streamingllm
 JUDGE := snapkv:kernel=11:pooling=mean:power=2:ramp=true
 ABLATION := ems,ems:combine=global,ems:combine=local,ems:threshold=1,ems:mass=false,ems:threshold=-1,ems:merge_keys=true

@@ -13,20 +13,23 @@ import torch
 from support.devices import has_triton, interpreted, on_cuda
 from torch.nn.functional import scaled_dot_product_attention
 
-from headprof.compression.kernels import attention
-from headprof.compression.kernels.attention import (
+from headprof.compression.kernels import (
+    backends,
+    flash,
+    requirements,
+    torch_attention,
+    triton_attention,
+    triton_support,
+)
+from headprof.compression.kernels.backends import (
     BACKENDS,
     PREFERENCE,
     Backend,
-    RaggedRows,
-    Request,
     available_backends,
     check_backend,
-    flash_attention,
     ragged_attention,
-    triton_attention,
-    varlen_attention,
 )
+from headprof.compression.kernels.ragged_rows import RaggedRows, Request
 from headprof.errors import UsageError
 
 NAN = float("nan")
@@ -50,8 +53,8 @@ def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> 
         free = (head * 5) % 4 if space is None else space
         for flat in (keys, values):
             flat += [torch.randn(length, head_dim, generator=generator), torch.full((free, head_dim), NAN)]
-        places = torch.randperm(2 * length, generator=generator)[:length].sort().values
-        positions += [places, torch.full((free,), -7)]
+        ascending = torch.randperm(2 * length, generator=generator)[:length].sort().values
+        positions += [ascending, torch.full((free,), -7)]
         mass = torch.rand(length, generator=generator) * 3
         if bias == "hidden":
             mass[torch.rand(length, generator=generator) < (1.0 if head == 0 else 0.4)] = -math.inf
@@ -164,13 +167,13 @@ def watched_route(monkeypatch) -> list[str]:
     """A list to which plain torch's way of serving a request is added."""
     taken: list[str] = []
     for layout in LAYOUTS:
-        serve = getattr(attention, f"_attend_{layout}")
+        serve = getattr(torch_attention, f"_attend_{layout}")
 
         def watched(request, layout=layout, serve=serve):
             taken.append(layout)
             return serve(request)
 
-        monkeypatch.setattr(attention, f"_attend_{layout}", watched)
+        monkeypatch.setattr(torch_attention, f"_attend_{layout}", watched)
     return taken
 
 
@@ -182,7 +185,7 @@ def watched_route(monkeypatch) -> list[str]:
 def test_torch(layout, num_kv_heads, group_size, num_queries, option, dtype, monkeypatch):
     taken = watched_route(monkeypatch)
     if layout == "each":
-        monkeypatch.setattr(attention, "_PADDED_ELEMENTS", 0)
+        monkeypatch.setattr(torch_attention, "_PADDED_ELEMENTS", 0)
     lengths, space = LAYOUTS[layout]
     request = make_request(
         lengths,
@@ -244,7 +247,7 @@ def test_triton_over_head_dimensions_and_types(head_dim, dtype):
         [3, 70, 150], num_kv_heads=3, group_size=2, num_queries=3, head_dim=head_dim, dtype=dtype, option="all"
     )
     assert_like_reference(attend(request, "triton"), request)
-    assert_like_reference(triton_attention(request, num_splits=2), request)
+    assert_like_reference(triton_attention.triton_attention(request, num_splits=2), request)
 
 
 @interpreted
@@ -254,7 +257,7 @@ def test_triton_over_options_and_splits(option, num_splits):
     request = make_request(
         [1, 300, 12, 129], num_kv_heads=2, group_size=3, num_queries=1, head_dim=64, seed=5, option=option
     )
-    assert_like_reference(triton_attention(request, num_splits=num_splits), request)
+    assert_like_reference(triton_attention.triton_attention(request, num_splits=num_splits), request)
 
 
 @interpreted
@@ -266,7 +269,7 @@ def test_triton_over_groups_and_new_tokens(num_kv_heads, group_size, num_queries
         [11, 140, 64, 33], num_kv_heads=num_kv_heads, group_size=group_size, num_queries=num_queries, option="sliding"
     )
     assert_like_reference(attend(request, "triton"), request)
-    assert_like_reference(triton_attention(request, num_splits=2), request)
+    assert_like_reference(triton_attention.triton_attention(request, num_splits=2), request)
 
 
 @interpreted
@@ -280,9 +283,9 @@ def test_triton_on_one_long_head_among_short_ones(option):
 
 def test_splits_cut_up_a_long_head_and_leave_short_ones_whole(monkeypatch):
     pytest.importorskip("triton")
-    attention._kernels()
-    monkeypatch.setattr(attention, "_num_processors", lambda device: 100)
-    share = attention._rows_per_split
+    triton_attention._kernels()
+    monkeypatch.setattr(triton_attention, "_num_processors", lambda device: 100)
+    share = triton_attention._rows_per_split
 
     def request(lengths):
         return make_request(lengths, num_kv_heads=1, group_size=1, num_queries=1, head_dim=1)
@@ -298,8 +301,8 @@ def test_kernels_compile_for_gpus():
     """What the interpreter lets through, the compiler may not; it needs no GPU to compile for one."""
     code = """
 import torch
-from headprof.compression.kernels import attention
-kernels = attention._kernels()
+from headprof.compression.kernels import triton_attention as module
+kernels = module._kernels()
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -309,7 +312,7 @@ for kernel in kernels:
         pointers |= {name: "*" + dtype for name in ("query", "keys", "values", "output", "sinks")}
         signature = pointers | dict(scaling="fp32", softcap="fp32")
         fixed = dict(NUM_KV_HEADS=2, GROUP_SIZE=4, HEAD_DIM=80, BLOCK_DIM=128, BLOCK_QUERIES=16, BLOCK_ROWS=32)
-        fixed |= dict(BLOCK_SPLITS=16, DOT_DTYPE={"fp32": attention.tl.float32, "bf16": attention.tl.bfloat16}[dtype])
+        fixed |= dict(BLOCK_SPLITS=16, DOT_DTYPE={"fp32": module.tl.float32, "bf16": module.tl.bfloat16}[dtype])
         if not options:
             fixed |= dict.fromkeys(["bias", "sinks", "softcap", "sliding_window"])
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
@@ -381,7 +384,7 @@ def test_arguments_for_flash_attn(options, softcap, monkeypatch):
     fake = SimpleNamespace(flash_attn_varlen_func=fake_flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     request = make_request([5, 40, 11, 7], option="softcap" if softcap else "plain", **options)
-    assert_like_reference(flash_attention(request), request)
+    assert_like_reference(flash.flash_attention(request), request)
 
 
 @pytest.mark.parametrize("fake", [fake_varlen_attn, fake_old_varlen_attn])
@@ -389,13 +392,13 @@ def test_arguments_for_flash_attn(options, softcap, monkeypatch):
 def test_arguments_for_varlen(options, fake, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake)
     request = make_request([5, 40, 11, 7], **options)
-    assert_like_reference(varlen_attention(request), request)
+    assert_like_reference(flash.varlen_attention(request), request)
 
 
 def test_cached_query_counts_may_be_used_outside_inference_mode():
-    attention._cumulative_queries.cache_clear()
+    flash._cumulative_queries.cache_clear()
     with torch.inference_mode():
-        counts = attention._cumulative_queries(2, 3, torch.device("cpu"))
+        counts = flash._cumulative_queries(2, 3, torch.device("cpu"))
     assert counts.tolist() == [0, 3, 3, 6, 6] and not counts.is_inference()
 
 
@@ -406,11 +409,16 @@ def some_request(**options) -> Request:
     return make_request([5, 8], num_kv_heads=2, group_size=2, num_queries=1, **options)
 
 
+def serve_any_device(monkeypatch) -> None:
+    for module in (flash, triton_support):
+        monkeypatch.setattr(module, "device_unsupported", lambda device: None)
+
+
 def test_auto_is_plain_torch_on_a_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     request = some_request()
     assert torch.equal(attend(request, "auto"), attend(request, "torch"))
-    monkeypatch.setattr(attention, "torch_attention", lambda request: "torch")
+    monkeypatch.setattr(backends, "torch_attention", lambda request: "torch")
     assert attend(request, "auto") == "torch"
 
 
@@ -420,7 +428,7 @@ def test_auto_takes_the_first_of_the_preferred_on_cuda(first, monkeypatch):
         refuses = PREFERENCE.index(name) < PREFERENCE.index(first)
         return Backend(lambda request: name, lambda request: "cannot" if refuses else None)
 
-    monkeypatch.setattr(attention, "BACKENDS", {name: backend(name) for name in PREFERENCE})
+    monkeypatch.setattr(backends, "BACKENDS", {name: backend(name) for name in PREFERENCE})
     query = SimpleNamespace(is_cuda=True)
     assert ragged_attention(query, some_request().rows, 2, scaling=1.0) == first
 
@@ -440,18 +448,18 @@ def test_known_backends_pass_the_check():
 
 @pytest.mark.parametrize(("name", "package"), [("triton", "triton"), ("flash-attn", "flash-attn")])
 def test_a_missing_package_is_named(name, package, monkeypatch):
-    monkeypatch.setattr(attention, "_importable", lambda module: False)
+    monkeypatch.setattr(requirements, "_importable", lambda module: False)
     with pytest.raises(UsageError, match=f"'{name}' needs a package that is missing: `pip install {package}`, or"):
         check_backend(name)
-    monkeypatch.setattr(attention, "_device_unsupported", lambda device: None)
+    serve_any_device(monkeypatch)
     assert BACKENDS[name].unsupported(some_request(dtype=torch.float16)) == f"needs `pip install {package}`"
 
 
 def test_a_broken_package_counts_as_missing(tmp_path, monkeypatch):
     (tmp_path / "headprof_broken.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert not attention._importable("headprof_broken")
-    assert attention._importable("json")
+    assert not requirements._importable("headprof_broken")
+    assert requirements._importable("json")
 
 
 @pytest.mark.parametrize("name", ["varlen", "triton"])
@@ -484,17 +492,17 @@ def test_a_forced_backend_says_why_it_cannot(name, monkeypatch):
     ],
 )
 def test_what_a_backend_cannot_do(name, options, reason, monkeypatch):
-    monkeypatch.setattr(attention, "_device_unsupported", lambda device: None)
-    monkeypatch.setattr(attention, "_importable", lambda module: True)
+    serve_any_device(monkeypatch)
+    monkeypatch.setattr(requirements, "_importable", lambda module: True)
     found = BACKENDS[name].unsupported(some_request(**{"dtype": torch.bfloat16, **options}))
     assert found is None if reason is None else reason in found
 
 
 def test_old_gpus_are_refused(monkeypatch):
-    attention._device_unsupported.cache_clear()
+    requirements.device_unsupported.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0" in attention._device_unsupported(torch.device("cuda", 3))
-    attention._device_unsupported.cache_clear()
+    assert "compute capability 8.0" in requirements.device_unsupported(torch.device("cuda", 3))
+    requirements.device_unsupported.cache_clear()
 
 
 def test_available_backends_on_a_cpu(monkeypatch):
@@ -506,7 +514,7 @@ def test_available_backends_on_a_cpu(monkeypatch):
 
 
 def test_importing_the_module_does_not_import_triton():
-    code = "import sys, headprof.compression.kernels.attention; print('triton' in sys.modules)"
+    code = "import sys, headprof.compression.kernels.backends; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -33,7 +33,7 @@ REQUEST = BenchRequest(methods=("snapkv", "headkv"), budgets=("12",), lengths=(2
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch):
     """A bandwidth without copying 256 MB in every test."""
-    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench.run, "measure_bandwidth", lambda device: 1e9)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_every_case_is_measured_and_its_bytes_are_exact(model, batch):
         for length in (24, 40)
         for case in [("full", "", "sdpa"), ("snapkv", "12", "torch"), ("headkv", "12", "torch")]
     ]
-    weights = bench.weight_bytes_per_step(model)
+    weights = bench.run.weight_bytes_per_step(model)
     for each in result.measurements:
         assert each.failed == "" and each.batch == batch
         assert each.prefill_seconds > 0 and each.decode_rate > 0
@@ -177,7 +177,7 @@ def test_a_request_knows_whether_it_needs_a_profile(model):
 
 def test_options_reach_the_methods_that_have_them(model):
     request = dataclasses.replace(REQUEST, methods=("snapkv", "knorm"), options={"window": 5, "keep_last": 0})
-    cases = bench._cases(model, 64, None, request)
+    cases = bench.cases.all_cases(model, 64, None, request)
     assert cases[1].plan.method.importance.window == 5 and cases[2].plan.method.keep_last == 0
 
 
@@ -194,17 +194,17 @@ def test_a_step_reads_an_untied_models_weights_without_its_input_embedding(model
     attention = 2 * hidden * heads * HEAD_DIM + 2 * hidden * KV_HEADS * HEAD_DIM
     layer = attention + 3 * hidden * mlp + 2 * hidden
     expected = 4 * (LAYERS * layer + hidden + vocab * hidden)
-    assert bench.weight_bytes_per_step(model) == expected
-    assert bench.weight_bytes_per_step(model.to(torch.bfloat16)) == expected / 2
+    assert bench.run.weight_bytes_per_step(model) == expected
+    assert bench.run.weight_bytes_per_step(model.to(torch.bfloat16)) == expected / 2
     model.lm_head.weight = model.model.embed_tokens.weight
-    assert bench.weight_bytes_per_step(model) == expected / 2
+    assert bench.run.weight_bytes_per_step(model) == expected / 2
 
 
 @pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
 def test_a_step_reads_a_tied_models_weights_once(arch):
     model = tiny_model(arch)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert bench.weight_bytes_per_step(model) == sum(weight.nbytes for weight in model.state_dict().values()) - (
+    assert bench.run.weight_bytes_per_step(model) == sum(weight.nbytes for weight in model.state_dict().values()) - (
         model.lm_head.weight.nbytes  # listed twice
     )
 
@@ -237,11 +237,11 @@ def test_comparison_is_with_the_full_cache_of_the_same_length_and_batch():
 
 def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
     gaps = [9.0] * 6 + [1.0] * 12 + [2.0] * 6
-    run = bench._Run(0.0, 0.0, gaps, 0, [1, 2, 3, 4, 5] + [6] * 19, None)
+    run = bench.decoding.Run(0.0, 0.0, gaps, 0, [1, 2, 3, 4, 5] + [6] * 19, None)
     assert run.steadiness == 0.5  # two gaps of 1 after the six of the filling, two of 2 at the end
-    growing = bench._Run(0.0, 0.0, gaps, 0, list(range(24)), None)
+    growing = bench.decoding.Run(0.0, 0.0, gaps, 0, list(range(24)), None)
     assert growing.steadiness == 4.5
-    assert bench._Run(0.0, 0.0, [1.0] * 5, 0, [1] * 5, None).steadiness is None
+    assert bench.decoding.Run(0.0, 0.0, [1.0] * 5, 0, [1] * 5, None).steadiness is None
 
 
 def test_a_long_decoding_holds_what_it_held_when_full(model):
@@ -270,7 +270,7 @@ def test_the_largest_that_works_is_found(limit, at_most, precision):
         tried.append(number)
         return f"result of {number}" if number <= limit else None
 
-    best, result = bench.largest_that_works(work, at_most, precision)
+    best, result = bench.largest_batch.largest_that_works(work, at_most, precision)
     largest = min(limit, at_most)
     assert best <= largest and largest - best < max(1, precision * best)
     assert result == (f"result of {best}" if best else None)
@@ -280,8 +280,8 @@ def test_the_largest_that_works_is_found(limit, at_most, precision):
 def test_copies_of_a_prompt_decode_as_the_prompt_does(model, method):
     profile, inputs = random_profile(model), []
     request = dataclasses.replace(REQUEST, methods=("headkv",))
-    case = next(each for each in bench._cases(model, 64, profile, request) if each.method == method)
-    ids = bench._random_ids(model, 1, 24, seed=3)
+    case = next(each for each in bench.cases.all_cases(model, 64, profile, request) if each.method == method)
+    ids = bench.cases.random_ids(model, 1, 24, seed=3)
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if method == "full":
         expected = model.generate(ids, **options)
@@ -289,7 +289,7 @@ def test_copies_of_a_prompt_decode_as_the_prompt_does(model, method):
         with compressed(model, profile, method=method, budget=12):
             expected = model.generate(ids, **options)
     model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]) if args[0].shape[0] == 3 else None)
-    decoded = bench._decode_copies(model, case, ids, 3, 6, None)
+    decoded = bench.largest_batch._decode_copies(model, case, ids, 3, 6, None)
     assert decoded.rate > 0
     rows = 24 * ROW_BYTES if method == "full" else (12 + SLACK) * (ROW_BYTES + 4)
     assert decoded.cache_bytes == 3 * LAYERS * KV_HEADS * rows
@@ -302,20 +302,20 @@ def test_the_largest_batch_needs_cuda(model):
 
 
 def test_the_largest_batch_is_where_memory_ends(model, monkeypatch):
-    decode = bench._decode_copies
+    decode = bench.largest_batch._decode_copies
 
     def scarce(model, case, ids, batch, new_tokens, chunk):
         if batch > (13 if case.method == "headkv" else 0):
             cuda_is_full()
         return decode(model, case, ids, batch, new_tokens, chunk)
 
-    monkeypatch.setattr(bench, "_decode_copies", scarce)
-    case = bench._cases(model, 64, random_profile(model), REQUEST)[2]
-    found = bench._largest_batch(model, case, REQUEST, at_most=100)
+    monkeypatch.setattr(bench.largest_batch, "_decode_copies", scarce)
+    case = bench.cases.all_cases(model, 64, random_profile(model), REQUEST)[2]
+    found = bench.largest_batch._largest_batch(model, case, REQUEST, at_most=100)
     assert (found.method, found.budget, found.length, found.batch) == ("headkv", "12", 24, 13)
     assert found.decode_rate > 0
     assert found.cache_bytes == 13 * LAYERS * KV_HEADS * (12 + SLACK) * (ROW_BYTES + 4)
-    none = bench._largest_batch(model, dataclasses.replace(case, method="other"), REQUEST, at_most=100)
+    none = bench.largest_batch._largest_batch(model, dataclasses.replace(case, method="other"), REQUEST, at_most=100)
     assert none.batch == 0 and none.decode_rate is none.cache_bytes is None
 
 
@@ -356,7 +356,7 @@ def test_a_random_model_decodes_as_one_made_the_usual_way(small_shape):
     usual = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[small_shape])).eval()
     usual.load_state_dict(made.state_dict())
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    ids = bench._random_ids(made, 2, 20, seed=0)
+    ids = bench.cases.random_ids(made, 2, 20, seed=0)
     assert torch.equal(made.generate(ids, **options), usual.generate(ids, **options))
     tied = SHAPES[small_shape]["tie_word_embeddings"]
     assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied

@@ -9,6 +9,7 @@ from headprof import cli
 from headprof.bench import merge as bench_merge
 from headprof.bench.importance import run_importance_bench
 from headprof.bench.merge import run_merge_bench
+from headprof.compression.kernels import column_sums
 from headprof.errors import UsageError
 from headprof.models.published import SHAPES
 
@@ -71,6 +72,20 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "merge", "--shape", "smollm2-135m", "--lengths", "200", "--budgets", "16", "--repeats", "1"])
     assert "head by head" in capsys.readouterr().out
+
+
+def test_every_time_of_the_score_counts_the_attention_anew(monkeypatch):
+    """What is shared between the importances of a prompt is not what is timed."""
+    counted, count = [], column_sums.torch_column_sums
+
+    def watched(request, block):
+        counted.append((request.key.shape[2], request.query.shape[2]))
+        return count(request, block)
+
+    monkeypatch.setattr(column_sums, "torch_column_sums", watched)
+    run_importance_bench("smollm2-135m", (64, 128), (0, 4), repeats=3)
+    each_time = [(64, 64), (64, 20), (128, 128), (128, 20)]  # a sample has the last 16 queries beside its own
+    assert counted == [case for length in (0, 2) for _ in range(4) for case in each_time[length : length + 2]]
 
 
 def test_the_score_is_timed_beside_the_attention(capsys):

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from support.probe_builders import builder_for
 from support.tiny_models import ARCHITECTURES, load_tiny
 
-from headprof.bench import score
 from headprof.bench.score import (
     SIDES,
     ScoreBenchRequest,
     ScoreBenchResult,
     SideResult,
-    attentions_bytes,
     limit_length,
     memory_slope,
     run_score_bench,
 )
-from headprof.bench.stepwise import StepwiseProber
+from headprof.bench.score import agreement as score_agreement
+from headprof.bench.score import sides as score_sides
+from headprof.bench.score.sides import attentions_bytes
+from headprof.bench.score.stepwise import StepwiseProber
 from headprof.cli import main
 from headprof.cli.tables import all as tables
 from headprof.errors import UsageError
@@ -242,7 +243,7 @@ def test_our_side_runs_each_packed_context_and_theirs_the_same_taken_apart(monke
 
         return run
 
-    monkeypatch.setattr(score, "_scoring", lambda loaded, request, side: note(side))
+    monkeypatch.setattr(score_sides, "_scoring", lambda loaded, request, side: note(side))
     run_score_bench(loaded, dataclasses.replace(REQUEST, probes=5))
     ran = ran[3:]
     builder = builder_for(loaded, probes=5, pack=2, length=600)
@@ -261,10 +262,10 @@ def fake_results(values, answered):
 
 def agreements(request, **results):
     sides = [
-        score._Side(name.replace("_", "-"), 600, 2, torch.device("cpu"), None, results=each)
+        score_sides.Side(name.replace("_", "-"), 600, 2, torch.device("cpu"), None, results=each)
         for name, each in results.items()
     ]
-    return score._agreements(sides, request)
+    return score_agreement.agreements(sides, request)
 
 
 def test_agreement_is_over_the_probes_each_side_counts():
@@ -287,7 +288,7 @@ def test_agreement_is_over_the_probes_each_side_counts():
 
 
 def test_a_side_without_memory_is_not_tried_again_at_longer_lengths(monkeypatch):
-    scoring, tried = score._scoring, []
+    scoring, tried = score_sides._scoring, []
 
     def scarce(loaded, request, side):
         work = scoring(loaded, request, side)
@@ -300,7 +301,7 @@ def test_a_side_without_memory_is_not_tried_again_at_longer_lengths(monkeypatch)
 
         return run
 
-    monkeypatch.setattr(score, "_scoring", scarce)
+    monkeypatch.setattr(score_sides, "_scoring", scarce)
     request = dataclasses.replace(REQUEST, lengths=(600, 800), sides=SIDES[:2], probes=4, stop_after_answer=True)
     result = run_score_bench(load_tiny(), request)
     assert [side.failed for side in result.sides] == ["", "out of memory", "", "out of memory at 600"]
@@ -313,7 +314,7 @@ def test_all_attention_is_not_asked_for_where_it_cannot_fit(monkeypatch):
     loaded = load_tiny()
     needed = attentions_bytes(loaded.shape, 700, 4)
     assert needed == 4 * 700**2 * (2 * 4 + 2 * 4 + 4)
-    monkeypatch.setattr(score, "free_bytes", lambda device: needed / 0.8 - 1)
+    monkeypatch.setattr(score_sides, "free_bytes", lambda device: needed / 0.8 - 1)
     request = dataclasses.replace(REQUEST, lengths=(600, 700), probes=2, stop_after_answer=True)
     result = run_score_bench(loaded, request)
     assert [side.failed for side in result.sides] == [""] * 5 + ["would need 39.2 MB (estimate)"]

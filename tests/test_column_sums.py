@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import has_triton, interpreted, on_cuda
 
-from headprof.compression.kernels import column_sums as module
+from headprof.compression.kernels import column_sums as entrance
+from headprof.compression.kernels import torch_column_sums as plain
 from headprof.compression.kernels.column_sums import column_sums
 from headprof.errors import UsageError
 
@@ -59,7 +60,7 @@ def make_arguments(
     dtype=torch.float32,
     seed=0,
 ) -> dict:
-    """Random arguments of a call; the queries sit at irregular places."""
+    """Random arguments of a call; the queries sit at irregular positions."""
     generator = torch.Generator().manual_seed(seed)
     arguments = dict(OPTIONS[option])
     if arguments.get("weights"):
@@ -67,7 +68,7 @@ def make_arguments(
     return {
         "query": torch.randn(batch, num_kv_heads * group_size, num_queries, head_dim, generator=generator).to(dtype),
         "key": torch.randn(batch, num_kv_heads, num_tokens, head_dim, generator=generator).to(dtype),
-        "places": torch.randperm(num_tokens, generator=generator)[:num_queries].sort().values,
+        "positions": torch.randperm(num_tokens, generator=generator)[:num_queries].sort().values,
         "valid": make_valid(batch, num_tokens, padding),
         "scaling": 2.5 * head_dim**-0.5,
         **arguments,
@@ -75,18 +76,18 @@ def make_arguments(
 
 
 def slow_column_sums(
-    query, key, places, valid, *, scaling, softcap=None, sliding_window=None, weights=None
+    query, key, positions, valid, *, scaling, softcap=None, sliding_window=None, weights=None
 ) -> torch.Tensor:
     """One query at a time, in float64."""
     group_size = query.shape[1] // key.shape[1]
     sums = key.new_zeros(key.shape[:3], dtype=torch.float64)
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):
-            for i, place in enumerate(places.tolist()):
+            for i, position in enumerate(positions.tolist()):
                 seen = valid[b].clone()
-                seen[place + 1 :] = False
+                seen[position + 1 :] = False
                 if sliding_window is not None:
-                    seen[: max(0, place - sliding_window + 1)] = False
+                    seen[: max(0, position - sliding_window + 1)] = False
                 logits = key[b, h // group_size, seen].double() @ query[b, h, i].double() * scaling
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
@@ -109,7 +110,7 @@ def test_slow_twin_by_hand():
     """Keys whose logits are log 1, log 2 and log 5; the second query weighs 3, and a group has two heads."""
     key = torch.tensor([1.0, 2.0, 5.0]).log().view(1, 1, 3, 1)
     query = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 2, 2, 1)
-    arguments = {"query": query, "key": key, "places": torch.tensor([1, 2]), "scaling": 1.0}
+    arguments = {"query": query, "key": key, "positions": torch.tensor([1, 2]), "scaling": 1.0}
     arguments["weights"] = torch.tensor([1.0, 3.0])
     everything = torch.ones(1, 3, dtype=torch.bool)
     sharp = torch.tensor([1 / 3 + 3 / 8, 2 / 3 + 6 / 8, 15 / 8])
@@ -197,7 +198,7 @@ def test_sums_share_out_the_weights(backend):
     arguments = make_arguments(batch=2, num_queries=100, num_tokens=200, option="weights", padding="left")
     sums = column_sums(**arguments, backend=backend)
     for b, valid in enumerate(arguments["valid"]):
-        seeing = arguments["places"] >= valid.int().argmax()
+        seeing = arguments["positions"] >= valid.int().argmax()
         given_away = arguments["weights"][seeing].sum()
         torch.testing.assert_close(sums[b].sum(dim=-1), given_away.expand(2), rtol=1e-5, atol=0)
         assert (sums[b, :, ~valid] == 0).all()
@@ -223,7 +224,7 @@ def test_what_lies_under_padding_does_not_matter(junk, padding, backend):
     arguments = make_arguments(num_tokens=150, num_queries=100, head_dim=64, padding=padding)
     expected = column_sums(**arguments, backend=backend)
     arguments["key"][:, :, ~arguments["valid"][0]] = junk
-    arguments["query"][:, :, arguments["places"] < arguments["valid"][0].int().argmax()] = junk
+    arguments["query"][:, :, arguments["positions"] < arguments["valid"][0].int().argmax()] = junk
     torch.testing.assert_close(column_sums(**arguments, backend=backend), expected, rtol=0, atol=0)
 
 
@@ -250,20 +251,20 @@ def test_tensors_laid_out_as_a_model_does(backend):
 def test_torch_with_either_library(by_onednn, monkeypatch):
     if by_onednn and not torch.backends.mkldnn.is_available():
         pytest.skip("needs oneDNN")
-    monkeypatch.setattr(module, "_PRODUCT_BY_ONEDNN", by_onednn)
+    monkeypatch.setattr(plain, "_PRODUCT_BY_ONEDNN", by_onednn)
     assert_like_slow(make_arguments(num_queries=150, num_tokens=300, option="weights"), backend="torch")
 
 
 def test_torch_holds_a_few_rows_of_logits_at_once(monkeypatch):
     """Whatever the number of queries."""
     held = []
-    products = module._products
+    products = plain._products
 
     def watched(query, keys):
         held.append(len(query) * len(keys))
         return products(query, keys)
 
-    monkeypatch.setattr(module, "_products", watched)
+    monkeypatch.setattr(plain, "_products", watched)
     arguments = make_arguments(num_queries=3000, num_tokens=3000, head_dim=8)
     column_sums(**arguments, backend="torch")
     assert max(held) <= 256 * 3000
@@ -275,7 +276,7 @@ def test_torch_holds_a_few_rows_of_logits_at_once(monkeypatch):
 
 def test_auto_on_a_cpu_is_torch(monkeypatch):
     arguments = make_arguments()
-    monkeypatch.setattr(module, "_triton_column_sums", None)
+    monkeypatch.setattr(entrance, "triton_column_sums", None)
     torch.testing.assert_close(column_sums(**arguments), column_sums(**arguments, backend="torch"), rtol=0, atol=0)
 
 
@@ -316,7 +317,7 @@ def test_unknown_backend():
         {"query": torch.zeros(1, 3, 20, 16)},
         {"query": torch.zeros(1, 4, 20, 8)},
         {"query": torch.zeros(2, 4, 20, 16)},
-        {"places": torch.arange(19)},
+        {"positions": torch.arange(19)},
         {"valid": torch.ones(1, 19, dtype=torch.bool)},
         {"weights": torch.ones(1, 20)},
     ],
@@ -337,7 +338,7 @@ def test_kernels_compile_for_gpus():
     """What the interpreter lets through, the compiler may not; it needs no GPU to compile for one."""
     code = """
 import torch
-from headprof.compression.kernels import column_sums as module
+from headprof.compression.kernels import triton_column_sums as module
 kernels = module._kernels()
 import triton
 from triton.backends.compiler import GPUTarget
@@ -348,7 +349,8 @@ for kernel in kernels:
     for capability, dtype, head_dim, options in cases:
         tile = module._Tile.of(torch.empty(1, head_dim, dtype=dtypes[dtype]))
         blocks = [tile.held, tile.passing] if kernel is kernels[0] else [tile.passing, tile.held]
-        signature = dict.fromkeys(["query", "key"], "*" + dtype) | dict.fromkeys(["places", "spans", "bounds"], "*i32")
+        signature = dict.fromkeys(["query", "key"], "*" + dtype)
+        signature |= dict.fromkeys(["positions", "spans", "bounds"], "*i32")
         signature |= dict.fromkeys(["log_sums", "weights", "sums"], "*fp32") | {"valid": "*u8"}
         signature |= dict.fromkeys(["scaling", "softcap"], "fp32")
         fixed = dict(NUM_HEADS=32, GROUP_SIZE=4, HEAD_DIM=head_dim, BLOCK_DIM=tile.dim)
@@ -379,13 +381,13 @@ def on_device(arguments) -> dict:
 
 
 def dense_column_sums(
-    query, key, places, valid, *, scaling, softcap=None, sliding_window=None, weights=None
+    query, key, positions, valid, *, scaling, softcap=None, sliding_window=None, weights=None
 ) -> torch.Tensor:
     """One query head at a time, as one dense softmax in float64."""
     group_size, tokens = query.shape[1] // key.shape[1], torch.arange(key.shape[2], device=key.device)
-    visible = tokens <= places[:, None]
+    visible = tokens <= positions[:, None]
     if sliding_window is not None:
-        visible &= tokens > places[:, None] - sliding_window
+        visible &= tokens > positions[:, None] - sliding_window
     sums = key.new_zeros(key.shape[:3], dtype=torch.float64)
     for b in range(query.shape[0]):
         for h in range(query.shape[1]):

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
-from headprof.compression.kernels.attention import RaggedRows, ragged_attention
+from headprof.compression.kernels.backends import ragged_attention
+from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.budget import Budget, UniformBudget
 from headprof.compression.methods.importance import KeyNorm
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Rows, largest, nearest, redundancy, sparsity

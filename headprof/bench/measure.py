@@ -23,6 +23,9 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """Told what is being run, how many runs are done, and of how many."""
 
+NO_MEMORY = "out of memory"
+"""Why a case failed for which `attempt` returned `None`."""
+
 
 def require_at_least(lowest: int, **values: int | Sequence[int]) -> None:
     """Check the numbers of a request, named as their options are on the command line.
@@ -51,11 +54,20 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_seconds(works: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each work, done in turn `repeats` times, after one time that does not count."""
+def median_seconds(
+    works: Sequence[Callable[[], object]],
+    repeats: int,
+    device: torch.device,
+    before: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Median seconds of each work, done in turn `repeats` times, after one time that does not count.
+
+    `before` is called before each time, and is not timed.
+    """
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats + 1):
         for work, taken in zip(works, seconds, strict=True):
+            before()
             start = now(device)
             work()
             taken.append(now(device) - start)
@@ -95,7 +107,7 @@ class PeakMemory:
             self._before = _restarted_resident_peak() if device.type == "cpu" else None
 
     def used(self) -> int | None:
-        """None where the system does not say."""
+        """`None` where the system does not say."""
         if self._before is None:
             return None
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _process_bytes("VmHWM")
@@ -113,7 +125,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def attempt(work: Callable[[], Result]) -> Result | None:
-    """What `work` returns; none when memory runs out, which is then free again."""
+    """What `work` returns; `None` when memory runs out, which is then free again."""
     try:
         return work()
     except MemoryError:
@@ -147,7 +159,7 @@ def describe_environment(model: Any) -> dict[str, Any]:
 
 
 def _restarted_resident_peak() -> int | None:
-    """Resident bytes, from which the system's record of their peak starts anew; none where it keeps none."""
+    """Resident bytes, from which the system's record of their peak starts anew; `None` where it keeps none."""
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what is allocated next
     try:

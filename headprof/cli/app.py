@@ -244,7 +244,7 @@ def generate(
 
     from headprof.compression.document import load_document
     from headprof.compression.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
-    from headprof.compression.kernels.attention import check_backend
+    from headprof.compression.kernels.backends import check_backend
 
     check_backend(backend)
     check_sources(file, cache, compare)
@@ -350,7 +350,7 @@ def compress(
     from headprof.compression.cache.head_cache import stack_caches
     from headprof.compression.document import save_document
     from headprof.compression.generation import compress_document, generate_text, question_ids, read_document
-    from headprof.compression.kernels.attention import check_backend
+    from headprof.compression.kernels.backends import check_backend
 
     check_backend(backend)
     options = method_options(window, keep_last, kernel, pooling, pool_factor, settings)

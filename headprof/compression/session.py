@@ -13,7 +13,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.chunked_prefill import chunked_prefill
-from headprof.compression.kernels.attention import check_backend, ragged_attention
+from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import find_method
 from headprof.compression.plan import BUFFER, CompressionPlan

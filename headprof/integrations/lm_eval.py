@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
-from headprof.compression.kernels.attention import check_backend
+from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import METHODS, find_method
 from headprof.compression.plan import BUFFER

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from headprof.compression.kernels.attention import RaggedRows
+from headprof.compression.kernels.ragged_rows import RaggedRows
 
 SLACK = 16
 """Rows of free space after each head, so that an appended token does not move the others."""

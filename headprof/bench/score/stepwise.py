@@ -121,15 +121,15 @@ def add_copied(
     Args:
         totals: added to.
         attentions: of each layer, `[1, H, Q, T]`; the last query counts.
-        span: the answer's place among the tokens.
+        span: first and end (exclusive) of the answer's tokens.
         token_ids: the `T` tokens that the row can see.
         token: the token said.
     """
     start, stop = span
     for layer, attention in enumerate(attentions):
         for head in range(attention.shape[1]):
-            place = int(attention[0, head, -1].topk(1).indices)
-            if start <= place < stop and token_ids[place] == token:
+            position = int(attention[0, head, -1].topk(1).indices)
+            if start <= position < stop and token_ids[position] == token:
                 totals[layer][head] += 1 / (stop - start)
 
 
@@ -143,9 +143,9 @@ def add_attended(
     start, stop = span
     for layer, attention in enumerate(attentions):
         for head in range(attention.shape[1]):
-            weights, places = attention[0, head, -1].topk(stop - start)
-            for weight, place in zip(weights.tolist(), places.tolist(), strict=True):
-                if start <= place < stop:
+            weights, positions = attention[0, head, -1].topk(stop - start)
+            for weight, position in zip(weights.tolist(), positions.tolist(), strict=True):
+                if start <= position < stop:
                     totals[layer][head] += weight / (stop - start)
 
 

@@ -1,0 +1,70 @@
+"""What `bench generate` is asked to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from headprof.bench.measure import require_at_least
+from headprof.compression.kernels.backends import check_backend
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import deal_options, find_method
+from headprof.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """Methods times budgets times backends times prompt lengths, and the full cache at each length unless left out.
+
+    Attributes:
+        methods: names in the table of methods; `full` adds nothing, since the full cache is always run.
+        budgets: as the command line takes them.
+        lengths: prompt lengths in tokens.
+        new_tokens: tokens to decode after the prompt.
+        repeats: timed runs of each case.
+        batch: sequences decoded together.
+        backends: attentions over the compressed cache, names in `BACKENDS` or `auto`.
+        prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
+        full: whether the full cache is run too, with which the others are compared.
+        seed: of the random prompts.
+        options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
+        decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    lengths: tuple[int, ...]
+    new_tokens: int = 32
+    repeats: int = 3
+    batch: int = 1
+    backends: tuple[str, ...] = ("auto",)
+    prefill_chunk: int | None = None
+    full: bool = True
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Find mistakes that need no model.
+
+        Raises:
+            UsageError: an unknown method or backend, a budget that cannot be read, or a number that is too small.
+        """
+        deal_options(self.methods, self.options)
+        for budget in self.budgets:
+            Budget.parse(budget)
+        for backend in self.backends:
+            check_backend(backend)
+        for what in ("budgets", "backends"):
+            if not getattr(self, what):
+                raise UsageError(f"There is nothing to run without {what}: name at least one with --{what}.")
+        require_at_least(1, lengths=self.lengths, repeats=self.repeats, batch=self.batch)
+        require_at_least(2, new_tokens=self.new_tokens)
+        if self.prefill_chunk is not None:
+            require_at_least(1, prefill_chunk=self.prefill_chunk)
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether one of the methods spends its budget by a head profile."""
+        return any(find_method(name).budget.profile_scores is not None for name in self.methods)
