@@ -100,9 +100,9 @@ def test_a_16_bit_checkpoint_is_widened_on_the_cpu(tmp_path: Path) -> None:
 
 def test_little_memory_means_bfloat16_and_none_an_error(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     num_parameters = tiny_model("llama").num_parameters()
-    monkeypatch.setattr(models, "_free_memory", lambda: 3 * num_parameters)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 3 * num_parameters)
     assert load_model(str(tiny_folder), device="cpu").dtype == torch.bfloat16
-    monkeypatch.setattr(models, "_free_memory", lambda: num_parameters)
+    monkeypatch.setattr(models, "free_bytes", lambda device: num_parameters)
     assert "are free" in failure(tiny_folder)
 
 

@@ -17,7 +17,6 @@ from headprof.bench.measure import (
     Progress,
     attempt,
     describe_environment,
-    free_bytes,
     now,
     require_at_least,
 )
@@ -29,6 +28,7 @@ from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import KINDS
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import counted_values
+from headprof.utils.memory import free_bytes
 from headprof.utils.ranks import spearman, top_overlap
 from headprof.utils.units import human_bytes
 

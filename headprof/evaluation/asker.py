@@ -14,6 +14,7 @@ from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Judge, Question
 from headprof.evaluation.results import Answer
+from headprof.models.decoder import end_tokens
 from headprof.models.loading import LoadedModel, require_finite
 
 MOST_LOGITS = 2**25
@@ -165,7 +166,7 @@ class Asker:
 
     def _generate(self, stack: HeadCache, tail: list[int], judge: Judge) -> list[str]:
         """What each entry of the stack goes on to say, greedily; those that are done leave the stack in good time."""
-        tokenizer, ends = self.loaded.tokenizer, self._end_tokens()
+        tokenizer, ends = self.loaded.tokenizer, end_tokens(self.loaded.model, self.loaded.tokenizer)
         said: list[list[int]] = [[] for _ in range(stack.head_layers[0].batch_size)]
         texts = [""] * len(said)
         running = list(range(len(said)))  # whose answer each entry of the stack is
@@ -193,12 +194,6 @@ class Asker:
                 chosen, running = chosen[places.to(chosen.device)], [running[place] for place in kept]
             fed = chosen[:, None]
         return texts
-
-    def _end_tokens(self) -> set[int]:
-        config: Any = self.loaded.model.generation_config
-        ends = config.eos_token_id if config is not None else None
-        listed = ends if isinstance(ends, list) else [ends]
-        return {token for token in (*listed, self.loaded.tokenizer.eos_token_id) if token is not None}
 
 
 class _ReferenceRun:

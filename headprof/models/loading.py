@@ -23,6 +23,7 @@ from headprof.models.checkpoint import (
 from headprof.models.embedded import EMBEDDED, embedded_model_dir
 from headprof.models.published import find_shape
 from headprof.models.shape import HeadShape
+from headprof.utils.memory import free_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -294,7 +295,7 @@ def _placement(source: Source, config: Any, device: str, dtype: str, num_paramet
     import torch
 
     on_gpu = device.startswith("cuda")
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else _free_memory()
+    free = free_bytes(device)
     if getattr(config, "quantization_config", None) is not None and not source.is_gguf:
         # A quantized checkpoint knows its own types, and its size is not that of its parameters.
         return {"dtype": "auto" if dtype == "auto" else getattr(torch, dtype), "device_map": {"": device}}
@@ -316,12 +317,6 @@ def _placement(source: Source, config: Any, device: str, dtype: str, num_paramet
             f"pass {'--dtype bfloat16' if chosen == 'float32' else 'a smaller model'} or free some memory."
         )
     return {"dtype": weight_dtype, "device_map": None if device == "cpu" else {"": device}}
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _max_positions(config: Any, tokenizer: Any) -> int:

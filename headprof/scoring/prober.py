@@ -9,6 +9,7 @@ from itertools import accumulate, chain
 import torch
 from transformers import PreTrainedModel
 
+from headprof.models.decoder import end_tokens
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
@@ -107,8 +108,7 @@ class Prober:
 
     def _greedy_answer(self, probe: Probe) -> tuple[int, ...]:
         """The model's own answer, at least one token, without its end-of-sequence token."""
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
+        ends = end_tokens(self.model)
         answer: list[int] = []
         pending = list(probe.question_ids)
         while len(answer) < len(probe.answer_ids) + self.max_extra_tokens:
