@@ -53,7 +53,7 @@ from headprof.cli.options import (
 from headprof.cli.profiles import profiles
 from headprof.cli.tables import all as tables
 from headprof.cli.validate import validate
-from headprof.models.chat import OBSERVATION
+from headprof.models.prompt_encoder import OBSERVATION
 
 app = typer.Typer(
     name="headprof",

@@ -40,7 +40,7 @@ from headprof.cli.options import (
     Window,
 )
 from headprof.cli.tables import all as tables
-from headprof.models.chat import OBSERVATION
+from headprof.models.prompt_encoder import OBSERVATION
 
 _TASKS = (
     "niah (retrieval probes), reasoning, babilong, longbench, loogle, ruler, perplexity; with commas. "

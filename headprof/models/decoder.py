@@ -43,7 +43,7 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
-    """Where a layer's attention runs, since layers may lie on several devices; the embedding's where that is not told."""
+    """Where a layer's attention runs, layers may lie on several devices; the embedding's where that is not told."""
     embedding: Any = model.get_input_embeddings()
     layers = find_decoder_layers(model)
     device = embedding.weight.device if layers is None else next(layers[index].parameters()).device
@@ -51,7 +51,7 @@ def layer_device(model: PreTrainedModel, index: int) -> torch.device:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any = None) -> set[int]:
-    """Token ids that end an answer, by the model's generation settings and, if given, by its tokenizer; may be empty."""
+    """Token ids that end an answer by the model's generation settings and, if given, its tokenizer; may be empty."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     own = None if tokenizer is None else tokenizer.eos_token_id
     return {token for token in (*(ends if isinstance(ends, list) else [ends]), own) if token is not None}
