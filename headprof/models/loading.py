@@ -82,7 +82,7 @@ def load_model(
     """Load a model and its tokenizer.
 
     Args:
-        model: hub id, model folder, `.gguf` file, or None for the embedded SmolLM2.
+        model: hub id, model folder, `.gguf` file, or `None` for the embedded SmolLM2.
         device: `auto` (CUDA where there is one, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`. A model that is too
             large for the GPU is spread over all GPUs and the CPU.
         dtype: one of `DTYPES`. `auto` is float32 on a CPU with room for it, and else a 16-bit type.

@@ -30,7 +30,7 @@ def random_model(
         shape_name: a name in `SHAPES`.
         dtype: of the weights.
         device: where they are made.
-        attn: attention implementation; none for Transformers' choice.
+        attn: attention implementation; `None` for Transformers' choice.
         max_positions: tokens that it should read, if more than the published model does.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.utils.word_overlap import token_f1
 
 
@@ -84,9 +84,7 @@ class Prober:
         self, context_ids: Sequence[int], probes: Sequence[Probe], said: Sequence[Sequence[int]]
     ) -> list[ProbeResult]:
         """Score probes in one forward pass over the context's cache."""
-        suffixes = [(*probe.question_ids, *answer[:-1]) for probe, answer in zip(probes, said, strict=True)]
-        stops = list(accumulate(len(suffix) for suffix in suffixes))
-        rows = [torch.arange(stop - len(answer), stop) for stop, answer in zip(stops, said, strict=True)]
+        suffixes, rows = teacher_forced([probe.question_ids for probe in probes], said)
         token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)), device=self.model.device)
         scores = torch.zeros(len(probes), self.shape.num_layers, self.shape.num_heads)
 

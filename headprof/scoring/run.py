@@ -313,7 +313,7 @@ def make_profile(
         loaded, settings, decode, stop, command: noted in the profile.
         results: of all probes.
         include_failed: let probes count that were answered wrongly.
-        clusters: which context each probe belongs to; none if each has its own.
+        clusters: which context each probe belongs to; `None` if each has its own.
 
     Raises:
         ProbeError: fewer than `MIN_COUNTED` probes of a kind count.
@@ -337,7 +337,7 @@ def make_profile(
         low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
         intervals[kind] = (low.view(grid), high.view(grid))
         counted_probes[kind] = len(values)
-    noted = asdict(settings) | {"decode": decode, "include_failed": include_failed, "asked": len(results)}
+    noted = {"decode": decode, "include_failed": include_failed, "asked": len(results)}
     return HeadProfile(
         model_name=loaded.name,
         shape=loaded.shape,
@@ -346,22 +346,25 @@ def make_profile(
         intervals=intervals,
         probes_used=counted_probes,
         metadata={
-            "settings": json.dumps(noted | ({} if stop is None else {"until_stable": stop})),
+            "settings": json.dumps(asdict(settings) | noted | ({} if stop is None else {"until_stable": stop})),
             "seed": str(settings.seed),
             "accuracy": json.dumps(family_accuracy(results)),
-            "versions": json.dumps(
-                {
-                    "headprof": __version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                }
-            ),
+            "versions": json.dumps(_versions()),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": command,
         },
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of what a profile is made with."""
+    return {
+        "headprof": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def family_accuracy(results: Sequence[ProbeResult]) -> dict[str, list[int]]:

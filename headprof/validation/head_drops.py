@@ -21,7 +21,7 @@ from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.memory import free_bytes
 from headprof.utils.ranks import spearman, top_overlap
-from headprof.validation.causal_check import ValidationSettings, asking, build_probes, judge, passes
+from headprof.validation.causal_check import ValidationSettings, asking, build_probes, grade, passes
 from headprof.validation.silence import silenced_each
 
 _MEMORY_SHARE = 0.25
@@ -59,7 +59,7 @@ def per_head_drops(
     Args:
         loaded: the model.
         settings: which probes to ask; how many heads are silent, and where, does not matter.
-        batch_heads: copies that run at once; none to choose by the free memory.
+        batch_heads: copies that run at once; `None` to choose by the free memory.
         on_progress: called after each layer of each context, with the number done and the number of all.
 
     Raises:
@@ -73,7 +73,7 @@ def per_head_drops(
         for number, context in enumerate(contexts):
             shared.read(context.context_ids)
             shared.freeze()
-            whole = torch.cat([judge(shared.ask(*asked), said)[1] for asked, said in passes(shared, context.probes)])
+            whole = torch.cat([grade(shared.ask(*asked), said)[1] for asked, said in passes(shared, context.probes)])
             batch = batch_heads or _fitting_batch(loaded, context)
             silent_log_probs = torch.empty(len(context.probes), shape.num_layers, shape.num_heads)
             for layer in range(shape.num_layers):
@@ -92,7 +92,7 @@ def _log_probs_without(
     silent[torch.arange(len(heads)), layer, heads] = True
     with silenced_each(shared.model, silent), _copied_from(shared.model, layer, len(heads)):
         parts = [
-            torch.stack([judge(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
+            torch.stack([grade(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
             for asked, said in passes(shared, context.probes)
         ]
     return torch.cat(parts)
@@ -103,11 +103,11 @@ def _mean_drops(contexts: Sequence[ProbeContext], drops: torch.Tensor) -> HeadDr
     probes = [(probe.kind, context.index) for context in contexts for probe in context.probes]
     means, errors, asked = {}, {}, {}
     for kind in dict.fromkeys(kind for kind, _ in probes):
-        places = [place for place, (each, _) in enumerate(probes) if each == kind]
-        clusters = [probes[place][1] for place in places]
-        means[kind] = drops[places].mean(dim=0)
-        errors[kind] = standard_error(drops[places].flatten(1), clusters).view_as(means[kind])
-        asked[kind] = len(places)
+        indices = [index for index, (each, _) in enumerate(probes) if each == kind]
+        clusters = [probes[index][1] for index in indices]
+        means[kind] = drops[indices].mean(dim=0)
+        errors[kind] = standard_error(drops[indices].flatten(1), clusters).view_as(means[kind])
+        asked[kind] = len(indices)
     return HeadDrops(means, errors, asked)
 
 
