@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from headprof.errors import UsageError
 from headprof.models.checkpoint import quiet
-from headprof.models.loading import DTYPES, LoadedModel, choose_device
+from headprof.models.loading import LoadedModel
+from headprof.models.placement import DTYPES, choose_device
 from headprof.models.published import find_shape
 from headprof.models.shape import HeadShape
 
