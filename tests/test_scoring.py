@@ -15,7 +15,7 @@ from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import StopRule, make_profile, score_heads
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
 
@@ -294,3 +294,10 @@ def test_smollm2_scores_are_found_in_the_known_place(smollm2):
     assert 0.02 < (profile.retrieval > 0.1).float().mean() < 0.2
     assert all(layer >= 12 for layer, _, _ in profile.top_heads("retrieval", 5))
     assert profile.retrieval.max() > 0.5
+
+
+def test_answers_are_predicted_by_the_tokens_before_theirs():
+    questions, answers = [(1, 2, 3), (4,)], [(5, 6), (7,)]
+    suffixes, rows = teacher_forced(questions, answers)
+    assert suffixes == [(1, 2, 3, 5), (4,)]
+    assert [each.tolist() for each in rows] == [[2, 3], [4]]

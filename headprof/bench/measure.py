@@ -113,16 +113,6 @@ class PeakMemory:
         return None if peak is None else max(0, peak - self._before)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        held_for_reuse = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held_for_reuse
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def attempt(work: Callable[[], Result]) -> Result | None:
     """What `work` returns; `None` when memory runs out, which is then free again."""
     try:

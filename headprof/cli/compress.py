@@ -23,7 +23,7 @@ from headprof.cli.options import (
     compression_request,
 )
 from headprof.cli.tables.compress import document_table
-from headprof.models.chat import OBSERVATION
+from headprof.models.prompt_encoder import OBSERVATION
 
 
 @command

@@ -21,7 +21,7 @@ from headprof.cli.options import (
     Seed,
 )
 from headprof.cli.tables.evaluate import evaluation, sharing
-from headprof.models.chat import OBSERVATION
+from headprof.models.prompt_encoder import OBSERVATION
 from headprof.utils.units import parse_length, parse_lengths
 
 if TYPE_CHECKING:

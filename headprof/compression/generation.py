@@ -17,8 +17,8 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
-from headprof.models.chat import OBSERVATION, ChatFormat
 from headprof.models.loading import LoadedModel
+from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.utils.assets import asset_dir
 
 
@@ -150,8 +150,8 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
     """
-    chat = ChatFormat(loaded.tokenizer)
-    ids = chat.document_ids(document) + chat.question_ids(prompt) if document else chat.prompt_ids(prompt)
+    encoder = PromptEncoder(loaded.tokenizer)
+    ids = encoder.document_ids(document) + encoder.question_ids(prompt) if document else encoder.prompt_ids(prompt)
     return _fitting(loaded, ids, 0, max_new_tokens)
 
 
@@ -161,7 +161,7 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     Raises:
         UsageError: document, question and answer together are longer than the model's context.
     """
-    ids = ChatFormat(loaded.tokenizer).question_ids(question)
+    ids = PromptEncoder(loaded.tokenizer).question_ids(question)
     return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
 
 
@@ -206,8 +206,8 @@ def compress_document(
     Raises:
         UsageError: the document is longer than the model's context, or the budget cannot be met.
     """
-    chat = ChatFormat(loaded.tokenizer)
-    document_ids, observers = chat.document_ids(document), chat.question_ids(observe) if observe else []
+    encoder = PromptEncoder(loaded.tokenizer)
+    document_ids, observers = encoder.document_ids(document), encoder.question_ids(observe) if observe else []
     ids = _fitting(loaded, document_ids + observers, 0, 0)
     plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))

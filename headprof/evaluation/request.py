@@ -18,8 +18,8 @@ from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
-from headprof.models.chat import OBSERVATION, ChatFormat
 from headprof.models.loading import LoadedModel
+from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.profile.head_profile import HeadProfile
 
 
@@ -232,7 +232,7 @@ class EvalRequest:
         """Tokens that judge the document in the question's place; none if the question is known."""
         if self.question_known or not self.observe:
             return []
-        return ChatFormat(loaded.tokenizer).question_ids(self.observe)
+        return PromptEncoder(loaded.tokenizer).question_ids(self.observe)
 
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""

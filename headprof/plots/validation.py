@@ -75,7 +75,7 @@ def _draw(result: Validation) -> Figure:
 
 
 def _facts(result: Validation) -> list[str]:
-    counts = [f"{len(result.places(kind))} {kind}" for kind in result.kinds]
+    counts = [f"{len(result.probe_indices(kind))} {kind}" for kind in result.kinds]
     return [
         f"{' + '.join(counts)} probes",
         f"contexts of {result.settings.length:,} tokens",

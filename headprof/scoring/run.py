@@ -274,7 +274,7 @@ def make_profile(
         loaded, settings, decode, stop, command: noted in the profile.
         results: of all probes.
         include_failed: let probes count that were answered wrongly.
-        clusters: which context each probe belongs to; none if each has its own.
+        clusters: which context each probe belongs to; `None` if each has its own.
 
     Raises:
         ProbeError: fewer than `MIN_COUNTED` probes of a kind count.
@@ -298,7 +298,7 @@ def make_profile(
         low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
         intervals[kind] = (low.view(grid), high.view(grid))
         counted_probes[kind] = len(values)
-    noted = asdict(settings) | {"decode": decode, "include_failed": include_failed, "asked": len(results)}
+    noted = {"decode": decode, "include_failed": include_failed, "asked": len(results)}
     return HeadProfile(
         model_name=loaded.name,
         shape=loaded.shape,
@@ -307,7 +307,7 @@ def make_profile(
         intervals=intervals,
         probes_used=counted_probes,
         metadata={
-            "settings": json.dumps(noted | ({} if stop is None else {"until_stable": stop})),
+            "settings": json.dumps(asdict(settings) | noted | ({} if stop is None else {"until_stable": stop})),
             "seed": str(settings.seed),
             "accuracy": json.dumps(family_accuracy(results)),
             "versions": json.dumps(library_versions()),
