@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu test-kill check format profile results wheel clean
+.PHONY: demo test test-gpu test-kill bench-parts check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -22,6 +22,12 @@ test-gpu: $(VENV)/.installed
 # A scoring run killed three times at random moments and resumed, again and again.
 test-kill: $(VENV)/.installed
 	HEADPROF_KILLED_RUNS=10 $(BIN)/python -m pytest tests/test_team.py -k killed
+
+# Merging the rows of a layer, and the importance of its prompt, each timed alone.
+bench-parts: $(VENV)/.installed
+	$(BIN)/python tests/bench_parts.py merge --shape smollm2-135m
+	$(BIN)/python tests/bench_parts.py merge --shape llama-3-8b
+	$(BIN)/python tests/bench_parts.py importance --shape llama-3-8b
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -67,8 +73,7 @@ results: $(VENV)/.installed
 	$(BIN)/headprof bench generate --methods headkv-r2,headkv-ems,ems,snapkv,h2o,tova,knorm,streamingllm,adakv \
 		--lengths 4000 --new-tokens 16 -o results/bench-methods.json
 	$(BIN)/headprof bench generate --methods ems --budgets 128 --lengths 1k --new-tokens 6000 --repeats 1 --without-full -o results/bench-long.json
-	$(BIN)/headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256
-	$(BIN)/headprof bench merge --shape llama-3-8b --lengths 4k --budgets 64,256
+	$(MAKE) bench-parts
 	$(BIN)/headprof bench score --probes 96 --sides packed,stepwise-fast -o results/bench-score.json
 	$(BIN)/headprof bench score --probes 24 -o results/bench-score-all.json
 	$(BIN)/headprof bench score --probes 24 --sides packed --lengths 1k,2k,4k,8k -o results/bench-score-memory.json

@@ -3,11 +3,13 @@
 import dataclasses
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from support.clock import Clock
 from support.profiles import random_profile
 from support.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,12 +51,35 @@ def model():
     return tiny_model("llama", layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, max_positions=64)
 
 
+PROMPT_SECONDS, TOKEN_SECONDS, KEEPING_SECONDS = 8.0, 0.5, 0.25  # in binary without rounding
+
+
+@pytest.fixture
+def clock(model, monkeypatch):
+    """A time that passes only while the model reads a prompt or a token, and while a layer keeps some of its rows."""
+    clock, keep = Clock(), HeadCacheLayer.filled
+
+    def reads(_module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        clock.wait(PROMPT_SECONDS if ids.shape[1] > 1 else TOKEN_SECONDS)
+
+    def filled(layer, *args):
+        clock.wait(KEEPING_SECONDS)
+        return keep(layer, *args)
+
+    model.register_forward_pre_hook(reads, with_kwargs=True)
+    monkeypatch.setattr(HeadCacheLayer, "filled", filled)
+    for module in (bench.decoding, bench.largest_batch):
+        monkeypatch.setattr(module, "now", clock)
+    return clock
+
+
 def run(model, request=REQUEST, **others):
     return bench.run_bench(model, 64, random_profile(model), request, **others)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_case_is_measured_and_its_bytes_are_exact(model, batch):
+def test_every_case_is_measured_and_its_bytes_are_exact(model, clock, batch):
     request = dataclasses.replace(REQUEST, methods=("full", "snapkv", "headkv"), batch=batch, backends=("torch",))
     result = run(model, request)
     assert [(each.method, each.budget, each.backend, each.length) for each in result.measurements] == [
@@ -65,19 +90,39 @@ def test_every_case_is_measured_and_its_bytes_are_exact(model, batch):
     weights = bench.run.weight_bytes_per_step(model)
     for each in result.measurements:
         assert each.failed == "" and each.batch == batch
-        assert each.prefill_seconds > 0 and each.decode_rate > 0
-        assert each.peak_bytes is None or each.peak_bytes >= 0
+        assert each.decode_rate == batch / TOKEN_SECONDS and each.steadiness is None
         heads = batch * LAYERS * KV_HEADS
         if each.method == "full":
             assert each.cache_bytes == heads * each.length * ROW_BYTES
-            assert each.overhead_seconds == each.overhead_share == 0
+            assert (each.prefill_seconds, each.overhead_seconds, each.overhead_share) == (PROMPT_SECONDS, 0, 0)
         else:
             assert each.cache_bytes == heads * (12 + SLACK) * (ROW_BYTES + 4)  # and the row's position
-            assert 0 < each.overhead_share < 1
+            overhead = LAYERS * KEEPING_SECONDS
+            assert (each.prefill_seconds, each.overhead_seconds) == (PROMPT_SECONDS + overhead, overhead)
+            assert each.overhead_share == overhead / (PROMPT_SECONDS + overhead)
         assert each.step_bytes == weights + each.cache_bytes
         assert each.floor_rate == pytest.approx(batch * 1e9 / each.step_bytes)
     assert result.bandwidth == 1e9
     assert json.loads(json.dumps(dataclasses.asdict(result)))["environment"]["dtype"] == "float32"
+
+
+def test_the_median_run_counts_and_the_highest_peak(model, clock, monkeypatch):
+    """Of three runs, the second at half the speed of the third; warming up, which is slowest, counts nowhere."""
+    paces = iter([100, 100, 1, 1, 4, 4, 2, 2])
+    peaks = {100: 9000, 1: 700, 4: None, 2: 800}
+    monkeypatch.setattr(bench.decoding, "PeakMemory", lambda device: SimpleNamespace(used=lambda: peaks[clock.pace]))
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), lengths=(24,), repeats=3)
+    full, snapkv = run(model, request, on_progress=lambda *_: setattr(clock, "pace", next(paces))).measurements
+    assert (full.prefill_seconds, full.decode_rate) == (2 * PROMPT_SECONDS, 1 / (2 * TOKEN_SECONDS))
+    overhead = 2 * LAYERS * KEEPING_SECONDS
+    assert (snapkv.prefill_seconds, snapkv.overhead_seconds) == (2 * PROMPT_SECONDS + overhead, overhead)
+    assert full.peak_bytes == snapkv.peak_bytes == 800
+
+
+def test_a_peak_that_the_system_does_not_tell_is_none(model, monkeypatch):
+    monkeypatch.setattr(bench.decoding, "PeakMemory", lambda device: SimpleNamespace(used=lambda: None))
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), lengths=(24,))
+    assert [each.peak_bytes for each in run(model, request).measurements] == [None, None]
 
 
 def test_all_cases_do_the_same_work_in_turn(model):
@@ -106,8 +151,10 @@ def test_all_cases_do_the_same_work_in_turn(model):
 
 def test_decoding_goes_on_past_an_end_token(model):
     model.generation_config.eos_token_id = list(range(512))
-    result = run(model, dataclasses.replace(REQUEST, lengths=(24,)))
-    assert all(each.decode_rate > 0 for each in result.measurements)
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    run(model, dataclasses.replace(REQUEST, lengths=(24,)))
+    assert len(passes) == 3 * 2 + 2 * 3 * 4  # three cases: two tokens to warm up, then four in each of two runs
 
 
 def more_than_there_is():
@@ -244,16 +291,16 @@ def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
     assert bench.decoding.Run(0.0, 0.0, [1.0] * 5, 0, [1] * 5, None).steadiness is None
 
 
-def test_a_long_decoding_holds_what_it_held_when_full(model):
+def test_a_long_decoding_holds_what_it_held_when_full(model, clock):
     request = BenchRequest(("ems",), ("12",), (40,), new_tokens=60, repeats=1, decoding={"buffer": 8})
     alone = dataclasses.replace(request, full=False, new_tokens=3)
-    (only,) = bench.run_bench(tiny_model(layers=LAYERS, num_kv_heads=KV_HEADS), 4096, None, alone).measurements
+    (only,) = bench.run_bench(model, 4096, None, alone).measurements
     assert only.method == "ems" and bench.comparison(BenchResult(1.0, [only], {}))[0].decode_ratio is None
-    full, ems = bench.run_bench(tiny_model(layers=LAYERS, num_kv_heads=KV_HEADS), 4096, None, request).measurements
+    full, ems = bench.run_bench(model, 4096, None, request).measurements
     assert full.largest_cache_bytes > full.cache_bytes and ems.largest_cache_bytes < full.largest_cache_bytes
     heads = LAYERS * KV_HEADS
     assert ems.largest_cache_bytes < heads * (12 + 2 * SLACK) * (ROW_BYTES + 12) + LAYERS * 9 * 4 * KV_HEADS * 4 * 64
-    assert full.steadiness > 0 and ems.steadiness > 0
+    assert full.steadiness == ems.steadiness == 1
 
 
 def test_overhead_share():
@@ -277,7 +324,7 @@ def test_the_largest_that_works_is_found(limit, at_most, precision):
 
 
 @pytest.mark.parametrize("method", ["full", "headkv"])
-def test_copies_of_a_prompt_decode_as_the_prompt_does(model, method):
+def test_copies_of_a_prompt_decode_as_the_prompt_does(model, clock, method):
     profile, inputs = random_profile(model), []
     request = dataclasses.replace(REQUEST, methods=("headkv",))
     case = next(each for each in bench.cases.all_cases(model, 64, profile, request) if each.method == method)
@@ -290,7 +337,7 @@ def test_copies_of_a_prompt_decode_as_the_prompt_does(model, method):
             expected = model.generate(ids, **options)
     model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]) if args[0].shape[0] == 3 else None)
     decoded = bench.largest_batch._decode_copies(model, case, ids, 3, 6, None)
-    assert decoded.rate > 0
+    assert decoded.rate == 3 / TOKEN_SECONDS
     rows = 24 * ROW_BYTES if method == "full" else (12 + SLACK) * (ROW_BYTES + 4)
     assert decoded.cache_bytes == 3 * LAYERS * KV_HEADS * rows
     assert torch.equal(torch.cat(inputs, dim=1), expected[:, 24:-1].expand(3, -1))
@@ -301,7 +348,7 @@ def test_the_largest_batch_needs_cuda(model):
         bench.largest_batches(model, 64, random_profile(model), REQUEST)
 
 
-def test_the_largest_batch_is_where_memory_ends(model, monkeypatch):
+def test_the_largest_batch_is_where_memory_ends(model, clock, monkeypatch):
     decode = bench.largest_batch._decode_copies
 
     def scarce(model, case, ids, batch, new_tokens, chunk):
@@ -313,14 +360,26 @@ def test_the_largest_batch_is_where_memory_ends(model, monkeypatch):
     case = bench.cases.all_cases(model, 64, random_profile(model), REQUEST)[2]
     found = bench.largest_batch._largest_batch(model, case, REQUEST, at_most=100)
     assert (found.method, found.budget, found.length, found.batch) == ("headkv", "12", 24, 13)
-    assert found.decode_rate > 0
+    assert found.decode_rate == 13 / TOKEN_SECONDS
     assert found.cache_bytes == 13 * LAYERS * KV_HEADS * (12 + SLACK) * (ROW_BYTES + 4)
     none = bench.largest_batch._largest_batch(model, dataclasses.replace(case, method="other"), REQUEST, at_most=100)
     assert none.batch == 0 and none.decode_rate is none.cache_bytes is None
 
 
-def test_bandwidth_is_that_of_real_copies():
-    assert 1e8 < measure.measure_bandwidth("cpu", repeats=1) < 1e13
+def test_bandwidth_is_that_of_the_copies(monkeypatch):
+    """A byte is read and written in 2 ns here; the first copy, which does not count, and one of the others are slow."""
+    clock, paces, sizes = Clock(), iter([100, 1, 9, 1]), []
+
+    def copy(target, source):
+        clock.pace = next(paces)
+        clock.wait(2e-9 * source.nbytes)
+        sizes.append((target.nbytes, source.nbytes))
+        return target
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(measure, "now", clock)
+    assert measure.measure_bandwidth("cpu", repeats=3) == pytest.approx(1e9)
+    assert sizes == [(256 * 10**6, 256 * 10**6)] * 4
 
 
 def test_peak_memory_counts_what_was_freed_again():
@@ -332,6 +391,14 @@ def test_peak_memory_counts_what_was_freed_again():
     used = memory.used()
     assert 60 << 20 < used < 200 << 20
     assert measure.PeakMemory(torch.device("cpu")).used() < 60 << 20
+
+
+@pytest.mark.parametrize(("peak", "used"), [(9000, 5000), (4000, 0), (3000, 0), (None, None)])
+def test_peak_memory_is_what_the_system_notes_beyond_what_was_there(monkeypatch, peak, used):
+    monkeypatch.setattr(measure, "_restarted_resident_peak", lambda: 4000)
+    memory = measure.PeakMemory(torch.device("cpu"))
+    monkeypatch.setattr(measure, "_process_bytes", {"VmHWM": peak, "VmRSS": 7}.get)
+    assert memory.used() == used
 
 
 @pytest.mark.parametrize("figures", [{}, {"VmRSS": 1 << 30}, {"VmRSS": 1 << 30, "VmHWM": 2 << 30}])
@@ -449,7 +516,7 @@ def test_mistakes_get_one_sentence(tiny_folder, monkeypatch, capsys, arguments, 
     with pytest.raises(SystemExit) as ended:
         main(["bench", "generate", "--model", str(tiny_folder), "--methods", "snapkv", "--budgets", "8", *arguments])
     shown = capsys.readouterr()
-    assert ended.value.code in (1, 2) and shown.out == ""
+    assert ended.value.code == 2 and shown.out == ""
     assert message in shown.err and len(shown.err.strip().splitlines()) == 1
 
 

@@ -2,10 +2,13 @@
 
 import json
 
+import bench_parts
 import pytest
 import torch
+from support.clock import Clock
 
-from headprof import cli
+from headprof.bench import importance as bench_importance
+from headprof.bench import measure
 from headprof.bench import merge as bench_merge
 from headprof.bench.importance import run_importance_bench
 from headprof.bench.merge import run_merge_bench
@@ -14,13 +17,33 @@ from headprof.errors import UsageError
 from headprof.models.published import SHAPES
 
 
-def test_both_ways_keep_the_same_rows_and_are_timed():
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(measure, "now", clock)
+    return clock
+
+
+def slowed(monkeypatch, module, name, clock, seconds):
+    """Let function `name` of a module take so many seconds, given its arguments."""
+    work = getattr(module, name)
+
+    def slow(*arguments):
+        clock.wait(seconds(*arguments))
+        return work(*arguments)
+
+    monkeypatch.setattr(module, name, slow)
+
+
+def test_both_ways_keep_the_same_rows_and_are_timed(monkeypatch, clock):
+    """Each call takes a second: all heads at once, or the three heads of two sequences one after the other."""
+    slowed(monkeypatch, bench_merge, "_reduce", clock, lambda *_: 1)
     seen = []
     times = run_merge_bench(
         "smollm2-135m", (300, 200), (16, 40), batch=2, repeats=2, on_progress=lambda *done: seen.append(done)
     )
     assert [(each.length, each.budget) for each in times] == [(300, 16), (300, 40), (200, 16), (200, 40)]
-    assert all(each.equal and each.together > 0 and each.ratio == each.looped / each.together for each in times)
+    assert all((each.equal, each.together, each.looped, each.ratio) == (True, 1, 6, 6) for each in times)
     assert [done for _, done, _ in seen] == [0, 1, 2, 3]
 
 
@@ -50,28 +73,31 @@ def test_what_cannot_be_run():
         run_merge_bench("smollm2-135m", (100,), (16,), repeats=0)
 
 
-def test_the_command(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(
-            [
-                "bench",
-                "merge",
-                "--shape",
-                "smollm2-135m",
-                "--lengths",
-                "200",
-                "--budgets",
-                "16",
-                "--repeats",
-                "1",
-                "--json",
-            ]
-        )
-    (case,) = json.loads(capsys.readouterr().out)
-    assert stop.value.code == 0 and case["equal"] and case["ratio"] > 0
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "merge", "--shape", "smollm2-135m", "--lengths", "200", "--budgets", "16", "--repeats", "1"])
-    assert "head by head" in capsys.readouterr().out
+def run_parts(capsys, *words):
+    bench_parts.main([*words, "--shape", "smollm2-135m", "--repeats", "1"])
+    return capsys.readouterr().out
+
+
+def test_the_script_times_merging(capsys):
+    words = ("merge", "--lengths", "200", "--budgets", "16,20")
+    cases = json.loads(run_parts(capsys, *words, "--json"))
+    assert [case["budget"] for case in cases] == [16, 20]
+    assert all(case["equal"] and case["ratio"] == case["looped"] / case["together"] for case in cases)
+    head, *rows = run_parts(capsys, *words).splitlines()
+    assert head.split() == ["shape", "length", "budget", "batch", "together", "looped", "equal", "ratio"]
+    assert [row.split()[:4] for row in rows] == [["smollm2-135m", "200", budget, "1"] for budget in ("16", "20")]
+
+
+def test_the_script_times_importance(capsys):
+    words = ("importance", "--lengths", "64")
+    assert [case["samples"] for case in json.loads(run_parts(capsys, *words, "--json"))] == [0, 1024]
+    shown = run_parts(capsys, *words, "--samples", "0,16")
+    assert "attention" in shown and [row.split()[2] for row in shown.splitlines()[1:]] == ["0", "16"]
+
+
+def test_the_script_says_what_is_wrong_in_a_sentence():
+    with pytest.raises(SystemExit, match="Error: There is no model shape 'llama-9'"):
+        bench_parts.main(["merge", "--shape", "llama-9"])
 
 
 def test_every_time_of_the_score_counts_the_attention_anew(monkeypatch):
@@ -88,20 +114,13 @@ def test_every_time_of_the_score_counts_the_attention_anew(monkeypatch):
     assert counted == [case for length in (0, 2) for _ in range(4) for case in each_time[length : length + 2]]
 
 
-def test_the_score_is_timed_beside_the_attention(capsys):
+def test_the_score_is_timed_beside_the_attention(monkeypatch, clock):
+    slowed(monkeypatch, bench_importance, "_attend", clock, lambda *_: 4)
+    slowed(monkeypatch, bench_importance, "_score", clock, lambda states, samples: 1 if samples else 8)
     times = run_importance_bench("smollm2-135m", (64, 128), (0, 16), repeats=1)
     assert [(each.length, each.samples) for each in times] == [(64, 0), (64, 16), (128, 0), (128, 16)]
-    assert all(each.attention > 0 and each.ratio == each.score / each.attention for each in times)
+    assert [(each.attention, each.score, each.ratio) for each in times] == [(4, 8, 2), (4, 1, 0.25)] * 2
     with pytest.raises(UsageError, match="no model shape"):
         run_importance_bench("llama-9", (64,), (0,))
     with pytest.raises(UsageError, match="at least"):
         run_importance_bench("smollm2-135m", (64,), (-1,))
-    with pytest.raises(SystemExit) as stop:
-        cli.main(
-            ["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--samples", "0,16"]
-        )
-    shown = capsys.readouterr().out
-    assert stop.value.code == 0 and "all" in shown and "of attention" in shown
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "importance", "--shape", "smollm2-135m", "--lengths", "64", "--repeats", "1", "--json"])
-    assert [case["samples"] for case in json.loads(capsys.readouterr().out)] == [0, 1024]

@@ -15,12 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from support.commands import headprof, headprof_process
+from support.list_options import commands
 from support.tiny_models import save_tiny
 
+from headprof.cli import app
+from headprof.compression.methods.names import METHOD_NAMES
+from headprof.compression.methods.table import METHODS
 from headprof.profile.head_profile import HeadProfile
 
+APP = typer.main.get_command(app)
 NEEDLE = {
     "needle": "The key of the shed hangs behind the clock. The key of the barn lies under a stone.",
     "real_needle": "The key of the shed hangs behind the clock.",
@@ -383,6 +389,37 @@ def test_help_is_quick_and_imports_no_torch(place):
     assert headprof_process(place, "--version").stdout.startswith("headprof ")
 
 
+def test_options_of_one_name_have_the_default_of_their_command():
+    found = {name: {each.name: each.default for each in command.params} for name, command in commands(APP)}
+    assert [found[f"headprof {name}"]["budget"] for name in ("generate", "compress")] == ["64", "256"]
+    seeds = {"score": 0, "generate": 0, "eval": 1000, "validate": 2000, "bench generate": 0, "bench score": 0}
+    assert {name: found[f"headprof {name}"]["seed"] for name in seeds} == seeds
+    assert [name for name in found if name.startswith("headprof bench ")] == [
+        "headprof bench generate",
+        "headprof bench score",
+    ]
+
+
+def test_the_light_names_are_those_of_the_table():
+    assert tuple(METHODS) == METHOD_NAMES
+
+
+def test_help_names_methods_of_other_packages_and_loads_none(place, tmp_path):
+    (tmp_path / "more-1.0.dist-info").mkdir()
+    (tmp_path / "more-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: more\nVersion: 1.0\n")
+    (tmp_path / "more-1.0.dist-info" / "entry_points.txt").write_text(
+        "[headprof.methods]\nzeal = absent:ZEAL\nadept = absent:ADEPT\nems = absent:EMS\n"
+    )
+    script = "from headprof.compression.methods.names import method_names; print(*method_names())"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    options = {"cwd": place, "capture_output": True, "text": True, "check": True}
+    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "200"}
+    names = subprocess.run([sys.executable, "-c", script], env=environment, **options).stdout.split()
+    assert names == [*METHOD_NAMES, "adept", "zeal"]
+    shown = subprocess.run([sys.executable, "-m", "headprof", "generate", "--help"], env=environment, **options).stdout
+    assert "streamingllm, knorm, adept or zeal" in " ".join(shown.replace("│", " ").split())
+
+
 def test_score_heatmap_generate_in_that_order(place):
     result = headprof(place, *SCORE)
     assert result.stdout.strip() == "profiles/tiny.safetensors"
@@ -531,6 +568,47 @@ def test_a_saved_document_goes_on_being_compressed(place):
     bounded, growing = runs.values()
     assert " ".join(bounded["text"].split()) == made.stdout.strip()
     assert bounded["cache_bytes"] < growing["cache_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (("--method", "snapkv"), "--method"),
+        (("--method", "headkv-r2"), "--method"),  # the default, but given
+        (("--budget", "64"), "--budget"),
+        (("-b", "32"), "--budget"),
+        (("--profile", "tiny.safetensors"), "--profile"),
+        (("--window", "8"), "--window"),
+        (("--keep-last", "4"), "--keep-last"),
+        (("--kernel", "5"), "--kernel"),
+        (("--pooling", "max"), "--pooling"),
+        (("--pool-factor", "2"), "--pool-factor"),
+        (("--set", "power=2"), "--set"),
+        (("--set", "power=2", "--budget", "32", "--window", "8"), "--budget, --window and --set"),
+    ],
+)
+def test_a_saved_document_is_not_compressed_in_another_way(place, given, named):
+    ask = ("generate", "--model", "tiny", "--cache", "d.kv", "--prompt", "How many?")
+    result = headprof(place, *ask, *given)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == f"Error: A compressed document already says how it was compressed: leave {named} away.\n"
+
+
+def test_a_saved_document_is_continued_as_asked(place):
+    made = headprof(
+        place, *("compress", "--model", "tiny", "--file", "document.txt", "--method", "snapkv", "-o", "whole.kv")
+    )
+    assert made.returncode == 0, made.stderr
+    ask = ("generate", "--model", "tiny", "--cache", "whole.kv", "--prompt", "How many?", "--json")
+    options = ("--max-new-tokens", "20", "--decode-budget", "12", "--buffer", "4", "--backend", "torch")
+    options = (*options, "--prefill-chunk", "16", "--temperature", "1.5", "--device", "cpu", "--dtype", "float32")
+    runs = []
+    for more in ((), (*options, "--seed", "1"), (*options, "--seed", "2")):
+        result = headprof(place, *ask, *more)
+        assert result.returncode == 0, result.stderr
+        runs += json.loads(result.stdout)["runs"].values()
+    plain, one, other = runs
+    assert one["text"] != other["text"] and one["cache_bytes"] < plain["cache_bytes"] / 4
 
 
 def test_needles_of_the_papers_format(place):

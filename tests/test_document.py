@@ -23,8 +23,8 @@ from headprof.compression.document import load_document, save_document, tokenize
 from headprof.compression.generation import compress_document, generate_text, question_ids
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
-from headprof.models.chat import ChatFormat
 from headprof.models.loading import load_model
+from headprof.models.prompt_encoder import PromptEncoder
 
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
 QUESTIONS = ["Who counted?", "How many boats were there?"]
@@ -107,7 +107,7 @@ def test_the_document_alone_is_kept(tiny, observe):
     cache = compress_document(
         tiny, TEXT, plan, observe=observe, on_layer=lambda done, total: layers.append((done, total))
     )
-    document = ChatFormat(tiny.tokenizer).document_ids(TEXT)
+    document = PromptEncoder(tiny.tokenizer).document_ids(TEXT)
     assert cache.get_seq_length() == len(document) and (cache.lengths == 24).all()
     assert layers == [(1, 2), (2, 2)]
 

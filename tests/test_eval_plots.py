@@ -15,11 +15,12 @@ from headprof.evaluation.perplexity import PerplexityCell
 from headprof.evaluation.results import Answer, Evaluation, main_cells, tabulate
 from headprof.plots.depths import _draw as draw_depths
 from headprof.plots.depths import depth_table, depths_plot, few_budgets
-from headprof.plots.evaluation import write_results
-from headprof.plots.methods import style_of
+from headprof.plots.labels import spread
+from headprof.plots.method_styles import style_of
 from headprof.plots.report import markdown_table, render_report
+from headprof.plots.results_folder import write_results
 from headprof.plots.scores import _draw as draw_scores
-from headprof.plots.scores import budget_order, scores_plot, spread
+from headprof.plots.scores import budget_order, scores_plot
 
 METHODS = ("full", "headkv-r2", "snapkv", "ems:mass=false")
 

@@ -17,12 +17,14 @@ from support.profiles import random_profile
 from support.tiny_models import load_tiny, save_tiny, tiny_tokenizer
 
 from headprof.errors import HeadprofError, InterruptedRun, ModelError, UsageError
-from headprof.evaluation import journal, metrics
+from headprof.evaluation import chinese_words, journal
 from headprof.evaluation.asker import Asker
-from headprof.evaluation.journal import Journal, answers_kept
+from headprof.evaluation.journal import Journal
 from headprof.evaluation.request import PRESETS, EvalRequest, find_preset
 from headprof.evaluation.run import EvalRun, PerplexityTask, QuestionTask
 from headprof.utils.files import append_text
+from headprof.utils.resuming import KeptResults
+from headprof.utils.team import Team
 
 LENGTH = 300
 PROBES = EvalRequest(("niah", "reasoning"), ("full", "snapkv"), ("8",), probes=6, lengths=(LENGTH,))
@@ -111,10 +113,10 @@ def test_a_resumed_run_asks_what_is_missing_and_finds_the_same(after, alone, loa
         "command with --resume to go on."
     )
     run = EvalRun(loaded, None, PROBES, output=tmp_path, resume=True)
-    assert answers_kept(run.journal.path, run.journal.key) == after
+    assert run.kept.count_on_disk() == after
     found = run.evaluate()
-    places = [(task, number) for task in ("niah", "reasoning") for number in range(3)]
-    assert asked.numbers == places[after:]
+    questions = [(task, number) for task in ("niah", "reasoning") for number in range(3)]
+    assert asked.numbers == questions[after:]
     assert found.answers == uninterrupted.answers
     assert found.cells == uninterrupted.cells
     assert found.about["sharing"]["questions"] == 6 - after
@@ -231,21 +233,22 @@ def test_a_half_written_line_is_asked_again(cut, alone, loaded, asked, tmp_path)
 def test_answers_of_before_are_kept_once_more(tmp_path):
     file = tmp_path / "answers.jsonl"
     for seed in (1, 2, 3):
-        Journal(file, {"seed": seed}).begin()
+        KeptResults({"seed": seed}, Journal(file)).start(False, Team())
     assert json.loads(file.read_text())["run"] == {"seed": 3}
     assert json.loads((tmp_path / "answers.previous.jsonl").read_text())["run"] == {"seed": 2}
 
 
 def test_a_line_that_ends_within_a_letter_is_left_out(loaded, alone, tmp_path):
     answer = replace(alone[0].answers[0], text="码头\u2028\r\n\x85 \ufffd 🧪")
-    kept = Journal(tmp_path / "answers.jsonl", {"seed": 1})
-    kept.begin()
+    file = tmp_path / "answers.jsonl"
+    kept = KeptResults({"seed": 1}, Journal(file))
+    kept.start(False, Team())
     kept.add({("niah", 0): [answer]})
     kept.add({("niah", 1): [answer]})
-    whole = kept.path.read_bytes()
+    whole = file.read_bytes()
     for end in range(len(whole) - len(whole.splitlines()[-1]), len(whole)):
-        kept.path.write_bytes(whole[:end])
-        read = Journal(kept.path, {"seed": 1})
+        file.write_bytes(whole[:end])
+        read = KeptResults({"seed": 1}, Journal(file))
         read.load()
         assert read.results == {("niah", 0): [answer]}
 
@@ -283,7 +286,7 @@ def test_another_runs_answers_are_refused(name, change, alone, loaded, asked):
         f"The answers in {alone[1] / 'answers.jsonl'} are of another model or other settings ({name}): give the same "
         "options again, choose another folder with -o, or run without --resume to start anew."
     )
-    assert answers_kept(run.journal.path, run.journal.key) == 0
+    assert run.kept.count_on_disk() == 0
     assert asked.numbers == []
     assert (alone[1] / "answers.jsonl").read_bytes() == before
 
@@ -370,7 +373,7 @@ def test_a_damaged_journal_is_refused(how, alone, loaded, asked, tmp_path):
     with pytest.raises(UsageError) as caught:
         run.evaluate()
     assert str(caught.value) == f"The answers in {path} are damaged: delete that file, or run without --resume."
-    assert answers_kept(path, run.journal.key) == 0
+    assert run.kept.count_on_disk() == 0
     assert path.read_bytes() == before and asked.numbers == []
 
 
@@ -395,7 +398,7 @@ def test_a_full_disk_ends_in_a_sentence_and_what_is_kept_goes_on(alone, loaded, 
     )
     assert not path.read_text().endswith("\n")
     run = EvalRun(loaded, None, PROBES, output=tmp_path, resume=True)
-    assert answers_kept(path, run.journal.key) == 2
+    assert run.kept.count_on_disk() == 2
     assert run.evaluate().answers == alone[0].answers
 
 
@@ -494,7 +497,7 @@ def test_a_question_that_does_not_fit_is_found_before_any_work(row, loaded, aske
 
 def test_a_package_that_is_missing_is_missed_before_any_work(loaded, data_dir, asked, monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)
-    monkeypatch.setattr(metrics, "_tokenizer_zh", metrics._tokenizer_zh.__wrapped__)
+    monkeypatch.setattr(chinese_words, "_tokenizer", chinese_words._tokenizer.__wrapped__)
     request = EvalRequest(("longbench/narrativeqa", "longbench/vcsum"), ("full",), ("8",), data_dir=data_dir, limit=1)
     with pytest.raises(UsageError, match=r"pip install headprof\[eval\]"):
         EvalRun(loaded, None, request)
@@ -527,6 +530,10 @@ def test_presets():
     with pytest.raises(UsageError, match="no preset 'slow': choose one of quick, standard, thorough"):
         find_preset("slow")
     for preset in PRESETS.values():
+        assert preset.methods == (
+            *("full", "snapkv", "headkv", "headkv-r2", "ems", "headkv-ems"),
+            *("tova", "pyramidkv", "adakv", "h2o", "streamingllm", "knorm"),
+        )  # a method more in the table is none more here: the answers of every run name their methods
         assert EvalRequest(preset.tasks, preset.methods, preset.budgets, lengths=preset.lengths).check()
 
 
@@ -547,8 +554,8 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def place(model_folder, monkeypatch):
     """The folder that commands run in, one thread each; they draw nothing, which would take seconds."""
-    monkeypatch.setattr("headprof.plots.evaluation.drawings", lambda found: {})  # which would take seconds
-    monkeypatch.setattr("headprof.plots.evaluation.write_report", lambda found, path: path)
+    monkeypatch.setattr("headprof.plots.results_folder.drawings", lambda found: {})  # which would take seconds
+    monkeypatch.setattr("headprof.plots.results_folder.write_report", lambda found, path: path)
     monkeypatch.chdir(model_folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,11 +12,11 @@ from support.profiles import random_profile
 from support.tiny_models import load_tiny
 
 from headprof.evaluation import questions
-from headprof.evaluation.questions import Judge
+from headprof.evaluation.questions import Grading
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import BENCHMARKS, TASKS
-from headprof.models.chat import ChatFormat
+from headprof.models.prompt_encoder import PromptEncoder
 
 METHODS = ("full", "snapkv", "headkv-r2")
 MAX_PROMPT = 600  # which the instructions of BABILong nearly fill, in the tiny tokenizer's short tokens
@@ -35,8 +35,8 @@ def loaded():
 
 @pytest.fixture
 def short_answers(monkeypatch):
-    """Generation ends after a few tokens, so that all tasks take seconds; what is asked and judged stays as it is."""
-    monkeypatch.setattr(questions, "Judge", lambda score, done, most: Judge(score, done, min(most, NEW_TOKENS)))
+    """Generation ends after a few tokens, so that all tasks take seconds; nothing else changes."""
+    monkeypatch.setattr(questions, "Grading", lambda score, done, most: Grading(score, done, min(most, NEW_TOKENS)))
 
 
 def test_every_task_of_the_benchmarks_has_rows():
@@ -70,7 +70,7 @@ def test_every_task_end_to_end(names, limit, lengths, loaded, data_dir, short_an
     }
     assert set(Counter((answer.task, answer.question, answer.method) for answer in answers).values()) == {1}
 
-    chat = ChatFormat(loaded.tokenizer)
+    encoder = PromptEncoder(loaded.tokenizer)
     for task in request.all_tasks:
         examples = {example.name: example for example in TASKS[task].examples(request.task_request(loaded))}
         for answer in (answer for answer in answers if answer.task == task):
@@ -80,7 +80,7 @@ def test_every_task_end_to_end(names, limit, lengths, loaded, data_dir, short_an
             assert isfinite(answer.divergence) and answer.divergence >= 0
             assert 0 <= answer.agreement <= 1
             # The last token of a prompt is read after the compression if no reply is begun.
-            prompt = answer.prompt_tokens + max(1, len(chat.reply_ids(example.reply)))
+            prompt = answer.prompt_tokens + max(1, len(encoder.encode_end(example.after, example.reply, "").reply))
             assert MAX_PROMPT - 16 < prompt <= MAX_PROMPT < len(loaded.tokenizer(example.text).input_ids)
             if answer.method == "full":
                 assert (answer.divergence, answer.agreement) == (0, 1)
@@ -89,8 +89,8 @@ def test_every_task_end_to_end(names, limit, lengths, loaded, data_dir, short_an
 
 
 def test_benchmarks_on_the_command_line(data_dir, tiny, tiny_folder, tmp_path, short_answers, monkeypatch):
-    monkeypatch.setattr("headprof.plots.evaluation.drawings", lambda found: {})  # which would take seconds
-    monkeypatch.setattr("headprof.plots.evaluation.write_report", lambda found, path: path)
+    monkeypatch.setattr("headprof.plots.results_folder.drawings", lambda found: {})  # which would take seconds
+    monkeypatch.setattr("headprof.plots.results_folder.write_report", lambda found, path: path)
     random_profile(tiny.model).save(tmp_path / "tiny.safetensors")
     command = ["eval", "--model", str(tiny_folder), "--profile", str(tmp_path / "tiny.safetensors")]
     command += ["--tasks", "longbench/trec,longbench/lcc,babilong/qa1,loogle,ruler/niah_single", "--lengths", "1k"]

@@ -18,12 +18,12 @@ from headprof.errors import UsageError
 from headprof.evaluation import asker as asking
 from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.methods_at_budgets import Candidate
-from headprof.evaluation.questions import ExampleQuestions, Judge, ProbeQuestions
+from headprof.evaluation.questions import ExampleQuestions, Grading, ProbeQuestions
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.results import Answer, main_cells, results_csv, tabulate
 from headprof.evaluation.run import EvalRun
 from headprof.evaluation.tasks import Example
-from headprof.models.chat import ChatFormat
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.utils.intervals import mean_interval, t_95, wilson_interval
 
 
@@ -145,12 +145,12 @@ def invented_question(loaded, *, reply="", stop="", length=12, known_max=20):
         chat=True,
     )
     question = ExampleQuestions(loaded, [example])[0]
-    judge = Judge(lambda text: text.count("e") / 100, lambda text: bool(stop) and stop in text, length)
-    return replace(question, judge=judge)
+    grading = Grading(lambda text: text.count("e") / 100, lambda text: bool(stop) and stop in text, length)
+    return replace(question, grading=grading)
 
 
 @torch.inference_mode()
-def apart(loaded, candidate, prompt, tail, reference, observers, judge):
+def apart(loaded, candidate, prompt, tail, reference, observers, grading):
     """What one candidate says and predicts, by itself and token by token: log-probabilities `[N, vocabulary]`, text."""
     plan = replace(candidate.plan, buffer=None)
     logs, said = [], []
@@ -166,12 +166,12 @@ def apart(loaded, candidate, prompt, tail, reference, observers, judge):
                     logs.append(logits.double().log_softmax(dim=-1))
                     logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
                 continue
-            while len(said) < judge.max_new_tokens:
+            while len(said) < grading.max_new_tokens:
                 token = int(logits.argmax())
                 if token == loaded.tokenizer.eos_token_id:
                     break
                 said.append(token)
-                if judge.is_complete(loaded.tokenizer.decode(said, skip_special_tokens=True)):
+                if grading.is_complete(loaded.tokenizer.decode(said, skip_special_tokens=True)):
                     break
                 logits = loaded.model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
     return torch.stack(logs), loaded.tokenizer.decode(said, skip_special_tokens=True)
@@ -184,7 +184,7 @@ def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logi
     monkeypatch.setattr(asking, "MOST_LOGITS", most_logits)
     loaded = load_tiny()
     question = invented_question(loaded, reply=reply, stop=stop)
-    observers = [] if known else ChatFormat(loaded.tokenizer).question_ids("Who?")
+    observers = [] if known else PromptEncoder(loaded.tokenizer).question_ids("Who?")
     candidates = [replace(each, plan=each.plan.for_observers(len(observers))) for each in candidates_for(loaded, *MANY)]
     answers = Asker(loaded, candidates, known, observers).ask(question)
 
@@ -192,7 +192,8 @@ def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logi
     first = len(question.document_ids) if not known else len(ids) - max(1, len(question.reply_ids))
     prompt, tail = [*ids[:first], *observers], ids[first:]
     alone = [
-        apart(loaded, each, prompt, tail, question.reference_ids, len(observers), question.judge) for each in candidates
+        apart(loaded, each, prompt, tail, question.reference_ids, len(observers), question.grading)
+        for each in candidates
     ]
     full = alone[1][0]
     for found, (logs, text), candidate in zip(answers, alone, candidates, strict=True):
@@ -233,7 +234,7 @@ def test_generation_ends_with_the_models_end_token():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_probes_are_judged_as_the_model_itself_would_answer(known):
+def test_probes_are_graded_as_the_model_itself_would_answer(known):
     """With the model's own greedy answer as the right one, the full cache is always right."""
     loaded = load_tiny()
     (full,) = candidates_for(loaded, ("full", ""))
@@ -263,9 +264,8 @@ def test_probes_of_a_task_do_not_depend_on_how_many_are_asked():
 
 def test_the_reference_follows_what_stands_before_it():
     loaded = load_tiny()
-    chat = ChatFormat(loaded.tokenizer)
     for reply, text in (("", "word three and then five"), ("It is", " word three and then five")):
-        assert invented_question(loaded, reply=reply).reference_ids == tuple(chat.reply_ids(text)[:20])
+        assert invented_question(loaded, reply=reply).reference_ids == tuple(loaded.tokenizer(text).input_ids[:20])
     assert len(invented_question(loaded, known_max=4).reference_ids) == 4
 
 

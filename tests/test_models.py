@@ -20,16 +20,11 @@ from support.tiny_models import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_g
 from transformers import AutoConfig
 
 from headprof.errors import HeadprofError, ModelError, UsageError
-from headprof.models import loading as models
-from headprof.models.loading import (
-    EMBEDDED,
-    attention_order,
-    choose_device,
-    choose_dtype,
-    load_model,
-    looks_like_path,
-    model_name,
-)
+from headprof.models import placement
+from headprof.models.embedded import EMBEDDED
+from headprof.models.finding import looks_like_path, model_name
+from headprof.models.loading import load_model
+from headprof.models.placement import attention_order, choose_device, choose_dtype
 
 GB = 10**9
 
@@ -100,9 +95,9 @@ def test_a_16_bit_checkpoint_is_widened_on_the_cpu(tmp_path: Path) -> None:
 
 def test_little_memory_means_bfloat16_and_none_an_error(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     num_parameters = tiny_model("llama").num_parameters()
-    monkeypatch.setattr(models, "_free_memory", lambda: 3 * num_parameters)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 3 * num_parameters)
     assert load_model(str(tiny_folder), device="cpu").dtype == torch.bfloat16
-    monkeypatch.setattr(models, "_free_memory", lambda: num_parameters)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: num_parameters)
     assert "are free" in failure(tiny_folder)
 
 
@@ -384,7 +379,7 @@ def test_offline_says_so_at_once() -> None:
 def test_no_network_fails_within_seconds(tmp_path: Path) -> None:
     """In a process of its own, because the hub client reads its settings once."""
     script = (
-        "import time; from headprof.errors import ModelError; from headprof.models.loading import find_model\n"
+        "import time; from headprof.errors import ModelError; from headprof.models.finding import find_model\n"
         "import huggingface_hub; start = time.monotonic()\n"
         "try: find_model('some-org/some-model', print)\n"
         "except ModelError as error: print(f'{time.monotonic() - start:.1f}|{error}')\n"

@@ -20,7 +20,9 @@ from support.profiles import SIZES, make_profile, with_intervals
 from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.plots.certainty import half_width, interval_of, is_unsure
-from headprof.plots.heads import _decimals, _draw, _tick_step, heatmap
+from headprof.plots.heads import _draw, heatmap
+from headprof.plots.heads_layout import tick_step
+from headprof.plots.heads_list import decimals_of
 from headprof.plots.style import bar_ticks, even_ticks
 from headprof.profile.head_profile import KINDS, HeadProfile
 
@@ -246,8 +248,8 @@ def test_bar_ticks_are_round_rising_and_apart(highest, height):
 
 
 def test_small_helpers():
-    assert [_tick_step(cell) for cell in (0.45, 0.19, 0.11, 0.05, 0.001)] == [1, 1, 2, 4, 32]
-    assert [_decimals(values) for values in ([0.3], [0.02], [0.004, 0.3], [0.0, 0.05], [1e-9], [0.0])] == [
+    assert [tick_step(cell) for cell in (0.45, 0.19, 0.11, 0.05, 0.001)] == [1, 1, 2, 4, 32]
+    assert [decimals_of(values) for values in ([0.3], [0.02], [0.004, 0.3], [0.0, 0.05], [1e-9], [0.0])] == [
         2,
         2,
         3,

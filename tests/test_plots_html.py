@@ -15,7 +15,7 @@ from support.profiles import SIZES, make_profile, with_intervals
 from headprof.errors import HeadprofError, ProfileError
 from headprof.models.shape import HeadShape
 from headprof.plots.heads import heatmap
-from headprof.plots.html import color_table, embed_json, page_data, render_page
+from headprof.plots.heads_page import color_table, embed_json, page_data, render_page
 from headprof.profile.head_profile import KINDS, HeadProfile
 
 HOSTILE = "a</script><script>alert(1)</script>&amp;\"quoted\" 'too' <!-- %%data%% \u2028 é"

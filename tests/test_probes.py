@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from headprof.errors import ModelError, ProbeError, UsageError
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings, needles_for
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import SPLITS, Family, load_families, load_needles
-from headprof.probes.prompt import PromptFrame
 
 CHAT = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content | trim }}</s>\n{% endfor %}"
@@ -503,11 +503,11 @@ def test_a_slow_tokenizer_is_refused() -> None:
         is_fast = False
 
     with pytest.raises(ProbeError, match="fast tokenizer"):
-        PromptFrame(Slow())
+        PromptEncoder(Slow(), spans=True)
 
 
 def test_a_template_without_the_user_text_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer("bytes")._tokenizer)
     tokenizer.chat_template = "Hello."
     with pytest.raises(ModelError, match="chat template"):
-        PromptFrame(tokenizer)
+        PromptEncoder(tokenizer)

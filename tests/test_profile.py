@@ -19,15 +19,13 @@ from support.profiles import SHAPE, small_profile
 from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile import finding as profile_module
+from headprof.profile.csv_table import import_csv, read_csv, write_csv
 from headprof.profile.finding import find_profile, profile_filename
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.interchange import (
-    import_csv,
+from headprof.profile.papers_json import (
     import_papers_json,
-    read_csv,
     read_papers_json,
     read_papers_samples,
-    write_csv,
     write_papers_json,
 )
 from headprof.utils.ranks import spearman, top_overlap

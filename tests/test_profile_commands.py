@@ -20,9 +20,10 @@ from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.loading import load_model, model_shape, published_shape
 from headprof.models.shape import HeadShape
 from headprof.profile.comparing import OVERLAPS, compare, compare_profiles
+from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.finding import find_profile, list_profiles
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.interchange import import_csv, import_papers_json, read_papers_json, write_csv
+from headprof.profile.papers_json import import_papers_json, read_papers_json
 from headprof.utils.assets import asset_dir
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -110,8 +111,8 @@ def slow_interval(values: list[list[float]], resamples: int = 2000):
             for draw in draws.tolist()
         )
         for ends, share in ((low, 0.025), (high, 0.975)):
-            place, part = divmod(share * (resamples - 1), 1)
-            ends.append(means[int(place)] * (1 - part) + means[int(place) + 1] * part)
+            index, part = divmod(share * (resamples - 1), 1)
+            ends.append(means[int(index)] * (1 - part) + means[int(index) + 1] * part)
     return low, high
 
 
@@ -243,7 +244,7 @@ def slow_compare(a: list[float], b: list[float], width: int, k: int):
         return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
 
     def top(values, count):
-        return sorted(range(len(values)), key=lambda place: (-values[place], place))[:count]
+        return sorted(range(len(values)), key=lambda index: (-values[index], index))[:count]
 
     x, y = ranks(a), ranks(b)
     mean = (len(a) - 1) / 2

@@ -21,7 +21,7 @@ from headprof.evaluation.tasks.ruler import (
     prompt_tokens,
     zeta_counts,
 )
-from headprof.models.chat import ChatFormat
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.utils.units import format_length
 
 NAMES = [name.partition("/")[2] for name in BENCHMARKS["ruler"]]
@@ -47,8 +47,10 @@ def test_prompts_and_answers_take_the_length_or_up_to_2_percent_less(name):
     for tokenizer in TOKENIZERS:
         for length in (1024, 1500, 4096):
             for example in examples(name, limit=3, lengths=(length,), tokenizer=tokenizer):
-                prompt = ChatFormat(TOKENIZERS[tokenizer]).prompt_ids(example.before + example.document + example.after)
-                taken = len(prompt) + len(TOKENIZERS[tokenizer](example.reply).input_ids) + example.max_new_tokens
+                encoder = PromptEncoder(TOKENIZERS[tokenizer])
+                after, reply = encoder.cued(example.after, example.reply)
+                prompt = encoder.prompt_ids(example.before + example.document + after)
+                taken = len(prompt) + len(TOKENIZERS[tokenizer](reply).input_ids) + example.max_new_tokens
                 assert 0.98 * length <= taken <= length
                 assert example.group == format_length(length)
 
@@ -208,5 +210,5 @@ def test_there_are_a_hundred_examples_unless_told_otherwise():
 def test_tokens_are_counted_with_template_and_reply():
     plain, chat = TOKENIZERS["plain"], TOKENIZERS["chat"]
     parts = ("Read. ", "A text.", " And?", "So:")
-    assert prompt_tokens(*parts, plain) == len(plain("Read. A text. And?").input_ids) + len(plain("So:").input_ids)
+    assert prompt_tokens(*parts, plain) == len(plain("Read. A text. And?\nAnswer: So:").input_ids)
     assert prompt_tokens(*parts, chat) > prompt_tokens(*parts, plain)

@@ -12,10 +12,12 @@ from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.scoring import run
 from headprof.scoring import shared_context as asking
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.probe_results import RunResults, probes_kept
+from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.scoring.run import StopRule, make_profile, score_heads
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.shared_context import SharedContext, teacher_forced
+from headprof.utils.resuming import KeptResults
+from headprof.utils.team import Team
 
 
 def slow_scores(loaded, context, probe):
@@ -213,22 +215,32 @@ def test_a_run_stops_when_its_ranking_is_stable(tmp_path, monkeypatch):
 
 def test_results_of_another_run_are_refused(tmp_path):
     loaded, file = load_tiny(), tmp_path / "p"
-    kept = RunResults(file, "one key")
-    kept.save()
+    kept = KeptResults({"key": 1}, ProbesFile(file))
+    kept.start(False, Team())
+    with kept.keeping():
+        pass
     assert not file.exists()  # nothing to keep yet
-    kept.contents[3] = [ProbeResult("retrieval", "code", True, torch.rand(2, 4))]
-    kept.save()
-    again = RunResults(file, "one key")
+    with kept.keeping():
+        kept.add({3: [ProbeResult("retrieval", "code", True, torch.rand(2, 4))]})
+    again = KeptResults({"key": 1}, ProbesFile(file))
     again.load()
-    assert again.count(3) == len(again) == 1 and again.count(0) == 0
-    assert torch.equal(again.of([3])[0].scores, kept.of([3])[0].scores)
-    assert probes_kept(file, "one key") == 1 and probes_kept(file, "other") == probes_kept(tmp_path / "q", "") == 0
-    with pytest.raises(UsageError, match="of another model or other settings"):
+    assert list(again.results) == [3] and torch.equal(again.results[3][0].scores, kept.results[3][0].scores)
+    assert again.count_on_disk() == 1 and KeptResults({"key": 2}, ProbesFile(file)).count_on_disk() == 0
+    with pytest.raises(UsageError, match=r"or other settings \(version\).*choose another file with -o"):
         score_heads(loaded, builder_for(loaded), results_path=file, resume=True)
     file.write_bytes(b"junk")
-    assert probes_kept(file, "one key") == 0
+    assert again.count_on_disk() == 0
     with pytest.raises(UsageError, match="cannot be read"):
         again.load()
+
+
+def test_what_differs_from_the_run_before_is_named(tmp_path):
+    loaded, file = load_tiny(), tmp_path / "p"
+    score_heads(loaded, builder_for(loaded), include_failed=True, results_path=file)
+    with pytest.raises(UsageError, match=r"other settings \(seed\)"):
+        score_heads(loaded, builder_for(loaded, seed=1), results_path=file, resume=True)
+    with pytest.raises(UsageError, match=r"other settings \(needles per context\)"):
+        score_heads(loaded, builder_for(loaded, pack=2), results_path=file, resume=True)
 
 
 def test_ctrl_c_keeps_the_results_and_says_how_to_go_on(tmp_path):
@@ -282,3 +294,10 @@ def test_smollm2_scores_are_found_in_the_known_place(smollm2):
     assert 0.02 < (profile.retrieval > 0.1).float().mean() < 0.2
     assert all(layer >= 12 for layer, _, _ in profile.top_heads("retrieval", 5))
     assert profile.retrieval.max() > 0.5
+
+
+def test_answers_are_predicted_by_the_tokens_before_theirs():
+    questions, answers = [(1, 2, 3), (4,)], [(5, 6), (7,)]
+    suffixes, rows = teacher_forced(questions, answers)
+    assert suffixes == [(1, 2, 3, 5), (4,)]
+    assert [each.tolist() for each in rows] == [[2, 3], [4]]

@@ -28,7 +28,7 @@ ROWS = 7
 METRICS = {
     *(f"longbench.{name}" for name in ("qa_f1", "qa_f1_zh", "rouge_l", "rouge_l_zh", "classification", "retrieval")),
     *(f"longbench.{name}" for name in ("retrieval_zh", "count", "code_sim")),
-    *("babilong.label", "loogle.rouge_l", "loogle.cloze", "ruler.all", "ruler.any"),
+    *("babilong.label", "loogle.rouge_l", "loogle.cloze", "ruler.all"),
 }
 NO_INPUT = ("gov_report", "multi_news", "vcsum", "passage_count", "lcc")
 

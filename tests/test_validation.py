@@ -1,6 +1,5 @@
 """The causal check: silenced heads against hooks on the output projection, the sets of heads, curves and verdicts."""
 
-import itertools
 import json
 import random
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ from support.profiles import random_profile
 from support.tiny_models import ARCHITECTURES, load_tiny, save_tiny, tiny_model
 from typer.testing import CliRunner
 
-from headprof.cli.tables import all as tables
+from headprof.cli.tables import validate as tables
 from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
 from headprof.models.shape import HeadShape
-from headprof.plots.validation import _draw, _spread, validation_plot
+from headprof.plots.validation import _draw, validation_plot
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.validation import causal_check as validation
 from headprof.validation.causal_check import (
@@ -334,14 +333,14 @@ def test_intervals_take_whole_contexts():
     assert (wide.low, wide.high) == (0, 1) and narrow.low == narrow.high == 0.5
 
 
-def judged(top, random_, contexts=None, bottom=None, none=None):
+def verdict_on(top, random_, contexts=None, bottom=None, none=None):
     count = len(top)
     right = {"none": none or [1] * count, "top": top, "random": [random_], "bottom": bottom or [1] * count}
     return verdict(made_up(right, contexts or list(range(count))), "retrieval")
 
 
 def test_a_verdict_confirms_what_the_top_heads_alone_destroy():
-    found = judged([0] * 15 + [1] * 5, [1] * 19 + [0])
+    found = verdict_on([0] * 15 + [1] * 5, [1] * 19 + [0])
     assert found.confirmed and found.baseline == 1
     assert found.lost == pytest.approx({"top": 0.75, "random": 0.05, "bottom": 0})
     assert 0.4 < found.low < 0.7 < found.high <= 1
@@ -352,14 +351,14 @@ def test_a_verdict_confirms_what_the_top_heads_alone_destroy():
 
 
 def test_a_verdict_does_not_confirm_what_random_heads_do_too():
-    found = judged([0] * 10 + [1] * 10, [1] * 10 + [0] * 10)
+    found = verdict_on([0] * 10 + [1] * 10, [1] * 10 + [0] * 10)
     assert not found.confirmed and found.low < 0 < found.high
     assert "Retrieval: not confirmed. Silencing the top 2 heads costs 50 points" in found.sentence()
     assert "a difference that may be chance (95 % interval -" in found.sentence()
 
 
 def test_a_verdict_does_not_confirm_a_small_loss():
-    found = judged([0] + [1] * 19, [1] * 20)
+    found = verdict_on([0] + [1] * 19, [1] * 20)
     assert not found.confirmed and found.lost["top"] == pytest.approx(0.05)
     assert found.sentence().endswith("cost 0, where at least 10 points count as a cause.")
 
@@ -367,8 +366,8 @@ def test_a_verdict_does_not_confirm_a_small_loss():
 def test_a_verdict_pairs_probes():
     """Random heads that fail on the very same probes leave no difference to resample."""
     wrong = [0, 1] * 10
-    assert (judged(wrong, wrong).low, judged(wrong, wrong).high) == (0, 0)
-    apart = judged(wrong, wrong[::-1])
+    assert (verdict_on(wrong, wrong).low, verdict_on(wrong, wrong).high) == (0, 0)
+    apart = verdict_on(wrong, wrong[::-1])
     assert apart.low < 0 < apart.high
 
 
@@ -442,17 +441,6 @@ def test_a_long_name_fits_into_the_picture():
     figure = _draw(whole_result(name="organisation/" + "very-long-name-" * 12, kinds=("retrieval",)))
     width = figure.get_size_inches()[0] * figure.dpi
     assert all(text.get_window_extent().x1 <= width for text in figure.texts)
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=5))
-def test_labels_stand_apart_in_the_order_of_their_lines(heights):
-    placed = _spread(heights, 8.5)
-    assert max(placed) <= 100 + 1e-9
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    for below, above in itertools.pairwise(order):
-        assert placed[above] - placed[below] >= 8.5 - 1e-9
-    if all(b - a >= 8.5 for a, b in itertools.pairwise(sorted(heights))):
-        assert placed == heights
 
 
 def test_drops_are_written_and_compared_with_scores():

@@ -9,8 +9,6 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -18,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from headprof.errors import UsageError
+from headprof.utils.run_record import device_name, package_version, processor_name, timestamp
 
 Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
@@ -114,16 +113,6 @@ class PeakMemory:
         return None if peak is None else max(0, peak - self._before)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    if device.type == "cuda":
-        held_for_reuse = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held_for_reuse
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def attempt(work: Callable[[], Result]) -> Result | None:
     """What `work` returns; `None` when memory runs out, which is then free again."""
     try:
@@ -148,14 +137,14 @@ def describe_environment(model: Any) -> dict[str, Any]:
     device = device_of(model)
     packages = ("headprof", "torch", "transformers", "triton", "flash-attn")
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name(),
+        "date": timestamp(),
+        "device": device_name(device) if device.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
-    } | {name: found for name in packages if (found := _version(name)) is not None}
+    } | {name: found for name in packages if (found := package_version(name)) is not None}
 
 
 def _restarted_resident_peak() -> int | None:
@@ -183,19 +172,3 @@ def _process_bytes(name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

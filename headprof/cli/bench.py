@@ -2,74 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headprof.cli.context import decoding_options, guarded, lengths_of, load, load_profile, method_options, terminal
+from headprof.cli import context
+from headprof.cli.command import command
+from headprof.cli.context import load_profile, terminal
 from headprof.cli.options import (
-    Attn,
-    Buffer,
-    DecodeBudget,
-    Device,
-    Dtype,
+    DecodingOptions,
     JsonFlag,
-    KeepLast,
-    Kernel,
+    LoadOptions,
+    MethodOptions,
     Model,
-    PoolFactor,
-    Pooling,
     PrefillChunk,
     Profile,
     Seed,
-    Settings,
-    Trust,
-    Window,
 )
-from headprof.cli.tables import all as tables
+from headprof.cli.tables import bench as tables
+from headprof.utils.units import parse_lengths
+
+if TYPE_CHECKING:
+    from headprof.bench.generate import BenchRequest, BenchResult, LargestBatch
+    from headprof.bench.score import ScoreBenchRequest, ScoreBenchResult
+    from headprof.models.loading import LoadedModel
 
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, side by side in one run.")
 
+Figures = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")]
+
+
+@dataclass(frozen=True)
+class CaseOptions:
+    """What is timed."""
+
+    methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is run beside them.")] = "headkv-r2"
+    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64"
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k"
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32
+    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1
+    backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto"
+
 
 @bench.command(name="generate")
-@guarded
+@command
 def bench_generate(
+    *,
     model: Model = None,
     shape: Annotated[
         str | None,
         typer.Option(help="Random weights of a published shape, instead of --model: llama-3-8b, qwen3-8b, ..."),
     ] = None,
     profile: Profile = None,
-    methods: Annotated[
-        str, typer.Option(help="Methods, with commas; the full cache is run beside them.")
-    ] = "headkv-r2",
-    budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto",
+    cases: CaseOptions,
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
     ] = False,
     without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full cache out.")] = False,
     prefill_chunk: PrefillChunk = None,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
+    output: Figures = None,
     json: JsonFlag = False,
-    window: Window = None,
-    keep_last: KeepLast = None,
-    kernel: Kernel = None,
-    pooling: Pooling = None,
-    pool_factor: PoolFactor = None,
-    settings: Settings = None,
-    decode_budget: DecodeBudget = None,
-    buffer: Buffer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    trust_remote_code: Trust = False,
+    tuning: MethodOptions,
+    decoding: DecodingOptions,
+    loading: LoadOptions,
 ) -> None:
     """Time decoding with compressed caches beside Transformers' own full cache.
 
@@ -78,142 +77,53 @@ def bench_generate(
     [dim]headprof bench generate --budgets 64,128 --lengths 4k,8000
     headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
     """
-    from dataclasses import asdict
+    from headprof.bench.generate import largest_batches, run_bench
 
-    from headprof.bench.generate import BenchRequest, largest_batches, run_bench
-
-    request = BenchRequest(
-        methods=tuple(methods.split(",")),
-        budgets=tuple(budgets.split(",")),
-        lengths=lengths_of(lengths),
-        new_tokens=new_tokens,
-        repeats=repeats,
-        batch=batch,
-        backends=tuple(backends.split(",")),
-        prefill_chunk=prefill_chunk,
-        full=not without_full,
-        seed=seed,
-        options=method_options(window, keep_last, kernel, pooling, pool_factor, settings),
-        decoding=decoding_options(decode_budget, buffer),
-    )
+    request = _case_request(cases, tuning, decoding, prefill_chunk=prefill_chunk, full=not without_full, seed=seed)
     request.check()
+    loaded = _load(model, shape, loading)
     head_profile: Any
     if shape is not None:
-        from headprof.models.random_weights import load_random
         from headprof.profile.random_scores import random_profile
 
-        loaded = load_random(shape, device=device, dtype=dtype, attn=attn)
         head_profile = random_profile(loaded.shape, seed)
     else:
-        loaded = load(model, device, dtype, attn, trust_remote_code)
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
+    run = loaded.model, loaded.max_positions, head_profile, request
     with terminal.progress() as report:
-        result = run_bench(loaded.model, loaded.max_positions, head_profile, request, report)
-        found = (
-            largest_batches(loaded.model, loaded.max_positions, head_profile, request, report) if largest_batch else []
-        )
-    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in found]}
-    if output is not None:
-        from headprof.utils.files import write_json
-
-        write_json(output, figures)
-    if json:
-        terminal.json(figures)
-        return
-    environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
-    terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
-    terminal.result_table(*tables.benchmark(result))
-    if found:
-        terminal.result_table(*tables.largest_batches(found))
+        result = run_bench(*run, report)
+        largest = largest_batches(*run, report) if largest_batch else []
+    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in largest]}
+    _keep(figures, output, json)
+    if not json:
+        _show_generation(result, largest)
 
 
-@bench.command(name="merge")
-@guarded
-def bench_merge(
-    shape: Annotated[
-        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
-    ] = "llama-3-8b",
-    budgets: Annotated[str, typer.Option(help="Tokens per KV head, with commas.")] = "64,256",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "4k",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 9,
-    seed: Seed = 0,
-    json: JsonFlag = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Time evict-then-merge over all heads of a layer at once, beside a loop over the heads.
+@dataclass(frozen=True)
+class SideOptions:
+    """What is scored, and how the papers' procedure is run beside."""
 
-    [dim]headprof bench merge --shape smollm2-135m --lengths 4k --budgets 64,256[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.bench.merge import run_merge_bench
-    from headprof.models.random_weights import device_and_dtype
-
-    chosen_device, chosen_dtype = device_and_dtype(device, dtype)
-    with terminal.progress() as report:
-        times = run_merge_bench(
-            shape,
-            lengths_of(lengths),
-            lengths_of(budgets),
-            batch=batch,
-            repeats=repeats,
-            device=chosen_device,
-            dtype=chosen_dtype,
-            seed=seed,
-            on_progress=report,
-        )
-    if json:
-        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
-    else:
-        terminal.result_table(*tables.merging(times))
-
-
-@bench.command(name="importance")
-@guarded
-def bench_importance(
-    shape: Annotated[
-        str, typer.Option(help="Model whose heads are counted: smollm2-135m, llama-3-8b, ...")
-    ] = "llama-3-8b",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,32k.")] = "4k",
-    samples: Annotated[str, typer.Option(help="Queries that the score asks, with commas; 0 for all.")] = "0,1024",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each case, of which the median counts.")] = 5,
-    seed: Seed = 0,
-    json: JsonFlag = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Time the global score of a prompt (ems, h2o) beside the attention that reads it, for one layer.
-
-    [dim]headprof bench importance --shape llama-3-8b --lengths 32k[/]
-    """
-    from dataclasses import asdict
-
-    from headprof.bench.importance import run_importance_bench
-    from headprof.models.random_weights import device_and_dtype
-
-    chosen_device, chosen_dtype = device_and_dtype(device, dtype)
-    with terminal.progress() as report:
-        times = run_importance_bench(
-            shape,
-            lengths_of(lengths),
-            tuple(0 if each == "0" else lengths_of(each)[0] for each in samples.split(",")),
-            repeats=repeats,
-            device=chosen_device,
-            dtype=chosen_dtype,
-            seed=seed,
-            on_progress=report,
-        )
-    if json:
-        terminal.json([asdict(each) | {"ratio": each.ratio} for each in times])
-    else:
-        terminal.result_table(*tables.importance(times))
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k"
+    probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48
+    pack: Annotated[
+        int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
+    ] = None
+    sides: Annotated[
+        str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
+    ] = "packed,stepwise-fast,stepwise-attentions"
+    stop_after_answer: Annotated[
+        bool, typer.Option("--stop-after-answer", help="End the papers' decoding where the right answer would end.")
+    ] = False
+    include_failed: Annotated[
+        bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
+    ] = False
+    top: Annotated[int, typer.Option(help="Best heads that are compared.")] = 10
 
 
 @bench.command(name="score")
-@guarded
+@command
 def bench_score(
+    *,
     model: Model = None,
     shape: Annotated[
         str | None,
@@ -222,28 +132,11 @@ def bench_score(
             "--stop-after-answer."
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k",
-    probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48,
-    pack: Annotated[
-        int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
-    ] = None,
-    sides: Annotated[
-        str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
-    ] = "packed,stepwise-fast,stepwise-attentions",
-    stop_after_answer: Annotated[
-        bool, typer.Option("--stop-after-answer", help="End the papers' decoding where the right answer would end.")
-    ] = False,
-    include_failed: Annotated[
-        bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
-    ] = False,
-    top: Annotated[int, typer.Option(help="Best heads that are compared.")] = 10,
+    asked: SideOptions,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for all figures.")] = None,
+    output: Figures = None,
     json: JsonFlag = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    trust_remote_code: Trust = False,
+    loading: LoadOptions,
 ) -> None:
     """Time scoring beside the papers' procedure, on the same probes.
 
@@ -253,44 +146,88 @@ def bench_score(
     [dim]headprof bench score --lengths 1k,2k
     headprof bench score --shape llama-3-8b --lengths 8k,32k --sides packed,stepwise-fast[/]
     """
-    from dataclasses import asdict
+    from headprof.bench.score import run_score_bench
+    from headprof.utils.files import check_writable
 
-    from headprof.bench.score import ScoreBenchRequest, run_score_bench
-
-    request = ScoreBenchRequest(
-        lengths=lengths_of(lengths),
-        probes=probes,
-        pack=pack,
-        include_failed=include_failed or shape is not None,
-        seed=seed,
-        sides=tuple(sides.split(",")),
-        top=top,
-        stop_after_answer=stop_after_answer or shape is not None,
-    )
+    request = _side_request(asked, seed, random_weights=shape is not None)
     request.check()
     if output is not None:
-        from headprof.utils.files import check_writable
-
         check_writable(output)
-    if shape is not None:
-        from headprof.models.random_weights import load_random
-
-        loaded = load_random(shape, device=device, dtype=dtype, attn=attn, max_positions=max(request.lengths))
-    else:
-        loaded = load(model, device, dtype, attn, trust_remote_code)
+    loaded = _load(model, shape, loading, max_positions=max(request.lengths))
     with terminal.progress() as report:
         result = run_score_bench(loaded, request, report)
     figures = {"model": loaded.name, "request": asdict(request)} | asdict(result)
-    if output is not None:
-        from headprof.utils.files import write_json
+    _keep(figures, output, json)
+    if not json:
+        _show_scoring(result)
 
+
+def _load(model: str | None, shape: str | None, loading: LoadOptions, max_positions: int | None = None) -> LoadedModel:
+    """The model, or one of a published shape with random weights, which reads as many tokens as it should."""
+    if shape is None:
+        return context.load(model, loading)
+    from headprof.models.random_weights import load_random
+
+    return load_random(
+        shape, device=loading.device, dtype=loading.dtype, attn=loading.attn, max_positions=max_positions
+    )
+
+
+def _case_request(cases: CaseOptions, tuning: MethodOptions, decoding: DecodingOptions, **others: Any) -> BenchRequest:
+    from headprof.bench.generate import BenchRequest
+
+    return BenchRequest(
+        methods=tuple(cases.methods.split(",")),
+        budgets=tuple(cases.budgets.split(",")),
+        lengths=parse_lengths(cases.lengths),
+        new_tokens=cases.new_tokens,
+        repeats=cases.repeats,
+        batch=cases.batch,
+        backends=tuple(cases.backends.split(",")),
+        options=tuning.chosen(),
+        decoding=decoding.chosen(),
+        **others,
+    )
+
+
+def _side_request(asked: SideOptions, seed: int, random_weights: bool) -> ScoreBenchRequest:
+    """What to compare; random weights answer nothing right, and never end by themselves."""
+    from headprof.bench.score import ScoreBenchRequest
+
+    return ScoreBenchRequest(
+        lengths=parse_lengths(asked.lengths),
+        probes=asked.probes,
+        pack=asked.pack,
+        include_failed=asked.include_failed or random_weights,
+        seed=seed,
+        sides=tuple(asked.sides.split(",")),
+        top=asked.top,
+        stop_after_answer=asked.stop_after_answer or random_weights,
+    )
+
+
+def _keep(figures: dict[str, Any], output: Path | None, json: bool) -> None:
+    """Write all figures to a file, to stdout, to both or to neither."""
+    from headprof.utils.files import write_json
+
+    if output is not None:
         write_json(output, figures)
     if json:
         terminal.json(figures)
-        return
+
+
+def _show_generation(result: BenchResult, largest: list[LargestBatch]) -> None:
+    environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
+    terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
+    terminal.result_table(*tables.decoding(result))
+    if largest:
+        terminal.result_table(*tables.largest_batches(largest))
+
+
+def _show_scoring(result: ScoreBenchResult) -> None:
     terminal.remark(", ".join(f"{name} {value}" for name, value in result.environment.items()))
-    terminal.result_table(*tables.score_bench(result))
+    terminal.result_table(*tables.scoring(result))
     if result.agreements:
-        terminal.result_table(*tables.score_agreement(result))
+        terminal.result_table(*tables.agreement(result))
     for remark in tables.memory_remarks(result):
         terminal.remark(remark)

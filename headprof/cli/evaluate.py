@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headprof.cli.context import (
-    decoding_options,
-    guarded,
-    join_team,
-    length_of,
-    lengths_of,
-    load,
-    load_profile,
-    method_options,
-    terminal,
-)
+from headprof.cli.command import command
+from headprof.cli.context import command_line, join_team, load, load_profile, terminal
 from headprof.cli.options import (
-    Attn,
-    Buffer,
-    DecodeBudget,
-    Device,
-    Dtype,
+    DecodingOptions,
     JsonFlag,
-    KeepLast,
-    Kernel,
+    LoadOptions,
+    MethodOptions,
     Model,
     Observe,
-    PoolFactor,
-    Pooling,
     Profile,
     Seed,
-    Settings,
-    Trust,
-    Window,
 )
-from headprof.cli.tables import all as tables
-from headprof.models.chat import OBSERVATION
+from headprof.cli.tables.evaluate import evaluation, sharing
+from headprof.models.prompt_encoder import OBSERVATION
+from headprof.utils.units import parse_length, parse_lengths
+
+if TYPE_CHECKING:
+    from headprof.evaluation.request import EvalRequest
+    from headprof.evaluation.results import Evaluation
 
 _TASKS = (
     "niah (retrieval probes), reasoning, babilong, longbench, loogle, ruler, perplexity; with commas. "
@@ -48,83 +34,96 @@ _TASKS = (
 )
 
 
-@guarded
-def evaluate(
-    model: Model = None,
-    profile: Profile = None,
+@dataclass(frozen=True)
+class WhatOptions:
+    """What is compared, and how much of it."""
+
     preset: Annotated[
         str, typer.Option(help="What is not said otherwise: quick, standard or thorough.", rich_help_panel="What")
-    ] = "quick",
-    tasks: Annotated[str | None, typer.Option(help=_TASKS, rich_help_panel="What")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods, with commas.", rich_help_panel="What")] = None,
-    budgets: Annotated[str | None, typer.Option(help="Budgets, with commas.", rich_help_panel="What")] = None,
+    ] = "quick"
+    tasks: Annotated[str | None, typer.Option(help=_TASKS, rich_help_panel="What")] = None
+    methods: Annotated[str | None, typer.Option(help="Methods, with commas.", rich_help_panel="What")] = None
+    budgets: Annotated[str | None, typer.Option(help="Budgets, with commas.", rich_help_panel="What")] = None
     lengths: Annotated[
         str | None,
         typer.Option(
             help="Tokens of a prompt, such as 1k,2k, where tasks have several; or of a text for perplexity.",
             rich_help_panel="What",
         ),
-    ] = None,
+    ] = None
     probes: Annotated[
         int | None, typer.Option(min=1, help="Number of probes, over niah and reasoning.", rich_help_panel="What")
-    ] = None,
+    ] = None
     families: Annotated[
         str | None, typer.Option(help="Only these probe families, with commas.", rich_help_panel="What")
-    ] = None,
+    ] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions of each task and length at most.", rich_help_panel="What")
-    ] = None,
-    seed: Seed = 1000,
-    query_agnostic: Annotated[
-        bool, typer.Option("--query-agnostic", help="Compress the document alone, before the question is known.")
-    ] = False,
-    without_full: Annotated[
-        bool, typer.Option("--without-full", help="Do not run the full cache, nor compare with it.")
-    ] = False,
+    ] = None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where texts and benchmarks come from, and what is made of them."""
+
     data_dir: Annotated[
         Path | None,
         typer.Option(
             help="Folder with the benchmarks' own files, instead of the hub; texts for perplexity: .txt, .jsonl.",
             rich_help_panel="Data",
         ),
-    ] = None,
+    ] = None
     max_prompt: Annotated[
         str | None,
         typer.Option(
             help="Tokens of a benchmark's prompt, 4k; of longer ones the middle is left out. Default: the model's.",
             rich_help_panel="Data",
         ),
-    ] = None,
+    ] = None
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON {task: template} in place of our LongBench prompts.", rich_help_panel="Data"),
-    ] = None,
+    ] = None
     documents: Annotated[
         int,
         typer.Option(min=1, help="Texts for perplexity: the first that are long enough.", rich_help_panel="Data"),
-    ] = 20,
-    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.", rich_help_panel="Data")] = 0,
+    ] = 20
+    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.", rich_help_panel="Data")] = 0
     continuation: Annotated[
         int, typer.Option(min=1, help="Tokens at a text's end that are predicted.", rich_help_panel="Data")
-    ] = 512,
+    ] = 512
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Which caches are compared."""
+
+    query_agnostic: Annotated[
+        bool, typer.Option("--query-agnostic", help="Compress the document alone, before the question is known.")
+    ] = False
+    without_full: Annotated[
+        bool, typer.Option("--without-full", help="Do not run the full cache, nor compare with it.")
+    ] = False
+
+
+@command
+def evaluate(
+    *,
+    model: Model = None,
+    profile: Profile = None,
+    what: WhatOptions,
+    seed: Seed = 1000,
+    caches: ComparisonOptions,
+    data: DataOptions,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for answers, tables, pictures and the report.")
     ] = Path("results"),
     resume: Annotated[bool, typer.Option("--resume", help="Begin with the answers kept there from before.")] = False,
     json: JsonFlag = False,
     observe: Observe = OBSERVATION,
-    window: Window = None,
-    keep_last: KeepLast = None,
-    kernel: Kernel = None,
-    pooling: Pooling = None,
-    pool_factor: PoolFactor = None,
-    settings: Settings = None,
-    decode_budget: DecodeBudget = None,
-    buffer: Buffer = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    attn: Attn = "auto",
-    trust_remote_code: Trust = False,
+    tuning: MethodOptions,
+    decoding: DecodingOptions,
+    loading: LoadOptions,
 ) -> None:
     """Compare methods at budgets: on needle probes that no profile was made from, on benchmarks, on texts.
 
@@ -136,39 +135,12 @@ def evaluate(
     headprof eval --preset standard --query-agnostic --budgets 128,256
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
-    from headprof.evaluation.journal import answers_kept
-    from headprof.evaluation.request import EvalRequest, find_preset
-    from headprof.evaluation.results import summary
     from headprof.evaluation.run import EvalRun
-    from headprof.plots.evaluation import write_results
 
-    chosen = find_preset(preset)
-    asked = _listed(methods) or chosen.methods
-    request = EvalRequest(
-        tasks=_listed(tasks) or chosen.tasks,
-        methods=tuple(name for name in asked if name != "full")
-        if without_full
-        else tuple(dict.fromkeys(("full", *asked))),
-        budgets=_listed(budgets) or chosen.budgets,
-        probes=probes or chosen.probes,
-        lengths=lengths_of(lengths, least=0) if lengths else (None if tasks else chosen.lengths),
-        families=_listed(families) or None,
-        seed=seed,
-        limit=limit,
-        max_prompt=length_of(max_prompt) if max_prompt else None,
-        prompts=prompts,
-        question_known=not query_agnostic,
-        observe=observe,
-        data_dir=data_dir,
-        documents=documents,
-        skip=skip,
-        continuation=continuation,
-        options=method_options(window, keep_last, kernel, pooling, pool_factor, settings),
-        decoding=decoding_options(decode_budget, buffer),
-    )
+    request = _request(what, caches, data, seed, observe, tuning, decoding)
     needs_profile = request.check()
     team = join_team()
-    loaded = load(model, device, dtype, attn, trust_remote_code)
+    loaded = load(model, loading)
     head_profile = load_profile(loaded, profile) if needs_profile else None
     with terminal.progress() as report:
         run = EvalRun(
@@ -180,23 +152,58 @@ def evaluate(
             team=team,
             on_progress=lambda task, done, total: report(f"Asking {loaded.name}, {task}", done, total),
         )
-        if not resume and run.journal.path and (kept := answers_kept(run.journal.path, run.journal.key)):
-            terminal.remark(f"Starting anew; with --resume, {kept} questions would be taken from {output} as they are.")
-        found = run.evaluate(shlex.join(["headprof", *(word for word in sys.argv[1:] if word != "--resume")]))
+        if not resume and (remark := run.kept.starting_anew()):
+            terminal.remark(remark)
+        found = run.evaluate(command_line())
     team.leave()
-    if team.rank:
-        return
-    written = write_results(found, output)
-    if json:
-        terminal.json(summary(found))
-        return
-    for table in tables.evaluation(found):
-        terminal.result_table(*table)
-    if found.answers:
-        terminal.remark(tables.sharing(found))
-    terminal.remark(f"Written: {', '.join(path.name for path in written)} in {output}.")
+    if team.rank == 0:
+        _show(found, output, json)
+
+
+def _request(
+    what: WhatOptions,
+    caches: ComparisonOptions,
+    data: DataOptions,
+    seed: int,
+    observe: str,
+    tuning: MethodOptions,
+    decoding: DecodingOptions,
+) -> EvalRequest:
+    from headprof.evaluation.request import find_preset
+
+    return find_preset(what.preset).request(
+        tasks=_listed(what.tasks),
+        methods=_listed(what.methods),
+        budgets=_listed(what.budgets),
+        lengths=parse_lengths(what.lengths, least=0) if what.lengths else None,
+        probes=what.probes,
+        without_full=caches.without_full,
+        families=_listed(what.families) or None,
+        limit=what.limit,
+        seed=seed,
+        question_known=not caches.query_agnostic,
+        observe=observe,
+        **asdict(data) | {"max_prompt": parse_length(data.max_prompt) if data.max_prompt else None},
+        options=tuning.chosen(),
+        decoding=decoding.chosen(),
+    )
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
     """Words with commas between them."""
     return tuple(word.strip() for word in text.split(",")) if text else ()
+
+
+def _show(found: Evaluation, output: Path, json: bool) -> None:
+    from headprof.evaluation.results import summary
+    from headprof.plots.results_folder import write_results
+
+    written = write_results(found, output)
+    if json:
+        terminal.json(summary(found))
+        return
+    for table in evaluation(found):
+        terminal.result_table(*table)
+    if found.answers:
+        terminal.remark(sharing(found))
+    terminal.remark(f"Written: {', '.join(path.name for path in written)} in {output}.")

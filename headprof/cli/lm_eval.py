@@ -6,13 +6,13 @@ from typing import Any
 
 import typer
 
-from headprof.cli.context import guarded
+from headprof.cli.command import command
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """Context settings that leave every argument, `--help` too, to the harness."""
 
 
-@guarded
+@command
 def lm_eval(context: typer.Context) -> None:
     """Run EleutherAI's lm-evaluation-harness on a compressed cache; all arguments are the harness's own.
 

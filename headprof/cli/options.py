@@ -1,83 +1,36 @@
-"""Options that several commands share."""
+"""Options that several commands share, each declared once. Those that go together are a group (see `command`)."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from headprof.compression.methods.names import method_names
+
+if TYPE_CHECKING:
+    from headprof.compression.request import CompressionRequest
 
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")]
-Attn = Annotated[
-    str,
-    typer.Option(
-        help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model"
-    ),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
-]
 Profile = Annotated[
     Path | None,
     typer.Option("--profile", "-p", help="Head profile. Default: the one for the model, in ./profiles or shipped."),
 ]
+ProfileFile = Annotated[Path | None, typer.Argument(help="Head profile. Default: the one for the model.")]
+ProfileOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors."),
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-Window = Annotated[
-    int | None, typer.Option(min=1, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method")
-]
-KeepLast = Annotated[
-    int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
-]
-Kernel = Annotated[
-    int | None, typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method")
-]
-Pooling = Annotated[
-    str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
-]
-PoolFactor = Annotated[
-    float | None,
-    typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
-]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="full, headkv-r2, headkv, headkv-ems, ems, snapkv, tova, pyramidkv, adakv, h2o, streamingllm or knorm: "
-        "what is kept. Parameters may follow: ems:mass=false."
-    ),
-]
-BudgetText = Annotated[
-    str,
-    typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
-]
-DecodeBudget = Annotated[
-    str | None,
-    typer.Option(
-        "--decode-budget",
-        help="Average rows per KV head while generating, as --budget. Default: that of the prompt.",
-        rich_help_panel="Method",
-    ),
-]
-Buffer = Annotated[
-    int | None,
-    typer.Option(
-        "--buffer",
-        min=0,
-        help="New tokens that a head takes beyond its budget before it is compressed again (64); 0 keeps them all.",
-        rich_help_panel="Method",
-    ),
-]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
-Backend = Annotated[
-    str,
-    typer.Option(
-        help="Attention over the compressed cache: auto, torch, triton, flash-attn, varlen.", rich_help_panel="Model"
-    ),
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
 ]
 PrefillChunk = Annotated[
     int | None,
@@ -86,15 +39,135 @@ PrefillChunk = Annotated[
 Observe = Annotated[
     str,
     typer.Option(
-        help="Text that judges a document while the question is not known; empty: its own end.",
+        help="Text whose queries score a document while the question is not known; empty: its own end.",
         rich_help_panel="Method",
     ),
 ]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Any parameter of the method, such as temperature=0.8 or ramp=true; may be repeated.",
-        rich_help_panel="Method",
-    ),
-]
+
+
+def _method_help() -> str:
+    *names, last = method_names()
+    return f"{', '.join(names)} or {last}: what is kept. Parameters may follow: ems:mass=false."
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the model is loaded."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel="Model")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")] = "auto"
+    attn: Annotated[
+        str,
+        typer.Option(
+            help="auto, sdpa, eager, flash_attention_2: the attention used for the prompt.", rich_help_panel="Model"
+        ),
+    ] = "auto"
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the prompt is read, and its compressed cache attended to."""
+
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Attention over the compressed cache: auto, torch, triton, flash-attn, varlen.",
+            rich_help_panel="Model",
+        ),
+    ] = "auto"
+    prefill_chunk: PrefillChunk = None
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What of the cache is kept, and how much."""
+
+    profile: Profile = None
+    method: Annotated[str, typer.Option(help=_method_help())] = "headkv-r2"
+    budget: Annotated[
+        str,
+        typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
+    ] = "64"
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Parameters of a method's parts."""
+
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Prompt tokens whose queries score the others.", rich_help_panel="Method")
+    ] = None
+    keep_last: Annotated[
+        int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
+    ] = None
+    kernel: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method"),
+    ] = None
+    pooling: Annotated[
+        str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
+    ] = None
+    pool_factor: Annotated[
+        float | None,
+        typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
+    ] = None
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any parameter of the method, such as temperature=0.8 or ramp=true; may be repeated.",
+            rich_help_panel="Method",
+        ),
+    ] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """Parameters by name; `None` leaves one at its default."""
+        from headprof.compression.methods.table import parse_settings
+
+        named = asdict(self)
+        settings = named.pop("settings")
+        return named | parse_settings(settings or [])
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How a cache is compressed while generating."""
+
+    decode_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--decode-budget",
+            help="Average rows per KV head while generating, as --budget. Default: that of the prompt.",
+            rich_help_panel="Method",
+        ),
+    ] = None
+    buffer: Annotated[
+        int | None,
+        typer.Option(
+            "--buffer",
+            min=0,
+            help="New tokens that a head takes beyond its budget before it is compressed again (64); 0 keeps them all.",
+            rich_help_panel="Method",
+        ),
+    ] = None
+
+    def chosen(self) -> dict[str, Any]:
+        """What was given; the rest keeps its default. A buffer of 0 is `None`, without bound."""
+        from headprof.compression.methods.budget import Budget
+
+        budget = {} if self.decode_budget is None else {"decode_budget": Budget.parse(self.decode_budget)}
+        return budget if self.buffer is None else budget | {"buffer": self.buffer or None}
+
+
+def compression_request(
+    compress: CompressOptions, method: MethodOptions, decoding: DecodingOptions, read: ReadOptions
+) -> CompressionRequest:
+    """What these groups ask for together, checked."""
+    from headprof.compression.request import CompressionRequest
+
+    request = CompressionRequest(
+        **asdict(compress), **asdict(read), options=method.chosen(), decoding=decoding.chosen()
+    )
+    request.check()
+    return request

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
-from headprof.models.chat import OBSERVATION, ChatFormat
 from headprof.models.loading import LoadedModel
+from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.utils.assets import asset_dir
 
 
@@ -102,10 +102,16 @@ def what_to_ask(
     return *demo_document(), True
 
 
-def check_sources(file: Path | None, cache: Path | None, compare: bool) -> None:
+def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:
     """
+    Args:
+        file: a document, as text.
+        cache: a compressed one.
+        compare: whether to answer with the full cache too.
+        compressing: options that were given to say how to compress, such as `--budget`.
+
     Raises:
-        UsageError: a compressed document is to be used together with what it stands for.
+        UsageError: a compressed document is to be used together with what it stands for, or to be compressed.
     """
     if cache is not None and file is not None:
         raise UsageError("A compressed document and a file cannot be used together: leave --file or --cache away.")
@@ -113,6 +119,10 @@ def check_sources(file: Path | None, cache: Path | None, compare: bool) -> None:
         raise UsageError(
             "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
         )
+    if cache is not None and compressing:
+        *others, last = compressing
+        named = f"{', '.join(others)} and {last}" if others else last
+        raise UsageError(f"A compressed document already says how it was compressed: leave {named} away.")
 
 
 def read_document(path: Path) -> str:
@@ -140,8 +150,8 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
     """
-    chat = ChatFormat(loaded.tokenizer)
-    ids = chat.document_ids(document) + chat.question_ids(prompt) if document else chat.prompt_ids(prompt)
+    encoder = PromptEncoder(loaded.tokenizer)
+    ids = encoder.document_ids(document) + encoder.question_ids(prompt) if document else encoder.prompt_ids(prompt)
     return _fitting(loaded, ids, 0, max_new_tokens)
 
 
@@ -151,7 +161,7 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     Raises:
         UsageError: document, question and answer together are longer than the model's context.
     """
-    ids = ChatFormat(loaded.tokenizer).question_ids(question)
+    ids = PromptEncoder(loaded.tokenizer).question_ids(question)
     return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
 
 
@@ -196,8 +206,8 @@ def compress_document(
     Raises:
         UsageError: the document is longer than the model's context, or the budget cannot be met.
     """
-    chat = ChatFormat(loaded.tokenizer)
-    document_ids, observers = chat.document_ids(document), chat.question_ids(observe) if observe else []
+    encoder = PromptEncoder(loaded.tokenizer)
+    document_ids, observers = encoder.document_ids(document), encoder.question_ids(observe) if observe else []
     ids = _fitting(loaded, document_ids + observers, 0, 0)
     plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))
@@ -272,8 +282,7 @@ def generate_text(
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
-    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
-    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
+    ids = _after_seen(ids, seen, filler).to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
     sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
@@ -302,3 +311,8 @@ def generate_text(
         decode_seconds=times[-1] - times[0],
         cached_tokens=seen,
     )
+
+
+def _after_seen(ids: torch.Tensor, seen: int, filler: int) -> torch.Tensor:
+    """Ids `[1, T]` after so many that a cache has seen: Transformers drops these, whichever they were."""
+    return torch.cat([torch.full((1, seen), filler), ids], dim=1)

@@ -12,8 +12,9 @@ import torch
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.methods_at_budgets import Candidate
-from headprof.evaluation.questions import Judge, Question
+from headprof.evaluation.questions import Grading, Question
 from headprof.evaluation.results import Answer
+from headprof.models.decoder import end_tokens
 from headprof.models.loading import LoadedModel, require_finite
 
 MOST_LOGITS = 2**25
@@ -80,11 +81,11 @@ class Asker:
         with attending_ragged(self.loaded.model):
             caches = self._read(prompt, (question.task, question.group))
             reference = self._reference(stack_caches(caches), tail, question.reference_ids)
-            if question.judge is None:
+            if question.grading is None:
                 texts, scores = [""] * len(caches), [float(right) for right in reference.right]
             else:
-                texts = self._generate(stack_caches(caches), tail, question.judge)
-                scores = [question.judge.score(text) for text in texts]
+                texts = self._generate(stack_caches(caches), tail, question.grading)
+                scores = [question.grading.score(text) for text in texts]
         return [
             Answer(
                 task=question.task,
@@ -163,15 +164,15 @@ class Asker:
             start = stop
         return run
 
-    def _generate(self, stack: HeadCache, tail: list[int], judge: Judge) -> list[str]:
+    def _generate(self, stack: HeadCache, tail: list[int], grading: Grading) -> list[str]:
         """What each entry of the stack goes on to say, greedily; those that are done leave the stack in good time."""
-        tokenizer, ends = self.loaded.tokenizer, self._end_tokens()
+        tokenizer, ends = self.loaded.tokenizer, end_tokens(self.loaded.model, self.loaded.tokenizer)
         said: list[list[int]] = [[] for _ in range(stack.head_layers[0].batch_size)]
         texts = [""] * len(said)
         running = list(range(len(said)))  # whose answer each entry of the stack is
         finished: set[int] = set()
         fed = torch.tensor([tail], device=self.loaded.device).expand(len(said), -1)
-        for _ in range(judge.max_new_tokens):
+        for _ in range(grading.max_new_tokens):
             logits = self.loaded.model(fed, past_key_values=stack, use_cache=True, logits_to_keep=1).logits
             chosen = logits[:, -1].argmax(dim=-1)
             for number, token in zip(running, chosen.tolist(), strict=True):
@@ -182,7 +183,7 @@ class Asker:
                     continue
                 said[number].append(token)
                 texts[number] = tokenizer.decode(said[number], skip_special_tokens=True)
-                if judge.is_complete(texts[number]):
+                if grading.is_complete(texts[number]):
                     finished.add(number)
             kept = [place for place, number in enumerate(running) if number not in finished]
             if not kept:
@@ -193,12 +194,6 @@ class Asker:
                 chosen, running = chosen[places.to(chosen.device)], [running[place] for place in kept]
             fed = chosen[:, None]
         return texts
-
-    def _end_tokens(self) -> set[int]:
-        config: Any = self.loaded.model.generation_config
-        ends = config.eos_token_id if config is not None else None
-        listed = ends if isinstance(ends, list) else [ends]
-        return {token for token in (*listed, self.loaded.tokenizer.eos_token_id) if token is not None}
 
 
 class _ReferenceRun:

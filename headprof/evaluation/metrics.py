@@ -1,31 +1,26 @@
 """What an answer is worth, as each benchmark scores it.
 
 A metric takes the prediction, the right answers and the task's labels, and gives a number from 0 to 1. Of several right
-answers the one that gives most counts, except where a metric needs all of them (`cloze`, `cloze_partial`,
-`contains_all`). A blank prediction scores 0, and so does a blank right answer. Definitions follow the benchmarks'
-evaluation code, down to what it does unlike the textbooks; each docstring says where.
+answers the one that gives most counts, except where a metric needs all of them (`cloze`, `contains_all`). A blank
+prediction scores 0, and so does a blank right answer. Definitions follow the benchmarks' evaluation code, down to what
+it does unlike the textbooks; each docstring says where.
 
-LooGLE also reports METEOR, BERTScore and the verdict of GPT-4. They are left out: they need WordNet, a second language
-model and a paid service.
+Each task has one metric. Of those that LooGLE reports it is the recall of ROUGE-L, and for masks the exact match.
 """
 
 from __future__ import annotations
 
 import ast
-import logging
 import re
-import string
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import cache, wraps
-from math import exp
+from functools import wraps
 from typing import Any
 
-from headprof.errors import UsageError
-from headprof.utils.word_overlap import normalize_answer
+from headprof.evaluation.chinese_words import plain_words, segment
+from headprof.evaluation.rouge import rouge_l_parts
+from headprof.utils.word_overlap import harmonic_mean, normalize_answer, overlap_f1
 
 Scorer = Callable[..., float]
 """`(prediction, references, classes=()) -> float`."""
@@ -37,33 +32,6 @@ _NUMBER = re.compile(r"\d+")
 _PARAGRAPH = re.compile(r"Paragraph (\d+)")
 _PARAGRAPH_ZH = re.compile(r"段落(\d+)")
 _NO_CODE = ("`", "#", "//")
-_FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
-# LongBench's list lacks the opening 《 as well as 〈, 〉 and the full-width stop: where they are words, they count.
-_PUNCTUATION_ZH = str.maketrans(
-    "",
-    "",
-    string.punctuation
-    + "".join(chr(ord(mark) + _FULL_WIDTH) for mark in string.punctuation if mark != ".")
-    + "､、。｡〃》「」｢｣『』【】〔〕〖〗〘〙〚〛｟｠〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏",
-)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How answers of certain tasks are scored.
-
-    Attributes:
-        score: `(prediction, references, classes=()) -> float` from 0 to 1.
-        benchmark: whose evaluation code it follows.
-        tasks: names of the tasks it is for, without the benchmark's.
-    """
-
-    score: Scorer
-    benchmark: str
-    tasks: tuple[str, ...]
-
-    def __call__(self, prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
-        return self.score(prediction, references, classes)
 
 
 def first_line(prediction: str) -> str:
@@ -89,18 +57,12 @@ def _of_one_reference(score: Callable[[str, str], float]) -> Scorer:
 
 
 @_of_one_reference
-def exact_match(prediction: str, reference: str) -> float:
-    """Whether both are the same but for case, punctuation, English articles and spaces (SQuAD)."""
-    return float(normalize_answer(prediction) == normalize_answer(reference))
-
-
-@_of_one_reference
 def qa_f1(prediction: str, reference: str) -> float:
-    """F1 over shared words, normalised as for `exact_match` (LongBench's `qa_f1_score`).
+    """F1 over shared words but for case, punctuation and English articles (LongBench's `qa_f1_score`).
 
     An answer of articles and punctuation alone has no words and scores 0, whatever is predicted.
     """
-    return _overlap_f1(normalize_answer(prediction).split(), normalize_answer(reference).split())
+    return overlap_f1(normalize_answer(prediction).split(), normalize_answer(reference).split())
 
 
 @_of_one_reference
@@ -110,7 +72,7 @@ def qa_f1_zh(prediction: str, reference: str) -> float:
     Raises:
         UsageError: jieba, which finds the words, is not installed.
     """
-    return _overlap_f1(_words_zh(prediction), _words_zh(reference))
+    return overlap_f1(plain_words(prediction), plain_words(reference))
 
 
 @_of_one_reference
@@ -120,7 +82,7 @@ def rouge_l(prediction: str, reference: str) -> float:
     That is: sentences end at each full stop; case and other punctuation count; and a word counts once, however often
     it occurs. Unlike there, long sentences do not fail, which the benchmark scores 0.
     """
-    return _f1(*_rouge_l(prediction, reference))
+    return harmonic_mean(*rouge_l_parts(prediction, reference))
 
 
 @_of_one_reference
@@ -130,7 +92,7 @@ def rouge_l_zh(prediction: str, reference: str) -> float:
     Raises:
         UsageError: jieba, which finds the words, is not installed.
     """
-    return _f1(*_rouge_l(" ".join(_segment(prediction)), " ".join(_segment(reference))))
+    return harmonic_mean(*rouge_l_parts(" ".join(segment(prediction)), " ".join(segment(reference))))
 
 
 def classification(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
@@ -195,37 +157,9 @@ def label_match(prediction: str, references: Sequence[str], classes: Sequence[st
 
 
 @_of_one_reference
-def rouge_1_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct words that are in the prediction (LooGLE, by the package `rouge`)."""
-    return _rouge_n_recall(prediction, reference, 1)
-
-
-@_of_one_reference
-def rouge_2_recall(prediction: str, reference: str) -> float:
-    """Share of the reference's distinct pairs of neighbouring words that are in the prediction (LooGLE)."""
-    return _rouge_n_recall(prediction, reference, 2)
-
-
-@_of_one_reference
 def rouge_l_recall(prediction: str, reference: str) -> float:
     """The recall that goes into `rouge_l`, which is all that LooGLE's code reports: long predictions gain by it."""
-    return _rouge_l(prediction, reference)[1]
-
-
-@_of_one_reference
-def bleu_1(prediction: str, reference: str) -> float:
-    """Precision of words, split at spaces, times the brevity penalty (Papineni et al. 2002; LooGLE)."""
-    return _bleu(prediction, reference, 1)
-
-
-@_of_one_reference
-def bleu_4(prediction: str, reference: str) -> float:
-    """Precision of runs of four words times the brevity penalty.
-
-    LooGLE's BLEU-4 is that of length four alone, not the mean over lengths 1 to 4, and is not smoothed: answers of
-    fewer than four words score 0.
-    """
-    return _bleu(prediction, reference, 4)
+    return rouge_l_parts(prediction, reference)[1]
 
 
 def cloze(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
@@ -239,154 +173,35 @@ def cloze(prediction: str, references: Sequence[str], classes: Sequence[str] = (
         references: number `n` is what `<mask-n>` stands for; empty where there is no such mask.
         classes: ignored.
     """
-    return _share_of_masks(prediction, references, lambda given, name: given == name)
-
-
-def cloze_partial(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """`cloze`, where a name that has a word in common with the right one is enough (LooGLE's partial match)."""
-    return _share_of_masks(prediction, references, lambda given, name: not set(given.split()).isdisjoint(name.split()))
+    names = {f"<mask-{number}>": name for number, name in enumerate(references) if name.strip()}
+    given = _dictionary(prediction)
+    right = [given.get(mask) == name for mask, name in names.items()]
+    return sum(right) / len(right) if right else 0.0
 
 
 def contains_all(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
     """Share of the references that the prediction contains, in either case (RULER's `string_match_all`)."""
-    found = [_contains(prediction, reference) for reference in references]
+    said = prediction.lower()
+    found = [bool(reference.strip()) and reference.lower() in said for reference in references]
     return sum(found) / len(found) if found else 0.0
 
 
-@_of_one_reference
-def contains_any(prediction: str, reference: str) -> float:
-    """Whether the prediction contains a reference, in either case (RULER's `string_match_part`)."""
-    return float(_contains(prediction, reference))
-
-
-_LOOGLE_TEXTS = ("shortdep_qa", "longdep_qa", "summarization")
-
-METRICS: dict[str, Metric] = {
-    "squad.exact_match": Metric(exact_match, "squad", ()),
-    "longbench.qa_f1": Metric(
-        qa_f1,
-        "longbench",
-        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"),
-    ),
-    "longbench.qa_f1_zh": Metric(qa_f1_zh, "longbench", ("multifieldqa_zh",)),
-    "longbench.rouge_l": Metric(rouge_l, "longbench", ("gov_report", "qmsum", "multi_news", "samsum")),
-    "longbench.rouge_l_zh": Metric(rouge_l_zh, "longbench", ("dureader", "vcsum")),
-    "longbench.classification": Metric(classification, "longbench", ("trec", "lsht")),
-    "longbench.retrieval": Metric(retrieval, "longbench", ("passage_retrieval_en",)),
-    "longbench.retrieval_zh": Metric(retrieval_zh, "longbench", ("passage_retrieval_zh",)),
-    "longbench.count": Metric(count, "longbench", ("passage_count",)),
-    "longbench.code_sim": Metric(code_sim, "longbench", ("lcc", "repobench-p")),
-    "babilong.label": Metric(label_match, "babilong", tuple(f"qa{number}" for number in range(1, 21))),
-    "loogle.rouge_1": Metric(rouge_1_recall, "loogle", _LOOGLE_TEXTS),
-    "loogle.rouge_2": Metric(rouge_2_recall, "loogle", _LOOGLE_TEXTS),
-    "loogle.rouge_l": Metric(rouge_l_recall, "loogle", _LOOGLE_TEXTS),
-    "loogle.bleu_1": Metric(bleu_1, "loogle", _LOOGLE_TEXTS),
-    "loogle.bleu_4": Metric(bleu_4, "loogle", _LOOGLE_TEXTS),
-    "loogle.qa_f1": Metric(qa_f1, "loogle", ("longdep_qa",)),  # as in HeadKV's evaluation
-    "loogle.cloze": Metric(cloze, "loogle", ("shortdep_cloze",)),
-    "loogle.cloze_partial": Metric(cloze_partial, "loogle", ("shortdep_cloze",)),
-    "ruler.all": Metric(
-        contains_all,
-        "ruler",
-        (
-            *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
-            *("variable_tracking", "common_words", "frequent_words"),
-        ),
-    ),
-    "ruler.any": Metric(contains_any, "ruler", ("qa_1", "qa_2")),
+METRICS: dict[str, Scorer] = {
+    "longbench.qa_f1": qa_f1,
+    "longbench.qa_f1_zh": qa_f1_zh,
+    "longbench.rouge_l": rouge_l,
+    "longbench.rouge_l_zh": rouge_l_zh,
+    "longbench.classification": classification,
+    "longbench.retrieval": retrieval,
+    "longbench.retrieval_zh": retrieval_zh,
+    "longbench.count": count,
+    "longbench.code_sim": code_sim,
+    "babilong.label": label_match,
+    "loogle.rouge_l": rouge_l_recall,
+    "loogle.cloze": cloze,
+    "ruler.all": contains_all,
 }
-"""All metrics by name; a task may have several, of which `Example.metric` names the one it is judged by."""
-
-
-def _f1(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision and recall else 0.0
-
-
-def _overlap_f1(predicted: list[str], expected: list[str]) -> float:
-    shared = sum((Counter(predicted) & Counter(expected)).values())
-    return _f1(shared / len(predicted), shared / len(expected)) if shared else 0.0
-
-
-def _words_zh(text: str) -> list[str]:
-    plain = ("".join(word.lower().translate(_PUNCTUATION_ZH).split()) for word in _segment(text))
-    return [word for word in plain if word]
-
-
-def _segment(text: str) -> list[str]:
-    return _tokenizer_zh().lcut(text)
-
-
-@cache
-def _tokenizer_zh() -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of what newer Pythons dislike in it
-            import jieba
-    except ImportError:
-        raise UsageError(
-            "Answers in Chinese are split into words by jieba, which is not installed: pip install headprof[eval]."
-        ) from None
-    jieba.setLogLevel(logging.WARNING)  # it reports at length how it loads its dictionary
-    return jieba.Tokenizer()
-
-
-def _sentences(text: str) -> list[list[str]]:
-    """Words by sentence; the blank behind a last full stop is a sentence of one empty word, as `rouge` has it."""
-    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
-
-
-def _rouge_l(prediction: str, reference: str) -> tuple[float, float]:
-    """Precision and recall of the words that any sentence of one has in order in common with any of the other."""
-    predicted, expected = _sentences(prediction), _sentences(reference)
-    shared = {word for right in expected for said in predicted for word in longest_common_subsequence(right, said)}
-    return _share(shared, {word for said in predicted for word in said}), _share(
-        shared, {word for right in expected for word in right}
-    )
-
-
-def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The longest run of words, with gaps, that both have; of several, the one that `rouge` chooses."""
-    lengths = [[0] * (len(second) + 1)]  # lengths[i][j]: of the first i and the first j words
-    for word in first:
-        above, row = lengths[-1], [0]
-        for j, other in enumerate(second):
-            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
-        lengths.append(row)
-    common = []
-    i, j = len(first), len(second)
-    while i and j:
-        if first[i - 1] == second[j - 1]:
-            common.append(first[i - 1])
-            i, j = i - 1, j - 1
-        elif lengths[i - 1][j] > lengths[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return common[::-1]
-
-
-def _rouge_n_recall(prediction: str, reference: str, n: int) -> float:
-    predicted, expected = (
-        [word for sentence in _sentences(text) for word in sentence] for text in (prediction, reference)
-    )
-    wanted = set(_ngrams(expected, n))
-    return _share(wanted & set(_ngrams(predicted, n)), wanted)
-
-
-def _share(part: set[Any], whole: set[Any]) -> float:
-    return len(part) / len(whole) if whole else 0.0
-
-
-def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-
-
-def _bleu(prediction: str, reference: str, n: int) -> float:
-    predicted, expected = prediction.split(), reference.split()
-    counts = Counter(_ngrams(predicted, n))
-    matched = (counts & Counter(_ngrams(expected, n))).total()
-    if not matched:
-        return 0.0
-    return matched / counts.total() * min(1.0, exp(1 - len(expected) / len(predicted)))
+"""All metrics by name; `Example.metric` is the one of a task."""
 
 
 def _labels_of(reference: str) -> set[str]:
@@ -404,13 +219,6 @@ def _share_of_numbers(prediction: str, pattern: re.Pattern[str], reference: str)
     return numbers.count(right[1]) / len(numbers) if right and numbers else 0.0
 
 
-def _share_of_masks(prediction: str, references: Sequence[str], matches: Callable[[str, str], bool]) -> float:
-    names = {f"<mask-{number}>": name for number, name in enumerate(references) if name.strip()}
-    given = _dictionary(prediction)
-    right = [isinstance(given.get(mask), str) and matches(given[mask], name) for mask, name in names.items()]
-    return sum(right) / len(right) if right else 0.0
-
-
 def _dictionary(text: str) -> dict[Any, Any]:
     """The dictionary that a text is the source code of; an empty one if it is none.
 
@@ -422,7 +230,3 @@ def _dictionary(text: str) -> dict[Any, Any]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _contains(prediction: str, reference: str) -> bool:
-    return bool(reference.strip()) and reference.lower() in prediction.lower()

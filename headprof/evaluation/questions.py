@@ -8,14 +8,14 @@ from hashlib import sha256
 
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
-from headprof.models.chat import ChatFormat
 from headprof.models.loading import LoadedModel
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.utils.units import format_length
 
 
 @dataclass(frozen=True)
-class Judge:
+class Grading:
     """How a generated answer is scored.
 
     Attributes:
@@ -38,9 +38,9 @@ class Question:
         document_ids: everything before the question, chat template included.
         asked_ids: the question, up to where the model answers.
         reply_ids: the given beginning of the model's reply; may be empty.
-        reference_ids: a right answer, at least one token.
-        judge: of what the model generates; none if the reference is fed instead, and right when each of its tokens is
-            the model's arg-max.
+        reference_ids: a right answer, at least one token, as many as the model may generate.
+        grading: of what the model generates; `None` if the reference is fed instead, and right when each of its tokens
+            is the model's arg-max.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Question:
     asked_ids: tuple[int, ...]
     reply_ids: tuple[int, ...]
     reference_ids: tuple[int, ...]
-    judge: Judge | None = None
+    grading: Grading | None = None
     depth: float | None = None
     family: str = ""
 
@@ -136,25 +136,30 @@ class ExampleQuestions(Sequence[Question]):
         return len(self._examples)
 
     def __getitem__(self, index):
-        example = self._cut(self._examples[index])
-        chat = ChatFormat(self._loaded.tokenizer, template=example.chat)
+        encoder = self._encoder(self._examples[index])
+        example = self._cut(self._examples[index], encoder)
+        end = encoder.encode_end(example.after, example.reply, example.reference)
         return Question(
             task=example.task,
             name=example.name,
             group=example.group,
-            document_ids=tuple(chat.document_ids(example.before + example.document, gap="")),
-            asked_ids=tuple(chat.question_ids(example.after)),
-            reply_ids=tuple(chat.reply_ids(example.reply)),
-            reference_ids=_reference_ids(chat, example),
-            judge=Judge(example.score, example.is_complete, example.max_new_tokens),
+            document_ids=tuple(encoder.start_ids(example.before + example.document)),
+            asked_ids=end.asked,
+            reply_ids=end.reply,
+            reference_ids=end.answer[: example.max_new_tokens],
+            grading=Grading(example.score, example.is_complete, example.max_new_tokens),
         )
 
-    def _cut(self, example: Example) -> Example:
-        """The example with as much of its document as fits."""
-        loaded, chat = self._loaded, ChatFormat(self._loaded.tokenizer, template=example.chat)
+    def _encoder(self, example: Example) -> PromptEncoder:
+        return PromptEncoder(self._loaded.tokenizer, raw=not example.chat)
+
+    def _cut(self, example: Example, encoder: PromptEncoder) -> Example:
+        """The example as it is fed, with as much of its document as fits."""
+        loaded = self._loaded
+        after, reply = encoder.cued(example.after, example.reply)
         room = loaded.max_positions - example.max_new_tokens
-        template = len(chat.document_ids("", gap="")) + len(chat.question_ids(""))
-        return cut_middle(example, loaded.tokenizer, min(room, self._max_prompt or room), template)
+        most = min(room, self._max_prompt or room)
+        return cut_middle(replace(example, after=after, reply=reply), loaded.tokenizer, most, encoder.overhead)
 
     def check(self) -> None:
         """Find out before any work what would stop it.
@@ -164,7 +169,7 @@ class ExampleQuestions(Sequence[Question]):
                 not installed.
         """
         for example in self._examples:
-            self._cut(replace(example, document=""))
+            self._cut(replace(example, document=""), self._encoder(example))
         self._examples[0].score("x")
 
     def digest(self, index: int) -> str:
@@ -175,10 +180,3 @@ class ExampleQuestions(Sequence[Question]):
 def digest_of(value: object) -> str:
     """SHA-256 (hex) of a value's `repr`."""
     return sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def _reference_ids(chat: ChatFormat, example: Example) -> tuple[int, ...]:
-    """A right answer as it would follow, as many tokens of it as the model may generate."""
-    text = example.reply or ("" if example.chat else example.after)
-    gap = " " if text and not text[-1].isspace() else ""
-    return tuple(chat.reply_ids(gap + example.reference)[: example.max_new_tokens])

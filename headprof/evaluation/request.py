@@ -10,7 +10,7 @@ from typing import Any
 from headprof._version import __version__
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
-from headprof.compression.methods.table import METHODS, deal_options, find_method
+from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -18,8 +18,8 @@ from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
-from headprof.models.chat import OBSERVATION, ChatFormat
 from headprof.models.loading import LoadedModel
+from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.profile.head_profile import HeadProfile
 
 
@@ -38,13 +38,50 @@ class Preset:
     lengths: tuple[int, ...]
     probes: int
 
+    def request(
+        self,
+        *,
+        tasks: tuple[str, ...] = (),
+        methods: tuple[str, ...] = (),
+        budgets: tuple[str, ...] = (),
+        lengths: tuple[int, ...] | None = None,
+        probes: int | None = None,
+        without_full: bool = False,
+        **others: Any,
+    ) -> EvalRequest:
+        """A request in which this preset stands for what is not given.
+
+        Args:
+            tasks, methods, budgets, lengths, probes: as in `EvalRequest`; empty or `None` for the preset's. The
+                preset's lengths are those of its own tasks.
+            without_full: leave the full cache out, which is added otherwise.
+            others: the other attributes of `EvalRequest`.
+        """
+        asked = methods or self.methods
+        return EvalRequest(
+            tasks=tasks or self.tasks,
+            methods=tuple(name for name in asked if name != "full")
+            if without_full
+            else tuple(dict.fromkeys(("full", *asked))),
+            budgets=budgets or self.budgets,
+            probes=probes or self.probes,
+            lengths=lengths or (None if tasks else self.lengths),
+            **others,
+        )
+
+
+COMPARED = (
+    *("full", "snapkv", "headkv", "headkv-r2", "ems", "headkv-ems"),
+    *("tova", "pyramidkv", "adakv", "h2o", "streamingllm", "knorm"),
+)
+"""Methods of every preset. By name, not all that there are: answers that were kept are of these, in this order."""
 
 PRESETS = {
-    "quick": Preset(("niah", "reasoning"), tuple(METHODS), ("32", "64", "128"), (512, 1024), 80),
-    "standard": Preset(("niah", "reasoning"), tuple(METHODS), ("16", "32", "64", "128", "256"), (1024,), 200),
+    "quick": Preset(("niah", "reasoning"), COMPARED, ("32", "64", "128"), (512, 1024), 80),
+    "standard": Preset(("niah", "reasoning"), COMPARED, ("16", "32", "64", "128", "256"), (1024,), 200),
     "thorough": Preset(
         ("niah", "reasoning", "ruler", "babilong", "longbench"),
-        tuple(METHODS),
+        COMPARED,
         ("64", "128", "256", "512"),
         (1024, 2048, 4096),
         600,
@@ -195,7 +232,7 @@ class EvalRequest:
         """Tokens that judge the document in the question's place; none if the question is known."""
         if self.question_known or not self.observe:
             return []
-        return ChatFormat(loaded.tokenizer).question_ids(self.observe)
+        return PromptEncoder(loaded.tokenizer).question_ids(self.observe)
 
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-import transformers
-
-from headprof._version import __version__
-from headprof.errors import HeadprofError, InterruptedRun, UsageError
+from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker, Sharing
-from headprof.evaluation.journal import Journal, Place, Results
+from headprof.evaluation.journal import Journal, QuestionKey, Results
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
 from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, digest_of
@@ -30,6 +23,8 @@ from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
 from headprof.evaluation.texts import read_texts
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
+from headprof.utils.resuming import KeptResults
+from headprof.utils.run_record import device_name, library_versions, machine, today
 from headprof.utils.team import Team
 
 ROUND = 4
@@ -95,7 +90,7 @@ class EvalRun:
         loaded: the model.
         profile: its head profile, for methods that need one.
         request: what to do.
-        output: a folder for `answers.jsonl`, to which each answer is written at once; none to keep none.
+        output: a folder for `answers.jsonl`, to which each answer is written at once; `None` to keep none.
         resume: begin with what that file holds.
         team: the processes that share the work; each must do the same.
         on_progress: called with the task, the number of questions done and that of all, by process 0.
@@ -120,8 +115,8 @@ class EvalRun:
         self.team, self.on_progress = team or Team(), on_progress
         self.asker = Asker(loaded, self._candidates(), request.question_known, request.observer_ids(loaded))
         self.tasks = {name: self._task(name) for name in request.all_tasks}
-        file = None if output is None or self.team.rank else output / "answers.jsonl"
-        self.journal = Journal(file, request.key(loaded, profile), self._digest)
+        journal = None if output is None or self.team.rank else Journal(output / "answers.jsonl", self._digest)
+        self.kept: KeptResults[QuestionKey, Results] = KeptResults(request.key(loaded, profile), journal)
         self._resume = resume
 
     def _candidates(self) -> list[Candidate]:
@@ -166,8 +161,8 @@ class EvalRun:
             except UsageError as error:
                 raise UsageError(f"{where}{error}") from None
 
-    def _digest(self, place: Place) -> str:
-        name, number = place
+    def _digest(self, question: QuestionKey) -> str:
+        name, number = question
         return self.tasks[name].digest(number) if name in self.tasks and number < len(self.tasks[name]) else ""
 
     def evaluate(self, command: str = "") -> Evaluation:
@@ -179,64 +174,39 @@ class EvalRun:
         Raises:
             InterruptedRun: Ctrl-C; what there is has been kept.
         """
-        self._start()
-        try:
+        self.kept.start(self._resume, self.team)
+        with self.kept.keeping():
             self._work()
-        except KeyboardInterrupt:
-            raise InterruptedRun(self._interrupted()) from None
         return self._outcome(command)
 
     @cached_property
-    def places(self) -> list[Place]:
+    def questions(self) -> list[QuestionKey]:
         """All questions, in order."""
         return [(name, number) for name, task in self.tasks.items() for number in range(len(task))]
 
-    def _start(self) -> None:
-        """Take in earlier answers; process 0 reads them for all."""
-        error = None
-        if self.team.rank == 0:
-            try:
-                if self._resume:
-                    self.journal.load()
-                self.journal.begin()
-            except HeadprofError as found:  # which the others must hear of too, or they would wait
-                error = found
-        error, earlier = self.team.share((error, self.journal.results))
-        if error is not None:
-            raise error
-        self.journal.results = earlier
-
     def _work(self) -> None:
-        missing = [place for place in self.places if place not in self.journal.results]
+        missing = [question for question in self.questions if question not in self.kept.results]
         step = 1 if self.team.size == 1 else ROUND * self.team.size
         self._report(missing)
         for start in range(0, len(missing), step):
-            mine: dict[Place, Results] = {}
+            mine: dict[QuestionKey, Results] = {}
             for name, number in self.team.claim(missing[start : start + step]):
                 mine[name, number] = self.tasks[name].run(number)
             for theirs in self.team.gather(mine):
-                self.journal.add(theirs)
+                self.kept.add(theirs)
             self._report(missing[start + step :])
         self.asker.sharing = sum(self.team.gather(self.asker.sharing), Sharing())
 
-    def _report(self, left: Sequence[Place]) -> None:
+    def _report(self, left: Sequence[QuestionKey]) -> None:
         if self.team.rank == 0:
-            name = left[0][0] if left else self.places[-1][0]
-            self.on_progress(name, len(self.places) - len(left), len(self.places))
-
-    def _interrupted(self) -> str:
-        if self.journal.path is None or not len(self.journal):
-            return "Interrupted before anything was kept."
-        return (
-            f"Interrupted: the answers to {len(self.journal)} questions are kept in {self.journal.path}; give the same "
-            "command with --resume to go on."
-        )
+            name = left[0][0] if left else self.questions[-1][0]
+            self.on_progress(name, len(self.questions) - len(left), len(self.questions))
 
     def _outcome(self, command: str) -> Evaluation:
         answers: list[Answer] = []
         losses: list[Loss] = []
-        for place in self.places:
-            for result in self.journal.results[place]:
+        for question in self.questions:
+            for result in self.kept.results[question]:
                 (answers if isinstance(result, Answer) else losses).append(result)  # type: ignore[arg-type]
         return Evaluation(
             about=self._about(command),
@@ -247,7 +217,7 @@ class EvalRun:
         )
 
     def _about(self, command: str) -> dict[str, Any]:
-        key = self.journal.key
+        key = self.kept.key
         sharing = self.asker.sharing
         candidates = len(self.asker.candidates)
         return {
@@ -255,15 +225,10 @@ class EvalRun:
             "model": self.loaded.name,
             "dtype": key["dtype"],
             "device": device_name(self.loaded.device),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "machine": machine(),
+            "date": today(),
             "seed": self.request.seed,
-            "versions": {
-                "headprof": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": library_versions(),
             "question_known": self.request.question_known,
             "profile": key["profile"],
             "questions": {name: len(task) for name, task in self.tasks.items()},
@@ -274,17 +239,9 @@ class EvalRun:
 
 def by_turns(examples: Iterable[Example]) -> list[Example]:
     """The first example of each group, then the second of each ...: fewer examples are the beginning of more."""
-    place: Counter[str] = Counter()
-    placed = []
+    seen: Counter[str] = Counter()
+    turns = []
     for example in examples:
-        place[example.group] += 1
-        placed.append((place[example.group], example))
-    return [example for _, example in sorted(placed, key=itemgetter(0))]
-
-
-def device_name(device: torch.device) -> str:
-    """What the model ran on."""
-    with suppress(RuntimeError, AssertionError):
-        if device.type == "cuda":
-            return torch.cuda.get_device_name(device)
-    return device.type
+        seen[example.group] += 1
+        turns.append((seen[example.group], example))
+    return [example for _, example in sorted(turns, key=itemgetter(0))]

@@ -39,7 +39,7 @@ from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import ModelError, UsageError
 from headprof.models.checkpoint import no_progress
 from headprof.models.embedded import EMBEDDED
-from headprof.models.loading import find_model, model_name
+from headprof.models.finding import find_model, model_name
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import find_profile
 from headprof.profile.head_profile import HeadProfile

@@ -15,6 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headprof.errors import ModelError
+from headprof.models.decoder import decoder_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def wrapped_attention(
     Raises:
         ModelError: the model's attention cannot be replaced, because its code does not use the attention interface.
     """
-    decoder = model.get_decoder() or model
+    decoder = decoder_of(model)
     previous = decoder.config._attn_implementation
     base = eager_attention if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
     name = _free_name(previous)

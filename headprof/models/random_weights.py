@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from headprof.errors import UsageError
 from headprof.models.checkpoint import quiet
-from headprof.models.loading import DTYPES, LoadedModel, choose_device
+from headprof.models.loading import LoadedModel
+from headprof.models.placement import DTYPES, choose_device
 from headprof.models.published import find_shape
 from headprof.models.shape import HeadShape
 
@@ -30,7 +31,7 @@ def random_model(
         shape_name: a name in `SHAPES`.
         dtype: of the weights.
         device: where they are made.
-        attn: attention implementation; none for Transformers' choice.
+        attn: attention implementation; `None` for Transformers' choice.
         max_positions: tokens that it should read, if more than the published model does.
 
     Raises:

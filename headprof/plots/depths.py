@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
-from headprof.plots.scores import budget_order, checked_path
-from headprof.plots.style import INK, MUTED, SCORE_COLORMAP, save_picture
+from headprof.plots.scores import budget_order
+from headprof.plots.style import INK, MUTED, SCORE_COLORMAP, checked_path, save_picture
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:

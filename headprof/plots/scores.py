@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
-from headprof.plots.methods import marker_of, style_of
-from headprof.plots.style import INK, MUTED, even_ticks, save_picture
+from headprof.plots.labels import spread
+from headprof.plots.method_styles import marker_of, style_of
+from headprof.plots.style import INK, MUTED, checked_path, even_ticks, lighten_axes, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from headprof.evaluation.results import Cell
 
-FORMATS = (".png", ".svg")
 LEAST_DIVERGENCE = 1e-5
 """Nats; smaller divergences are rounding errors, and drawn here since a logarithmic axis has no zero."""
 
@@ -43,14 +43,6 @@ MEASURES = {
 # Inches.
 _PANEL_WIDTH, _LEAST_HEIGHT, _LINE, _LETTER, _ACROSS = 2.9, 2.5, 0.148, 0.062, 3
 _LEFT, _RIGHT, _TOP, _ABOVE, _BELOW, _GAP = 0.72, 0.1, 0.62, 0.5, 0.52, 0.3
-
-
-def checked_path(path: str | Path) -> Path:
-    """Complain about a picture that cannot be written, before any work is done; raises `UsageError`."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(f"A picture is written as {' or '.join(FORMATS)}, not as {path.name!r}: choose one of these.")
-    return path
 
 
 def budget_order(budgets: Iterable[str]) -> list[str]:
@@ -265,35 +257,4 @@ def _label_axes(axes: Axes, cell: Cell, says_questions: bool, inches: float, *, 
     axes.text(0, 1 + 0.1 * above, "  ·  ".join(facts), transform=axes.transAxes, size=8, color=MUTED)
     axes.tick_params(labelsize=8, length=2, color=MUTED, labelcolor=INK, labelleft=first)
     axes.set_xlabel("budget", size=8.5, color=MUTED)
-    axes.grid(axis="y", color="#e4e1e8", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-
-
-def spread(heights: Sequence[float], apart: float, low: float, high: float) -> list[float]:
-    """Heights of labels in the same order, between `low` and `high`, at least `apart`, and as near as can be.
-
-    Near is the least sum of squares: isotonic regression by pooling adjacent violators. Where there is too little room
-    they stand as far apart as it allows.
-    """
-    apart = min(apart, (high - low) / max(1, len(heights) - 1))
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    pools: list[list[float]] = []  # of heights as they would be if labels needed no room
-    for rank, index in enumerate(order):
-        pools.append([heights[index] - rank * apart])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    free = [_mean(pool) for pool in pools for _ in pool]
-    highest = high - apart * (len(heights) - 1)
-    placed = [0.0] * len(heights)
-    for rank, index in enumerate(order):
-        placed[index] = min(max(free[rank], low), highest) + rank * apart
-    return placed
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    lighten_axes(axes)

@@ -8,12 +8,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.files import atomic_write
 from headprof.utils.units import format_length
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+FORMATS = (".png", ".svg")
+"""What a picture may be written as, by its suffix."""
 
 INK, MUTED, MARK = "#1b1720", "#6d6875", "#29d3c2"
 GRID = "#2a2238"
@@ -21,11 +26,29 @@ SCORE_COLORMAP, UNCERTAINTY_COLORMAP = "magma", "cividis"
 SCORE_GAMMA = 0.5
 """Exponent of the score's color scale. A few heads dwarf the rest: a linear scale would show those few and black."""
 
-
 DPI = 180
 
 # Set in full so that a user's own matplotlibrc does not change the picture.
 _STYLE = {"font.family": "DejaVu Sans", "svg.hashsalt": "headprof", "svg.fonttype": "path", "axes.linewidth": 0.6}
+
+
+def checked_path(
+    path: str | Path,
+    formats: Sequence[str] = FORMATS,
+    *,
+    what: str = "A picture",
+    mend: str = "choose one of these",
+) -> Path:
+    """Complain about a picture that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: another suffix than `formats`; `what` the picture is and the `mend` are for the message.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in formats:
+        *others, last = formats
+        raise UsageError(f"{what} is written as {', '.join(others)} or {last}, not as {path.name!r}: {mend}.")
+    return path
 
 
 def save_picture(draw: Callable[[], Figure], path: Path) -> None:
@@ -37,6 +60,36 @@ def save_picture(draw: Callable[[], Figure], path: Path) -> None:
         # The date and the version of matplotlib would make equal pictures differ.
         undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
         draw().savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
+
+
+def write_line(
+    figure: Figure, text: str, margins: tuple[float, float], below: float, fontsize: float, **style: Any
+) -> None:
+    """Write a line `below` inches from the top, shrunk when it is wider than what the margins leave.
+
+    Args:
+        figure, text, style: what to write where, and how.
+        margins: to the left and to the right, in inches.
+        below: inches.
+        fontsize: points, if there is room.
+    """
+    width, height = figure.get_size_inches()
+    left, right = margins
+    x, y = left / width, 1 - below / height
+    line = figure.text(x, y, text, va="center", fontsize=fontsize, parse_math=False, **style)
+    room = (width - left - right) * figure.dpi
+    while (taken := line.get_window_extent().width) > room:  # small letters shrink unevenly
+        line.set_fontsize(line.get_fontsize() * room / taken)
+
+
+def lighten_axes(axes: Axes) -> None:
+    """Pale horizontal lines behind what is drawn, and no frame but to the left and below."""
+    axes.grid(axis="y", color="#e4e1e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(MUTED)
 
 
 def shape_fact(profile: HeadProfile) -> str:

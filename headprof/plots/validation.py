@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from headprof.errors import UsageError
-from headprof.plots.style import INK, MUTED, save_picture
+from headprof.plots.labels import spread
+from headprof.plots.style import INK, MUTED, checked_path, lighten_axes, save_picture, write_line
 from headprof.validation.causal_check import FAMILIES, Validation
 from headprof.validation.verdict import curve, verdict
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-FORMATS = (".png", ".svg")
-
 
 _COLORS = {"top": "#d55e00", "random": "#0072b2", "bottom": "#6d6875"}
 """Of Okabe and Ito's palette, which color-blind people can tell apart; so do the markers and the labels."""
@@ -33,10 +29,7 @@ _WHERE = {"prompt": "silent in the whole prompt", "question": "silent from the q
 
 def check_picture(path: Path) -> None:
     """Complain about a picture that cannot be written, before any work is done; raises `UsageError`."""
-    if path.suffix.lower() not in FORMATS:
-        raise UsageError(
-            f"A validation plot is written as {' or '.join(FORMATS)}, not as {path.name!r}: choose one with -o."
-        )
+    checked_path(path, what="A validation plot", mend="choose one with -o")
 
 
 def validation_plot(result: Validation, path: str | Path) -> Path:
@@ -58,7 +51,6 @@ def validation_plot(result: Validation, path: str | Path) -> Path:
     """
     path = Path(path)
     check_picture(path)
-
     save_picture(lambda: _draw(result), path)
     return path
 
@@ -72,8 +64,9 @@ def _draw(result: Validation) -> Figure:
     height = _TOP + _PANEL_HEIGHT + _BOTTOM
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
-    _write_line(figure, result.model_name, below=0.36, fontsize=14, color=INK, weight="bold")
-    _write_line(figure, "  ·  ".join(_facts(result)), below=0.65, fontsize=9, color=MUTED)
+    margins = _LEFT, _RIGHT
+    write_line(figure, result.model_name, margins, below=0.36, fontsize=14, color=INK, weight="bold")
+    write_line(figure, "  ·  ".join(_facts(result)), margins, below=0.65, fontsize=9, color=MUTED)
     for panel, kind in enumerate(result.kinds):
         left = _LEFT + panel * (slot + _GAP)
         axes = figure.add_axes((left / width, _BOTTOM / height, _PANEL_WIDTH / width, _PANEL_HEIGHT / height))
@@ -82,22 +75,12 @@ def _draw(result: Validation) -> Figure:
 
 
 def _facts(result: Validation) -> list[str]:
-    counts = [f"{len(result.places(kind))} {kind}" for kind in result.kinds]
+    counts = [f"{len(result.probe_indices(kind))} {kind}" for kind in result.kinds]
     return [
         f"{' + '.join(counts)} probes",
         f"contexts of {result.settings.length:,} tokens",
         f"heads {_WHERE[result.settings.where]}",
     ]
-
-
-def _write_line(figure: Figure, text: str, below: float, fontsize: float, **style: Any) -> None:
-    """Write a line `below` inches from the top, shrunk when it is wider than the figure."""
-    width, height = figure.get_size_inches()
-    line = figure.text(_LEFT / width, 1 - below / height, text, va="center", fontsize=fontsize, **style)
-    line.set_parse_math(False)
-    room = (width - _LEFT - _RIGHT) * figure.dpi
-    while (taken := line.get_window_extent().width) > room:  # small letters shrink unevenly
-        line.set_fontsize(line.get_fontsize() * room / taken)
 
 
 def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
@@ -126,7 +109,7 @@ def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
         )
         ends[family] = shares[-1]
     axes.set(xlim=(-0.15, len(counts) - 0.85), ylim=(0, 102))
-    for family, height in zip(ends, _spread(list(ends.values()), 8.5), strict=True):
+    for family, height in zip(ends, spread(list(ends.values()), 8.5, 0, 100), strict=True):
         axes.text(
             len(counts) - 0.78, height, _LABELS[family], color=_COLORS[family], size=8, weight="bold", va="center"
         )
@@ -148,22 +131,4 @@ def _label_axes(axes: Axes, counts: Sequence[int], top: int) -> None:
     axes.tick_params(labelsize=8, length=2, color=MUTED, labelcolor=INK)
     axes.set_xlabel("heads silenced", size=8.5, color=MUTED)
     axes.set_ylabel("probes answered right", size=8.5, color=MUTED)
-    axes.grid(axis="y", color="#e4e1e8", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(MUTED)
-
-
-def _spread(heights: Sequence[float], apart: float, highest: float = 100) -> list[float]:
-    """Heights of labels near to their own, in the same order, at least `apart`, and none above `highest`."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = list(heights)
-    for below, above in pairwise(order):
-        placed[above] = max(placed[above], placed[below] + apart)
-    limit = highest
-    for number in reversed(order):
-        placed[number] = min(placed[number], limit)
-        limit = placed[number] - apart
-    return placed
+    lighten_axes(axes)

@@ -10,10 +10,10 @@ from math import sqrt
 from typing import Any
 
 from headprof.errors import UsageError
+from headprof.models.prompt_encoder import EncodedContext, EncodedQuestion, PromptEncoder, Span
 from headprof.probes.haystack import Haystack
 from headprof.probes.layout import fit
 from headprof.probes.needles import KINDS, SPLITS, Family, Needle, Split, load_families
-from headprof.probes.prompt import EncodedContext, EncodedQuestion, PromptFrame, Span
 
 # Filler that must part two needles: about one sentence.
 _FILLER_TOKENS_PER_NEEDLE = 24
@@ -66,7 +66,7 @@ class ProbeSettings:
     """What to build: `probes` in all, in contexts whose `lengths` (tokens, question and answer included) take turns.
 
     Attributes:
-        needles_per_context: probes that share one prefill; none to choose it from the length.
+        needles_per_context: probes that share one prefill; `None` to choose it from the length.
         depths_per_filler: consecutive contexts that share one filler text, with their needles deeper and deeper in it,
             so that each begins like the one before; more than one only with one needle a context.
         split: the half of the slot lists to draw from: "profile" and "eval" share no value.
@@ -117,7 +117,7 @@ class ProbeBuilder:
     ) -> None:
         _check_settings(settings, max_positions)
         self.settings = settings
-        self._frame = PromptFrame(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, spans=True)
         if needles is not None:
             self._sources = _by_kind(needles, settings.kinds)
         else:
@@ -171,15 +171,15 @@ class ProbeBuilder:
         return contexts
 
     def _build(self, index: int, needles: list[Needle], depths: list[float], rng: random.Random) -> ProbeContext:
-        suffixes = [self._frame.encode_question(n.question, n.answer_prefix, n.answer) for n in needles]
+        suffixes = [self._encoder.encode_question(n.question, n.answer_prefix, n.answer) for n in needles]
         room = self._length(index) - max(len(suffix) for suffix in suffixes)
         if self.group_size > 1:
             rng = self._rng("filler", index // self.group_size)
         texts = [needle.text for needle in needles]
-        layout = fit(texts, depths, room, self._haystack.sentences(rng), self._frame)
+        layout = fit(texts, depths, room, self._haystack.sentences(rng), self._encoder)
         probes = tuple(
-            _make_probe(needle, suffix, *place, layout.encoded)
-            for needle, suffix, place in zip(needles, suffixes, layout.places, strict=True)
+            _make_probe(needle, suffix, depth, start, layout.encoded)
+            for needle, suffix, depth, start in zip(needles, suffixes, layout.depths, layout.starts, strict=True)
         )
         return ProbeContext(index, layout.encoded.ids, probes)
 
@@ -192,8 +192,8 @@ class ProbeBuilder:
 
     def _start(self, index: int) -> int:
         """Number of the first probe of context `index`."""
-        cycle, place = divmod(index, len(self._per_context))
-        return min(cycle * self._starts[-1] + self._starts[place], self.settings.probes)
+        cycle, within = divmod(index, len(self._per_context))
+        return min(cycle * self._starts[-1] + self._starts[within], self.settings.probes)
 
     def _draw_needles(self, index: int) -> tuple[list[Needle], random.Random]:
         """The needles of one context, in the order in which they will stand, and the generator for its filler.
@@ -222,8 +222,8 @@ class ProbeBuilder:
         kinds = list(self._sources)
         kind = kinds[number % len(kinds)]
         sources = self._sources[kind]
-        turn, place = divmod(number // len(kinds), len(sources))
-        return sources[self._rng(kind, turn).sample(range(len(sources)), len(sources))[place]], turn
+        turn, within = divmod(number // len(kinds), len(sources))
+        return sources[self._rng(kind, turn).sample(range(len(sources)), len(sources))[within]], turn
 
     def _depths(self, index: int, count: int) -> list[float]:
         """Depths in [0, 1], one from each of `count` equal strata; over the contexts each stratum is covered evenly.
@@ -234,13 +234,15 @@ class ProbeBuilder:
         step = group // len(self.settings.lengths) * _GOLDEN_RATIO
         strata = max(count, self.group_size)
         first = member if self.group_size > 1 else 0
-        places = range(first, first + count)
-        return [(place + (self._rng("depth", place).random() + step) % 1.0) / strata for place in places]
+        return [
+            (stratum + (self._rng("depth", stratum).random() + step) % 1.0) / strata
+            for stratum in range(first, first + count)
+        ]
 
     def _fitting(self, wanted: Sequence[int], choose: bool) -> list[int]:
         """How many needles each length's contexts hold: as many as are wanted, or, to `choose`, as fit.
 
-        What a needle takes is judged by the longest of a few samples of each family.
+        A needle is taken to be as long as the longest of a few samples of each family.
         """
         rng = self._rng("room")
         samples = [
@@ -250,9 +252,9 @@ class ProbeBuilder:
                 [source.sample(rng) for _ in range(_COST_SAMPLES)] if isinstance(source, Family) else [source]
             )
         ]
-        cost = max(self._frame.count([needle.text for needle in samples])) + _FILLER_TOKENS_PER_NEEDLE
-        suffix = max(len(self._frame.encode_question(n.question, n.answer_prefix, n.answer)) for n in samples)
-        overhead = len(self._frame.encode_context("").ids) + suffix
+        cost = max(self._encoder.count([needle.text for needle in samples])) + _FILLER_TOKENS_PER_NEEDLE
+        suffix = max(len(self._encoder.encode_question(n.question, n.answer_prefix, n.answer)) for n in samples)
+        overhead = len(self._encoder.encode_context("").ids) + suffix
         counts = []
         for length, count in zip(self.settings.lengths, wanted, strict=True):
             fitting = max(0, length - overhead) // cost

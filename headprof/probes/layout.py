@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 from headprof.errors import ProbeError
+from headprof.models.prompt_encoder import EncodedContext, PromptEncoder
 from headprof.probes.haystack import join_sentences
-from headprof.probes.prompt import EncodedContext, PromptFrame
 
 _COUNT_BLOCK = 64
 _MAX_FITTINGS = 6
@@ -18,13 +18,22 @@ _TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Layout:
-    """A finished context: its tokens, and `(depth, start character)` of each needle."""
+    """A finished context.
+
+    Attributes:
+        encoded: its tokens.
+        depths: share of the filler that stands before each needle, 0 to 1.
+        starts: character of the context's body at which each needle begins.
+    """
 
     encoded: EncodedContext
-    places: list[tuple[float, int]]
+    depths: list[float]
+    starts: list[int]
 
 
-def fit(texts: Sequence[str], depths: Sequence[float], room: int, filler: Iterator[str], frame: PromptFrame) -> Layout:
+def fit(
+    texts: Sequence[str], depths: Sequence[float], room: int, filler: Iterator[str], encoder: PromptEncoder
+) -> Layout:
     """Put needle `texts` at ascending `depths` in [0, 1] into a context of at most `room` tokens.
 
     The context is at most about 2 % shorter than `room`.
@@ -32,11 +41,11 @@ def fit(texts: Sequence[str], depths: Sequence[float], room: int, filler: Iterat
     Raises:
         ProbeError: the needles alone take more than `room` tokens.
     """
-    source = _CountedSentences(filler, frame)
-    filler_room = room - len(frame.encode_context("").ids) - sum(frame.count(list(texts)))
+    source = _CountedSentences(filler, encoder)
+    filler_room = room - len(encoder.encode_context("").ids) - sum(encoder.count(list(texts)))
     best: Layout | None = None
     for _ in range(_MAX_FITTINGS):
-        layout = _lay_out(texts, depths, source.fill(filler_room), frame)
+        layout = _lay_out(texts, depths, source.fill(filler_room), encoder)
         spare = room - len(layout.encoded.ids)
         if spare >= 0 and (best is None or len(layout.encoded.ids) > len(best.encoded.ids)):
             best = layout
@@ -55,9 +64,9 @@ def fit(texts: Sequence[str], depths: Sequence[float], room: int, filler: Iterat
 class _CountedSentences:
     """Filler sentences with their token counts, read once and kept."""
 
-    def __init__(self, sentences: Iterator[str], frame: PromptFrame) -> None:
+    def __init__(self, sentences: Iterator[str], encoder: PromptEncoder) -> None:
         self._sentences = sentences
-        self._frame = frame
+        self._encoder = encoder
         self._counted: list[tuple[str, int]] = []
 
     def fill(self, room: int) -> list[tuple[str, int]]:
@@ -71,18 +80,18 @@ class _CountedSentences:
     def _cut(self, sentence: str, room: int) -> list[tuple[str, int]]:
         words = sentence.split()
         pieces = [" ".join(words[:stop]).rstrip(",;:.") + "." for stop in range(len(words) - 1, 0, -1)]
-        counted = zip(pieces, self._frame.count(pieces), strict=True)
+        counted = zip(pieces, self._encoder.count(pieces), strict=True)
         return [piece for piece in counted if piece[1] <= room][:1]
 
     def _at(self, position: int) -> tuple[str, int]:
         if position == len(self._counted):
             block = list(islice(self._sentences, _COUNT_BLOCK))
-            self._counted += zip(block, self._frame.count(block), strict=True)
+            self._counted += zip(block, self._encoder.count(block), strict=True)
         return self._counted[position]
 
 
 def _lay_out(
-    texts: Sequence[str], depths: Sequence[float], filler: Sequence[tuple[str, int]], frame: PromptFrame
+    texts: Sequence[str], depths: Sequence[float], filler: Sequence[tuple[str, int]], encoder: PromptEncoder
 ) -> Layout:
     before = [0, *accumulate(count for _, count in filler)]
     boundaries = _boundaries(before, depths)
@@ -93,8 +102,8 @@ def _lay_out(
         sentences.insert(boundary + shift, text)
     body, starts = join_sentences(sentences)
     total = max(1, before[-1])
-    places = [(before[b] / total, starts[at]) for b, at in zip(boundaries, needle_at, strict=True)]
-    return Layout(frame.encode_context(body), places)
+    depths_reached = [before[boundary] / total for boundary in boundaries]
+    return Layout(encoder.encode_context(body), depths_reached, [starts[at] for at in needle_at])
 
 
 def _boundaries(before: Sequence[int], depths: Sequence[float]) -> list[int]:
@@ -104,12 +113,12 @@ def _boundaries(before: Sequence[int], depths: Sequence[float]) -> list[int]:
     """
     last = len(before) - 1
     chosen: list[int] = []
-    for place, depth in enumerate(depths):
+    for number, depth in enumerate(depths):
         target = depth * before[-1]
         nearest = bisect_left(before, target)
         if nearest > 0 and target - before[nearest - 1] < before[nearest] - target:
             nearest -= 1
         lowest = chosen[-1] + 1 if chosen else 0
-        highest = last - (len(depths) - 1 - place)
+        highest = last - (len(depths) - 1 - number)
         chosen.append(max(0, min(max(nearest, lowest), highest)))
     return chosen

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import HeadprofError, ProfileError
+from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import HeadProfile, score_command
 from headprof.utils.assets import asset_dir
 
@@ -18,6 +19,11 @@ def profile_filename(model_name: str) -> str:
     if name in ("", ".."):
         name = Path(model_name).resolve().name
     return f"{name.removesuffix('.gguf')}.safetensors"
+
+
+def default_output(name: str) -> Path:
+    """Where a model's profile goes when nothing is said: `./profiles/MODEL.safetensors`."""
+    return Path("profiles") / profile_filename(name)
 
 
 def user_profile_dir() -> Path:
@@ -50,13 +56,41 @@ def find_profile(model_name: str, explicit: Path | None = None) -> Path:
     raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(model_name)}`.")
 
 
+def load_profile(model_name: str, explicit: Path | None = None, shape: HeadShape | None = None) -> HeadProfile:
+    """The profile that `find_profile` finds.
+
+    Args:
+        model_name, explicit: as for `find_profile`.
+        shape: of the model; `None` to take the profile as it is, whatever model it is for.
+
+    Raises:
+        ProfileError: there is none, it is damaged, or it is for another model.
+    """
+    path = find_profile(model_name, explicit)
+    return HeadProfile.load(path, shape, model_name=None if shape is None else model_name)
+
+
+def locate_profile(name: str | None) -> Path:
+    """A profile's file, given as itself or by its model's name; `None` for the embedded model's.
+
+    Raises:
+        ProfileError: the model has none.
+    """
+    from headprof.models.loading import model_name
+
+    path = Path(name or "").expanduser()
+    if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf"):
+        return path
+    return find_profile(model_name(name))
+
+
 @dataclass(frozen=True)
 class FoundProfile:
     """A file in one of the folders that are searched for profiles.
 
     Attributes:
         path: the file.
-        profile: what it holds; None when it cannot be used.
+        profile: what it holds; `None` when it cannot be used.
         fault: why it cannot be used, as a sentence.
         shadowed_by: the file of the same name that `find_profile` finds before it.
     """

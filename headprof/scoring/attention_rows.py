@@ -65,7 +65,7 @@ def causal_visibility(query_positions: torch.Tensor, num_keys: int, sliding_wind
     """Which of `num_keys` keys each query sees under the causal mask (and a sliding window, itself included).
 
     Args:
-        query_positions: place of each query among the keys, `[N]`.
+        query_positions: position of each query among the keys, `[N]`.
         num_keys: `T`.
         sliding_window: number of last keys a query sees; `None` for all.
 

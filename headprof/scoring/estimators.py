@@ -19,7 +19,7 @@ def retrieval_score(
 
     Args:
         rows: attention, float `[H, N, T]`.
-        in_span: `S`, the answer's place in the needle, bool `[T]`.
+        in_span: `S`, the answer's positions in the needle, bool `[T]`.
         token_ids: `x`, the tokens that the rows can see, `[T]`.
         answer_ids: `y`, the answer's tokens, `[N]`.
 
@@ -46,5 +46,5 @@ def reasoning_score(rows: torch.Tensor, in_span: torch.Tensor) -> torch.Tensor:
         float32 `[H]`, between 0 and `N / |S|`.
     """
     span_size = int(in_span.sum())
-    weights, places = rows.topk(span_size, dim=-1)
-    return (weights * in_span[places]).float().sum(dim=(-1, -2)) / span_size
+    weights, positions = rows.topk(span_size, dim=-1)
+    return (weights * in_span[positions]).float().sum(dim=(-1, -2)) / span_size

@@ -1,10 +1,12 @@
-"""Results of a scoring run, probe by probe, kept on disk: an interrupted run goes on, and a longer one adds to them."""
+"""The file of a scoring run's results, probe by probe: an interrupted run goes on, and a longer one adds to them."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable
+import json
+import os
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,55 +15,64 @@ from safetensors.torch import save
 from headprof.errors import UsageError
 from headprof.scoring.prober import ProbeResult
 from headprof.utils.files import atomic_write
+from headprof.utils.resuming import Earlier, Words
+
+SAVE_EVERY = float(os.environ.get("HEADPROF_SAVE_EVERY", "10"))
+"""Seconds between two writes of the results."""
+
+Results = dict[int, list[ProbeResult]]
+"""Of each context, by its number, the results of its probes."""
 
 
-class RunResults:
-    """Results by context number, in memory, and in a file when asked.
+class ProbesFile:
+    """A safetensors file of all results: scores `[n, L, H]`, and of each probe its context, kind, family and answer.
 
-    Attributes:
-        path: the file; none to keep none.
-        key: everything that a probe's result depends on, except which probe it is.
-        contents: results of each context.
+    A `ResultsFile`, written anew every `SAVE_EVERY` seconds.
     """
 
-    def __init__(self, path: Path | None, key: str):
+    words = Words("results", "of", "probes", "file")
+
+    def __init__(self, path: Path):
         self.path = path
-        self.key = key
-        self.contents: dict[int, list[ProbeResult]] = {}
+        self._key: dict[str, Any] = {}
+        self._results: Results = {}
+        self._saved_at = time.monotonic()
 
-    def load(self) -> None:
-        """Take in what the file holds, if there is one.
-
-        Raises:
-            UsageError: the file is of a run with another model or other settings, or cannot be read.
-        """
-        if self.path is None or not self.path.exists():
-            return
-        key, found = _read(self.path)
-        if key != self.key:
-            raise UsageError(
-                f"The results in {self.path} are of another model or other settings: give the same options again, or "
-                "run without --resume to start anew."
-            )
-        self.contents |= found
-
-    def count(self, context: int) -> int:
-        """Number of probes of this context that have results."""
-        return len(self.contents.get(context, ()))
-
-    def of(self, contexts: Iterable[int]) -> list[ProbeResult]:
-        """Results of these contexts, in order."""
-        return [result for context in contexts for result in self.contents[context]]
-
-    def __len__(self) -> int:
+    def count(self, results: Results) -> int:
         """Number of probes."""
-        return sum(map(len, self.contents.values()))
+        return sum(map(len, results.values()))
+
+    def read(self) -> Earlier[int, list[ProbeResult]]:
+        """What the file holds; raises `UsageError` when it cannot be read."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Earlier(_key_of(metadata), _results_of(tensors, metadata["names"].split("\n")))
+        except (SafetensorError, OSError, KeyError) as error:
+            raise UsageError(
+                f"The results in {self.path} cannot be read: delete that file, or run without --resume."
+            ) from error
+
+    def accept(self, earlier: Earlier[int, list[ProbeResult]]) -> None:
+        """Nothing to check: probes follow from the run's key."""
+
+    def begin(self, key: dict[str, Any], results: Results) -> None:
+        """Note what there is; a file from before stays until there is something to write."""
+        self._key, self._results = key, dict(results)
+        self._saved_at = time.monotonic()
+
+    def add(self, results: Results) -> None:
+        """Note these too, and write all of them now and then."""
+        self._results |= results
+        if time.monotonic() - self._saved_at > SAVE_EVERY:
+            self.save()
 
     def save(self) -> None:
-        """Write what there is, atomically; nothing when there is nothing, or no file to keep."""
-        if self.path is None or not self.contents:
+        """Write what there is, atomically; nothing when there is nothing."""
+        if not self._results:
             return
-        flat = [(context, result) for context in sorted(self.contents) for result in self.contents[context]]
+        flat = [(context, result) for context in sorted(self._results) for result in self._results[context]]
         names = sorted({name for _, result in flat for name in (result.kind, result.family)})
         tensors = {
             "scores": torch.stack([result.scores for _, result in flat]),
@@ -70,42 +81,36 @@ class RunResults:
             "kind": torch.tensor([names.index(result.kind) for _, result in flat]),
             "family": torch.tensor([names.index(result.family) for _, result in flat]),
         }
-        content = save(tensors, metadata={"key": self.key, "names": "\n".join(names)})
+        metadata = {"key": json.dumps(self._key, sort_keys=True), "names": "\n".join(names)}
+        content = save(tensors, metadata=metadata)
         with atomic_write(self.path) as temporary:
             temporary.write_bytes(content)
+        self._saved_at = time.monotonic()
 
 
-def results_file(profile: Path) -> Path:
+def results_path(profile: Path) -> Path:
     """Where the results behind a profile are kept: `NAME.probes.safetensors` beside `NAME.safetensors`."""
     return profile.with_name(f"{profile.name.removesuffix('.safetensors')}.probes.safetensors")
 
 
-def probes_kept(path: Path, key: str) -> int:
-    """How many probes of the run `key` a file holds; 0 when it is of another run, damaged or not there."""
-    if not path.exists():
-        return 0
-    with contextlib.suppress(UsageError):
-        found_key, found = _read(path)
-        return sum(map(len, found.values())) if found_key == key else 0
-    return 0
-
-
-def _read(path: Path) -> tuple[str, dict[int, list[ProbeResult]]]:
+def _key_of(metadata: dict[str, str]) -> dict[str, Any]:
+    """What the run was; empty where that is unreadable."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        names = metadata["names"].split("\n")
-        by_context: dict[int, list[ProbeResult]] = {}
-        for row, context in enumerate(tensors["context"].tolist()):
-            by_context.setdefault(context, []).append(
-                ProbeResult(
-                    kind=names[tensors["kind"][row]],
-                    family=names[tensors["family"][row]],
-                    answered=bool(tensors["answered"][row]),
-                    scores=tensors["scores"][row],
-                )
+        key = json.loads(metadata.get("key", ""))
+    except ValueError:
+        return {}
+    return key if isinstance(key, dict) else {}
+
+
+def _results_of(tensors: dict[str, torch.Tensor], names: list[str]) -> Results:
+    by_context: Results = {}
+    for row, context in enumerate(tensors["context"].tolist()):
+        by_context.setdefault(context, []).append(
+            ProbeResult(
+                kind=names[tensors["kind"][row]],
+                family=names[tensors["family"][row]],
+                answered=bool(tensors["answered"][row]),
+                scores=tensors["scores"][row],
             )
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UsageError(f"The results in {path} cannot be read: delete that file, or run without --resume.") from error
-    return metadata.get("key", ""), by_context
+        )
+    return by_context

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
 
+from headprof.models.decoder import end_tokens
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.utils.word_overlap import token_f1
 
 
@@ -83,9 +84,7 @@ class Prober:
         self, context_ids: Sequence[int], probes: Sequence[Probe], said: Sequence[Sequence[int]]
     ) -> list[ProbeResult]:
         """Score probes in one forward pass over the context's cache."""
-        suffixes = [(*probe.question_ids, *answer[:-1]) for probe, answer in zip(probes, said, strict=True)]
-        stops = list(accumulate(len(suffix) for suffix in suffixes))
-        rows = [torch.arange(stop - len(answer), stop) for stop, answer in zip(stops, said, strict=True)]
+        suffixes, rows = teacher_forced([probe.question_ids for probe in probes], said)
         token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)), device=self.model.device)
         scores = torch.zeros(len(probes), self.shape.num_layers, self.shape.num_heads)
 
@@ -107,8 +106,7 @@ class Prober:
 
     def _greedy_answer(self, probe: Probe) -> tuple[int, ...]:
         """The model's own answer, at least one token, without its end-of-sequence token."""
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
+        ends = end_tokens(self.model)
         answer: list[int] = []
         pending = list(probe.question_ids)
         while len(answer) < len(probe.answer_ids) + self.max_extra_tokens:

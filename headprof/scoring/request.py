@@ -11,11 +11,11 @@ from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
-from headprof.profile.finding import profile_filename
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.probe_results import probes_kept, results_file
+from headprof.scoring.probe_results import ProbesFile, results_path
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
 from headprof.utils.files import check_writable, remove_leftovers
+from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
 
 _DEPTHS_PER_FILLER = 8
@@ -81,14 +81,10 @@ def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
     )
 
 
-def default_output(name: str) -> Path:
-    """Where a model's profile goes when nothing is said: `./profiles/MODEL.safetensors`."""
-    return Path("profiles") / profile_filename(name)
-
-
-def resumable(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> int:
-    """How many probes of this very run have results from before, which `resume` would begin with."""
-    return probes_kept(results_file(target), run_key(loaded, builder.settings, decode))
+def starting_anew(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> str:
+    """A remark on what `resume` would take from this very run of before; empty if there is nothing."""
+    file = ProbesFile(results_path(target))
+    return KeptResults(run_key(loaded, builder.settings, decode), file).starting_anew()
 
 
 def score_to_file(
@@ -105,7 +101,7 @@ def score_to_file(
     """Score, and write the profile; the results of each probe are kept beside it, in `NAME.probes.safetensors`."""
     team = team or Team()
     if team.rank == 0:
-        for file in (target, results_file(target)):
+        for file in (target, results_path(target)):
             check_writable(file)
             remove_leftovers(file)
     profile = score_heads(
@@ -113,7 +109,7 @@ def score_to_file(
         builder,
         decode=request.decode,
         include_failed=request.include_failed,
-        results_path=results_file(target),
+        results_path=results_path(target),
         resume=resume,
         stop=request.stop,
         team=team,

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 
 from headprof._version import __version__
-from headprof.errors import InterruptedRun, ProbeError, UsageError
+from headprof.errors import ProbeError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.probe_results import RunResults
+from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error
+from headprof.utils.resuming import KeptResults
+from headprof.utils.run_record import library_versions, today
 from headprof.utils.team import Team
 
 MIN_COUNTED = 8
 """Fewest answered probes of a kind from which a profile is made."""
-
-SAVE_EVERY = float(os.environ.get("HEADPROF_SAVE_EVERY", "10"))
-"""Seconds between two writes of the results."""
 
 ROUND = 4
 """Groups of contexts between two looks at the ranking, and between two meetings of a team."""
@@ -138,22 +133,14 @@ def score_heads(
         raise UsageError(f"There is no way to decode called {decode!r}: choose teacher or greedy.")
     if stop is not None:
         stop.check()
-    run = _Run(loaded, builder, decode, include_failed, stop, team or Team(), on_progress)
-    run.results.path = results_path if run.team.rank == 0 else None
-    run.start(resume)
-    try:
+    run = _Run(loaded, builder, decode, include_failed, stop, team or Team(), on_progress, results_path)
+    run.kept.start(resume, run.team)
+    with run.kept.keeping():  # saved before there is a profile: --resume --include-failed need not run the model again
         contexts = run.work()
-    except KeyboardInterrupt:
-        run.results.save()
-        raise InterruptedRun(_interrupted(run.results)) from None
-    except BaseException:
-        run.results.save()
-        raise
-    run.results.save()  # before the profile: --resume --include-failed need not run the model again
     return make_profile(
         loaded,
         builder.settings,
-        run.results.of(contexts),
+        run.results_of(contexts),
         include_failed,
         clusters=clusters_of(builder, contexts),
         decode=decode,
@@ -174,29 +161,17 @@ class _Run:
         stop: StopRule | None,
         team: Team,
         on_progress: Callable[[Progress], None],
+        results_path: Path | None,
     ):
         self.loaded, self.builder, self.decode, self.team = loaded, builder, decode, team
         self.include_failed, self.stop, self.on_progress = include_failed, stop, on_progress
-        self.results = RunResults(None, run_key(loaded, builder.settings, decode))
+        file = ProbesFile(results_path) if results_path is not None and team.rank == 0 else None
+        self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder.settings, decode), file)
         self.change: dict[str, float] = {}
-        self._saved_at = time.monotonic()
 
     @property
     def is_stable(self) -> bool:
         return self.stop is not None and bool(self.change) and max(self.change.values()) <= self.stop.tolerance
-
-    def start(self, resume: bool) -> None:
-        """Take in earlier results; process 0 reads them for all."""
-        error = None
-        if resume and self.team.rank == 0:
-            try:
-                self.results.load()
-            except UsageError as found:  # which the others must hear of too, or they would wait
-                error = found
-        error, earlier = self.team.share((error, self.results.contents))
-        if error is not None:
-            raise error
-        self.results.contents = earlier
 
     def work(self) -> list[int]:
         """Ask all probes, or as many as it takes; the contexts whose results count, in order."""
@@ -210,30 +185,28 @@ class _Run:
                 self._report(groups[:done])
         return list(chain.from_iterable(groups[:done]))
 
+    def results_of(self, contexts: Iterable[int]) -> list[ProbeResult]:
+        """Results of these contexts, in order."""
+        return [result for context in contexts for result in self.kept.results[context]]
+
     def _round(self, prober: Prober, before: Sequence[range], groups: Sequence[range]) -> None:
         """Ask the probes of `groups`, those that have no results yet, and tell all processes of the outcome."""
         missing = [group for group in groups if not self._has(group)]
         mine: dict[int, list[ProbeResult]] = {}
         for group in self.team.claim(missing):
-            for context in group:
-                mine[context] = prober.run(self.builder.context(context), anew=context == group.start)
-            self.results.contents |= mine
-            self._save_now_and_then()
+            new = {context: prober.run(self.builder.context(context), anew=context == group.start) for context in group}
+            self.kept.add(new)
+            mine |= new
             self._report([*before, *filter(self._has, groups)])
         for theirs in self.team.gather(mine):
-            self.results.contents |= theirs
+            self.kept.add(theirs)
 
     def _has(self, group: range) -> bool:
-        return all(self.results.count(context) == self.builder.count(context) for context in group)
-
-    def _save_now_and_then(self) -> None:
-        if time.monotonic() - self._saved_at > SAVE_EVERY:
-            self.results.save()
-            self._saved_at = time.monotonic()
+        return all(len(self.kept.results.get(context, ())) == self.builder.count(context) for context in group)
 
     def _report(self, groups: Sequence[range]) -> None:
         if self.team.rank == 0:
-            results = self.results.of(chain.from_iterable(groups))
+            results = self.results_of(chain.from_iterable(groups))
             answered = sum(result.answered for result in results)
             self.on_progress(Progress(len(results), self.builder.settings.probes, answered, self.change))
 
@@ -242,7 +215,7 @@ class _Run:
         assert self.stop is not None
         changes = {}
         contexts = list(chain.from_iterable(groups))
-        values = counted_values(self.results.of(contexts), clusters_of(self.builder, contexts), self.include_failed)
+        values = counted_values(self.results_of(contexts), clusters_of(self.builder, contexts), self.include_failed)
         for kind, (scores, clusters) in values.items():
             if len(scores) < MIN_COUNTED or len(set(clusters)) < MIN_COUNTED:
                 return {}
@@ -255,29 +228,17 @@ def clusters_of(builder: ProbeBuilder, contexts: Sequence[int]) -> list[int]:
     return [context // builder.group_size for context in contexts for _ in range(builder.count(context))]
 
 
-def _interrupted(results: RunResults) -> str:
-    if results.path is None or not len(results):
-        return "Interrupted before anything was scored."
-    return (
-        f"Interrupted: the results of {len(results)} probes are kept in {results.path}; give the same command "
-        "with --resume to go on."
-    )
-
-
-def run_key(loaded: LoadedModel, settings: ProbeSettings, decode: str) -> str:
-    """Everything that a probe's result depends on; how many are asked is left out."""
+def run_key(loaded: LoadedModel, settings: ProbeSettings, decode: str) -> dict[str, Any]:
+    """Everything that a probe's result depends on, as JSON has it; how many are asked is left out."""
     depends = {name: value for name, value in asdict(settings).items() if name != "probes"}
-    return json.dumps(
-        {
-            "version": __version__,
-            "model": loaded.name,
-            "fingerprint": loaded.shape.to_dict(),
-            "dtype": str(loaded.model.dtype),
-            "settings": depends,
-            "decode": decode,
-        },
-        sort_keys=True,
-    )
+    return {
+        "version": __version__,
+        "model": loaded.name,
+        "fingerprint": loaded.shape.to_dict(),
+        "dtype": str(loaded.model.dtype),
+        "settings": json.loads(json.dumps(depends)),  # without tuples
+        "decode": decode,
+    }
 
 
 def counted_values(
@@ -313,7 +274,7 @@ def make_profile(
         loaded, settings, decode, stop, command: noted in the profile.
         results: of all probes.
         include_failed: let probes count that were answered wrongly.
-        clusters: which context each probe belongs to; none if each has its own.
+        clusters: which context each probe belongs to; `None` if each has its own.
 
     Raises:
         ProbeError: fewer than `MIN_COUNTED` probes of a kind count.
@@ -337,7 +298,7 @@ def make_profile(
         low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
         intervals[kind] = (low.view(grid), high.view(grid))
         counted_probes[kind] = len(values)
-    noted = asdict(settings) | {"decode": decode, "include_failed": include_failed, "asked": len(results)}
+    noted = {"decode": decode, "include_failed": include_failed, "asked": len(results)}
     return HeadProfile(
         model_name=loaded.name,
         shape=loaded.shape,
@@ -346,19 +307,12 @@ def make_profile(
         intervals=intervals,
         probes_used=counted_probes,
         metadata={
-            "settings": json.dumps(noted | ({} if stop is None else {"until_stable": stop})),
+            "settings": json.dumps(asdict(settings) | noted | ({} if stop is None else {"until_stable": stop})),
             "seed": str(settings.seed),
             "accuracy": json.dumps(family_accuracy(results)),
-            "versions": json.dumps(
-                {
-                    "headprof": __version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                }
-            ),
+            "versions": json.dumps(library_versions()),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "date": today(),
             "command": command,
         },
     )

@@ -113,8 +113,8 @@ class SharedContext:
         stops = list(accumulate(map(len, suffixes)))
         for stop, suffix in zip(stops, suffixes, strict=True):
             own = slice(stop - len(suffix), stop)
-            for row, place in zip(range(own.start, own.stop), range(len(suffix)), strict=True):
-                first = 0 if window is None else max(0, seen + place - window + 1)
+            for row, position in zip(range(own.start, own.stop), range(seen, seen + len(suffix)), strict=True):
+                first = 0 if window is None else max(0, position - window + 1)
                 mask[row, first:seen] = 0
                 mask[row, seen + own.start + max(0, first - seen) : seen + row + 1] = 0
         return mask[None, None].to(self.model.device)
@@ -122,6 +122,24 @@ class SharedContext:
     def _drop(self, count: int) -> None:
         if count:
             self.cache.crop(-count)
+
+
+def teacher_forced(
+    questions: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> tuple[list[tuple[int, ...]], list[torch.Tensor]]:
+    """What to feed after a context, and where the answers are predicted.
+
+    Args:
+        questions: token ids of each, at least one.
+        answers: token ids of each, at least one.
+
+    Returns:
+        Suffixes: each question with its answer but for the last token, after which nothing is asked.
+        Rows: for each answer the `N` tokens that predict it, counted over all suffixes, int64 `[N]`.
+    """
+    suffixes = [(*question, *answer[:-1]) for question, answer in zip(questions, answers, strict=True)]
+    stops = accumulate(map(len, suffixes))
+    return suffixes, [torch.arange(stop - len(answer), stop) for stop, answer in zip(stops, answers, strict=True)]
 
 
 def _common_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -93,6 +93,19 @@ class Team:
         return box[0]
 
 
+def join_with_gpus() -> Team:
+    """The processes that `torchrun` or `accelerate launch` started, each of which sees only its own GPUs from now on.
+
+    Call it before CUDA is used.
+    """
+    import torch
+
+    gpus = claim_gpus(os.environ, torch.cuda.device_count())
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    return Team.join()
+
+
 def claim_gpus(environment: Mapping[str, str], num_gpus: int) -> str | None:
     """Which GPUs this process should see when several on one machine share them: a value of `CUDA_VISIBLE_DEVICES`.
 

@@ -24,6 +24,14 @@ def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:
     return tuple(lengths)
 
 
+def parse_length(text: str) -> int:
+    """A single token count; raises `UsageError` where there are several, or none that can be read."""
+    length, *more = parse_lengths(text)
+    if more:
+        raise UsageError(f"{text!r} are several lengths where one is wanted: give a single one, such as {length}.")
+    return length
+
+
 def format_length(tokens: int) -> str:
     """A token count as it is written on the command line: `"4k"` for 4096, `"1000"` for 1000."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

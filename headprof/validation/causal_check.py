@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -22,13 +21,13 @@ from headprof.models.loading import LoadedModel
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.scoring.attention_rows import RowReader
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.validation.silence import Head, silenced
 
 FAMILIES = ("top", "random", "bottom")
-PLACES = ("prompt", "question")
+SILENT_IN = ("prompt", "question")
 MIN_RIGHT = 8
-"""Fewest probes of a kind that the model must answer for its heads to be judged."""
+"""Fewest probes of a kind that the model must answer for its heads to be checked."""
 MIN_CONTEXTS = 4
 """Fewest contexts from which an interval is made."""
 
@@ -44,7 +43,7 @@ class ValidationSettings:
         counts: other numbers of heads for the curve; those above half of the model's heads are left out.
         probes: number of probes, retrieval and reasoning together.
         length: tokens of a prompt.
-        pack: probes that share a context; none to choose it from the length.
+        pack: probes that share a context; `None` to choose it from the length.
         draws: how often heads are picked at random.
         seed: of the probes, the picks and the intervals.
         where: `"prompt"`: heads are silent in the whole forward pass; `"question"`: from the end of the context on.
@@ -65,8 +64,8 @@ class ValidationSettings:
         Raises:
             UsageError: with the mend.
         """
-        if self.where not in PLACES:
-            raise UsageError(f"Heads cannot be silent in the {self.where!r}: choose {' or '.join(PLACES)}.")
+        if self.where not in SILENT_IN:
+            raise UsageError(f"Heads cannot be silent in the {self.where!r}: choose {' or '.join(SILENT_IN)}.")
         for name, value in (("top heads", self.top), ("draws", self.draws), *(("heads", k) for k in self.counts)):
             if value < 1:
                 raise UsageError(f"A profile cannot be checked with {value} {name}: give at least 1.")
@@ -146,7 +145,7 @@ class Validation:
     @property
     def probe_kinds(self) -> list[str]:
         """The kinds of the probes, retrieval first."""
-        return [kind for kind in KINDS if self.places(kind)]
+        return [kind for kind in KINDS if self.probe_indices(kind)]
 
     @property
     def counts(self) -> list[int]:
@@ -160,9 +159,9 @@ class Validation:
         wanted = (chosen_by, family, count)
         return [row for row, each in enumerate(self.sets) if (each.chosen_by, each.family, each.count) == wanted]
 
-    def places(self, kind: str) -> list[int]:
+    def probe_indices(self, kind: str) -> list[int]:
         """Where in `probes` those of a kind are."""
-        return [place for place, probe in enumerate(self.probes) if probe.kind == kind]
+        return [index for index, probe in enumerate(self.probes) if probe.kind == kind]
 
 
 def choose_sets(profile: HeadProfile, settings: ValidationSettings) -> list[HeadSet]:
@@ -293,7 +292,7 @@ def _silent_answers(
         with silenced(shared.model, heads):
             if where == "prompt":
                 shared.read(context.context_ids)
-            yield torch.cat([judge(shared.ask(*asked), said) for asked, said in passes(shared, context.probes)], 1)
+            yield torch.cat([grade(shared.ask(*asked), said) for asked, said in passes(shared, context.probes)], 1)
 
 
 _Pass = tuple[list[tuple[int, ...]], torch.Tensor]
@@ -303,22 +302,20 @@ def passes(shared: SharedContext, probes: Sequence[Probe]) -> Iterator[tuple[_Pa
     """What to ask, in as few passes as the model allows: arguments of `SharedContext.ask`, and the right answers."""
     for part in shared.together([probe.answer_ids for probe in probes]):
         said = [probe.answer_ids for probe in probes[part]]
-        suffixes = [(*probe.question_ids, *probe.answer_ids[:-1]) for probe in probes[part]]
-        stops = accumulate(map(len, suffixes))
-        rows = [torch.arange(stop - len(answer), stop) for stop, answer in zip(stops, said, strict=True)]
+        suffixes, rows = teacher_forced([probe.question_ids for probe in probes[part]], said)
         yield (suffixes, torch.cat(rows)), said
 
 
-def judge(logits: torch.Tensor, said: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def grade(logits: torch.Tensor, said: Sequence[tuple[int, ...]]) -> torch.Tensor:
     """From logits `[N, vocabulary]` of answers with `N` tokens in all, float32 `[2, n]`: right, log-probability."""
     tokens = torch.tensor([token for answer in said for token in answer], device=logits.device)
     sizes = [len(answer) for answer in said]
     chosen = (logits.argmax(dim=-1) == tokens).split(sizes)
     log_probs = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0].split(sizes)
-    judged = [
+    grades = [
         torch.stack([all_chosen.all().float(), each.sum()]) for all_chosen, each in zip(chosen, log_probs, strict=True)
     ]
-    return torch.stack(judged, dim=1).cpu()
+    return torch.stack(grades, dim=1).cpu()
 
 
 def _check_answered(probes: Sequence[AskedProbe], right: torch.Tensor, kinds: Sequence[str]) -> None:

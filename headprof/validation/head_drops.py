@@ -12,14 +12,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from headprof.models.decoder import decoder_layers
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
+from headprof.utils.memory import free_bytes
 from headprof.utils.ranks import spearman, top_overlap
-from headprof.validation.causal_check import ValidationSettings, asking, build_probes, judge, passes
+from headprof.validation.causal_check import ValidationSettings, asking, build_probes, grade, passes
 from headprof.validation.silence import silenced_each
 
 _MEMORY_SHARE = 0.25
@@ -57,7 +59,7 @@ def per_head_drops(
     Args:
         loaded: the model.
         settings: which probes to ask; how many heads are silent, and where, does not matter.
-        batch_heads: copies that run at once; none to choose by the free memory.
+        batch_heads: copies that run at once; `None` to choose by the free memory.
         on_progress: called after each layer of each context, with the number done and the number of all.
 
     Raises:
@@ -71,7 +73,7 @@ def per_head_drops(
         for number, context in enumerate(contexts):
             shared.read(context.context_ids)
             shared.freeze()
-            whole = torch.cat([judge(shared.ask(*asked), said)[1] for asked, said in passes(shared, context.probes)])
+            whole = torch.cat([grade(shared.ask(*asked), said)[1] for asked, said in passes(shared, context.probes)])
             batch = batch_heads or _fitting_batch(loaded, context)
             silent_log_probs = torch.empty(len(context.probes), shape.num_layers, shape.num_heads)
             for layer in range(shape.num_layers):
@@ -88,9 +90,9 @@ def _log_probs_without(
     """Log-probability of each answer with each of a layer's `heads` silent alone, `[n, heads]`."""
     silent = torch.zeros(len(heads), shape.num_layers, shape.num_heads, dtype=torch.bool)
     silent[torch.arange(len(heads)), layer, heads] = True
-    with silenced_each(shared.model, silent), _copied_from(shared.model, layer, len(heads), shape.num_layers):
+    with silenced_each(shared.model, silent), _copied_from(shared.model, layer, len(heads)):
         parts = [
-            torch.stack([judge(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
+            torch.stack([grade(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
             for asked, said in passes(shared, context.probes)
         ]
     return torch.cat(parts)
@@ -101,11 +103,11 @@ def _mean_drops(contexts: Sequence[ProbeContext], drops: torch.Tensor) -> HeadDr
     probes = [(probe.kind, context.index) for context in contexts for probe in context.probes]
     means, errors, asked = {}, {}, {}
     for kind in dict.fromkeys(kind for kind, _ in probes):
-        places = [place for place, (each, _) in enumerate(probes) if each == kind]
-        clusters = [probes[place][1] for place in places]
-        means[kind] = drops[places].mean(dim=0)
-        errors[kind] = standard_error(drops[places].flatten(1), clusters).view_as(means[kind])
-        asked[kind] = len(places)
+        indices = [index for index, (each, _) in enumerate(probes) if each == kind]
+        clusters = [probes[index][1] for index in indices]
+        means[kind] = drops[indices].mean(dim=0)
+        errors[kind] = standard_error(drops[indices].flatten(1), clusters).view_as(means[kind])
+        asked[kind] = len(indices)
     return HeadDrops(means, errors, asked)
 
 
@@ -162,11 +164,9 @@ def figures(profile: HeadProfile, drops: HeadDrops) -> dict[str, Any]:
 
 
 @contextmanager
-def _copied_from(model: PreTrainedModel, layer: int, copies: int, num_layers: int) -> Iterator[None]:
+def _copied_from(model: PreTrainedModel, layer: int, copies: int) -> Iterator[None]:
     """Run one sequence up to a decoder layer, and copies of it from there on."""
-    decoder = model.get_decoder() or model
-    layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers)
-    hook = layers[layer].register_forward_pre_hook(
+    hook = decoder_layers(model)[layer].register_forward_pre_hook(
         lambda module, arguments: (arguments[0].expand(copies, -1, -1), *arguments[1:])
     )
     try:
@@ -210,13 +210,5 @@ def _fitting_batch(loaded: LoadedModel, context: ProbeContext) -> int:
     attention = 2 * asked * total * shape.num_heads * size  # where the implementation holds all of it
     states = asked * 16 * config.hidden_size * size
     logits = rows * shape.vocab_size * (size + 8)
-    fitting = _MEMORY_SHARE * _free_memory(loaded.device) / (heads + attention + states + logits)
+    fitting = _MEMORY_SHARE * free_bytes(loaded.device) / (heads + attention + states + logits)
     return max(1, min(int(fitting), shape.num_heads))
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available

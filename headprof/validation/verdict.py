@@ -96,14 +96,14 @@ def curve(result: Validation, probes: str, chosen_by: str, family: str) -> list[
         chosen_by: kind of score that chose the heads.
         family: one of `FAMILIES`.
     """
-    places = result.places(probes)
-    clusters = [result.probes[place].context for place in places]
+    indices = result.probe_indices(probes)
+    clusters = [result.probes[index].context for index in indices]
     points = []
     for count in (0, *result.counts):
         rows = result.rows(chosen_by, family, count)
-        right = result.right[rows][:, places].float()  # [draws, n]
+        right = result.right[rows][:, indices].float()  # [draws, n]
         low, high = bootstrap_interval(right.mean(dim=0)[:, None], clusters, result.settings.seed)
-        log_prob = float(result.log_probs[rows][:, places].mean())
+        log_prob = float(result.log_probs[rows][:, indices].mean())
         points.append(
             CurvePoint(
                 probes, chosen_by, family, count, int(right.sum()), right.numel(), float(low), float(high), log_prob
@@ -113,14 +113,14 @@ def curve(result: Validation, probes: str, chosen_by: str, family: str) -> list[
 
 
 def verdict(result: Validation, kind: str) -> Verdict:
-    """Judge the top heads of a kind by the probes of that kind."""
-    places = result.places(kind)
-    clusters = [result.probes[place].context for place in places]
+    """Whether the top heads of a kind cause the answers to the probes of that kind."""
+    indices = result.probe_indices(kind)
+    clusters = [result.probes[index].context for index in indices]
     top = result.settings.top
     right = {
-        family: result.right[result.rows(kind, family, top)][:, places].double().mean(dim=0) for family in FAMILIES
+        family: result.right[result.rows(kind, family, top)][:, indices].double().mean(dim=0) for family in FAMILIES
     }  # [n] each
-    baseline = float(result.right[0, places].double().mean())
+    baseline = float(result.right[0, indices].double().mean())
     low, high = bootstrap_interval((right["random"] - right["top"])[:, None], clusters, result.settings.seed)
     lost = {family: baseline - float(each.mean()) for family, each in right.items()}
     return Verdict(kind, top, baseline, lost, float(low), float(high))

@@ -9,13 +9,14 @@ from statistics import median
 
 import torch
 
-from headprof.bench.measure import NO_MEMORY, PeakMemory, attempt, free_bytes, now
+from headprof.bench.measure import NO_MEMORY, PeakMemory, attempt, now
 from headprof.bench.score.request import PACKED, PREFILLS, UNPACKED, ScoreBenchRequest
 from headprof.bench.score.stepwise import StepwiseProber
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeContext
 from headprof.scoring.prober import Prober, ProbeResult
+from headprof.utils.memory import free_bytes
 from headprof.utils.units import human_bytes
 
 _FREE_SHARE = 0.8

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from headprof.models.decoder import decoder_of, end_tokens
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.prober import ProbeResult
@@ -61,9 +62,7 @@ class StepwiseProber:
         self.prefill = prefill
         self.max_new_tokens = max_new_tokens
         self.stop_after_answer = stop_after_answer
-        assert model.generation_config is not None
-        ends = model.generation_config.eos_token_id
-        self._ends = set(ends) if isinstance(ends, list) else {ends}
+        self._ends = end_tokens(model)
 
     def run(self, context: ProbeContext) -> list[ProbeResult]:
         """Read the context and answer anew for each of its probes."""
@@ -152,7 +151,7 @@ def add_attended(
 @contextmanager
 def _attending_eagerly(model: PreTrainedModel) -> Iterator[None]:
     """Use the one attention that returns its weights while the context lasts."""
-    decoder = model.get_decoder() or model
+    decoder = decoder_of(model)
     previous = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
-from headprof.models.chat import ChatFormat
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.haystack import Haystack, join_sentences
 from headprof.probes.needles import SPLITS, load_families
 from headprof.utils.units import format_length
@@ -261,7 +261,9 @@ TASKS = tuple(
 
 def prompt_tokens(before: str, document: str, after: str, reply: str, tokenizer: Any) -> int:
     """Tokens of a prompt with the chat template around it, if there is one, and the beginning of the reply."""
-    prompt = ChatFormat(tokenizer).prompt_ids(f"{before}{document}{after}")
+    encoder = PromptEncoder(tokenizer)
+    after, reply = encoder.cued(after, reply)
+    prompt = encoder.prompt_ids(f"{before}{document}{after}")
     return len(prompt) + len(tokenizer(reply, add_special_tokens=False, verbose=False).input_ids)
 
 

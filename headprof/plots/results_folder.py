@@ -1,4 +1,4 @@
-"""All files that an evaluation ends with."""
+"""The folder that an evaluation ends with: tables, pictures and the report."""
 
 from __future__ import annotations
 

@@ -1,0 +1,70 @@
+"""What makes a command of a function: its groups of options spread over the signature, its errors as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Any, get_type_hints
+
+import typer
+
+from headprof.cli.context import terminal
+from headprof.errors import HeadprofError
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function, for `typer.Typer.command`.
+
+    A parameter whose type is a dataclass is a group of options: its fields take the parameter's place, and the function
+    gets them as one object. Their defaults are those of the dataclass, or of the object that is the parameter's own
+    default. Errors that a user can mend end in one sentence and an exit code.
+    """
+    own = signature(function, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {each.name: each.annotation for each in own if is_dataclass(each.annotation)}
+
+    @wraps(function)
+    def run(**given: Any) -> None:
+        made = {
+            name: group(**{each.name: given.pop(each.name) for each in fields(group)}) for name, group in groups.items()
+        }
+        _guarded(function, given | made)
+
+    spread = [option for each in own for option in (_options(each) if each.name in groups else [each])]
+    run.__annotations__ = {option.name: option.annotation for option in spread}
+    run.__signature__ = Signature([option.replace(kind=Parameter.KEYWORD_ONLY) for option in spread])  # type: ignore[attr-defined]
+    return run
+
+
+def given_options(context: typer.Context, *groups: type) -> list[str]:
+    """The options of these groups that were given on the command line, as `--name`, in the order of the help."""
+    names = {each.name for group in groups for each in fields(group)}
+    return [max(each.opts, key=len) for each in context.command.params if each.name in names and _given(context, each)]
+
+
+def _given(context: typer.Context, parameter: Any) -> bool:
+    source = context.get_parameter_source(parameter.name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _options(group: Parameter) -> Iterator[Parameter]:
+    """The parameters that a group stands for."""
+    hints = get_type_hints(group.annotation, include_extras=True)
+    for each in fields(group.annotation):
+        default = each.default if group.default is Parameter.empty else getattr(group.default, each.name)
+        default = Parameter.empty if default is MISSING else default
+        yield Parameter(each.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name])
+
+
+def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
+    try:
+        function(**arguments)
+    except HeadprofError as error:
+        if terminal.debug:
+            raise
+        terminal.error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        terminal.error("Interrupted.")
+        raise typer.Exit(130) from None

@@ -1,0 +1,116 @@
+"""`headprof generate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headprof.cli.command import command, given_options
+from headprof.cli.context import load, terminal
+from headprof.cli.options import (
+    CompressOptions,
+    DecodingOptions,
+    JsonFlag,
+    LoadOptions,
+    MaxNewTokens,
+    MethodOptions,
+    Model,
+    ReadOptions,
+    Seed,
+    compression_request,
+)
+from headprof.cli.tables.generate import runs
+
+if TYPE_CHECKING:
+    from headprof.compression.generation import Generation
+    from headprof.compression.prompts import Prompt
+    from headprof.models.loading import LoadedModel
+
+
+@command
+def generate(
+    *,
+    context: typer.Context,
+    model: Model = None,
+    compressing: CompressOptions,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file: the context of the question.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Compressed document (.kv.safetensors), instead of --file.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 for greedy decoding.")] = 0.0,
+    seed: Seed = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
+    json: JsonFlag = False,
+    tuning: MethodOptions,
+    decoding: DecodingOptions,
+    reading: ReadOptions,
+    loading: LoadOptions,
+) -> None:
+    """Answer a prompt under a key/value-cache budget.
+
+    The text goes to stdout, a table of what it took to stderr. Without a prompt, a built-in question about a built-in
+    document is asked.
+
+    [dim]headprof generate --budget 64
+    headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
+    headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
+    """
+    from headprof.compression.generation import check_sources, what_to_ask
+    from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
+
+    check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
+    request = compression_request(compressing, tuning, decoding, reading)
+    document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
+    if built_in:
+        terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
+    loaded = load(model, loading)
+    if cache is not None:
+        asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
+    else:
+        asked = new_prompt(loaded, document, question, request, max_new_tokens)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | asdict(reading)
+    beside = {}
+    if compare and asked.plan is not None:
+        beside["full"] = _answer(loaded, asked.with_full_cache(), options)
+    made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)
+    full_bytes = full_cache_bytes(loaded, made, beside.get("full"))
+    _show(question, {asked.label: made} | beside, full_bytes, json)
+
+
+def _answer(
+    loaded: LoadedModel, prompt: Prompt, options: dict[str, Any], on_text: Callable[[str], None] = lambda _: None
+) -> Generation:
+    """The answer to a prompt, its text handed on as it comes; while the prompt is read, there is a progress bar."""
+    with ExitStack() as reading:
+        report = reading.enter_context(terminal.progress())
+
+        def begin(text: str) -> None:
+            reading.close()  # no bar beside the text
+            on_text(text)
+
+        def on_layer(done: int, total: int) -> None:
+            report("Reading the prompt, layer", done, total)
+
+        return prompt.answer(loaded, **options, on_text=begin, on_layer=on_layer)
+
+
+def _show(question: str, made: dict[str, Generation], full_bytes: int, json: bool) -> None:
+    """Show what answers took, by the caches they came from; without JSON, the first one's text is on stdout already."""
+    if json:
+        answers = {label: asdict(each) for label, each in made.items()}
+        terminal.json({"prompt": question, "full_cache_bytes": full_bytes, "runs": answers})
+        return
+    terminal.write("\n")
+    if len(made) > 1:
+        terminal.remark(f"\nWith the full cache: {made['full'].text.strip()}")
+    terminal.table(*runs(made, full_bytes))

@@ -1,0 +1,41 @@
+"""`headprof heatmap`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headprof.cli.command import command
+from headprof.cli.context import terminal
+from headprof.cli.options import Model, ProfileFile
+
+
+@command
+def heatmap(
+    *,
+    profile: ProfileFile = None,
+    model: Model = None,
+    which: Annotated[str, typer.Option(help="retrieval, reasoning or both.")] = "both",
+    top: Annotated[int, typer.Option(min=0, help="Heads to mark and list.")] = 10,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Show how sure each score is; dash heads that may not be in the top.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Picture to write: .png, .svg, or .html to point and click in.")
+    ] = Path("heads.png"),
+) -> None:
+    """Draw a head profile: layers by heads, the top heads marked.
+
+    [dim]headprof heatmap -o heads.svg
+    headprof heatmap --uncertainty
+    headprof heatmap -o heads.html[/]
+    """
+    from headprof import plots
+    from headprof.models.loading import model_name
+    from headprof.profile.finding import load_profile
+
+    loaded = load_profile(model_name(model), profile)
+    plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)
+    terminal.result(str(output))

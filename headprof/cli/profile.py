@@ -1,0 +1,176 @@
+"""`headprof profile`: the profiles there are, what one holds, how two agree, and other people's formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headprof.cli.command import command
+from headprof.cli.context import terminal
+from headprof.cli.options import JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
+
+if TYPE_CHECKING:
+    from headprof.profile.comparing import Agreement
+    from headprof.profile.head_profile import HeadProfile
+
+profiles = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="List, show, compare, import and export head profiles."
+)
+
+
+@profiles.command(name="list")
+@command
+def list_command(*, json: JsonFlag = False) -> None:
+    """List every profile that is found: in ./profiles, your own, and those that ship.
+
+    A shadowed one is not found by its model's name, since a file of the same name comes before it.
+
+    [dim]headprof profile list[/]
+    """
+    from headprof.profile.describing import describe_found
+    from headprof.profile.finding import list_profiles, profile_dirs
+
+    found = list_profiles()
+    if json:
+        terminal.json([describe_found(each) for each in found])
+        return
+    if not found:
+        terminal.remark(f"There are no profiles in {', '.join(map(str, profile_dirs()))}: make one by headprof score.")
+        return
+    terminal.result_table(*found_profiles(found))
+    for each in found:
+        if each.fault:
+            terminal.result(each.fault)
+
+
+@profiles.command()
+@command
+def show(
+    *,
+    profile: Annotated[
+        str | None,
+        typer.Argument(help="File of a head profile, or name of its model. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
+    which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Heads to list, or to tell apart.")] = 10,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a profile holds and where it comes from, or how two profiles agree.
+
+    [dim]headprof profile show meta-llama/Meta-Llama-3-8B-Instruct
+    headprof profile show mine.safetensors theirs.safetensors --top 20[/]
+    """
+    from headprof.profile.comparing import compare_profiles
+    from headprof.profile.finding import locate_profile
+    from headprof.profile.head_profile import HeadProfile
+
+    path = locate_profile(profile)
+    first = HeadProfile.load(path)
+    if other is None:
+        _show_profile(path, first, which, top, json)
+        return
+    other_path = locate_profile(other)
+    second = HeadProfile.load(other_path)
+    agreements = compare_profiles(first, second, which, top)
+    _show_agreement([(path, first), (other_path, second)], agreements, json)
+
+
+@profiles.command(name="import")
+@command
+def import_command(
+    *,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="CSV", help="Table of scores, one row a head.")] = None,
+    retrieval: Annotated[
+        Path | None,
+        typer.Option(help='Retrieval scores as the papers publish them: JSON from "layer-head" to scores.'),
+    ] = None,
+    reasoning: Annotated[Path | None, typer.Option(help="Reasoning scores in the same format.")] = None,
+    model: Model = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Published shape of the model (llama-3-8b, ...): no configuration is read.")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Where the scores come from, to be kept in the profile.")] = None,
+    output: ProfileOutput = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Make a head profile of other people's scores: the papers' JSON, or a CSV.
+
+    Of the model only the configuration is read; with --shape not even that.
+
+    [dim]headprof profile import --retrieval heads.json --model meta-llama/Meta-Llama-3-8B-Instruct --shape llama-3-8b
+    headprof profile import scores.csv --model mistralai/Mistral-7B-Instruct-v0.3[/]
+    """
+    from headprof.profile.importing import ImportRequest
+
+    request = ImportRequest(files or [], retrieval, reasoning, model, shape, source, output, trust_remote_code)
+    request.check()
+    imported = request.carry_out()
+    for kind in imported.kinds:
+        terminal.table(*ranked_heads(imported, kind, 5))
+    terminal.result(str(request.target))
+
+
+@profiles.command()
+@command
+def export(
+    *,
+    profile: Annotated[str, typer.Argument(metavar="PROFILE", help="File of a head profile, or name of its model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json, .csv or .safetensors.")],
+    which: Annotated[str | None, typer.Option(help="For .json, which holds one kind: retrieval or reasoning.")] = None,
+) -> None:
+    """Write a profile in another format, by the suffix of the file.
+
+    A .json is in the papers' format and holds one kind of score; a .csv has all of them, errors and intervals too.
+
+    [dim]headprof profile export SmolLM2-135M-Instruct heads.json --which reasoning[/]
+    """
+    from headprof.profile.finding import locate_profile
+    from headprof.profile.interchange import export_profile
+
+    export_profile(locate_profile(profile), output, which)
+    terminal.result(str(output))
+
+
+def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int, json: bool) -> None:
+    from headprof.profile.describing import agreement_sentence, compare_kinds, describe_profile
+
+    kinds = [which] if which else profile.kinds
+    if json:
+        terminal.json(describe_profile(path, profile, kinds, top))
+        return
+    tables: list[tuple[Any, ...]] = [family_accuracy(profile)] if profile.accuracy else []
+    tables += [ranked_heads(profile, kind, top) for kind in kinds]
+    facts = profile_facts(profile, path)
+    width = max(len(name) for name, _ in facts)
+    for name, text in facts:
+        terminal.result(f"{name:<{width}}  {text}")
+    for table in tables:
+        terminal.result("")
+        terminal.result_table(*table)
+    if between := compare_kinds(profile):
+        terminal.result("")
+        terminal.result(agreement_sentence("Retrieval and reasoning scores", between))
+
+
+def _show_agreement(compared: list[tuple[Path, HeadProfile]], agreements: dict[str, Agreement], json: bool) -> None:
+    from headprof.profile.describing import describe_agreement
+
+    if json:
+        described = {kind: describe_agreement(agreement) for kind, agreement in agreements.items()}
+        files, models = [str(path) for path, _ in compared], [profile.model_name for _, profile in compared]
+        terminal.json({"files": files, "models": models, "agreement": described})
+        return
+    for which, (path, profile) in zip(("first ", "second"), compared, strict=True):
+        terminal.result(f"{which}  {path} ({profile.model_name})")
+    terminal.result("")
+    terminal.result_table(*overlaps(agreements))
+    for kind, agreement in agreements.items():
+        terminal.result("")
+        terminal.result(f"{kind}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} heads")
+        for which, heads in (("first", agreement.only_first), ("second", agreement.only_second)):
+            names = ", ".join(f"{layer}-{head}" for layer, head in heads) or "none"
+            terminal.result(f"only in the top {agreement.k} of the {which}: {names}")

@@ -1,0 +1,133 @@
+"""`headprof score`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headprof.cli.command import command
+from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.options import LoadOptions, Model, ProfileOutput, Seed
+from headprof.cli.tables.profile import ranked_heads
+from headprof.cli.tables.score import scoring_progress, stability
+from headprof.utils.units import parse_lengths
+
+if TYPE_CHECKING:
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.scoring.request import ScoreRequest
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What the model is asked."""
+
+    preset: Annotated[str, typer.Option(help="How much work: quick, standard or thorough.")] = "quick"
+    probes: Annotated[int | None, typer.Option(min=2, help="Number of probes, instead of the preset's.")] = None
+    lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None
+    needles: Annotated[
+        Path | None,
+        typer.Option(help="JSONL with needle, real_needle, answer, question; instead of the built-in ones."),
+    ] = None
+    haystack: Annotated[Path | None, typer.Option(help="Folder of .txt files to hide the needles in.")] = None
+    pack: Annotated[
+        int | None, typer.Option(min=1, help="Needles that share one context. Default: by its length, 12 at 1k.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class CountingOptions:
+    """Which probes count, and how many are enough."""
+
+    decode: Annotated[
+        str, typer.Option(help="teacher: the right answer is fed; greedy: the model answers, F1 above 0.5 counts.")
+    ] = "teacher"
+    include_failed: Annotated[bool, typer.Option("--include-failed", help="Count wrongly answered probes too.")] = False
+    until_stable: Annotated[
+        bool, typer.Option("--until-stable", help="Stop as soon as other probes would hardly change the top heads.")
+    ] = False
+    top: Annotated[int, typer.Option(min=1, help="For --until-stable: how many heads.", show_default=True)] = 10
+    tolerance: Annotated[
+        float, typer.Option(help="For --until-stable: share of the top heads that other probes may change.")
+    ] = 0.05
+
+
+@command
+def score(
+    *,
+    model: Model = None,
+    asked: ProbeOptions,
+    seed: Seed = 0,
+    counting: CountingOptions,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Begin with the results kept from before: after an interruption, or for more probes."
+        ),
+    ] = False,
+    output: ProfileOutput = None,
+    loading: LoadOptions,
+) -> None:
+    """Score every attention head of a model, and write a head profile.
+
+    The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
+    processes share the work.
+
+    [dim]headprof score
+    headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
+    headprof score --until-stable
+    torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
+    """
+    from headprof.profile.finding import default_output
+    from headprof.scoring.request import build_probes, score_to_file, starting_anew
+
+    request = _request(asked, counting, seed)
+    request.check()
+    team = join_team()
+    loaded = load(model, loading)
+    builder = build_probes(loaded, request)
+    target = output or default_output(loaded.name)
+    if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
+        terminal.remark(remark)
+    with terminal.progress() as report:
+        profile = score_to_file(
+            loaded,
+            builder,
+            request,
+            target,
+            resume=resume,
+            command=command_line(),
+            team=team,
+            on_progress=lambda now: report(scoring_progress(loaded.name, now), now.done, now.total),
+        )
+    team.leave()
+    if team.rank == 0:
+        _show(profile, target, stopping=request.stop is not None)
+
+
+def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> ScoreRequest:
+    from headprof.scoring.request import ScoreRequest
+    from headprof.scoring.run import StopRule
+
+    return ScoreRequest(
+        preset=asked.preset,
+        probes=asked.probes,
+        lengths=parse_lengths(asked.lengths) if asked.lengths else None,
+        needles=asked.needles,
+        haystack=asked.haystack,
+        pack=asked.pack,
+        seed=seed,
+        decode=counting.decode,
+        include_failed=counting.include_failed,
+        stop=StopRule(counting.top, counting.tolerance) if counting.until_stable else None,
+    )
+
+
+def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
+    for kind in profile.scores:
+        terminal.table(*ranked_heads(profile, kind, 5))
+    if stopping:
+        terminal.remark(stability(profile))
+    terminal.result(str(target))

@@ -1,0 +1,34 @@
+"""The table of `headprof generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from headprof.cli.tables.cells import Rows
+from headprof.utils.units import human_bytes
+
+if TYPE_CHECKING:
+    from headprof.compression.generation import Generation
+
+
+def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[str], Rows]:
+    """What each way of answering took, beside the full cache."""
+    rows = [
+        [
+            name,
+            str(run.prompt_tokens),
+            str(run.new_tokens),
+            human_bytes(run.cache_bytes),
+            f"{run.cache_bytes / full_bytes:.1%}",
+            f"{run.prefill_rate:.0f}",
+            f"{run.decode_rate:.1f}" if run.decode_rate else "-",
+        ]
+        for name, run in generations.items()
+    ]
+    if len(generations) == 1:
+        rows.append(["full (not run)", "", "", human_bytes(full_bytes), "100.0%", "", ""])
+    return (
+        ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
+        rows,
+    )

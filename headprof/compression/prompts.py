@@ -1,0 +1,116 @@
+"""What is answered: a prompt that is read and compressed, or a question about a document that has been."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.document import load_document
+from headprof.compression.generation import Generation, generate_text, prompt_ids, question_ids
+from headprof.compression.plan import CompressionPlan
+from headprof.compression.request import CompressionRequest
+from headprof.models.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the cache it is answered from.
+
+    Attributes:
+        ids: its tokens, int64 `[1, T]`; those that follow the document, when a cache holds one.
+        label: of the cache, for tables.
+        plan: how to compress it; `None` for Transformers' own full cache, or a cache that is filled already.
+        cache: one that holds a document; it is continued in place.
+    """
+
+    ids: torch.Tensor
+    label: str
+    plan: CompressionPlan | None = None
+    cache: HeadCache | None = None
+
+    def with_full_cache(self) -> Prompt:
+        """The same prompt, to be answered from the full cache."""
+        return Prompt(self.ids, "full")
+
+    def answer(self, loaded: LoadedModel, **options: Any) -> Generation:
+        """What the model says; options are those of `generate_text`."""
+        return generate_text(loaded, self.ids, self.plan, cache=self.cache, **options)
+
+
+def new_prompt(
+    loaded: LoadedModel, document: str | None, question: str, request: CompressionRequest, max_new_tokens: int
+) -> Prompt:
+    """A prompt, with the document before it if there is one, that is compressed as requested.
+
+    Raises:
+        UsageError: prompt and answer are longer than the model's context, or the budget cannot be met.
+        ProfileError: the method needs a head profile, and there is none or it is for another model.
+    """
+    ids = prompt_ids(loaded, document, question, max_new_tokens)
+    if request.keeps_everything:
+        return Prompt(ids, request.label)
+    plan = request.plan(loaded)
+    plan.check(ids.shape[1])
+    return Prompt(ids, request.label, plan)
+
+
+def prompt_about(
+    loaded: LoadedModel, file: Path, question: str, decoding: Mapping[str, Any], max_new_tokens: int
+) -> Prompt:
+    """A question about a compressed document.
+
+    Args:
+        loaded: the model that made it.
+        file: the compressed document.
+        question: the text.
+        decoding: `decode_budget` and `buffer` in place of the document's own, as for `make_plan`.
+        max_new_tokens: most tokens that the answer has.
+
+    Raises:
+        CacheError: the file cannot be used with this model.
+        UsageError: document, question and answer are longer than the model's context.
+    """
+    cache, notes = load_document(file, loaded)
+    cache.continue_with(replace(cache.plan, **decoding))
+    ids = question_ids(loaded, cache, question, max_new_tokens)
+    return Prompt(ids, f"{file.name} ({notes['method']})", cache=cache)
+
+
+def answer_questions(
+    loaded: LoadedModel, cache: HeadCache, questions: Sequence[str], max_new_tokens: int, backend: str = "auto"
+) -> dict[str, str]:
+    """The answer to each question about a document, every one from a copy of its cache.
+
+    Raises:
+        UsageError: a question is too long for the model's context; none has been answered then.
+    """
+    asked = [(question, question_ids(loaded, cache, question, max_new_tokens)) for question in questions]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend}
+    return {
+        question: generate_text(loaded, ids, cache=stack_caches([cache]), **options).text for question, ids in asked
+    }
+
+
+def full_cache_bytes(loaded: LoadedModel, made: Generation, full: Generation | None = None) -> int:
+    """Bytes that the full cache held when `full` was done; without it, what it would have held when `made` was."""
+    if full is not None:
+        return full.cache_bytes
+    return loaded.full_cache_bytes(made.prompt_tokens + made.new_tokens - 1)  # the last token is not fed
+
+
+def document_figures(loaded: LoadedModel, cache: HeadCache, file: Path) -> dict[str, Any]:
+    """What a compressed document in a file came to, as numbers."""
+    return {
+        "file": str(file),
+        "method": cache.plan.name,
+        "document_tokens": cache.get_seq_length(),
+        "tokens_per_head": float(cache.lengths.float().mean()),
+        "cache_bytes": cache.nbytes,
+        "file_bytes": file.stat().st_size,
+        "full_cache_bytes": loaded.full_cache_bytes(cache.get_seq_length()),
+    }

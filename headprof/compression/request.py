@@ -1,0 +1,70 @@
+"""How a prompt is to be compressed: as a user asks for it, checked before any model work, and made into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headprof.compression.kernels.backends import check_backend
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import find_method
+from headprof.compression.plan import CompressionPlan
+from headprof.compression.session import make_plan
+from headprof.models.loading import LoadedModel
+from headprof.profile.finding import load_profile
+
+
+@dataclass(frozen=True)
+class CompressionRequest:
+    """A method, a budget and what goes with them.
+
+    Attributes:
+        method: a name in the table of methods, which may be followed by parameters.
+        budget: as the command line takes it.
+        profile: file of the head profile; `None` to find the model's own, for methods that need one.
+        options: parameters of the method's parts, `None` for their defaults.
+        decoding: `decode_budget` and `buffer`, as for `make_plan`; what is missing keeps its default.
+        backend, prefill_chunk: as for `attending_ragged`.
+    """
+
+    method: str
+    budget: str
+    profile: Path | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    prefill_chunk: int | None = None
+
+    def check(self) -> None:
+        """Find mistakes that need no model.
+
+        Raises:
+            UsageError: the backend cannot be used here, there is no such method or parameter, or the budget cannot be
+                read.
+        """
+        check_backend(self.backend)
+        find_method(self.method).with_options(**self.options)
+        Budget.parse(self.budget)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether this is the full cache, whatever the budget."""
+        return find_method(self.method).keeps_everything
+
+    @property
+    def label(self) -> str:
+        """What to call a cache that is made by it."""
+        return self.method if self.keeps_everything else f"{self.method}, budget {self.budget}"
+
+    def plan(self, loaded: LoadedModel) -> CompressionPlan:
+        """The plan for a model.
+
+        Raises:
+            ProfileError: the method needs a head profile, and there is none or it is for another model.
+        """
+        profile = None
+        if find_method(self.method).budget.profile_scores:
+            profile = load_profile(loaded.name, self.profile, loaded.shape)
+        return make_plan(loaded.model, profile, method=self.method, budget=self.budget, **self.options, **self.decoding)

@@ -1,0 +1,225 @@
+"""The one way from texts to token ids: the frame that goes around a document and a question, and exact token spans.
+
+A tokenizer's chat template is the frame where there is one. Without, an instruction stands before the document, and
+"Question: ..." and "Answer:" after it. What comes after a document is encoded apart from it, so that a document is read
+once and asked about many times.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+from headprof.errors import ModelError, ProbeError
+
+Span = tuple[int, int]
+"""`[start, stop)` token positions in the full prompt."""
+
+GAP = "\n\n"
+"""Between a document and a question about it."""
+
+INSTRUCTION = "Read this text and answer the question that follows it."
+
+OBSERVATION = (
+    "Who, what, where, when, which, how many, how much? Give the name, the place, the number, the code, the date."
+)
+"""What stands in for the question while a document is compressed, when the question is not known yet."""
+
+_MARK = "HEADPROF-CONTENT"
+# Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
+# question from its answer; templates that know neither ignore both.
+_TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "01 Jan 2025", "enable_thinking": False}
+
+_QUESTION, _ANSWER = "Question: ", "\nAnswer:"
+_COLONS = (":", "：")
+
+
+@dataclass(frozen=True)
+class EncodedContext:
+    """Token ids of a context, and where in its body each token stands.
+
+    Attributes:
+        ids: token ids, template and instruction included.
+        starts, stops: character offsets of each token, counted from the first character of the body.
+    """
+
+    ids: tuple[int, ...]
+    starts: tuple[int, ...]
+    stops: tuple[int, ...]
+
+    def span(self, start: int, stop: int) -> Span:
+        """The tokens that overlap the characters `[start, stop)` of the body."""
+        return bisect_right(self.stops, start), bisect_left(self.starts, stop)
+
+
+@dataclass(frozen=True)
+class EncodedQuestion:
+    """Token ids that follow a context or document.
+
+    Attributes:
+        asked: the question, the end of the user's turn and the beginning of the model's.
+        reply: the given beginning of the model's reply.
+        answer: what the model should say then.
+    """
+
+    asked: tuple[int, ...]
+    reply: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.asked) + len(self.reply) + len(self.answer)
+
+
+class PromptEncoder:
+    """Turns contexts, documents, questions and whole prompts into token ids.
+
+    The context of probes comes with `encode_context` and `encode_question`, a user's document with `document_ids` and
+    `question_ids`; a chat model is given an instruction before the former only. A prompt that is whole by itself comes
+    with `prompt_ids`, or in two parts with `start_ids` and `encode_end`.
+
+    Args:
+        tokenizer: the model's.
+        raw: put nothing around texts, neither a chat template nor what else takes its place.
+        spans: whether contexts and questions of probes are to be encoded, with exact spans.
+
+    Raises:
+        ModelError: the chat template does not repeat the user's text.
+        ProbeError: spans are wanted, but the tokenizer is not a fast one, so that it gives no character offsets.
+    """
+
+    def __init__(self, tokenizer: Any, *, raw: bool = False, spans: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._gives_offsets = bool(getattr(tokenizer, "is_fast", False))
+        if spans and not self._gives_offsets:
+            raise ProbeError(
+                "Probes need a fast tokenizer, since exact spans come from its character offsets; "
+                "load this one with use_fast=True or convert it to tokenizer.json."
+            )
+        self._templated = not raw and bool(getattr(tokenizer, "chat_template", None))
+        self._plain = not raw and not self._templated
+        self._before, self._after = _template_parts(tokenizer) if self._templated else ("", "")
+        self._first = [] if self._templated else _first_ids(tokenizer)
+
+    def encode_context(self, body: str) -> EncodedContext:
+        """Token ids of everything before the question of a probe."""
+        head = f"{self._before}{INSTRUCTION}{GAP}"
+        ids, offsets = self._with_offsets(f"{head}{body}{GAP}")
+        outside = (-len(head),) * len(self._first)
+        return EncodedContext(
+            ids=(*self._first, *ids),
+            starts=(*outside, *(start - len(head) for start, _ in offsets)),
+            stops=(*outside, *(stop - len(head) for _, stop in offsets)),
+        )
+
+    def encode_question(self, question: str, reply: str, answer: str) -> EncodedQuestion:
+        """Token ids that follow the context of a probe; every question about one context continues the same ids.
+
+        A blank before the answer belongs to the answer if the tokenizer makes one token of it and the first word.
+        """
+        return self._encode_together(GAP, self._asked(question), reply, answer)
+
+    def document_ids(self, document: str) -> list[int]:
+        """Token ids of everything before the question about a document."""
+        instruction = f"{INSTRUCTION}{GAP}" if self._plain else ""
+        return self.start_ids(f"{instruction}{document}{GAP}")
+
+    def question_ids(self, question: str) -> list[int]:
+        """Token ids that follow a document, up to where the model answers."""
+        asked = self._asked(question)
+        if self._plain and self._gives_offsets:
+            return [*self._encode_together(GAP, asked, "", "").asked]
+        return self._ids(asked)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt without a document: in the chat template, or as it was written."""
+        return self.start_ids(f"{prompt}{self._after}")
+
+    def start_ids(self, text: str) -> list[int]:
+        """Token ids of the beginning of a prompt, of which `encode_end` encodes the rest."""
+        return self._first + self._ids(f"{self._before}{text}")
+
+    def encode_end(self, text: str, reply: str, answer: str) -> EncodedQuestion:
+        """Token ids of the end of a prompt, the given beginning of the reply, and an answer after a blank.
+
+        Args:
+            text, reply: as `cued` returns them.
+            answer: what the model should say then.
+        """
+        if self._plain and self._gives_offsets:
+            return self._encode_together("", text, reply, f" {answer}")
+        last = reply or ("" if self._templated else text)
+        blank = " " if last and not last[-1].isspace() else ""
+        parts = (f"{text}{self._after}", reply, f"{blank}{answer}")
+        return EncodedQuestion(*(tuple(self._ids(part)) for part in parts))
+
+    def cued(self, text: str, reply: str) -> tuple[str, str]:
+        """The end of a prompt and the given beginning of the reply, such that a model without a chat format answers.
+
+        For such a model the prompt ends with "Answer:", unless it ends with a colon of its own, and no blank is left
+        after it: the reply begins with one.
+        """
+        if not self._plain:
+            return text, reply
+        text = text.rstrip()
+        return text if text.endswith(_COLONS) else f"{text}{_ANSWER}", f" {reply.lstrip()}" if reply else ""
+
+    @property
+    def overhead(self) -> int:
+        """Tokens of a prompt that are not its text: the chat template, or the token that every text begins with."""
+        return len(self.start_ids("")) + len(self._ids(self._after))
+
+    def count(self, sentences: list[str]) -> list[int]:
+        """Tokens that each sentence adds to a running text (to a token or so): its first word follows a blank, unless
+        the sentence before it ends a paragraph."""
+        previous = ["", *sentences[:-1]]
+        texts = [s if p.endswith("\n") else f" {s}" for p, s in zip(previous, sentences, strict=True)]
+        return [len(ids) for ids in self._ids(texts)]
+
+    def _asked(self, question: str) -> str:
+        return f"{_QUESTION}{question}{_ANSWER}" if self._plain else f"{question}{self._after}"
+
+    def _encode_together(self, lead: str, asked: str, reply: str, answer: str) -> EncodedQuestion:
+        """Encode one text, which follows `lead`, and cut it: a token belongs to the part in which it ends."""
+        text = _append(_append(asked, reply), answer)
+        ends = [len(lead), len(lead) + len(asked), len(lead) + len(text) - len(answer), len(lead) + len(text)]
+        parts: list[list[int]] = [[] for _ in ends]
+        for token, (_, stop) in zip(*self._with_offsets(f"{lead}{text}"), strict=True):
+            parts[bisect_left(ends, stop)].append(token)
+        return EncodedQuestion(*map(tuple, parts[1:]))
+
+    def _with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded.input_ids, encoded.offset_mapping
+
+    def _ids(self, text: Any) -> list[Any]:
+        """Token ids of a text, or of each of several."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def _template_parts(tokenizer: Any) -> tuple[str, str]:
+    """What the chat template writes before and after the user's text, generation prompt included.
+
+    Raises:
+        ModelError: the chat template does not repeat the user's text.
+    """
+    messages = [{"role": "user", "content": _MARK}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
+    if rendered.count(_MARK) != 1:
+        raise ModelError(
+            "The tokenizer's chat template does not repeat the user's text exactly once; "
+            "set tokenizer.chat_template to None to ask without it."
+        )
+    before, after = rendered.split(_MARK)
+    return before, after
+
+
+def _first_ids(tokenizer: Any) -> list[int]:
+    """The token that a text without a chat template begins with, if the tokenizer puts one there."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _append(text: str, more: str) -> str:
+    """Join with a blank, unless there is white space already or nothing to add."""
+    return text + more if not more or text[-1:].isspace() or more[0].isspace() else f"{text} {more}"

@@ -1,0 +1,121 @@
+"""Head scores as CSV, a row a head: layer, head, then score, standard error and interval of each kind."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headprof.errors import ProfileError
+from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
+from headprof.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headprof.models.shape import HeadShape
+
+_COLUMNS = ["layer", "head", *(column for kind in KINDS for column in (kind, f"{kind}_se"))]
+_INTERVAL_COLUMNS = {kind: (f"{kind}_low", f"{kind}_high") for kind in KINDS}
+
+
+def read_csv(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scores and standard errors by kind, float32 `[L, H]` each, of a CSV that `write_csv` wrote.
+
+    Columns may stand in any order and those of an unknown kind, error or interval may be absent or empty.
+
+    Raises:
+        ProfileError: the file is missing or malformed, a head is missing, or a column is filled in part.
+    """
+    return _scores_and_errors(_read_columns(Path(path)))
+
+
+def write_csv(path: str | Path, profile: HeadProfile) -> None:
+    """Write a profile atomically as CSV, a row a head: layer, head, then score and standard error of each kind.
+
+    The ends of the intervals follow for the kinds that have them. Numbers read back to the same float32; a kind or an
+    error that the profile lacks is an empty column.
+    """
+    tables = {kind: short_floats(scores) for kind, scores in profile.scores.items()}
+    tables |= {f"{kind}_se": short_floats(errors) for kind, errors in profile.standard_errors.items()}
+    columns = list(_COLUMNS)
+    for kind, interval in profile.intervals.items():
+        columns += _INTERVAL_COLUMNS[kind]
+        tables |= {name: short_floats(end) for name, end in zip(_INTERVAL_COLUMNS[kind], interval, strict=True)}
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for layer in range(profile.shape.num_layers):
+            for head in range(profile.shape.num_heads):
+                cells = (tables[name][layer][head] if name in tables else "" for name in columns[2:])
+                writer.writerow([layer, head, *cells])
+
+
+def import_csv(path: str | Path, model_name: str, shape: HeadShape) -> HeadProfile:
+    """Make a profile of a CSV file; raises `ProfileError` when it is malformed or for other layers and heads."""
+    path = Path(path)
+    columns = _read_columns(path)
+    scores, errors = _scores_and_errors(columns)
+    check_grid(path, next(iter(scores.values())).shape, shape)
+    intervals = {kind: ends for kind in scores if (ends := _interval(path, columns, kind)) is not None}
+    return HeadProfile(model_name, shape, scores, errors, metadata={"imported_from": path.name}, intervals=intervals)
+
+
+def _read_columns(path: Path) -> dict[str, Tensor]:
+    """Every filled column of scores, errors and interval ends, float32 `[L, H]`; raises as `read_csv`."""
+    import torch
+
+    try:
+        rows = list(csv.DictReader(read_text(path).splitlines()))
+    except csv.Error as error:
+        raise ProfileError(f"{path} is not valid CSV ({error}): export it again.") from error
+    columns = rows[0].keys() if rows else ()
+    if "layer" not in columns or "head" not in columns or not set(KINDS).intersection(columns):
+        raise ProfileError(f"{path} is not a table of head scores: give it the columns {', '.join(_COLUMNS)}.")
+    by_head = {parse_head_key(path, f"{row['layer']}-{row['head']}"): row for row in rows}
+    if len(by_head) < len(rows):
+        raise ProfileError(f"{path} lists a head twice: give every head one row.")
+    num_layers, num_heads = grid_size(path, by_head)
+    heads = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
+    filled: dict[str, Tensor] = {}
+    for name in (*_COLUMNS[2:], *(end for ends in _INTERVAL_COLUMNS.values() for end in ends)):
+        cells = [(by_head[head].get(name) or "").strip() for head in heads]
+        if any(cells):
+            values = [_parse_cell(path, name, head, cell) for head, cell in zip(heads, cells, strict=True)]
+            filled[name] = torch.tensor(values, dtype=torch.float64).float().view(num_layers, num_heads)
+    if not set(KINDS).intersection(filled):
+        raise ProfileError(f"{path} holds no scores: fill its column retrieval or reasoning.")
+    return filled
+
+
+def _scores_and_errors(columns: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    kinds = [kind for kind in KINDS if kind in columns]
+    errors = {kind: columns[f"{kind}_se"] for kind in kinds if f"{kind}_se" in columns}
+    return {kind: columns[kind] for kind in kinds}, errors
+
+
+def _interval(path: Path, columns: Mapping[str, Tensor], kind: str) -> tuple[Tensor, Tensor] | None:
+    """Both ends of one kind's intervals, if the file has them."""
+    low, high = _INTERVAL_COLUMNS[kind]
+    if (low in columns) != (high in columns):
+        raise ProfileError(f"{path} fills only one of the columns {low} and {high}: fill both or neither.")
+    if low not in columns:
+        return None
+    if (columns[low] > columns[high]).any():
+        raise ProfileError(f"{path} has a {low} above the {high} of the same head: exchange the two.")
+    return columns[low], columns[high]
+
+
+def _parse_cell(path: Path, column: str, head: tuple[int, int], cell: str) -> float:
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= LARGEST:
+        raise ProfileError(
+            f"{path} has {cell!r} as {column} of head {head[0]}-{head[1]}: give a finite number, zero or more."
+        )
+    return value
