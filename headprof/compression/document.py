@@ -28,6 +28,7 @@ from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
+from headprof.models.decoder import layer_device
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write, read_safetensors
@@ -134,7 +135,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     plan = _saved_plan(loaded, metadata, tensors["scores"])
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
     for layer, logits in zip(layers, json.loads(metadata["logits"]), strict=True):
-        prefix, device = f"layers.{layer.layer_idx}.", _layer_device(loaded, layer.layer_idx)
+        prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
         _restore(layer, own, int(metadata["tokens_seen"]), how)
@@ -167,15 +168,6 @@ def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int
     if "queries" in parts:
         recent = RecentQueries([parts["queries"]], [parts.get("judges")], how)
     layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
-
-
-def _layer_device(loaded: LoadedModel, index: int) -> torch.device:
-    """Where a layer's attention runs; layers may lie on several devices."""
-    layers = getattr(loaded.model.get_decoder(), "layers", None)
-    if layers is None:
-        return loaded.device
-    device = next(layers[index].parameters()).device
-    return loaded.device if device.type == "meta" else device
 
 
 def _check_model(path: Path, metadata: Mapping[str, str], loaded: LoadedModel, dtype: torch.dtype) -> None:

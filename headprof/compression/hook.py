@@ -35,6 +35,7 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.errors import ModelError, UsageError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
+from headprof.models.decoder import find_decoder_layers
 from headprof.models.rotary import Rotary, rotary_of
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def _chunked_layers(model: PreTrainedModel, chunk: int) -> Iterator[Callable[[Ca
     """Run `model`'s decoder layers over at most `chunk` tokens at a time; yields what to wrap its mask function in."""
     if chunk < 1:
         raise UsageError(f"A prefill chunk of {chunk} tokens cannot be run: give --prefill-chunk at least 1.")
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, torch.nn.ModuleList):
+    layers = find_decoder_layers(model)
+    if layers is None:
         raise ModelError(
             f"{type(model).__name__} does not list its decoder layers, so its prompt cannot be run in chunks: leave "
             "--prefill-chunk away."

@@ -6,10 +6,12 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from headprof.models.decoder import decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +63,7 @@ class Rotary:
 
 def rotary_of(model: PreTrainedModel, layer_idx: int = 0) -> Rotary | None:
     """The rotary embedding of one of a model's layers; `None` if there is none where Transformers' models have it."""
-    decoder: Any = model.get_decoder() or model
+    decoder = decoder_of(model)
     embedding = getattr(decoder, "rotary_emb", None)
     apply = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
     if embedding is None or apply is None:

@@ -19,6 +19,7 @@ from headprof.compression.methods.budget import (
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.importance import Importance, KeepAll, KeyDiff, KeyNorm, Recency
+from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
@@ -187,7 +188,7 @@ def _named(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     if name not in added:
-        raise UsageError(f"There is no method {name!r}: choose one of {', '.join([*METHODS, *added])}.")
+        raise UsageError(f"There is no method {name!r}: choose one of {', '.join(method_names())}.")
     method = load_plugin(name)
     if not isinstance(method, Method):
         raise UsageError(f"The method {name!r} of an installed package is no headprof.Method: update that package.")
