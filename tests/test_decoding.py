@@ -220,7 +220,7 @@ def folding(monkeypatch, count):
 
 def remembered(cache):
     """Most queries that a layer remembers."""
-    return max(len(layer.held.recent) for layer in cache.head_layers)
+    return max(len(layer.held.recent) if layer.is_initialized else 0 for layer in cache.head_layers)
 
 
 COUNTING = {

@@ -299,7 +299,14 @@ def test_heads_whose_keys_are_all_alike_lose_no_candidate_to_rounding():
     for _ in range(50):
         rows = simple_rows(torch.randn(64, generator=generator).expand(20, 64), torch.arange(20, 0, -1))
         kept = torch.arange(20)[None, None] < 2
-        assert int(replace(EVERY, redundancy=1.0).count_candidates(rows, kept, kept)) == 18
+        assert (
+            int(
+                replace(EVERY, redundancy=1.0).count_candidates(
+                    rows.keys, Choice(kept, rows.ranked, rows.weights), kept
+                )
+            )
+            == 18
+        )
 
 
 @given(cases(ties=True), st.booleans())
