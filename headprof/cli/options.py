@@ -39,7 +39,7 @@ PrefillChunk = Annotated[
 Observe = Annotated[
     str,
     typer.Option(
-        help="Text whose queries score a document while the question is not known; empty: its own end.",
+        help="Text that judges a document while the question is not known; empty: its own end.",
         rich_help_panel="Method",
     ),
 ]
@@ -96,7 +96,7 @@ class MethodOptions:
     """Parameters of a method's parts."""
 
     window: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens whose queries score the others.", rich_help_panel="Method")
+        int | None, typer.Option(min=1, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method")
     ] = None
     keep_last: Annotated[
         int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
