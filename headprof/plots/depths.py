@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 BINS = 5
 MOST_BUDGETS = 3
-Place = tuple[str, int]
+LengthAndBin = tuple[str, int]
 """A length as it is written, and a bin of depths from 0."""
-Counts = dict[Place, tuple[int, int]]
+Counts = dict[LengthAndBin, tuple[int, int]]
 """Right answers and questions."""
 
 # Inches.
@@ -40,9 +40,9 @@ def depth_table(answers: Iterable[Answer], bins: int = BINS) -> dict[tuple[str, 
         if answer.task != "niah" or answer.depth is None:
             continue
         table = tables.setdefault((answer.method, answer.budget), {})
-        place = answer.group, min(int(answer.depth * bins), bins - 1)
-        right, asked = table.get(place, (0, 0))
-        table[place] = right + round(answer.score), asked + 1
+        cell = answer.group, min(int(answer.depth * bins), bins - 1)
+        right, asked = table.get(cell, (0, 0))
+        table[cell] = right + round(answer.score), asked + 1
     return tables
 
 
@@ -122,7 +122,7 @@ def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: i
                     _label_depths(axes, bins)
             label_at = (height - top - row * (tall + _BETWEEN) + 0.1) / height
             if budget:
-                first = next(place for place, method in enumerate(methods) if (method, budget) in tables)
+                first = next(column for column, method in enumerate(methods) if (method, budget) in tables)
                 at = (_LEFT + (wide + _GAP) * first) / total_width
                 figure.text(at, label_at, f"budget {budget}", size=8, color=MUTED, va="center")
     return figure

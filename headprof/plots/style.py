@@ -1,4 +1,4 @@
-"""What the static and the interactive heatmap share: colors, scales and the words about where scores came from."""
+"""What pictures share: colors, scales, ways to write and save, and the words about where scores came from."""
 
 from __future__ import annotations
 
@@ -124,12 +124,12 @@ def bar_ticks(highest: float, length: float, apart: float = 0.28) -> list[float]
     decade = math.floor(math.log10(highest))
     candidates = [digit * 10.0**exponent for exponent in range(decade, decade - 3, -1) for digit in (5, 2, 1)]
     ticks: list[float] = []
-    last_place = math.inf
+    last = math.inf  # of the ticks' distances from 0, in inches
     for value in candidates:
-        place = length * (value / highest) ** SCORE_GAMMA
-        if value <= highest and min(place, last_place - place) >= apart:
+        distance = length * (value / highest) ** SCORE_GAMMA
+        if value <= highest and min(distance, last - distance) >= apart:
             ticks.append(value)
-            last_place = place
+            last = distance
     return [0.0, *reversed(ticks)]
 
 

@@ -85,16 +85,16 @@ def _facts(result: Validation) -> list[str]:
 
 def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
     counts = [0, *result.counts]
-    places = range(len(counts))  # a place for each count: the first few heads matter as much as the last many
+    across = range(len(counts))  # evenly spaced: the first few heads matter as much as the last many
     ends = {}
     for family in FAMILIES:
         points = curve(result, kind, kind, family)
         shares = [100 * point.accuracy for point in points]
         low, high = ([100 * end for end in side] for side in ([p.low for p in points], [p.high for p in points]))
         color = _COLORS[family]
-        axes.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.fill_between(across, low, high, color=color, alpha=0.16, linewidth=0)
         axes.plot(
-            places,
+            across,
             shares,
             color=color,
             marker=_MARKERS[family],

@@ -21,7 +21,7 @@ def profile_filename(model_name: str) -> str:
 
 
 def user_profile_dir() -> Path:
-    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's place for user data."""
+    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's folder for user data."""
     import platformdirs
 
     root = os.environ.get("HEADPROF_DATA") or platformdirs.user_data_dir("headprof", appauthor=False)
@@ -56,7 +56,7 @@ class FoundProfile:
 
     Attributes:
         path: the file.
-        profile: what it holds; None when it cannot be used.
+        profile: what it holds; `None` when it cannot be used.
         fault: why it cannot be used, as a sentence.
         shadowed_by: the file of the same name that `find_profile` finds before it.
     """

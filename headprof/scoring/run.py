@@ -274,7 +274,7 @@ def make_profile(
         loaded, settings, decode, stop, command: noted in the profile.
         results: of all probes.
         include_failed: let probes count that were answered wrongly.
-        clusters: which context each probe belongs to; none if each has its own.
+        clusters: which context each probe belongs to; `None` if each has its own.
 
     Raises:
         ProbeError: fewer than `MIN_COUNTED` probes of a kind count.
