@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from headprof.errors import UsageError
 from headprof.plots.labels import spread
 from headprof.plots.method_styles import marker_of, style_of
-from headprof.plots.style import INK, MUTED, checked_path, even_ticks, lighten_axes, save_picture
+from headprof.plots.style import (
+    INK,
+    MUTED,
+    checked_path,
+    even_ticks,
+    lighten_axes,
+    new_figure,
+    save_picture,
+    write_heading,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +94,6 @@ def scores_plot(cells: Sequence[Cell], path: str | Path, measure: str = "score",
 
 def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
@@ -98,8 +105,7 @@ def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
     width = _LEFT + across * (slot + _GAP) - _GAP + _RIGHT
     height = _TOP + down * (_ABOVE + tall + _BELOW)
     with matplotlib.rc_context({"text.parse_math": False}):  # a name is no formula
-        figure = Figure(figsize=(width, height), facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, height)
         _write_heading(figure, measure, title, any(cell.method == "full" for cell in cells))
         for number, own in enumerate(panels.values()):
             left = _LEFT + number % across * (slot + _GAP)
@@ -115,13 +121,10 @@ def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
 
 
 def _write_heading(figure: Figure, measure: str, title: str, has_full: bool) -> None:
-    width, height = figure.get_size_inches()
-    heading = title or MEASURES[measure].heading
-    figure.text(_LEFT / width, 1 - 0.24 / height, heading, va="center", size=12, color=INK, weight="bold")
     facts = [] if measure == "agreement" else ["bars are 95 % intervals"]
     facts += ["dashed: the full cache and its interval"] if has_full else []
     facts += ["logarithmic"] if MEASURES[measure].logarithmic else []
-    figure.text(_LEFT / width, 1 - 0.47 / height, "  ·  ".join(facts), va="center", size=8.5, color=MUTED)
+    write_heading(figure, _LEFT, title or MEASURES[measure].heading, "  ·  ".join(facts), 8.5)
 
 
 def _scale(axes: Axes, cells: Sequence[Cell], measure: str, inches: float) -> None:

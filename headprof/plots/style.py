@@ -62,6 +62,23 @@ def save_picture(draw: Callable[[], Figure], path: Path) -> None:
         draw().savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white picture, sizes in inches, that no window belongs to."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_heading(figure: Figure, left: float, heading: str, facts: str, fontsize: float) -> None:
+    """Write a heading at the top, `left` inches from the left, and facts in a line of this size beneath."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1 - 0.24 / height, heading, va="center", size=12, color=INK, weight="bold")
+    figure.text(left / width, 1 - 0.47 / height, facts, va="center", size=fontsize, color=MUTED)
+
+
 def write_line(
     figure: Figure, text: str, margins: tuple[float, float], below: float, fontsize: float, **style: Any
 ) -> None:
