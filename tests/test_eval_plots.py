@@ -175,13 +175,13 @@ def test_depths_are_counted_like_one_by_one(questions, bins):
     tables = depth_table(answers + others, bins)
     assert sum(asked for table in tables.values() for _, asked in table.values()) == len(questions)
     for (_, budget), table in tables.items():
-        for (group, place), (right, asked) in table.items():
+        for (group, row), (right, asked) in table.items():
             own = [
                 answer.score
                 for answer in answers
                 if (answer.budget, answer.group) == (budget, group)
-                and place / bins <= answer.depth
-                and (answer.depth < (place + 1) / bins or place == bins - 1)
+                and row / bins <= answer.depth
+                and (answer.depth < (row + 1) / bins or row == bins - 1)
             ]
             assert (sum(own), len(own)) == pytest.approx((right, asked), abs=1e-9)
 
@@ -222,7 +222,7 @@ def best_by_blocks(heights, apart, low, high):
     order = sorted(heights)
     best = None
     for cuts in product([False, True], repeat=len(order) - 1):
-        starts = [0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]
+        starts = [0, *(index for index, cut in enumerate(cuts, 1) if cut), len(order)]
         placed = []
         for start, end in pairwise(starts):
             mean = sum(order[i] - i * apart for i in range(start, end)) / (end - start)

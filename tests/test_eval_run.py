@@ -454,10 +454,10 @@ def test_a_budget_below_what_heads_keep(task, budget, loaded, texts, data_dir, a
     assert asked.numbers == [] and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", [0, 3])
-def test_a_share_of_the_shortest_prompt_is_checked_before_any_work(place, loaded, tmp_path, asked):
+@pytest.mark.parametrize("row", [0, 3])
+def test_a_share_of_the_shortest_prompt_is_checked_before_any_work(row, loaded, tmp_path, asked):
     rows = [{"context": "A long text. " * 60, "input": "Who?", "answers": ["x"], "length": 4} for _ in range(4)]
-    rows[place]["context"] = "Short."
+    rows[row]["context"] = "Short."
     folder = tmp_path / "longbench"
     folder.mkdir()
     (folder / "narrativeqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -109,7 +109,7 @@ def test_the_color_table_is_the_color_map(colormap):
     table = color_table(colormap)
     assert len(table) == 256 * 6
     for i in range(256):
-        channels = [int(table[place : place + 2], 16) for place in range(6 * i, 6 * i + 6, 2)]
+        channels = [int(table[start : start + 2], 16) for start in range(6 * i, 6 * i + 6, 2)]
         assert channels == pytest.approx([255 * part for part in colormaps[colormap](i)[:3]], abs=0.51)
 
 
@@ -242,12 +242,12 @@ def described(profile, layer: int, head: int) -> list[str]:
 def png_pixels(content: bytes) -> set[bytes]:
     """The distinct rows of a PNG's unpacked pixels."""
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    place, packed = 8, b""
-    while place < len(content):
-        (length,) = struct.unpack(">I", content[place : place + 4])
-        if content[place + 4 : place + 8] == b"IDAT":
-            packed += content[place + 8 : place + 8 + length]
-        place += 12 + length
+    offset, packed = 8, b""
+    while offset < len(content):
+        (length,) = struct.unpack(">I", content[offset : offset + 4])
+        if content[offset + 4 : offset + 8] == b"IDAT":
+            packed += content[offset + 8 : offset + 8 + length]
+        offset += 12 + length
     (height,) = struct.unpack(">I", content[20:24])
     raw = zlib.decompress(packed)
     row = len(raw) // height
@@ -372,12 +372,12 @@ def test_the_keyboard_moves_from_head_to_head(open_page):
     page = open_page(profile)
     assert page.locator('.cell[tabindex="0"]').count() == 1
     cell(page, 5, 4).focus()
-    places = []
+    visited = []
     moves = "ArrowRight ArrowDown ArrowLeft ArrowUp End ArrowRight Home ArrowLeft"
     for key in [*moves.split(), "Control+End", "ArrowDown", "Control+Home", "ArrowUp"]:
         page.keyboard.press(key)
-        places.append(focused(page))
-    assert places == [
+        visited.append(focused(page))
+    assert visited == [
         *((5, 5), (6, 5), (6, 4), (5, 4), (5, 8), (5, 8), (5, 0), (5, 0)),
         *((29, 8), (29, 8), (0, 0), (0, 0)),
     ]

@@ -1,5 +1,6 @@
 """RULER's tasks: answers are checked by reading the documents, lengths by counting."""
 
+import random
 import re
 from collections import Counter
 from itertools import islice
@@ -12,13 +13,12 @@ from support.tiny_models import tiny_tokenizer
 
 from headprof.errors import UsageError
 from headprof.evaluation.tasks import BENCHMARKS, TASKS, TaskRequest, ruler
-from headprof.evaluation.tasks.ruler import (
+from headprof.evaluation.tasks.ruler import fill, prompt_tokens
+from headprof.evaluation.tasks.ruler_puzzles import (
     CommonWords,
     FrequentWords,
     Needles,
     VariableTracking,
-    fill,
-    prompt_tokens,
     zeta_counts,
 )
 from headprof.models.prompt_encoder import PromptEncoder
@@ -102,7 +102,7 @@ def test_needles_are_spread_over_the_document():
 
 @pytest.mark.parametrize("chains", [1, 2])
 def test_variables_are_those_that_following_the_assignments_finds(chains, monkeypatch):
-    monkeypatch.setitem(ruler.GENERATORS, "variable_tracking", ruler.VariableTracking(chains=chains))
+    monkeypatch.setitem(ruler.GENERATORS, "variable_tracking", VariableTracking(chains=chains))
     for example in examples("variable_tracking", limit=10):
         values = {}
         for name, value in re.findall(r"Let (\w+) = (\w+)\.", example.document):
@@ -129,7 +129,7 @@ def test_common_words_are_the_most_common_ones():
 
 
 def test_long_lists_go_on_with_made_up_words():
-    puzzle = CommonWords().puzzle(ruler.random.Random(0), 65536)
+    puzzle = CommonWords().puzzle(random.Random(0), 65536)
     words = Counter(re.findall(r"[a-z]+", puzzle.document(2000)))
     assert len(words) == 2010
     assert set(words.values()) == {30, 3}
@@ -191,7 +191,7 @@ def test_a_length_that_is_too_short_names_one_that_is_not(name):
 
 
 def test_parameters_are_fields():
-    rng = ruler.random.Random(3)
+    rng = random.Random(3)
     needles = Needles(keys=5, values=2, queries=3).puzzle(rng, 1024)
     assert len(needles.answers) == 6
     assert {len(numbers) for numbers in facts(needles.document(50)).values()} == {2}

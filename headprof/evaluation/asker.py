@@ -63,7 +63,7 @@ class Asker:
         loaded: the model that answers.
         candidates: methods at budgets; the divergence is taken from the one with the method `full`, if there is one.
         question_known: whether the question is part of what is compressed.
-        observer_ids: if not, tokens after the document that judge it and are not kept.
+        observer_ids: if not, tokens after the document that observe it and are not kept.
         sharing: what reading the prompts took.
     """
 
@@ -93,16 +93,16 @@ class Asker:
                 group=question.group,
                 method=candidate.method,
                 budget=candidate.budget,
-                score=scores[place],
-                divergence=reference.divergence[place] if reference.divergence else None,
-                agreement=reference.agreement[place] if reference.agreement else None,
-                text=texts[place],
-                prompt_tokens=caches[place].get_seq_length(),
-                cache_bytes=caches[place].nbytes,
+                score=scores[index],
+                divergence=reference.divergence[index] if reference.divergence else None,
+                agreement=reference.agreement[index] if reference.agreement else None,
+                text=texts[index],
+                prompt_tokens=caches[index].get_seq_length(),
+                cache_bytes=caches[index].nbytes,
                 depth=question.depth,
                 family=question.family,
             )
-            for place, candidate in enumerate(self.candidates)
+            for index, candidate in enumerate(self.candidates)
         ]
 
     def _split(self, question: Question) -> tuple[list[int], list[int]]:
@@ -185,13 +185,13 @@ class Asker:
                 texts[number] = tokenizer.decode(said[number], skip_special_tokens=True)
                 if grading.is_complete(texts[number]):
                     finished.add(number)
-            kept = [place for place, number in enumerate(running) if number not in finished]
+            kept = [entry for entry, number in enumerate(running) if number not in finished]
             if not kept:
                 break
             if len(kept) <= len(running) // 2:
-                places = torch.tensor(kept)
-                stack.batch_select_indices(places)
-                chosen, running = chosen[places.to(chosen.device)], [running[place] for place in kept]
+                indices = torch.tensor(kept)
+                stack.batch_select_indices(indices)
+                chosen, running = chosen[indices.to(chosen.device)], [running[entry] for entry in kept]
             fed = chosen[:, None]
         return texts
 
@@ -227,10 +227,10 @@ class _ReferenceRun:
 
     @property
     def divergence(self) -> list[float] | None:
-        """In nats, a token; none without tokens or something to compare with."""
+        """In nats, a token; `None` without tokens or something to compare with."""
         return None if self._full is None or not self._tokens else (self._divergence / self._tokens).tolist()
 
     @property
     def agreement(self) -> list[float] | None:
-        """Share of tokens; none likewise."""
+        """Share of tokens; `None` likewise."""
         return None if self._full is None or not self._tokens else (self._agreement / self._tokens).tolist()

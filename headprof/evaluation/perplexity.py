@@ -30,7 +30,7 @@ class PerplexitySettings:
     Attributes:
         prefix: how much of a text is read before, and compressed.
         continuation: how much after it is predicted.
-        documents: how many texts to take; none for all that are long enough.
+        documents: how many texts to take; `None` for all that are long enough.
         skip: how many of those to leave out first, so that tuning and testing can use different ones.
         chunk: how much of the continuation is fed at once.
 
@@ -89,14 +89,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class PerplexityCell:
-    """One method at one budget. Intervals are of 95 % over documents, and none where there is but one document.
+    """One method at one budget. Intervals are of 95 % over documents, and `None` where there is but one.
 
     Attributes:
         method, budget: as in the losses.
         documents, tokens: how many were predicted.
         perplexity: `exp(nll / tokens)` over all documents together.
         interval: of the perplexity. Documents differ far more than methods do, so it is wide.
-        ratio: perplexity as a multiple of the full cache's: the geometric mean over documents. None without `full`.
+        ratio: perplexity as a multiple of the full cache's: the geometric mean over documents; `None` without `full`.
         ratio_interval: of the ratio; each document is compared with itself, so it is narrow.
         cache_bytes: mean bytes of the cache after the continuation.
     """

@@ -108,16 +108,16 @@ class EvalRequest:
         probes: number of probes, over `niah` and `reasoning` together.
         lengths: of prompts that can be had in several, in tokens; of the texts whose perplexity is taken, which have
             but one.
-        families: probe families to ask; all when none are named.
+        families: probe families to ask; `None` for all.
         seed: of what is generated.
-        limit: questions of each task, and of each of its lengths, at most; none for all.
-        max_prompt: tokens of a benchmark's prompt, the middle of a longer one is left out; none for as many as the
-            model can read.
+        limit: questions of each task, and of each of its lengths, at most; `None` for all.
+        max_prompt: tokens of a benchmark's prompt, the middle of a longer one is left out; `None` for as many as
+            the model can read.
         prompts: a JSON file of templates in place of LongBench's.
         question_known: whether the question is part of the prompt that is compressed; if not, the document alone is.
-        observe: if not, the text in the question's place that judges the document; empty for the document's own end.
+        observe: if not, the text in the question's place that observes the document; empty for the document's own end.
         data_dir: a folder with the benchmarks' files; for perplexity, a text file or a folder of them.
-        documents: how many texts; none for all that are long enough.
+        documents: how many texts; `None` for all that are long enough.
         skip: how many of those to leave out first.
         continuation: tokens at a text's end that are predicted, after those before them have been compressed.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
@@ -229,7 +229,7 @@ class EvalRequest:
         )
 
     def observer_ids(self, loaded: LoadedModel) -> list[int]:
-        """Tokens that judge the document in the question's place; none if the question is known."""
+        """Tokens that observe the document in the question's place; empty if the question is known."""
         if self.question_known or not self.observe:
             return []
         return PromptEncoder(loaded.tokenizer).question_ids(self.observe)

@@ -30,12 +30,12 @@ class Answer:
         score: by the metric of the task, from 0 to 1. Of a probe: 1 if each token of the answer is the arg-max,
             the tokens before it given.
         divergence: Kullback-Leibler divergence of the next-token distributions from the full cache's, in nats, averaged
-            over the tokens of the reference answer; none if `full` was not among the methods.
-        agreement: share of these tokens at which both have the same arg-max; none likewise.
+            over the tokens of the reference answer; `None` if `full` was not among the methods.
+        agreement: share of these tokens at which both have the same arg-max; `None` likewise.
         text: what was generated; empty for probes, whose answers are given.
         prompt_tokens: length of the prompt that was compressed.
         cache_bytes: bytes that the cache held after the prompt.
-        depth: share of the text that stands before the needle, 0 to 1; none where there is no needle.
+        depth: share of the text that stands before the needle, 0 to 1; `None` where there is no needle.
         family: of a probe; else empty.
     """
 
@@ -63,9 +63,10 @@ class Cell:
         group, method, budget: as in the answers.
         questions: how many.
         score: mean over questions, each counting alike; 0 to 1.
-        interval: of the score: Wilson's where all scores are 0 or 1, else Student's; none for a single graded answer.
-        divergence, agreement: means over questions; none without the full cache.
-        divergence_interval: Student's; none for less than two questions.
+        interval: of the score: Wilson's where all scores are 0 or 1, else Student's; `None` for a single graded
+            answer.
+        divergence, agreement: means over questions; `None` without the full cache.
+        divergence_interval: Student's; `None` for less than two questions.
         cache_bytes: mean over questions.
     """
 
@@ -156,7 +157,7 @@ def _cell(task: str, group: Sequence[Answer]) -> Cell:
 def score_interval(scores: Sequence[float]) -> tuple[float, float] | None:
     """95 % interval of the mean of scores from 0 to 1: Wilson's if all are 0 or 1, else Student's within these bounds.
 
-    None for a single graded score.
+    `None` for a single graded score.
     """
     if all(score in (0, 1) for score in scores):
         return wilson_interval(int(sum(scores)), len(scores))

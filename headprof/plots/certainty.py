@@ -1,4 +1,4 @@
-"""How sure each head's score is, and its place among the best."""
+"""How sure each head's score is, and whether it is among the best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NORMAL_95 = 1.96
 
 
 def interval_of(profile: HeadProfile, kind: str) -> tuple[Tensor, Tensor] | None:
-    """The two ends of each score's 95 % interval, float32 `[L, H]` each; None when the profile knows of no error.
+    """The two ends of each score's 95 % interval, float32 `[L, H]` each; `None` when the profile knows of no error.
 
     The bootstrap interval where the profile holds it, else the score ± 1.96 standard errors, cut off at 0.
     """
@@ -29,7 +29,7 @@ def interval_of(profile: HeadProfile, kind: str) -> tuple[Tensor, Tensor] | None
 
 
 def half_width(profile: HeadProfile, kind: str) -> Tensor | None:
-    """Half the width of each score's 95 % interval, float32 `[L, H]`, in units of the score; None when unknown.
+    """Half the width of each score's 95 % interval, float32 `[L, H]`, in units of the score; `None` when unknown.
 
     Without a bootstrap interval, 1.96 standard errors.
     """
@@ -52,7 +52,7 @@ def check_known(profile: HeadProfile, kinds: Sequence[str]) -> None:
 
 
 def outside_reach(profile: HeadProfile, kind: str, top: int) -> float | None:
-    """The highest upper end of the intervals of all heads but the `top` best; None when unknown or no head is left."""
+    """The highest upper end of the intervals of all heads but the `top` best; `None` if unknown or no head is left."""
     interval = interval_of(profile, kind)
     if interval is None:
         return None

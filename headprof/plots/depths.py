@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
 from headprof.plots.scores import budget_order
-from headprof.plots.style import INK, MUTED, SCORE_COLORMAP, checked_path, save_picture
+from headprof.plots.style import INK, MUTED, SCORE_COLORMAP, checked_path, new_figure, save_picture, write_heading
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 BINS = 5
 MOST_BUDGETS = 3
-Place = tuple[str, int]
+LengthAndBin = tuple[str, int]
 """A length as it is written, and a bin of depths from 0."""
-Counts = dict[Place, tuple[int, int]]
+Counts = dict[LengthAndBin, tuple[int, int]]
 """Right answers and questions."""
 
 # Inches.
 _CELL_WIDTH, _CELL_HEIGHT, _GAP, _LEFT, _RIGHT, _TOP, _BETWEEN, _BOTTOM = 0.5, 0.26, 0.14, 0.95, 0.1, 1.1, 0.34, 0.5
 _NAME_LETTER, _SETTING_LETTER, _SETTING_LINE = 0.075, 0.056, 0.12
 _NO_QUESTIONS = "#e9e7ec"
+_FACTS = "across: tokens of the prompt  ·  down: where in it the needle stands  ·  right answers / questions"
 
 
 def depth_table(answers: Iterable[Answer], bins: int = BINS) -> dict[tuple[str, str], Counts]:
@@ -40,9 +41,9 @@ def depth_table(answers: Iterable[Answer], bins: int = BINS) -> dict[tuple[str, 
         if answer.task != "niah" or answer.depth is None:
             continue
         table = tables.setdefault((answer.method, answer.budget), {})
-        place = answer.group, min(int(answer.depth * bins), bins - 1)
-        right, asked = table.get(place, (0, 0))
-        table[place] = right + round(answer.score), asked + 1
+        cell = answer.group, min(int(answer.depth * bins), bins - 1)
+        right, asked = table.get(cell, (0, 0))
+        table[cell] = right + round(answer.score), asked + 1
     return tables
 
 
@@ -83,8 +84,6 @@ def depths_plot(
 
 def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: int) -> Figure:
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(method for method, _ in tables))
     lengths = sorted({group for table in tables.values() for group, _ in table}, key=lambda text: parse_lengths(text))
@@ -100,10 +99,9 @@ def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: i
     width = _LEFT + len(methods) * (wide + _GAP) - _GAP + _RIGHT
     height = top + len(rows) * (tall + _BETWEEN) - _BETWEEN + _BOTTOM
     with matplotlib.rc_context({"text.parse_math": False}):
-        figure = Figure(figsize=(max(width, 4.6), height), facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = new_figure(max(width, 4.6), height)
         total_width = figure.get_size_inches()[0]
-        _write_heading(figure)
+        write_heading(figure, 0.2, "Needles found", _FACTS, 8)
         for row, budget in enumerate(rows):
             for column, method in enumerate(methods):
                 table = tables.get((method, budget)) or (tables.get((method, "")) if row == 0 else None)
@@ -122,7 +120,7 @@ def _draw(tables: dict[tuple[str, str], Counts], budgets: Sequence[str], bins: i
                     _label_depths(axes, bins)
             label_at = (height - top - row * (tall + _BETWEEN) + 0.1) / height
             if budget:
-                first = next(place for place, method in enumerate(methods) if (method, budget) in tables)
+                first = next(column for column, method in enumerate(methods) if (method, budget) in tables)
                 at = (_LEFT + (wide + _GAP) * first) / total_width
                 figure.text(at, label_at, f"budget {budget}", size=8, color=MUTED, va="center")
     return figure
@@ -142,14 +140,6 @@ def _write_name(figure: Figure, center: float, name: str, settings: Sequence[str
     for setting in settings:
         below += _SETTING_LINE
         figure.text(center / width, 1 - below / height, setting, size=6.5, color=MUTED, ha="center")
-
-
-def _write_heading(figure: Figure) -> None:
-    width, height = figure.get_size_inches()
-    left = 0.2 / width
-    figure.text(left, 1 - 0.24 / height, "Needles found", va="center", size=12, color=INK, weight="bold")
-    facts = "across: tokens of the prompt  ·  down: where in it the needle stands  ·  right answers / questions"
-    figure.text(left, 1 - 0.47 / height, facts, va="center", size=8, color=MUTED)
 
 
 def _draw_panel(axes: Axes, table: Counts, lengths: Sequence[str], bins: int) -> None:

@@ -18,6 +18,7 @@ from headprof.plots.style import (
     SCORE_GAMMA,
     UNCERTAINTY_COLORMAP,
     checked_path,
+    new_figure,
     probe_facts,
     save_picture,
     shape_fact,
@@ -73,14 +74,10 @@ def heatmap(
 
 
 def _draw(profile: HeadProfile, best: dict[str, list[tuple[int, int, float]]], uncertainty: bool = False) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shape = profile.shape
     num_listed = max(len(heads) for heads in best.values())
     layout = HeadsLayout(shape.num_layers, shape.num_heads, len(best), num_listed, uncertainty)
-    figure = Figure(figsize=(layout.width, layout.height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(layout.width, layout.height)
     _draw_title(figure, layout, profile, list(best))
     for panel, (kind, heads) in enumerate(best.items()):
         dashed = is_unsure(profile, kind, len(heads)) if uncertainty else [False] * len(heads)

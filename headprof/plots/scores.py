@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 from headprof.errors import UsageError
 from headprof.plots.labels import spread
 from headprof.plots.method_styles import marker_of, style_of
-from headprof.plots.style import INK, MUTED, checked_path, even_ticks, lighten_axes, save_picture
+from headprof.plots.style import (
+    INK,
+    MUTED,
+    checked_path,
+    even_ticks,
+    lighten_axes,
+    new_figure,
+    save_picture,
+    write_heading,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,8 +94,6 @@ def scores_plot(cells: Sequence[Cell], path: str | Path, measure: str = "score",
 
 def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     panels: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
@@ -98,8 +105,7 @@ def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
     width = _LEFT + across * (slot + _GAP) - _GAP + _RIGHT
     height = _TOP + down * (_ABOVE + tall + _BELOW)
     with matplotlib.rc_context({"text.parse_math": False}):  # a name is no formula
-        figure = Figure(figsize=(width, height), facecolor="white")
-        FigureCanvasAgg(figure)
+        figure = new_figure(width, height)
         _write_heading(figure, measure, title, any(cell.method == "full" for cell in cells))
         for number, own in enumerate(panels.values()):
             left = _LEFT + number % across * (slot + _GAP)
@@ -115,13 +121,10 @@ def _draw(cells: Sequence[Cell], measure: str, title: str) -> Figure:
 
 
 def _write_heading(figure: Figure, measure: str, title: str, has_full: bool) -> None:
-    width, height = figure.get_size_inches()
-    heading = title or MEASURES[measure].heading
-    figure.text(_LEFT / width, 1 - 0.24 / height, heading, va="center", size=12, color=INK, weight="bold")
     facts = [] if measure == "agreement" else ["bars are 95 % intervals"]
     facts += ["dashed: the full cache and its interval"] if has_full else []
     facts += ["logarithmic"] if MEASURES[measure].logarithmic else []
-    figure.text(_LEFT / width, 1 - 0.47 / height, "  ·  ".join(facts), va="center", size=8.5, color=MUTED)
+    write_heading(figure, _LEFT, title or MEASURES[measure].heading, "  ·  ".join(facts), 8.5)
 
 
 def _scale(axes: Axes, cells: Sequence[Cell], measure: str, inches: float) -> None:
@@ -147,15 +150,15 @@ def _scale(axes: Axes, cells: Sequence[Cell], measure: str, inches: float) -> No
 def _draw_panel(
     axes: Axes, cells: Sequence[Cell], measure: str, methods: Sequence[str], number: int, inches: float
 ) -> None:
-    places = _places(axes, budget_order(cell.budget for cell in cells))
+    offsets = _place_budgets(axes, budget_order(cell.budget for cell in cells))
     compressed = [method for method in methods if any(each.method == method and each.budget for each in cells)]
-    apart = 0.5 * _least_step(places) / len(compressed)
+    apart = 0.5 * _least_step(offsets) / len(compressed)
     ends: dict[str, tuple[float, float]] = {}
     for rank, method in enumerate(compressed):
         found = {cell.budget: cell for cell in cells if cell.method == method}
-        across = [places[budget] for budget in places if budget in found]
-        line = [found[budget] for budget in places if budget in found]
-        dodged = [place + apart * (rank - (len(compressed) - 1) / 2) for place in across]
+        line = [found[budget] for budget in offsets if budget in found]
+        dodge = apart * (rank - (len(compressed) - 1) / 2)
+        dodged = [offset + dodge for budget, offset in offsets.items() if budget in found]
         _draw_line(axes, dodged, line, measure, f"line-{number}-{method}")
         ends[method] = (dodged[-1], _height(line[-1], measure))
     for cell in cells:
@@ -173,33 +176,33 @@ def _height(cell: Cell, measure: str) -> float:
     return max(LEAST_DIVERGENCE, value) if MEASURES[measure].logarithmic else value
 
 
-def _places(axes: Axes, budgets: Sequence[str]) -> dict[str, float]:
+def _place_budgets(axes: Axes, budgets: Sequence[str]) -> dict[str, float]:
     """Where each budget stands on the horizontal axis, which gets its ticks."""
     counts = all(budget.isdecimal() and int(budget) for budget in budgets)
-    places = {budget: math.log2(int(budget)) if counts else float(i) for i, budget in enumerate(budgets)}
-    first, last = min(places.values()), max(places.values())
-    margin = 0.4 * _least_step(places)
+    offsets = {budget: math.log2(int(budget)) if counts else float(i) for i, budget in enumerate(budgets)}
+    first, last = min(offsets.values()), max(offsets.values())
+    margin = 0.4 * _least_step(offsets)
     axes.set_xlim(first - margin, last + margin)
     room = _LETTER * max(map(len, budgets)) / _PANEL_WIDTH * (last - first + 2 * margin)
     shown: list[str] = []
-    for budget, place in places.items():  # where labels would overlap, the left one stays
-        if not shown or place - places[shown[-1]] > room:
+    for budget, offset in offsets.items():  # where labels would overlap, the left one stays
+        if not shown or offset - offsets[shown[-1]] > room:
             shown.append(budget)
-    axes.set_xticks([places[budget] for budget in shown], shown)
-    return places
+    axes.set_xticks([offsets[budget] for budget in shown], shown)
+    return offsets
 
 
-def _least_step(places: Mapping[str, float]) -> float:
-    return min((right - left for left, right in pairwise(sorted(places.values()))), default=1.0)
+def _least_step(offsets: Mapping[str, float]) -> float:
+    return min((right - left for left, right in pairwise(sorted(offsets.values()))), default=1.0)
 
 
 def _draw_line(axes: Axes, across: Sequence[float], cells: Sequence[Cell], measure: str, gid: str) -> None:
     style = style_of(cells[0].method)
-    for place, cell in zip(across, cells, strict=True):
+    for offset, cell in zip(across, cells, strict=True):
         if ends := MEASURES[measure].interval(cell):
             bar: dict[str, Any] = {"linewidth": 1.0 if style.strong else 0.7, "alpha": 0.75 if style.strong else 0.5}
             low = max(ends[0], axes.get_ylim()[0])
-            axes.plot([place, place], [low, ends[1]], color=style.color, zorder=4, solid_capstyle="butt", **bar)
+            axes.plot([offset, offset], [low, ends[1]], color=style.color, zorder=4, solid_capstyle="butt", **bar)
     axes.plot(
         across,
         [_height(cell, measure) for cell in cells],

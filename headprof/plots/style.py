@@ -1,4 +1,4 @@
-"""What the static and the interactive heatmap share: colors, scales and the words about where scores came from."""
+"""What pictures share: colors, scales, ways to write and save, and the words about where scores came from."""
 
 from __future__ import annotations
 
@@ -60,6 +60,23 @@ def save_picture(draw: Callable[[], Figure], path: Path) -> None:
         # The date and the version of matplotlib would make equal pictures differ.
         undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
         draw().savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white picture, sizes in inches, that no window belongs to."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_heading(figure: Figure, left: float, heading: str, facts: str, fontsize: float) -> None:
+    """Write a heading at the top, `left` inches from the left, and facts in a line of this size beneath."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1 - 0.24 / height, heading, va="center", size=12, color=INK, weight="bold")
+    figure.text(left / width, 1 - 0.47 / height, facts, va="center", size=fontsize, color=MUTED)
 
 
 def write_line(
@@ -124,12 +141,12 @@ def bar_ticks(highest: float, length: float, apart: float = 0.28) -> list[float]
     decade = math.floor(math.log10(highest))
     candidates = [digit * 10.0**exponent for exponent in range(decade, decade - 3, -1) for digit in (5, 2, 1)]
     ticks: list[float] = []
-    last_place = math.inf
+    last = math.inf  # of the ticks' distances from 0, in inches
     for value in candidates:
-        place = length * (value / highest) ** SCORE_GAMMA
-        if value <= highest and min(place, last_place - place) >= apart:
+        distance = length * (value / highest) ** SCORE_GAMMA
+        if value <= highest and min(distance, last - distance) >= apart:
             ticks.append(value)
-            last_place = place
+            last = distance
     return [0.0, *reversed(ticks)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.plots.labels import spread
-from headprof.plots.style import INK, MUTED, checked_path, lighten_axes, save_picture, write_line
+from headprof.plots.style import INK, MUTED, checked_path, lighten_axes, new_figure, save_picture, write_line
 from headprof.validation.causal_check import FAMILIES, Validation
 from headprof.validation.verdict import curve, verdict
 
@@ -56,14 +56,10 @@ def validation_plot(result: Validation, path: str | Path) -> Path:
 
 
 def _draw(result: Validation) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     slot = _PANEL_WIDTH + _LABEL_WIDTH
     width = _LEFT + len(result.kinds) * (slot + _GAP) - _GAP + _RIGHT
     height = _TOP + _PANEL_HEIGHT + _BOTTOM
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     margins = _LEFT, _RIGHT
     write_line(figure, result.model_name, margins, below=0.36, fontsize=14, color=INK, weight="bold")
     write_line(figure, "  ·  ".join(_facts(result)), margins, below=0.65, fontsize=9, color=MUTED)
@@ -85,16 +81,16 @@ def _facts(result: Validation) -> list[str]:
 
 def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
     counts = [0, *result.counts]
-    places = range(len(counts))  # a place for each count: the first few heads matter as much as the last many
+    across = range(len(counts))  # evenly spaced: the first few heads matter as much as the last many
     ends = {}
     for family in FAMILIES:
         points = curve(result, kind, kind, family)
         shares = [100 * point.accuracy for point in points]
         low, high = ([100 * end for end in side] for side in ([p.low for p in points], [p.high for p in points]))
         color = _COLORS[family]
-        axes.fill_between(places, low, high, color=color, alpha=0.16, linewidth=0)
+        axes.fill_between(across, low, high, color=color, alpha=0.16, linewidth=0)
         axes.plot(
-            places,
+            across,
             shares,
             color=color,
             marker=_MARKERS[family],

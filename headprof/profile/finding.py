@@ -27,7 +27,7 @@ def default_output(name: str) -> Path:
 
 
 def user_profile_dir() -> Path:
-    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's place for user data."""
+    """The user's own profiles: `profiles` in `$HEADPROF_DATA`, else in the system's folder for user data."""
     import platformdirs
 
     root = os.environ.get("HEADPROF_DATA") or platformdirs.user_data_dir("headprof", appauthor=False)

@@ -212,7 +212,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadPro
 
 
 def _find_contradiction(profile: HeadProfile) -> str | None:
-    """What is wrong with the parts of a profile, as the end of a sentence; None when nothing is."""
+    """What is wrong with the parts of a profile, as the end of a sentence; `None` when nothing is."""
     shape = profile.shape
     if min(shape.num_layers, shape.num_heads, shape.num_kv_heads) < 1 or shape.num_heads % shape.num_kv_heads:
         return f"its fingerprint has {shape.num_heads} query heads for {shape.num_kv_heads} KV heads"
@@ -231,7 +231,7 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         return "it counts fewer than zero probes"
     if reserved := [key for key in _RESERVED if key in profile.metadata]:
         return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
-    lows, highs = ({kind: ends[place] for kind, ends in profile.intervals.items()} for place in (0, 1))
+    lows, highs = ({kind: ends[side] for kind, ends in profile.intervals.items()} for side in (0, 1))
     for name, tensors in (
         ("scores", profile.scores),
         ("standard errors", profile.standard_errors),

@@ -25,10 +25,10 @@ def cluster_sums(values: torch.Tensor, clusters: Sequence[int]) -> tuple[torch.T
     Returns:
         float64 `[C, M]` and float64 `[C]`, in ascending order of the clusters.
     """
-    _, place = torch.tensor(clusters).unique(return_inverse=True)
-    counts = place.bincount().double()
+    _, cluster_of = torch.tensor(clusters).unique(return_inverse=True)  # [n], from 0
+    counts = cluster_of.bincount().double()
     sums = torch.zeros(len(counts), values.shape[1], dtype=torch.float64)
-    return sums.index_add_(0, place, values.double()), counts
+    return sums.index_add_(0, cluster_of, values.double()), counts
 
 
 def standard_error(values: torch.Tensor, clusters: Sequence[int]) -> torch.Tensor:

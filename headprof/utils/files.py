@@ -185,7 +185,7 @@ def _os_error(number: int, path: Path) -> OSError:
 
 
 def _os_error_number(error: Exception, temporary: Path, target: Path) -> int | None:
-    """The errno of a failure to write our file, or None when the exception is about something else."""
+    """The errno of a failure to write our file, or `None` when the exception is about something else."""
     if isinstance(error, SafetensorError):
         found = _RUST_OS_ERROR.search(str(error))
         return int(found[1]) if found else None

@@ -40,7 +40,7 @@ def t_95(degrees: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Student's 95 % interval of a mean; none for less than two values.
+    """Student's 95 % interval of a mean; `None` for less than two values.
 
     Not a bootstrap, whose intervals are too narrow for the few values that one often has the time for.
     """

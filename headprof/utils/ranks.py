@@ -29,7 +29,7 @@ def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
 
 
 def _average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, float64 `[n]`; equal values share the mean of the places they take together."""
+    """Ranks from 1, float64 `[n]`; equal values share the mean of the ranks they take together."""
     _, group, counts = values.flatten().unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
 

@@ -117,7 +117,7 @@ def claim_gpus(environment: Mapping[str, str], num_gpus: int) -> str | None:
         num_gpus: how many this process sees now.
 
     Returns:
-        None when nothing is to be changed: no launcher, no GPUs, or one process that may have them all.
+        `None` when nothing is to be changed: no launcher, no GPUs, or one process that may have them all.
     """
     size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if size == 1 or num_gpus == 0:

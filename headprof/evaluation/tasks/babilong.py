@@ -7,17 +7,15 @@ answer. The benchmark's labels decide what counts as an answer.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import islice
-from typing import Any
 
 from headprof.evaluation.metrics import LABEL_ENDS, possible_labels
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS, Example, Task, TaskRequest
+from headprof.evaluation.tasks.prompts import own_prompts
 from headprof.evaluation.tasks.sources import Source, read_rows
-from headprof.utils.assets import asset_dir
 
 DATASET = "RMT-team/babilong-100examples"
 OTHER_NAME = "RMT-team/babilong"
@@ -87,7 +85,7 @@ def _of_length(name: str, config: str, request: TaskRequest) -> Iterator[Example
 
 
 def _instructions(name: str) -> str:
-    prompt = _prompts()["other"] | _prompts().get(name, {})
+    prompt = own_prompts("babilong")["other"] | own_prompts("babilong").get(name, {})
     worked = [
         f"Example: {example['text']}\nQuestion: {example['question']}\nAnswer: {example['answer']}"
         for example in prompt["examples"]
@@ -97,14 +95,9 @@ def _instructions(name: str) -> str:
 
 def _written(name: str, question: str, target: str) -> str:
     """The right answer as the instructions ask for it: a sentence, or the label alone."""
-    sentence = _prompts().get(name, {}).get("sentence")
+    sentence = own_prompts("babilong").get(name, {}).get("sentence")
     asked = re.match(sentence["question"], question.strip()) if sentence else None
     return sentence["answer"].format(*asked.groups(), target=target) if asked else target
-
-
-@cache
-def _prompts() -> dict[str, Any]:
-    return json.loads((asset_dir("data") / "benchmarks" / "babilong.json").read_text(encoding="utf-8"))
 
 
 TASKS = tuple(Task(f"babilong/{name}", DATASET, LICENSE, partial(examples, name)) for name in LABELS)

@@ -33,7 +33,7 @@ class Example:
         answers: what counts as right: any one of them, or for `ruler.all` all of them; for `loogle.cloze` number `n`
             is what `<mask-n>` stands for, empty where there is no such mask.
         classes: the labels among which the answer is; for tasks that have such.
-        metric: what the prediction is judged by.
+        metric: what the prediction is scored by, a name in `METRICS`.
         max_new_tokens: tokens to generate.
         chat: whether the chat template goes around the prompt.
         first_line: whether only the prediction's first line counts.
@@ -89,12 +89,12 @@ class TaskRequest:
     """What to make examples from.
 
     Attributes:
-        data_dir: the datasets' own files; none to take them from the hub.
+        data_dir: the datasets' own files; `None` to take them from the hub.
         limit: how many examples at most of a task, and of each length if it has several: the first ones.
-        lengths: of BABILong's and RULER's prompts, in tokens; `DEFAULT_LENGTHS` if there are none.
+        lengths: of BABILong's and RULER's prompts, in tokens; `DEFAULT_LENGTHS` if empty.
         tokenizer: counts RULER's tokens.
         seed: of what is generated.
-        max_positions: longest sequence that the model was made for; none to take any.
+        max_positions: longest sequence that the model was made for; `None` to take any.
         prompts: a JSON file `{task: template}` whose templates, with `{context}` and `{input}`, replace LongBench's.
     """
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import Example, Task, TaskRequest, split_template
+from headprof.evaluation.tasks.prompts import own_prompts
 from headprof.evaluation.tasks.sources import Row, Source, read_rows
-from headprof.utils.assets import asset_dir
 
 DATASET = "THUDM/LongBench"
 LICENSE = "MIT for the benchmark; each task's texts keep the license of the dataset they come from"
@@ -90,12 +90,7 @@ def _template(name: str, prompts: Path | None) -> tuple[str, str]:
     given = _read_prompts(prompts) if prompts is not None else {}
     if name in given:
         return given[name], f"The prompt of {name} in {prompts}"
-    return _own_prompts()[name], f"The prompt of {name}"
-
-
-@cache
-def _own_prompts() -> dict[str, str]:
-    return json.loads((asset_dir("data") / "benchmarks" / "longbench.json").read_text(encoding="utf-8"))
+    return own_prompts("longbench")[name], f"The prompt of {name}"
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

@@ -7,16 +7,15 @@ benchmark's; the wording of the prompts is this project's own.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
 from headprof.evaluation.tasks.example import Example, Task, TaskRequest, split_template
+from headprof.evaluation.tasks.prompts import own_prompts
 from headprof.evaluation.tasks.sources import Row, Source, parsed, read_rows
-from headprof.utils.assets import asset_dir
 
 DATASET = "bigai-nlco/LooGLE"
 LICENSE = "CC BY-SA 4.0"
@@ -38,7 +37,7 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
     Raises:
         UsageError: the rows cannot be had, or lack a field.
     """
-    template_before, template_after = split_template(_prompts()[name], f"The prompt of {name}")
+    template_before, template_after = split_template(own_prompts("loogle")[name], f"The prompt of {name}")
     metric, max_new_tokens = METRICS_AND_LENGTHS[name]
     rows = read_rows(Source(DATASET, name, "test", _files(name), "loogle"), request.data_dir)
     asked = ((row, *pair) for row in rows for pair in _questions(row, name))
@@ -89,11 +88,6 @@ def _entities(answer: Any) -> tuple[str, ...]:
         masks = {int(match[1]): str(value) for key, value in answer.items() if value and (match := _MASK.search(key))}
         return tuple(masks.get(number, "") for number in range(max(masks, default=-1) + 1))
     return tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
-
-
-@cache
-def _prompts() -> dict[str, str]:
-    return json.loads((asset_dir("data") / "benchmarks" / "loogle.json").read_text(encoding="utf-8"))
 
 
 TASKS = tuple(Task(f"loogle/{name}", DATASET, LICENSE, partial(examples, name)) for name in METRICS_AND_LENGTHS)

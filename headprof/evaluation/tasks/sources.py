@@ -98,7 +98,7 @@ def read_rows(source: Source, data_dir: Path | None) -> Iterator[Row]:
 
     Args:
         source: the dataset.
-        data_dir: a folder with its files; none to take it from the hub, or from the hub's cache.
+        data_dir: a folder with its files; `None` to take it from the hub, or from the hub's cache.
 
     Raises:
         UsageError: there is no such file, it cannot be read or is empty, or the hub cannot be reached.
