@@ -243,7 +243,8 @@ def generate(
     from dataclasses import replace
 
     from headprof.compression.document import load_document
-    from headprof.compression.generation import check_sources, generate_text, prompt_ids, question_ids, what_to_ask
+    from headprof.compression.generation import generate_text, prompt_ids, question_ids
+    from headprof.compression.inputs import check_sources, what_to_ask
     from headprof.compression.kernels.attention import check_backend
 
     check_backend(backend)
@@ -349,7 +350,8 @@ def compress(
     """
     from headprof.compression.cache.head_cache import stack_caches
     from headprof.compression.document import save_document
-    from headprof.compression.generation import compress_document, generate_text, question_ids, read_document
+    from headprof.compression.generation import compress_document, generate_text, question_ids
+    from headprof.compression.inputs import read_document
     from headprof.compression.kernels.attention import check_backend
 
     check_backend(backend)
