@@ -2,7 +2,8 @@
 
 import pytest
 
-from headprof.compression.generation import demo_document, generate_text, prompt_ids
+from headprof.compression.generation import generate_text, prompt_ids
+from headprof.compression.inputs import demo_document
 from headprof.compression.session import make_plan
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun

@@ -56,7 +56,8 @@ def compress(
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
     from headprof.compression.document import save_document
-    from headprof.compression.generation import compress_document, read_document
+    from headprof.compression.generation import compress_document
+    from headprof.compression.inputs import read_document
     from headprof.compression.prompts import answer_questions, document_figures
 
     request = compression_request(compressing, tuning, decoding, reading)

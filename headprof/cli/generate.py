@@ -65,7 +65,7 @@ def generate(
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
     headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
     """
-    from headprof.compression.generation import check_sources, what_to_ask
+    from headprof.compression.inputs import check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
     check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -17,9 +16,9 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
+from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
-from headprof.utils.assets import asset_dir
 
 
 @dataclass(frozen=True)
@@ -73,79 +72,8 @@ class _TimedStreamer(TextStreamer):
         self.on_text(text)
 
 
-def demo_document() -> tuple[str, str]:
-    """The built-in document and the built-in question about it."""
-    folder = asset_dir("data") / "demo"
-    return (folder / "document.txt").read_text("utf-8").strip(), (folder / "question.txt").read_text("utf-8").strip()
-
-
-def what_to_ask(
-    file: Path | None, prompt: str | None, stdin: TextIO | None, about: Path | None = None
-) -> tuple[str | None, str, bool]:
-    """The document, if any, the prompt, and whether both are the built-in ones.
-
-    The prompt is the one given, else what `stdin` holds if it is no terminal, else the built-in question.
-
-    Raises:
-        UsageError: the file cannot be used, the prompt is empty, or there is a file (or something else that the
-            question should be `about`) but no question.
-    """
-    document = read_document(file) if file else None
-    if prompt is None and stdin is not None and not stdin.isatty():
-        prompt = stdin.read().strip() or None
-    if prompt is not None and not prompt.strip():
-        raise UsageError('The prompt is empty: give one with --prompt "...".')
-    if prompt is not None:
-        return document, prompt, False
-    if (about := about or file) is not None:
-        raise UsageError(f'There is no question about {about}: ask one with --prompt "...".')
-    return *demo_document(), True
-
-
-def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:
-    """
-    Args:
-        file: a document, as text.
-        cache: a compressed one.
-        compare: whether to answer with the full cache too.
-        compressing: options that were given to say how to compress, such as `--budget`.
-
-    Raises:
-        UsageError: a compressed document is to be used together with what it stands for, or to be compressed.
-    """
-    if cache is not None and file is not None:
-        raise UsageError("A compressed document and a file cannot be used together: leave --file or --cache away.")
-    if cache is not None and compare:
-        raise UsageError(
-            "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
-        )
-    if cache is not None and compressing:
-        *others, last = compressing
-        named = f"{', '.join(others)} and {last}" if others else last
-        raise UsageError(f"A compressed document already says how it was compressed: leave {named} away.")
-
-
-def read_document(path: Path) -> str:
-    """A text file, as UTF-8.
-
-    Raises:
-        UsageError: it is not there, is not a text file, or is empty.
-    """
-    try:
-        text = path.read_text("utf-8").strip()
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no file {path}: check the path given with --file.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a UTF-8 text file: convert it to plain text first.") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): give a text file with --file.") from error
-    if not text:
-        raise UsageError(f"{path} is empty: give a file with text in it.")
-    return text
-
-
 def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of a prompt, with the document before it and in the model's chat format if it has one, int64 `[1, T]`.
+    """Tokens of a prompt, with the document before it if there is one, framed by `PromptEncoder`, int64 `[1, T]`.
 
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
@@ -223,8 +151,8 @@ def compress_document(
 
 @contextmanager
 def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -> Iterator[None]:
-    """Report each decoder layer when it has run for the first time."""
-    layers = getattr(loaded.model.get_decoder(), "layers", [])
+    """Report each decoder layer when it has run for the first time; nothing of a model that does not list them."""
+    layers = find_decoder_layers(loaded.model) or ()
     done = 0
 
     def count(*_: Any) -> None:
@@ -270,7 +198,7 @@ def generate_text(
     Args:
         loaded: the model.
         ids: the prompt, int64 `[1, T]`; what follows the document, when there is a cache that holds one.
-        plan: how to compress the prompt's cache; none for Transformers' own full cache.
+        plan: how to compress the prompt's cache; `None` for Transformers' own full cache.
         cache: one that is filled already; it is continued in place.
         max_new_tokens: most tokens to write.
         temperature: 0 for greedy decoding, else sampling.
@@ -282,10 +210,10 @@ def generate_text(
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
-    ids = _after_seen(ids, seen, filler).to(loaded.device)
+    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
+    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = _TimedStreamer(loaded.tokenizer, on_text)
-    sampling = {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
     ours = isinstance(used, HeadCache)
     attending = attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk) if ours else nullcontext()
     forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
@@ -299,7 +227,7 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             streamer=streamer,
-            **sampling,
+            **_sampling(temperature),
         )
     times = streamer.token_times
     return Generation(
@@ -313,6 +241,6 @@ def generate_text(
     )
 
 
-def _after_seen(ids: torch.Tensor, seen: int, filler: int) -> torch.Tensor:
-    """Ids `[1, T]` after so many that a cache has seen: Transformers drops these, whichever they were."""
-    return torch.cat([torch.full((1, seen), filler), ids], dim=1)
+def _sampling(temperature: float) -> dict[str, Any]:
+    """Greedy decoding at 0, else sampling from the whole distribution, whatever the model's own settings."""
+    return {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}

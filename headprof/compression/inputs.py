@@ -1,0 +1,81 @@
+"""What is read and asked: a text file, a compressed document, standard input, or the built-in document and question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from headprof.errors import UsageError
+from headprof.utils.assets import asset_dir
+
+
+def demo_document() -> tuple[str, str]:
+    """The built-in document and the built-in question about it."""
+    folder = asset_dir("data") / "demo"
+    return (folder / "document.txt").read_text("utf-8").strip(), (folder / "question.txt").read_text("utf-8").strip()
+
+
+def what_to_ask(
+    file: Path | None, prompt: str | None, stdin: TextIO | None, about: Path | None = None
+) -> tuple[str | None, str, bool]:
+    """The document, if any, the prompt, and whether both are the built-in ones.
+
+    The prompt is the one given, else what `stdin` holds if it is no terminal, else the built-in question.
+
+    Raises:
+        UsageError: the file cannot be used, the prompt is empty, or there is a file (or something else that the
+            question should be `about`) but no question.
+    """
+    document = read_document(file) if file else None
+    if prompt is None and stdin is not None and not stdin.isatty():
+        prompt = stdin.read().strip() or None
+    if prompt is not None and not prompt.strip():
+        raise UsageError('The prompt is empty: give one with --prompt "...".')
+    if prompt is not None:
+        return document, prompt, False
+    if (about := about or file) is not None:
+        raise UsageError(f'There is no question about {about}: ask one with --prompt "...".')
+    return *demo_document(), True
+
+
+def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:
+    """
+    Args:
+        file: a document, as text.
+        cache: a compressed one.
+        compare: whether to answer with the full cache too.
+        compressing: options that were given to say how to compress, such as `--budget`.
+
+    Raises:
+        UsageError: a compressed document is to be used together with what it stands for, or to be compressed.
+    """
+    if cache is not None and file is not None:
+        raise UsageError("A compressed document and a file cannot be used together: leave --file or --cache away.")
+    if cache is not None and compare:
+        raise UsageError(
+            "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
+        )
+    if cache is not None and compressing:
+        *others, last = compressing
+        named = f"{', '.join(others)} and {last}" if others else last
+        raise UsageError(f"A compressed document already says how it was compressed: leave {named} away.")
+
+
+def read_document(path: Path) -> str:
+    """A text file, as UTF-8.
+
+    Raises:
+        UsageError: it is not there, is not a text file, or is empty.
+    """
+    try:
+        text = path.read_text("utf-8").strip()
+    except FileNotFoundError as error:
+        raise UsageError(f"There is no file {path}: check the path given with --file.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a UTF-8 text file: convert it to plain text first.") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): give a text file with --file.") from error
+    if not text:
+        raise UsageError(f"{path} is empty: give a file with text in it.")
+    return text
