@@ -22,6 +22,7 @@ _HOMES = {
     "HeadProfile": "headprof.profile.head_profile",
     "HeadprofError": "headprof.errors",
     "METHODS": "headprof.compression.methods.table",
+    "Method": "headprof.compression.methods.table",
     "compress_document": "headprof.compression.generation",
     "compressed": "headprof.compression.session",
     "load_document": "headprof.compression.document",
@@ -34,6 +35,7 @@ __all__ = [
     "HeadCache",
     "HeadProfile",
     "HeadprofError",
+    "Method",
     "__version__",
     "compress_document",
     "compressed",
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from headprof.compression.cache.head_cache import HeadCache
     from headprof.compression.document import load_document, save_document
     from headprof.compression.generation import compress_document
-    from headprof.compression.methods.table import METHODS
+    from headprof.compression.methods.table import METHODS, Method
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError
     from headprof.models.loading import load_model

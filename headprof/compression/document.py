@@ -54,9 +54,16 @@ def save_document(
         notes: more metadata, such as the document's name.
 
     Raises:
+        CacheError: the method has no name by which it would be found again.
         HeadprofError: the disk refused.
     """
     from safetensors.torch import save_file
+
+    if not cache.plan.name:
+        raise CacheError(
+            "A document compressed by a method without a name could not be continued: give the method a name by an "
+            "entry point of the group headprof.methods."
+        )
 
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.head_layers):

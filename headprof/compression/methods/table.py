@@ -197,7 +197,8 @@ def _named(name: str) -> Method:
 
 def name_of(method: Method) -> str:
     """The name in the table from which `with_options(**method.options())` makes this method; empty if there is none."""
-    return next((name for name, known in METHODS.items() if _alike(known, method)), "")
+    same = [name for name, known in METHODS.items() if known == method]
+    return next((name for name in (*same, *METHODS) if _alike(METHODS[name], method)), "")
 
 
 def _alike(known: Method, method: Method) -> bool:
