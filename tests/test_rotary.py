@@ -41,7 +41,7 @@ def test_a_model_without_rotary_embeddings_is_refused(monkeypatch):
     model = tiny_model()
     monkeypatch.delattr(model.get_decoder(), "rotary_emb")
     assert rotary_of(model) is None
-    with pytest.raises(ModelError, match="expected-attention.*choose another method"):
+    with pytest.raises(ModelError, match=r"expected-attention.*choose another method"):
         make_plan(model, method="expected-attention")
     make_plan(model, method="keydiff")
 
