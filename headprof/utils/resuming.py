@@ -22,10 +22,10 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Words:
-    """How messages speak of a run: of its `results`, such as "answers" `of` "questions", which is "to" so many `parts`.
+    """How messages speak of a run.
 
     Attributes:
-        results, of, parts: "answers", "to", "questions".
+        results, of, parts: "answers", "to" and "questions", as in "the answers to 5 questions".
         target: what the user names with `-o`, "folder" or "file".
     """
 
