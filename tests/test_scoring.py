@@ -223,7 +223,7 @@ def test_results_of_another_run_are_refused(tmp_path):
     assert again.count(3) == len(again) == 1 and again.count(0) == 0
     assert torch.equal(again.of([3])[0].scores, kept.of([3])[0].scores)
     assert probes_kept(file, "one key") == 1 and probes_kept(file, "other") == probes_kept(tmp_path / "q", "") == 0
-    with pytest.raises(UsageError, match="of another model or other settings"):
+    with pytest.raises(UsageError, match="other settings"):
         score_heads(loaded, builder_for(loaded), results_path=file, resume=True)
     file.write_bytes(b"junk")
     assert probes_kept(file, "one key") == 0
