@@ -195,7 +195,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
     ("change", "message"),
     [
         ({"methods": ("snapvk",)}, "no method 'snapvk'"),
-        ({"budgets": ("many",)}, "budget of 'many' cannot be read"),
+        ({"budgets": ("many",)}, "budget of 'many'"),
         ({"budgets": ()}, "without budgets.*--budgets"),
         ({"lengths": ()}, "without lengths.*--lengths"),
         ({"backends": ("fast",)}, "no attention backend 'fast'"),
@@ -205,7 +205,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
         ({"lengths": (24, 0)}, "--lengths 0 is too small"),
         ({"prefill_chunk": 0}, "--prefill-chunk 0 is too small"),
         ({"lengths": (24, 61)}, "61 tokens and 4 new ones exceed the 64 that the model can read"),
-        ({"budgets": ("2",)}, "budget of 2 tokens is below"),
+        ({"budgets": ("2",)}, "budget of 2 tokens"),
     ],
 )
 def test_requests_that_cannot_be_met(model, change, message):

@@ -169,20 +169,20 @@ def test_plans_refuse_what_cannot_work():
         make_plan(model, random_profile(tiny_model(layers=3)), method="headkv")
     with pytest.raises(UsageError, match="no parameter 'pool_factor'"):
         make_plan(model, method="snapkv", pool_factor=2.0)
-    with pytest.raises(UsageError, match="A kernel of 4 has no middle"):
+    with pytest.raises(UsageError, match="kernel of 4"):
         make_plan(model, method="snapkv", kernel=4)
     with pytest.raises(UsageError, match="no pooling 'median'"):
         make_plan(model, method="snapkv", pooling="median")
     with pytest.raises(UsageError, match="power of 0 does not exist"):
         make_plan(model, method="snapkv", power=0)
-    with pytest.raises(UsageError, match="less than one token per head"):
+    with pytest.raises(UsageError, match="less than one token"):
         make_plan(model, method="snapkv", budget="10B").allocation(100)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("power", r"A setting of 'power' cannot be read: write --set name=value"),
+        ("power", "setting of 'power'"),
         ("=2", "cannot be read"),
         ("magic=2", "no parameter 'magic'"),
         ("importance=2", "no parameter 'importance'"),

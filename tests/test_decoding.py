@@ -412,9 +412,9 @@ def test_rows_that_the_budget_for_generating_drops_at_once_are_judged_by_the_pro
 def test_a_budget_too_small_for_generating_is_refused_before_any_work(tiny, monkeypatch):
     model = tiny.model
     small = plan_for(model, "ems", budget=12, decode_budget=5, sinks=3, keep_last=3)
-    with pytest.raises(UsageError, match="budget of 5 tokens is below the 6 that every head keeps"):
+    with pytest.raises(UsageError, match="5 tokens is below the 6"):
         small.check(30)
-    with pytest.raises(UsageError, match="is less than one token per head"):
+    with pytest.raises(UsageError, match="less than one token"):
         plan_for(model, "ems", budget=12, decode_budget="10B").check(30)
     plan_for(model, "ems", budget=12, decode_budget=6, sinks=3, keep_last=3).check(30)
     plan_for(model, "ems", budget=12, decode_budget=5, sinks=3, keep_last=3, buffer=None).check(30)

@@ -390,12 +390,9 @@ def test_a_full_disk_ends_in_a_sentence_and_what_is_kept_goes_on(alone, loaded, 
     path = tmp_path / "answers.jsonl"
     with monkeypatch.context():
         monkeypatch.setattr(journal, "append_text", half_written)
-        with pytest.raises(HeadprofError) as caught:
+        with pytest.raises(HeadprofError, match=f"no space left .* {re.escape(str(path))}"):
             EvalRun(loaded, None, PROBES, output=tmp_path).evaluate()
     monkeypatch.undo()
-    assert str(caught.value) == (
-        f"There is no space left on the disk that holds {path}: free some or choose another place with -o."
-    )
     assert not path.read_text().endswith("\n")
     run = EvalRun(loaded, None, PROBES, output=tmp_path, resume=True)
     assert run.kept.count_on_disk() == 2
@@ -408,10 +405,7 @@ def test_a_full_disk_ends_in_a_sentence_and_what_is_kept_goes_on(alone, loaded, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"tasks": ("chess",)},
-            r"There is no task 'chess': choose among niah, reasoning, perplexity, longbench, babilong, loogle, ruler\.",
-        ),
+        ({"tasks": ("chess",)}, r"There is no task 'chess': .*"),
         ({"tasks": ("babilong/qa99",)}, r"There is no task 'qa99' in babilong: choose among qa1, qa2, .*\."),
         ({"tasks": ("perplexity",)}, r"Perplexity needs texts: .* with --data-dir\."),
         ({"methods": ("magic",)}, r"There is no method 'magic': .*"),
@@ -612,12 +606,12 @@ def test_a_file_in_place_of_the_folder_for_results(place):
 
 
 @pytest.mark.parametrize(
-    ("resume", "message"),
-    [((), "is too long for this disk"), (("--resume",), r"cannot be read \(File name too long\)")],
+    ("resume", "code", "message"),
+    [((), 1, "is too long for this disk"), (("--resume",), 2, r"cannot be read \(File name too long\)")],
 )
-def test_a_name_that_is_too_long(place, resume, message):
+def test_a_name_that_is_too_long(place, resume, code, message):
     ended = headprof(*ONE_PROBE, *resume, "-o", "a" * 300)
-    assert ended.exit_code in (1, 2) and re.search(rf"{message}.*: choose .* with -o\.", said(ended))
+    assert ended.exit_code == code and re.search(rf"{message}.*: choose .* with -o\.", said(ended))
 
 
 def test_a_name_that_is_no_text(place):
@@ -686,4 +680,4 @@ def test_two_processes_stop_at_the_same_mistake(place):
     assert headprof(*ONE_PROBE, "-o", "kept").exit_code == 0
     ended = two_processes(*ONE_PROBE, "--seed", "7", "--resume", "-o", "kept")
     for code, stdout, stderr in ended:
-        assert (code, stdout) == (2, "") and "are of another model or other settings (seed)" in stderr
+        assert (code, stdout) == (2, "") and "other settings (seed)" in stderr

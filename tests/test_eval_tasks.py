@@ -147,6 +147,6 @@ def test_without_a_network_one_sentence_and_nothing_is_left(task, cut_off, tiny_
     sentence = " ".join(ended.stderr.split())
     assert sentence.startswith(f"Error: The dataset {OUTSIDE[task]} ")
     assert cut_off in sentence
-    assert sentence.endswith("pass a folder with its files with --data-dir.")
+    assert sentence.endswith("with --data-dir.")
     assert ". " not in sentence
     assert list(tmp_path.iterdir()) == []  # not even the folder of the results

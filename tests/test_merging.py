@@ -318,7 +318,7 @@ def test_merging_nothing_is_evicting(case, by_threshold):
     reduced, evicted = reduce(merge, rows, kept), reduce(Evict(), rows, kept)
     assert torch.equal(reduced.keys, evicted.keys) and torch.equal(reduced.values, evicted.values)
     assert reduced.bias is None
-    assert rows.received is None or torch.equal(reduced.received, evicted.received)
+    assert reduced.received is None if rows.received is None else torch.equal(reduced.received, evicted.received)
 
 
 @given(cases(ties=False))
@@ -335,8 +335,10 @@ def test_rows_that_take_nothing_in_stay_as_they_were_and_weight_is_conserved(cas
             if not clusters.get(t):
                 assert torch.equal(reduced.keys[row], before.keys[row])
                 assert torch.equal(reduced.values[row], before.values[row])
-                assert reduced.bias is None or reduced.bias[row] == (0 if before.bias is None else before.bias[row])
-                assert reduced.received is None or reduced.received[row] == before.received[row]
+                biases = [0 if each.bias is None else float(each.bias[row]) for each in (reduced, before)]
+                assert biases[0] == biases[1]
+                received = [None if each.received is None else float(each.received[row]) for each in (reduced, before)]
+                assert received[0] == received[1]
             if merge.mass and t in clusters:
                 added = 0 if reduced.bias is None else float(reduced.bias[row])
                 added -= 0 if before.bias is None else float(before.bias[row])

@@ -477,7 +477,7 @@ def test_a_folder_haystack_is_used(tmp_path: Path) -> None:
         ({"probes": 0}, "Cannot build 0 probes"),
         ({"needles_per_context": 0}, "Cannot put 0 needles"),
         ({"lengths": ()}, "No context length"),
-        ({"lengths": (1024, 9000)}, "9000 tokens is more than the 8192 positions of the model; use at most 8192"),
+        ({"lengths": (1024, 9000)}, "9000 tokens .* the 8192 positions"),
         ({"lengths": (1024, 500)}, r"500 tokens is too short for 8 needles per context; use at most \d+, or"),
         ({"lengths": (60,)}, r"60 tokens is too short for one needle; use at least \d+"),
         ({"split": "test"}, "no split 'test'"),
