@@ -49,15 +49,15 @@ profile: $(VENV)/.installed
 # it, the evaluations of these two come from the hub (leave --data-dir away). Two processes of one thread each ask more in the
 # same time than one of two threads.
 METHODS := headkv-ems,headkv-r2,headkv,snapkv,ems,adakv,pyramidkv,tova,h2o,knorm,streamingllm
-JUDGE := snapkv:kernel=11:pooling=mean:power=2:ramp=true
+TUNED := snapkv:kernel=11:pooling=mean:power=2:ramp=true
 ABLATION := ems,ems:combine=global,ems:combine=local,ems:threshold=1,ems:mass=false,ems:threshold=-1,ems:merge_keys=true
 DATA ?= data-of-benchmarks
 TEXTS ?= $(DATA)/longbench/multi_news.jsonl
 EVAL := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m headprof eval --resume
 results: $(VENV)/.installed
-	$(EVAL) --preset standard --methods $(METHODS),$(JUDGE) -o results/known
-	$(EVAL) --preset standard --methods $(METHODS),$(JUDGE) --lengths 2k --probes 100 -o results/known-2k
-	$(EVAL) --preset standard --methods $(METHODS),$(JUDGE) --query-agnostic --budgets 128,256 -o results/agnostic
+	$(EVAL) --preset standard --methods $(METHODS),$(TUNED) -o results/known
+	$(EVAL) --preset standard --methods $(METHODS),$(TUNED) --lengths 2k --probes 100 -o results/known-2k
+	$(EVAL) --preset standard --methods $(METHODS),$(TUNED) --query-agnostic --budgets 128,256 -o results/agnostic
 	$(EVAL) --tasks niah --lengths 256,512,1k,2k --methods headkv-r2,headkv,snapkv,adakv,pyramidkv,tova,h2o,streamingllm \
 		--budgets 32,64,128 --probes 100 -o results/depths
 	$(EVAL) --tasks babilong --lengths 0k,1k,2k --limit 100 --data-dir $(DATA) --methods $(METHODS) --budgets 64,128,256 \
