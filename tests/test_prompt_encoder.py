@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import BOS, tiny_model, tiny_tokenizer
+from support.tiny_models import BOS, load_tiny, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from headprof.compression.generation import compress_document, prompt_ids, question_ids
@@ -13,10 +13,8 @@ from headprof.compression.session import make_plan
 from headprof.evaluation.questions import ExampleQuestions
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.tasks import Example
-from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import GAP, INSTRUCTION, OBSERVATION, PromptEncoder
 from headprof.models.random_weights import byte_tokenizer
-from headprof.models.shape import HeadShape
 
 DOCUMENT = "The keeper of the grey lighthouse counted nine boats.\n\nHer name was Olga Brandt; the code is 42."
 QUESTION = "Who counted the boats, and when?"
@@ -38,10 +36,8 @@ def parts_of(question):
 
 
 def load_plain(tokenizer=None):
-    """A model without a chat template."""
-    model = tiny_model()
-    tokenizer = tokenizer or beginning_tokenizer()
-    return LoadedModel(model, tokenizer, HeadShape.from_config(model.config), "tiny", 4096)
+    """A model without a chat template, or with another tokenizer."""
+    return replace(load_tiny(), tokenizer=tokenizer or beginning_tokenizer())
 
 
 def beginning_tokenizer():

@@ -33,7 +33,7 @@ def heatmap(
     headprof heatmap -o heads.html[/]
     """
     from headprof import plots
-    from headprof.models.loading import model_name
+    from headprof.models.finding import model_name
     from headprof.profile.finding import load_profile
 
     loaded = load_profile(model_name(model), profile)

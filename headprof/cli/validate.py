@@ -88,7 +88,7 @@ def validate(
 
 def _check_settings(settings: ValidationSettings, model: str | None, profile: Path | None) -> None:
     """Find mistakes before the model is loaded: the profile knows how many heads there are."""
-    from headprof.models.loading import model_name
+    from headprof.models.finding import model_name
     from headprof.profile import finding
 
     shape = finding.load_profile(model_name(model), profile).shape

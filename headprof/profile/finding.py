@@ -76,7 +76,7 @@ def locate_profile(name: str | None) -> Path:
     Raises:
         ProfileError: the model has none.
     """
-    from headprof.models.loading import model_name
+    from headprof.models.finding import model_name
 
     path = Path(name or "").expanduser()
     if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf"):

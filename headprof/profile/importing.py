@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headprof.errors import ModelError, UsageError
-from headprof.models.loading import model_name, model_shape, published_shape
+from headprof.models.finding import model_name
+from headprof.models.loading import model_shape, published_shape
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import default_output
 from headprof.profile.head_profile import HeadProfile
