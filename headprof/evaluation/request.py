@@ -273,4 +273,6 @@ class EvalRequest:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
             "decoding": {name: str(value) for name, value in self.decoding.items()},
+            # Prompts without a chat template had no frame once; those with one are as they were.
+            **({} if loaded.tokenizer.chat_template else {"frame": "question and answer"}),
         }
