@@ -273,6 +273,6 @@ class EvalRequest:
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
             "decoding": {name: str(value) for name, value in self.decoding.items()},
-            # Prompts without a chat template had no frame once; those with one are as they were.
+            # What goes around prompts without a chat template, which the tokenizer's fingerprint does not tell.
             **({} if loaded.tokenizer.chat_template else {"frame": "question and answer"}),
         }
