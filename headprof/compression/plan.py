@@ -27,10 +27,10 @@ class CompressionPlan:
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
-        decode_budget: average rows per KV head while generating; none for the prompt's budget. A share is one of all
+        decode_budget: average rows per KV head while generating; `None` for the prompt's budget. A share is one of all
             tokens seen so far, so that memory grows with them; tokens and bytes hold it constant.
-        buffer: new tokens that every head takes beyond its budget before it is compressed again; none to keep all that
-            come after the prompt.
+        buffer: new tokens that every head takes beyond its budget before it is compressed again; `None` to keep
+            all that come after the prompt.
     """
 
     method: Method
@@ -49,7 +49,7 @@ class CompressionPlan:
             raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
 
     def for_observers(self, count: int) -> CompressionPlan:
-        """This plan for a prompt whose last `count` tokens only judge (`PromptCache.expect_observers`)."""
+        """This plan for a prompt whose last `count` tokens only observe (`PromptCache.expect_observers`)."""
         return replace(self, method=self.method.for_observers(count), _known=[]) if count else self
 
     @property

@@ -47,12 +47,13 @@ def make_plan(
     Raises:
         UsageError: no such method or parameter, or the budget cannot be read.
         ProfileError: the method needs a profile and there is none, or it belongs to another model.
+        ModelError: the model's layers keep or turn something else than the method can deal with.
     """
     base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
     chosen = base.with_options(**options)
     shape = HeadShape.from_config(model.config)
     _check_layer_types(model)
-    _check_rotary(model, chosen, name)
+    _check_rotary(model, chosen, name, shape)
     scores, digest = _budget_scores(profile, chosen, name, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(
@@ -76,27 +77,29 @@ def _budget_scores(
     if which is None:
         return torch.ones(shape.num_layers, shape.num_kv_heads), ""
     if profile is None:
-        raise ProfileError(
-            f"The method {name!r} needs a head profile: make one with `headprof score`, or choose snapkv."
-        )
+        raise ProfileError(f"{_called(name)} needs a head profile: make one with `headprof score`, or choose snapkv.")
     _check_profile(profile, shape)
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()
 
 
-def _check_rotary(model: PreTrainedModel, method: Method, name: str) -> None:
+def _called(name: str) -> str:
+    return f"The method {name!r}" if name else "This method"
+
+
+def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: HeadShape) -> None:
     """
     Raises:
         ModelError: the method turns queries to other positions, and some layer's rotary embedding cannot be had.
     """
     if not method.importance.needs_rotary:
         return
-    for layer_idx in range(HeadShape.from_config(model.config).num_layers):
-        rotary = rotary_of(model, layer_idx)
-        if rotary is None or not rotary.turns_back(HeadShape.from_config(model.config).head_dim):
-            raise ModelError(
-                f"The method {name!r} needs rotary embeddings as Transformers' Llama has them, which "
-                f"{type(model).__name__} has not: choose another method."
-            )
+    found = [rotary_of(model, layer_idx) for layer_idx in range(shape.num_layers)]
+    kinds = {rotary and rotary.layer_type: rotary for rotary in found}
+    if not all(rotary is not None and rotary.turns_back(shape.head_dim) for rotary in kinds.values()):
+        raise ModelError(
+            f"{_called(name)} needs rotary embeddings as Transformers' Llama has them, which {type(model).__name__} "
+            "has not: choose another method."
+        )
 
 
 def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:
@@ -132,7 +135,7 @@ def attending_ragged(
         model: the model.
         backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"` for the fastest that works here.
         prefill_chunk: run each layer over a prompt in chunks of this many tokens, so that what it needs besides the
-            prompt's hidden states does not grow with the prompt; none for all at once.
+            prompt's hidden states does not grow with the prompt; `None` for all at once.
 
     Raises:
         UsageError: the backend cannot be used here, or the chunk is not positive.

@@ -214,7 +214,7 @@ class BudgetPolicy(Protocol):
 
     @property
     def profile_scores(self) -> str | None:
-        """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or none."""
+        """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or `None`."""
         ...
 
     def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
