@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share the cores must not
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # Triton reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +21,9 @@ if not torch.cuda.is_available():  # Triton reads this when it is imported
 from support.tiny_models import save_tiny, save_tiny_gguf
 
 from headprof.models.loading import LoadedModel, load_model
+
+settings.register_profile("without deadlines", deadline=None)  # which a busy machine misses
+settings.load_profile("without deadlines")
 
 
 @pytest.fixture(scope="session")
