@@ -12,14 +12,11 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from headprof.errors import HeadprofError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MENDS = {
     errno.ENOSPC: "There is no space left on the disk that holds {path}: free some or choose another place with -o.",
@@ -124,31 +121,48 @@ def remove_leftovers(path: str | Path) -> None:
             leftover.unlink()
 
 
-def read_safetensors(
-    path: Path, what: str, mend: str, error_class: type[HeadprofError]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata.
+class FileLock:
+    """The right to write a file, for one run at a time; it ends with the process, however that ends.
 
-    Args:
-        path: the file.
-        what: what it should be, for the messages: `"profile"`.
-        mend: how to get another: "run `headprof score`".
-        error_class: what to raise.
-
-    Raises:
-        HeadprofError: of the given class, when the file is missing, damaged or not readable.
+    While it is held there is a file `.NAME.lock` beside the file.
     """
-    if not path.is_file():
-        raise error_class(f"There is no {what} file at {path}: check the path, or {mend}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        # The library's only word for a file whose header is whole and whose tensors are not.
-        fault = "is cut short or altered" if "not fully covered" in str(error) else "is not a safetensors file"
-        raise error_class(f"The {what} {path} {fault}: restore it, or {mend}.") from error
-    except OSError as error:
-        raise error_class(f"The {what} {path} cannot be read ({error}): check its permissions.") from error
+
+    def __init__(self, path: str | Path):
+        target = Path(path).resolve()
+        self.path = path
+        self._marker = target.parent / f".{target.name[:40]}.lock"
+        self._lock: Any = None
+
+    def take(self) -> bool:
+        """Whether nobody else has it; then it is held from now on.
+
+        Raises:
+            HeadprofError: the disk refused.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._marker)
+        try:
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise HeadprofError(
+                f"The disk that holds {self.path} cannot keep two runs from writing it: choose another place with -o."
+            ) from error
+        except OSError as error:
+            raise HeadprofError(_explain(error.errno or errno.EIO, self.path)) from error
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # while it is still held, so that nobody's but ours is removed
+                self._marker.unlink()
+            self._lock.release()
+            self._lock = None
 
 
 def _create(temporary: Path, target: Path) -> int:
