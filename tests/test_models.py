@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.commands import headprof
 from support.tiny_models import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -297,6 +299,40 @@ def test_weights_of_another_shape(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     assert "have another shape than its config.json says" in failure(broken)
+
+
+def add_weights(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {name: torch.zeros(2) for name in names}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_that_have_no_place_are_named(broken: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.{part}_proj.bias" for layer in range(2) for part in ("up", "down")]
+    add_weights(broken, *names)
+    with pytest.warns(UserWarning, match="4 weights in .* left out"):
+        loaded = load_model(str(broken), device="cpu")
+    [note] = loaded.notes
+    assert ", ".join(sorted(names)[:3]) + " and 1 more." in note
+
+    printed = headprof(broken.parent, "generate", "-m", str(broken), "--method", "snapkv", "--prompt", "Hi")
+    assert printed.returncode == 0 and printed.stderr.count(f"Warning: {note}") == 1
+
+
+def test_what_the_model_makes_anew_is_not_missed(broken: Path) -> None:
+    add_weights(broken, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert load_model(str(broken), device="cpu").notes == ()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.lora_A.default.weight", "lm_head.base_layer.lora_B"])
+def test_unmerged_adapter_weights_are_refused(name: str, broken: Path) -> None:
+    add_weights(broken, f"base_model.{name}")
+    assert "merge it into its base model first" in failure(broken)
+
+
+def test_adapter_folders_are_refused(tmp_path: Path, broken: Path) -> None:
+    for folder in (tmp_path, broken):
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+        assert "holds an adapter, not a whole model: merge it" in failure(folder)
 
 
 def test_folder_without_tokenizer(broken: Path) -> None:

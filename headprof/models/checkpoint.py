@@ -22,6 +22,11 @@ _GGUF_MAGIC = b"GGUF"
 _GGUF_STRING = 8  # type code of a string in a GGUF header
 _GGUF_HEADER_BYTES = 64 << 20  # larger than any header with its vocabulary
 
+# What older checkpoints hold though a model makes it anew: rotary frequencies, causal masks.
+_COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", "position_ids")
+_ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".base_layer.")
+_MOST_NAMES = 3
+
 
 def no_progress(description: str, completed: int, total: int) -> None:
     """The default `Progress`: says nothing."""
@@ -195,14 +200,14 @@ def _gguf_string(path: Path, key: bytes) -> bytes | None:
     return header[at : at + length] if kind == _GGUF_STRING else None
 
 
-def read_model(source: Source, config: Any, trust_remote_code: bool, **options: Any) -> Any:
-    """The model with its weights, in eval mode and without gradients.
+def read_model(source: Source, config: Any, trust_remote_code: bool, **options: Any) -> tuple[Any, list[str]]:
+    """The model with its weights, in eval mode and without gradients; and what a user should know about these.
 
     Args:
         options: `dtype`, `attn_implementation` and `device_map` of `from_pretrained`.
 
     Raises:
-        ModelError: weights are missing, damaged, of another shape, or do not fit the memory.
+        ModelError: weights are missing, damaged, of another shape, those of an adapter, or do not fit the memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -224,12 +229,15 @@ def read_model(source: Source, config: Any, trust_remote_code: bool, **options: 
         ) from error
     except Exception as error:
         raise _reading_error(source, "weights", error) from error
+    notes = _ignored_weights(source, report)
     _check_weights(source, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise adapter_error(source.location)
     if source.is_gguf:
         _forget_quantization(model)
     # A GGUF does not name its class, which is part of the fingerprint in the files that this package writes.
     model.config.architectures = model.config.architectures or [type(model).__name__]
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), notes
 
 
 def _check_weights(source: Source, report: dict[str, Any]) -> None:
@@ -246,6 +254,32 @@ def _check_weights(source: Source, report: dict[str, Any]) -> None:
             f"{len(mismatched)} weights in {source.location} have another shape than its config.json says "
             f"(the first is {mismatched[0]}); download both again."
         )
+
+
+def adapter_error(location: str | Path) -> ModelError:
+    """What to say of an adapter in the place of a model."""
+    return ModelError(
+        f"{location} holds an adapter, not a whole model: merge it into its base model first (with peft, "
+        "`model.merge_and_unload()` and `save_pretrained`), and pass the folder of the merged model."
+    )
+
+
+def _ignored_weights(source: Source, report: dict[str, Any]) -> list[str]:
+    """Remarks about weights of the checkpoint that have no place in the model, which Transformers leaves out.
+
+    Raises:
+        ModelError: they are those of an adapter that was never merged, so the model would be another one.
+    """
+    names = sorted(name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED_BUFFERS))
+    if not names:
+        return []
+    if any(part in name for name in names for part in _ADAPTER_PARTS):
+        raise adapter_error(source.location)
+    shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES))
+    return [
+        f"{len(names)} weights in {source.location} have no place in the model and are left out, so it may answer "
+        f"otherwise than it was trained to: {shown}."
+    ]
 
 
 def _forget_quantization(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ class LoadedModel:
         shape: its heads.
         name: what a profile records: the hub id, or the stem of the folder or file.
         max_positions: longest sequence it was made for, in tokens.
+        notes: what its user should know, such as weights of the checkpoint that were left out.
     """
 
     model: Any
@@ -48,6 +50,7 @@ class LoadedModel:
     shape: HeadShape
     name: str
     max_positions: int
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +89,9 @@ def load_model(
     Raises:
         UsageError: an unknown device, dtype or attention implementation.
         ModelError: the model cannot be found, read or used.
+
+    Warns:
+        UserWarning: each of the model's `notes`.
     """
     import torch
 
@@ -103,11 +109,13 @@ def load_model(
         tokenizer = read_tokenizer(source, trust_remote_code)
         _check_vocabulary(source, tokenizer, vocab_size)
         placed = placement(source, config, chosen, dtype, num_parameters)
-        loaded = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
+        loaded, notes = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
     if loaded.generation_config is not None and loaded.generation_config.pad_token_id is None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     shape = HeadShape.from_config(loaded.config)
-    return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer), tuple(notes))
 
 
 def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:
