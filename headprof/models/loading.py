@@ -102,7 +102,7 @@ def load_model(
     with quiet():
         config = read_config(source, trust_remote_code)
         require_decoder(config)
-        vocab_size = _shape(source, config).vocab_size
+        vocab_size = HeadShape.from_config(config).vocab_size
         flash = chosen.startswith("cuda") and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
         attention, num_parameters = outline(config, attention_order(attn, flash), trust_remote_code)
         # Before the weights: a missing tokenizer should not cost minutes of loading.
@@ -145,14 +145,14 @@ def model_shape(model: str | None = None, trust_remote_code: bool = False) -> He
     with quiet():
         config = read_config(source, trust_remote_code)
         require_decoder(config)
-    return _named_shape(source, config)
+    return _named_shape(config)
 
 
 def published_shape(name: str) -> HeadShape:
     """The shape of a published model by a name in `published.SHAPES`; raises `UsageError` for another name."""
     from transformers import AutoConfig
 
-    return _named_shape(Source(name, name), AutoConfig.for_model(**find_shape(name)))
+    return _named_shape(AutoConfig.for_model(**find_shape(name)))
 
 
 def _check_option(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -160,23 +160,14 @@ def _check_option(what: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"Unknown {what} {value!r}; pass one of {', '.join(known)}.")
 
 
-def _shape(source: Source, config: Any) -> HeadShape:
-    try:
-        return HeadShape.from_config(config)
-    except (AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{source.name} ({config.model_type}) has no attention heads to profile; pass a Transformer decoder."
-        ) from error
-
-
-def _named_shape(source: Source, config: Any) -> HeadShape:
+def _named_shape(config: Any) -> HeadShape:
     """The shape with the model's class for its architecture, also where the configuration does not name it (a GGUF)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     if not getattr(config, "architectures", None) and type(config) in classes:
         config.architectures = [classes[type(config)].__name__]
-    return _shape(source, config)
+    return HeadShape.from_config(config)
 
 
 def _check_vocabulary(source: Source, tokenizer: Any, vocab_size: int) -> None:
