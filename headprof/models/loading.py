@@ -125,7 +125,8 @@ def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:
     """
     if not numbers.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
-        raise ModelError(f"The model's numbers overflow in {kind}: choose another type with --dtype, such as float32.")
+        mend = "download the checkpoint again, it is damaged" if kind == "float32" else "pass --dtype float32"
+        raise ModelError(f"The model's numbers overflow in {kind}, so nothing it says can be trusted: {mend}.")
 
 
 def model_shape(model: str | None = None, trust_remote_code: bool = False) -> HeadShape:
