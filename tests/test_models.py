@@ -260,6 +260,50 @@ def test_unknown_options_are_usage_errors(tiny_folder: Path) -> None:
         load_model(str(tiny_folder), device="tpu")
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('A system message is needed.') }}", "A system message is needed"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ({"tool_use": "{{ messages[0]['content'] }}"}, "one of its names (tool_use)"),
+        ("{{ messages[7]['content'].strip() }}", "has no element 7"),
+    ],
+)
+def test_chat_templates_that_fail(template: str | dict[str, str], reason: str, broken: Path) -> None:
+    (broken / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    written = [{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else template
+    (broken / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": written}))
+    (broken.parent / "plain.jinja").write_text("{{ messages[0]['content'] }}")
+    commands = [
+        ("generate", "--method", "snapkv", "--prompt", "Hi"),
+        ("score", "--probes", "2", "--lengths", "400"),
+    ]
+    for command in commands:
+        ended = headprof(broken.parent, *command, "-m", "broken")
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert "Error: The tokenizer's chat template cannot be used" in ended.stderr and reason in ended.stderr
+        assert "--chat-template none" in ended.stderr
+    choices = ["none", "plain.jinja", *(template if isinstance(template, dict) else ())]
+    for choice in choices:
+        ended = headprof(broken.parent, *commands[0], "-m", "broken", "--chat-template", choice)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_a_chosen_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.jinja").write_text("<{{ messages[0]['content'] }}>")
+
+    def template(choice: str | None) -> str | None:
+        return load_model(str(tiny_folder), device="cpu", chat_template=choice).tokenizer.chat_template
+
+    assert template(None) == tiny_tokenizer(chat=True).chat_template
+    assert template("none") is None
+    assert template(str(tmp_path / "other.jinja")) == "<{{ messages[0]['content'] }}>"
+    assert "There is no chat template tool" in failure(tiny_folder, chat_template="tool")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    assert "cannot be read" in failure(tiny_folder, chat_template=str(tmp_path / "latin.jinja"))
+
+
 def test_no_such_path() -> None:
     assert "There is no file or folder ./nowhere" in failure("./nowhere")
     assert "There is no file or folder models/x.gguf" in failure("models/x.gguf")

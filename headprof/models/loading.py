@@ -13,6 +13,7 @@ from headprof.models.checkpoint import (
     Progress,
     Source,
     no_progress,
+    one_line,
     outline,
     quiet,
     read_config,
@@ -73,6 +74,7 @@ def load_model(
     dtype: str = "auto",
     attn: str = "auto",
     trust_remote_code: bool = False,
+    chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -84,10 +86,11 @@ def load_model(
         dtype: one of `DTYPES`. `auto` is float32 on a CPU with room for it, and else a 16-bit type.
         attn: one of `ATTENTIONS`. `auto` is the fastest that is installed and that the architecture supports.
         trust_remote_code: run Python code that comes with the checkpoint.
+        chat_template: instead of the tokenizer's own: a file with one, the name of one of the tokenizer's, or `none`.
         progress: told about the stages that take time.
 
     Raises:
-        UsageError: an unknown device, dtype or attention implementation.
+        UsageError: an unknown device, dtype or attention implementation, or no such chat template.
         ModelError: the model cannot be found, read or used.
 
     Warns:
@@ -97,6 +100,7 @@ def load_model(
 
     _check_option("dtype", dtype, DTYPES)
     _check_option("attention implementation", attn, ATTENTIONS)
+    template = None if chat_template is None else _template_file(chat_template)
     chosen = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
     source = find_model(model, progress or no_progress)
     with quiet():
@@ -108,6 +112,8 @@ def load_model(
         # Before the weights: a missing tokenizer should not cost minutes of loading.
         tokenizer = read_tokenizer(source, trust_remote_code)
         _check_vocabulary(source, tokenizer, vocab_size)
+        if chat_template is not None:
+            tokenizer.chat_template = _chosen_template(tokenizer, chat_template, template)
         placed = placement(source, config, chosen, dtype, num_parameters)
         loaded, notes = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
     if loaded.generation_config is not None and loaded.generation_config.pad_token_id is None:
@@ -169,6 +175,28 @@ def _named_shape(config: Any) -> HeadShape:
     if not getattr(config, "architectures", None) and type(config) in classes:
         config.architectures = [classes[type(config)].__name__]
     return HeadShape.from_config(config)
+
+
+def _template_file(name: str) -> str | None:
+    """The text of a file with a chat template; `None` where the name is that of no file."""
+    path = Path(name).expanduser()
+    if name == "none" or not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The chat template {name} cannot be read ({one_line(error)}): give a text file.") from error
+
+
+def _chosen_template(tokenizer: Any, name: str, text: str | None) -> str | None:
+    """The chat template that was asked for by name, or the text of its file."""
+    if text is not None or name == "none":
+        return text
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name not in named:
+        known = f"one of {', '.join(sorted(named))}, " if named else ""
+        raise UsageError(f"There is no chat template {name}: give --chat-template a file, {known}or none.")
+    return named[name]
 
 
 def _check_vocabulary(source: Source, tokenizer: Any, vocab_size: int) -> None:
