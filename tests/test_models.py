@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -302,6 +303,41 @@ def test_a_chosen_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
     assert "There is no chat template tool" in failure(tiny_folder, chat_template="tool")
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
     assert "cannot be read" in failure(tiny_folder, chat_template=str(tmp_path / "latin.jinja"))
+
+
+def test_a_part_of_a_split_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
+    part = Path(shutil.copy(tiny_gguf, tmp_path / "tiny-00001-of-00003.gguf"))
+    assert "is part 1 of 3 of a model: merge them" in failure(part)
+
+    save_tiny_gguf(tmp_path / "whole.gguf")
+    renamed = tmp_path / "renamed.gguf"
+    pre = struct.pack("<Q", 18) + b"tokenizer.ggml.pre" + struct.pack("<IQ", 8, 7) + b"default"
+    short = b"".join(
+        struct.pack("<Q", len(key)) + key + struct.pack("<IH", 2, number)
+        for key, number in ((b"split.no", 1), (b"split.count", 2))
+    )
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    assert pre in whole
+    renamed.write_bytes(whole.replace(pre, short))
+    assert "is part 2 of 2 of a model: merge them" in failure(renamed)
+
+
+def test_a_gguf_that_splits_text_in_an_unknown_way(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "new.gguf", pre_tokenizer="quite-new")
+    assert "splits text in a way that Transformers does not know (quite-new)" in failure(tmp_path / "new.gguf")
+    for known in ("llama-bpe", "qwen2", "gpt-2"):
+        save_tiny_gguf(tmp_path / f"{known}.gguf", pre_tokenizer=known)
+        assert load_model(str(tmp_path / f"{known}.gguf"), device="cpu").tokenizer(TEXT).input_ids
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantized_checkpoints_say_what_helps(method: str, broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True}
+    (broken / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    message = failure(broken)
+    assert f"is quantized with {method}, which cannot be read here" in message
+    assert "pass the model without quantization" in message and "complete files" not in message
 
 
 def test_no_such_path() -> None:
