@@ -50,3 +50,15 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> LoadedModel:
     """A freshly loaded tiny llama, which a test may change."""
     return load_model(str(tiny_folder), device="cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow: give --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)

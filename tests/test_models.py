@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from support.commands import headprof
 from support.tiny_models import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_gguf, tiny_model, tiny_tokenizer
 from transformers import AutoConfig
 
@@ -258,6 +261,85 @@ def test_unknown_options_are_usage_errors(tiny_folder: Path) -> None:
         load_model(str(tiny_folder), device="tpu")
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('A system message is needed.') }}", "A system message is needed"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ({"tool_use": "{{ messages[0]['content'] }}"}, "one of its names (tool_use)"),
+        ("{{ messages[7]['content'].strip() }}", "has no element 7"),
+    ],
+)
+def test_chat_templates_that_fail(template: str | dict[str, str], reason: str, broken: Path) -> None:
+    (broken / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((broken / "tokenizer_config.json").read_text())
+    written = [{"name": n, "template": t} for n, t in template.items()] if isinstance(template, dict) else template
+    (broken / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": written}))
+    (broken.parent / "plain.jinja").write_text("{{ messages[0]['content'] }}")
+    commands = [
+        ("generate", "--method", "snapkv", "--prompt", "Hi"),
+        ("score", "--probes", "2", "--lengths", "400"),
+    ]
+    for command in commands:
+        ended = headprof(broken.parent, *command, "-m", "broken")
+        assert ended.returncode == 1 and "Traceback" not in ended.stderr
+        assert "Error: The tokenizer's chat template cannot be used" in ended.stderr and reason in ended.stderr
+        assert "--chat-template none" in ended.stderr
+    choices = ["none", "plain.jinja", *(template if isinstance(template, dict) else ())]
+    for choice in choices:
+        ended = headprof(broken.parent, *commands[0], "-m", "broken", "--chat-template", choice)
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_a_chosen_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.jinja").write_text("<{{ messages[0]['content'] }}>")
+
+    def template(choice: str | None) -> str | None:
+        return load_model(str(tiny_folder), device="cpu", chat_template=choice).tokenizer.chat_template
+
+    assert template(None) == tiny_tokenizer(chat=True).chat_template
+    assert template("none") is None
+    assert template(str(tmp_path / "other.jinja")) == "<{{ messages[0]['content'] }}>"
+    assert "There is no chat template tool" in failure(tiny_folder, chat_template="tool")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    assert "cannot be read" in failure(tiny_folder, chat_template=str(tmp_path / "latin.jinja"))
+
+
+def test_a_part_of_a_split_gguf(tiny_gguf: Path, tmp_path: Path) -> None:
+    part = Path(shutil.copy(tiny_gguf, tmp_path / "tiny-00001-of-00003.gguf"))
+    assert "is part 1 of 3 of a model: merge them" in failure(part)
+
+    save_tiny_gguf(tmp_path / "whole.gguf")
+    renamed = tmp_path / "renamed.gguf"
+    pre = struct.pack("<Q", 18) + b"tokenizer.ggml.pre" + struct.pack("<IQ", 8, 7) + b"default"
+    short = b"".join(
+        struct.pack("<Q", len(key)) + key + struct.pack("<IH", 2, number)
+        for key, number in ((b"split.no", 1), (b"split.count", 2))
+    )
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    assert pre in whole
+    renamed.write_bytes(whole.replace(pre, short))
+    assert "is part 2 of 2 of a model: merge them" in failure(renamed)
+
+
+def test_a_gguf_that_splits_text_in_an_unknown_way(tmp_path: Path) -> None:
+    save_tiny_gguf(tmp_path / "new.gguf", pre_tokenizer="quite-new")
+    assert "splits text in a way that Transformers does not know (quite-new)" in failure(tmp_path / "new.gguf")
+    for known in ("llama-bpe", "qwen2", "gpt-2"):
+        save_tiny_gguf(tmp_path / f"{known}.gguf", pre_tokenizer=known)
+        assert load_model(str(tmp_path / f"{known}.gguf"), device="cpu").tokenizer(TEXT).input_ids
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantized_checkpoints_say_what_helps(method: str, broken: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    settings = {"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True}
+    (broken / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    message = failure(broken)
+    assert f"is quantized with {method}, which cannot be read here" in message
+    assert "pass the model without quantization" in message and "complete files" not in message
+
+
 def test_no_such_path() -> None:
     assert "There is no file or folder ./nowhere" in failure("./nowhere")
     assert "There is no file or folder models/x.gguf" in failure("models/x.gguf")
@@ -297,6 +379,40 @@ def test_weights_of_another_shape(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
     assert "have another shape than its config.json says" in failure(broken)
+
+
+def add_weights(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {name: torch.zeros(2) for name in names}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_weights_that_have_no_place_are_named(broken: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.{part}_proj.bias" for layer in range(2) for part in ("up", "down")]
+    add_weights(broken, *names)
+    with pytest.warns(UserWarning, match="4 weights in .* left out"):
+        loaded = load_model(str(broken), device="cpu")
+    [note] = loaded.notes
+    assert ", ".join(sorted(names)[:3]) + " and 1 more." in note
+
+    printed = headprof(broken.parent, "generate", "-m", str(broken), "--method", "snapkv", "--prompt", "Hi")
+    assert printed.returncode == 0 and printed.stderr.count(f"Warning: {note}") == 1
+
+
+def test_what_the_model_makes_anew_is_not_missed(broken: Path) -> None:
+    add_weights(broken, "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert load_model(str(broken), device="cpu").notes == ()
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.lora_A.default.weight", "lm_head.base_layer.lora_B"])
+def test_unmerged_adapter_weights_are_refused(name: str, broken: Path) -> None:
+    add_weights(broken, f"base_model.{name}")
+    assert "merge it into its base model first" in failure(broken)
+
+
+def test_adapter_folders_are_refused(tmp_path: Path, broken: Path) -> None:
+    for folder in (tmp_path, broken):
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
+        assert "holds an adapter, not a whole model: merge it" in failure(folder)
 
 
 def test_folder_without_tokenizer(broken: Path) -> None:

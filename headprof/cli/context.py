@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,12 @@ def load(model: str | None, options: LoadOptions) -> LoadedModel:
     """The model that a command is about."""
     from headprof.models.loading import load_model
 
-    with terminal.progress() as report:
-        return load_model(model, **asdict(options), progress=report)
+    with terminal.progress() as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # its notes are remarked, once
+        loaded = load_model(model, **asdict(options), progress=report)
+    for note in loaded.notes:
+        terminal.remark(f"Warning: {note}")
+    return loaded
 
 
 def load_profile(loaded: LoadedModel, file: Path | None) -> HeadProfile:

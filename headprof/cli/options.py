@@ -63,6 +63,10 @@ class LoadOptions:
         ),
     ] = "auto"
     trust_remote_code: TrustRemoteCode = False
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="File with a chat template, or none. Default: the tokenizer's own.", rich_help_panel="Model"),
+    ] = None
 
 
 @dataclass(frozen=True)

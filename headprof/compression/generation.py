@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache
@@ -17,7 +17,7 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
-from headprof.models.loading import LoadedModel
+from headprof.models.loading import LoadedModel, require_finite
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 
 
@@ -70,6 +70,14 @@ class _TimedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.pieces.append(text)
         self.on_text(text)
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Raises `ModelError` before a token is chosen by logits that are no numbers."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        require_finite(scores.amax(dim=-1), scores.dtype)  # some models rule tokens out by -inf
+        return scores
 
 
 def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int) -> torch.Tensor:
@@ -133,6 +141,7 @@ def compress_document(
 
     Raises:
         UsageError: the document is longer than the model's context, or the budget cannot be met.
+        ModelError: the model's numbers overflow.
     """
     encoder = PromptEncoder(loaded.tokenizer)
     document_ids, observers = encoder.document_ids(document), encoder.question_ids(observe) if observe else []
@@ -144,7 +153,12 @@ def compress_document(
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
         _layer_by_layer(loaded, on_layer),
     ):
-        prefill(loaded.model, ids.to(loaded.device), cache)
+        logits = prefill(loaded.model, ids.to(loaded.device), cache)
+    require_finite(logits.amax(), logits.dtype)
+    for layer in cache.head_layers:  # a merge may overflow where the model does not
+        rows = layer.storage.compact()
+        require_finite(rows.keys, rows.keys.dtype)
+        require_finite(rows.values, rows.values.dtype)
     cache.continue_with(plan)
     return cache
 
@@ -206,6 +220,9 @@ def generate_text(
         backend, prefill_chunk: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
+
+    Raises:
+        ModelError: the model's numbers overflow.
     """
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
@@ -227,6 +244,7 @@ def generate_text(
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
             streamer=streamer,
+            logits_processor=LogitsProcessorList([_FiniteLogits()]),
             **_sampling(temperature),
         )
     times = streamer.token_times

@@ -16,6 +16,8 @@ Inside `attending(model)` this happens to each layer in a forward pass, in this 
      keys, values, padding, and the attention layer, and once the prompt is whole it keeps what its method keeps.
    - a layer that holds rows: `ragged_attention` over them; then `layer.observe(...)` is given the queries.
 
+In the first passes `LinkCheck` looks whether the model does so in every layer.
+
 When the context ends, also by an exception, the model has its own attention, masks and `forward` again.
 """
 
@@ -32,6 +34,7 @@ from transformers.cache_utils import Cache
 from headprof.compression.chunks import PendingMask, joined, sliced
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
+from headprof.compression.link_check import LinkCheck
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.errors import ModelError, UsageError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
@@ -100,11 +103,12 @@ def attending(
     check_backend(backend)
     with ExitStack() as stack:
         wrap_mask = _same if prefill_chunk is None else stack.enter_context(_chunked_layers(model, prefill_chunk))
-        rotaries = _Rotaries(model)
-        stack.enter_context(wrapped_attention(model, lambda base: _linked(base, backend, rotaries), wrap_mask))
+        rotaries, check = _Rotaries(model), LinkCheck(model, in_chunks=prefill_chunk is not None)
+        stack.enter_context(wrapped_attention(model, lambda base: _linked(base, backend, rotaries, check), wrap_mask))
         if new_cache is not None:
             hook = model.register_forward_pre_hook(_starting_with(new_cache), with_kwargs=True)
             stack.callback(hook.remove)
+        stack.enter_context(check.installed())
         yield
 
 
@@ -179,10 +183,12 @@ def _same(make: Callable) -> Callable:
 # Step 4; step 3 is the cache's.
 
 
-def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries) -> AttentionFunction:
+def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck) -> AttentionFunction:
     """The model's attention function `base`, linked to the cache layer whose mark the keys carry."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
+        if check.looking:
+            check.attends(query, key, value, attention_mask, kwargs)
         cache_layer = _marked(key)
         if cache_layer is None:
             return base(module, query, key, value, attention_mask, **kwargs)

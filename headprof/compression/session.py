@@ -15,6 +15,7 @@ from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError
+from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 
@@ -51,8 +52,8 @@ def make_plan(
     """
     base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
     chosen = base.with_options(**options)
+    require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
-    _check_layer_types(model)
     _check_rotary(model, chosen, name, shape)
     scores, digest = _budget_scores(profile, chosen, name, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
@@ -110,19 +111,6 @@ def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:
     if differences := profile.shape.differences(shape):
         raise ProfileError(
             f"The profile is for another model ({', '.join(differences)}): make one with `headprof score`."
-        )
-
-
-def _check_layer_types(model: PreTrainedModel) -> None:
-    """
-    Raises:
-        ModelError: some layers keep something else than the keys and values of attention, or attend in chunks.
-    """
-    types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
-    if other := sorted(set(types) - {"full_attention", "sliding_attention"}):
-        raise ModelError(
-            f"{type(model).__name__} has layers of the kind {', '.join(other)}, whose cache cannot be compressed per "
-            "head: choose a model with full or sliding attention only."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,17 @@ from headprof.errors import ModelError
 Progress = Callable[[str, int, int], None]
 
 _GGUF_MAGIC = b"GGUF"
-_GGUF_STRING = 8  # type code of a string in a GGUF header
+_GGUF_SHORT, _GGUF_STRING = 2, 8  # type codes of a 16-bit number and of a string in a GGUF header
 _GGUF_HEADER_BYTES = 64 << 20  # larger than any header with its vocabulary
+_SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+# Names of `tokenizer.ggml.pre` under which llama.cpp splits as GPT-2, as does the reader what it does not know.
+_SPLIT_AS_GPT2 = ("", "default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum")
+
+# What older checkpoints hold though a model makes it anew: rotary frequencies, causal masks.
+_COMPUTED_BUFFERS = ("rotary_emb.inv_freq", ".masked_bias", "position_ids")
+_ADAPTER_PARTS = (".lora_", ".modules_to_save.", ".base_layer.")
+_MOST_NAMES = 3
 
 
 def no_progress(description: str, completed: int, total: int) -> None:
@@ -83,10 +93,18 @@ def quiet() -> Iterator[None]:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise `ModelError` unless file `path` starts as a GGUF file does."""
+    """Raise `ModelError` unless file `path` starts as a GGUF file does, and holds a whole model."""
     with path.open("rb") as file:
         if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
             raise ModelError(f"{path} is not a GGUF file; pass a .gguf file, a model folder or a hub id.")
+    number = _SPLIT_NAME.search(path.name)
+    parts = int(number[2]) if number else _gguf_short(path, b"split.count")
+    if parts > 1:
+        part = int(number[1]) if number else _gguf_short(path, b"split.no") + 1
+        raise ModelError(
+            f"{path} is part {part} of {parts} of a model: merge them with `llama-gguf-split --merge FIRST_PART "
+            "WHOLE.gguf`, and pass the whole file."
+        )
 
 
 def read_config(source: Source, trust_remote_code: bool) -> Any:
@@ -173,36 +191,65 @@ def _split_as_trained(tokenizer: Any, path: Path) -> None:
     """Split digits apart in a SmolLM tokenizer, which Transformers' GGUF reader leaves out.
 
     Without it, spaces and line breaks before a number become other tokens than those the model was trained on.
+
+    Raises:
+        ModelError: the file names a way to split text that the reader does not know, and would take GPT-2's for it.
     """
     from tokenizers import pre_tokenizers
 
-    if _gguf_string(path, b"tokenizer.ggml.pre") == b"smollm":
+    way = _gguf_string(path, b"tokenizer.ggml.pre").decode(errors="replace")
+    if way == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    elif _gguf_string(path, b"tokenizer.ggml.model") == b"gpt2" and way not in _known_splits(way):
+        raise ModelError(
+            f"{path} splits text in a way that Transformers does not know ({way}), so its tokens would be wrong: pass "
+            "the model as a safetensors folder with its tokenizer.json."
+        )
 
 
-def _gguf_string(path: Path, key: bytes) -> bytes | None:
-    """One string of a GGUF header; a full parse takes seconds, since it visits every token of the vocabulary."""
+def _known_splits(way: str) -> set[str]:
+    """The ways to split text that the GGUF reader knows; `way` itself if it does not say."""
+    try:
+        reader: Any = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
+        return {*reader.GGUF_PRE_TOKENIZER_SPLITS, *_SPLIT_AS_GPT2}
+    except (ImportError, AttributeError):
+        return {way}
+
+
+def _gguf_value(path: Path, key: bytes) -> bytes:
+    """What follows a key in a GGUF header; a full parse takes seconds, since it visits every token."""
     with path.open("rb") as file:
         header = file.read(_GGUF_HEADER_BYTES)
-    at = header.find(key)
-    if at < 0:
-        return None
-    at += len(key)
-    kind, length = struct.unpack_from("<IQ", header, at)
-    at += struct.calcsize("<IQ")
-    return header[at : at + length] if kind == _GGUF_STRING else None
+    at = header.find(struct.pack("<Q", len(key)) + key)
+    return b"" if at < 0 else header[at + 8 + len(key) :][:4096]
 
 
-def read_model(source: Source, config: Any, trust_remote_code: bool, **options: Any) -> Any:
-    """The model with its weights, in eval mode and without gradients.
+def _gguf_string(path: Path, key: bytes) -> bytes:
+    """One string of a GGUF header; empty if there is none."""
+    value = _gguf_value(path, key)
+    if len(value) < 12:
+        return b""
+    kind, length = struct.unpack_from("<IQ", value)
+    return value[12 : 12 + length] if kind == _GGUF_STRING else b""
+
+
+def _gguf_short(path: Path, key: bytes) -> int:
+    """One 16-bit number of a GGUF header; 0 if there is none."""
+    value = _gguf_value(path, key)
+    kind, number = struct.unpack_from("<IH", value) if len(value) >= 6 else (None, 0)
+    return number if kind == _GGUF_SHORT else 0
+
+
+def read_model(source: Source, config: Any, trust_remote_code: bool, **options: Any) -> tuple[Any, list[str]]:
+    """The model with its weights, in eval mode and without gradients; and what a user should know about these.
 
     Args:
         options: `dtype`, `attn_implementation` and `device_map` of `from_pretrained`.
 
     Raises:
-        ModelError: weights are missing, damaged, of another shape, or do not fit the memory.
+        ModelError: weights are missing, damaged, of another shape, those of an adapter, or do not fit the memory.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -223,13 +270,19 @@ def read_model(source: Source, config: Any, trust_remote_code: bool, **options: 
             f"{source.name} does not fit the GPU's memory; free some, pass --dtype bfloat16, or --device cpu."
         ) from error
     except Exception as error:
+        quantization = getattr(config, "quantization_config", None)
+        if quantization is not None and not source.is_gguf:
+            raise _quantized_error(source, quantization, error) from error
         raise _reading_error(source, "weights", error) from error
+    notes = _ignored_weights(source, report)
     _check_weights(source, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise adapter_error(source.location)
     if source.is_gguf:
         _forget_quantization(model)
     # A GGUF does not name its class, which is part of the fingerprint in the files that this package writes.
     model.config.architectures = model.config.architectures or [type(model).__name__]
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False), notes
 
 
 def _check_weights(source: Source, report: dict[str, Any]) -> None:
@@ -248,12 +301,47 @@ def _check_weights(source: Source, report: dict[str, Any]) -> None:
         )
 
 
+def adapter_error(location: str | Path) -> ModelError:
+    """What to say of an adapter in the place of a model."""
+    return ModelError(
+        f"{location} holds an adapter, not a whole model: merge it into its base model first (with peft, "
+        "`model.merge_and_unload()` and `save_pretrained`), and pass the folder of the merged model."
+    )
+
+
+def _ignored_weights(source: Source, report: dict[str, Any]) -> list[str]:
+    """Remarks about weights of the checkpoint that have no place in the model, which Transformers leaves out.
+
+    Raises:
+        ModelError: they are those of an adapter that was never merged, so the model would be another one.
+    """
+    names = sorted(name for name in report["unexpected_keys"] if not name.endswith(_COMPUTED_BUFFERS))
+    if not names:
+        return []
+    if any(part in name for name in names for part in _ADAPTER_PARTS):
+        raise adapter_error(source.location)
+    shown = ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" * (len(names) > _MOST_NAMES))
+    return [
+        f"{len(names)} weights in {source.location} have no place in the model and are left out, so it may answer "
+        f"otherwise than it was trained to: {shown}."
+    ]
+
+
 def _forget_quantization(model: Any) -> None:
     """A GGUF's weights are plain once read; what is left of its quantization only keeps the model from being saved."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
+
+
+def _quantized_error(source: Source, quantization: Any, error: Exception) -> ModelError:
+    settings = quantization if isinstance(quantization, dict) else vars(quantization)
+    method = settings.get("quant_method", "a method of its own")
+    return ModelError(
+        f"{source.name} is quantized with {getattr(method, 'value', method)}, which cannot be read here "
+        f"({one_line(error)}): install what that names, or pass the model without quantization."
+    )
 
 
 def _reading_error(source: Source, part: str, error: Exception) -> ModelError:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 def decoder_of(model: PreTrainedModel) -> Any:
     """The text decoder inside a model, without its output layer; the model itself where it names none."""
-    return model.get_decoder() or model
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "config") else model  # some call their output layer a decoder
 
 
 def find_decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList | None:

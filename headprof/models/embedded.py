@@ -193,7 +193,7 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> None:
         progress(description, 1, 4)
         config = read_config(source, trust_remote_code=False)
         progress(description, 2, 4)
-        model = read_model(source, config, trust_remote_code=False, dtype=torch.float32)
+        model, _ = read_model(source, config, trust_remote_code=False, dtype=torch.float32)
         # The GGUF's own title, which says nothing to a reader.
         vars(model.config).pop("_model_name_or_path", None)
         model.config._name_or_path = EMBEDDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from headprof.errors import ModelError
-from headprof.models.checkpoint import Progress, Source, check_gguf
+from headprof.models.checkpoint import Progress, Source, adapter_error, check_gguf
 from headprof.models.embedded import EMBEDDED, embedded_model_dir
 
 
@@ -37,6 +37,8 @@ def find_model(model: str | None, progress: Progress, *, weights: bool = True) -
         return Source(str(embedded_model_dir(progress)), name)
     path = Path(model).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise adapter_error(path)
         if not (path / "config.json").is_file():
             raise ModelError(f"The folder {model} has no config.json; pass the folder that holds one, or a .gguf file.")
         return Source(str(path), name)

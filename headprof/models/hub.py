@@ -87,7 +87,8 @@ def _unreachable(repo: str, failure: Exception) -> ModelError:
             )
         case EntryNotFoundError():
             return ModelError(
-                f"{repo} has no config.json, so Transformers cannot load it; pass another model, or a local .gguf file."
+                f"{repo} has no config.json, so Transformers cannot load it; pass another model or a local .gguf file, "
+                "and merge an adapter into its base model first."
             )
         case HfHubHTTPError():
             return ModelError(f"The hub refused {repo} ({one_line(failure)}); try later, or pass a local folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from headprof.models.checkpoint import (
     Progress,
     Source,
     no_progress,
+    one_line,
     outline,
     quiet,
     read_config,
@@ -41,6 +43,7 @@ class LoadedModel:
         shape: its heads.
         name: what a profile records: the hub id, or the stem of the folder or file.
         max_positions: longest sequence it was made for, in tokens.
+        notes: what its user should know, such as weights of the checkpoint that were left out.
     """
 
     model: Any
@@ -48,6 +51,7 @@ class LoadedModel:
     shape: HeadShape
     name: str
     max_positions: int
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +74,7 @@ def load_model(
     dtype: str = "auto",
     attn: str = "auto",
     trust_remote_code: bool = False,
+    chat_template: str | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -81,33 +86,42 @@ def load_model(
         dtype: one of `DTYPES`. `auto` is float32 on a CPU with room for it, and else a 16-bit type.
         attn: one of `ATTENTIONS`. `auto` is the fastest that is installed and that the architecture supports.
         trust_remote_code: run Python code that comes with the checkpoint.
+        chat_template: instead of the tokenizer's own: a file with one, the name of one of the tokenizer's, or `none`.
         progress: told about the stages that take time.
 
     Raises:
-        UsageError: an unknown device, dtype or attention implementation.
+        UsageError: an unknown device, dtype or attention implementation, or no such chat template.
         ModelError: the model cannot be found, read or used.
+
+    Warns:
+        UserWarning: each of the model's `notes`.
     """
     import torch
 
     _check_option("dtype", dtype, DTYPES)
     _check_option("attention implementation", attn, ATTENTIONS)
+    template = None if chat_template is None else _template_file(chat_template)
     chosen = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
     source = find_model(model, progress or no_progress)
     with quiet():
         config = read_config(source, trust_remote_code)
         require_decoder(config)
-        vocab_size = _shape(source, config).vocab_size
+        vocab_size = HeadShape.from_config(config).vocab_size
         flash = chosen.startswith("cuda") and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
         attention, num_parameters = outline(config, attention_order(attn, flash), trust_remote_code)
         # Before the weights: a missing tokenizer should not cost minutes of loading.
         tokenizer = read_tokenizer(source, trust_remote_code)
         _check_vocabulary(source, tokenizer, vocab_size)
+        if chat_template is not None:
+            tokenizer.chat_template = _chosen_template(tokenizer, chat_template, template)
         placed = placement(source, config, chosen, dtype, num_parameters)
-        loaded = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
+        loaded, notes = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
     if loaded.generation_config is not None and loaded.generation_config.pad_token_id is None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     shape = HeadShape.from_config(loaded.config)
-    return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer))
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer), tuple(notes))
 
 
 def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:
@@ -117,7 +131,8 @@ def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:
     """
     if not numbers.isfinite().all():
         kind = str(dtype).removeprefix("torch.")
-        raise ModelError(f"The model's numbers overflow in {kind}: choose another type with --dtype, such as float32.")
+        mend = "download the checkpoint again, it is damaged" if kind == "float32" else "pass --dtype float32"
+        raise ModelError(f"The model's numbers overflow in {kind}, so nothing it says can be trusted: {mend}.")
 
 
 def model_shape(model: str | None = None, trust_remote_code: bool = False) -> HeadShape:
@@ -137,14 +152,14 @@ def model_shape(model: str | None = None, trust_remote_code: bool = False) -> He
     with quiet():
         config = read_config(source, trust_remote_code)
         require_decoder(config)
-    return _named_shape(source, config)
+    return _named_shape(config)
 
 
 def published_shape(name: str) -> HeadShape:
     """The shape of a published model by a name in `published.SHAPES`; raises `UsageError` for another name."""
     from transformers import AutoConfig
 
-    return _named_shape(Source(name, name), AutoConfig.for_model(**find_shape(name)))
+    return _named_shape(AutoConfig.for_model(**find_shape(name)))
 
 
 def _check_option(what: str, value: str, known: tuple[str, ...]) -> None:
@@ -152,23 +167,36 @@ def _check_option(what: str, value: str, known: tuple[str, ...]) -> None:
         raise UsageError(f"Unknown {what} {value!r}; pass one of {', '.join(known)}.")
 
 
-def _shape(source: Source, config: Any) -> HeadShape:
-    try:
-        return HeadShape.from_config(config)
-    except (AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{source.name} ({config.model_type}) has no attention heads to profile; pass a Transformer decoder."
-        ) from error
-
-
-def _named_shape(source: Source, config: Any) -> HeadShape:
+def _named_shape(config: Any) -> HeadShape:
     """The shape with the model's class for its architecture, also where the configuration does not name it (a GGUF)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     if not getattr(config, "architectures", None) and type(config) in classes:
         config.architectures = [classes[type(config)].__name__]
-    return _shape(source, config)
+    return HeadShape.from_config(config)
+
+
+def _template_file(name: str) -> str | None:
+    """The text of a file with a chat template; `None` where the name is that of no file."""
+    path = Path(name).expanduser()
+    if name == "none" or not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The chat template {name} cannot be read ({one_line(error)}): give a text file.") from error
+
+
+def _chosen_template(tokenizer: Any, name: str, text: str | None) -> str | None:
+    """The chat template that was asked for by name, or the text of its file."""
+    if text is not None or name == "none":
+        return text
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name not in named:
+        known = f"one of {', '.join(sorted(named))}, " if named else ""
+        raise UsageError(f"There is no chat template {name}: give --chat-template a file, {known}or none.")
+    return named[name]
 
 
 def _check_vocabulary(source: Source, tokenizer: Any, vocab_size: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from headprof.errors import ModelError, ProbeError
+from headprof.models.checkpoint import one_line
 
 Span = tuple[int, int]
 """`[start, stop)` token positions in the full prompt."""
@@ -201,17 +202,32 @@ def _template_parts(tokenizer: Any) -> tuple[str, str]:
     """What the chat template writes before and after the user's text, generation prompt included.
 
     Raises:
-        ModelError: the chat template does not repeat the user's text.
+        ModelError: the chat template fails, or does not repeat the user's text.
     """
     messages = [{"role": "user", "content": _MARK}]
-    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+        )
+    except Exception as error:  # a template is a program that comes with the model, and may fail in any way
+        raise ModelError(
+            f"The tokenizer's chat template cannot be used ({one_line(error).replace(_MARK, '...')}): pass "
+            f"--chat-template none to ask without it, {_other_templates(tokenizer)}."
+        ) from error
     if rendered.count(_MARK) != 1:
         raise ModelError(
-            "The tokenizer's chat template does not repeat the user's text exactly once; "
-            "set tokenizer.chat_template to None to ask without it."
+            "The tokenizer's chat template does not repeat the user's text exactly once: pass --chat-template none to "
+            "ask without it, or a file with another template."
         )
     before, after = rendered.split(_MARK)
     return before, after
+
+
+def _other_templates(tokenizer: Any) -> str:
+    named = tokenizer.chat_template
+    if not isinstance(named, dict):
+        return "or a file with another template"
+    return f"one of its names ({', '.join(sorted(named))}), or a file with another template"
 
 
 def _first_ids(tokenizer: Any) -> list[int]:

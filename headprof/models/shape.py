@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from headprof.errors import ModelError
 from headprof.utils.records import is_text, make_record, shortened
 
 _MOST = 10**9
 _LONGEST_NAME = 200
+
 _LABELS = {
     "architecture": "architecture",
     "num_layers": "layers",
@@ -50,18 +52,29 @@ class HeadShape:
 
     @classmethod
     def from_config(cls, config: Any) -> HeadShape:
-        """Read the shape from a Transformers configuration (its text part, for a multimodal model)."""
+        """Read the shape from a Transformers configuration (its text part, for a multimodal model).
+
+        Raises:
+            ModelError: there are no attention heads in it, or other ones in each layer.
+        """
         text = config.get_text_config()
-        num_heads = text.num_attention_heads
         names = getattr(config, "architectures", None) or getattr(text, "architectures", None)
-        return cls(
-            architecture=names[0] if names else text.model_type,
-            num_layers=text.num_hidden_layers,
-            num_heads=num_heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-            vocab_size=text.vocab_size,
-        )
+        architecture = names[0] if names else text.model_type
+        try:
+            num_heads = text.num_attention_heads
+            return cls(
+                architecture=architecture,
+                num_layers=text.num_hidden_layers,
+                num_heads=num_heads,
+                num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+                head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+                vocab_size=text.vocab_size,
+            )
+        except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise ModelError(
+                f"{architecture} has no attention heads to profile that are the same in every layer: pass another "
+                "Transformer decoder."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

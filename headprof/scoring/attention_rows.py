@@ -6,6 +6,7 @@ more in float32 from the same queries and keys. Extra memory is `O(H * N * T)` f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from headprof.errors import ModelError
 from headprof.models.attention_hook import AttentionFunction, eager_attention, wrapped_attention
+from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +91,9 @@ class RowReader:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.base = model.config.get_text_config()._attn_implementation
+        self._shape = HeadShape.from_config(model.config)
         self._request: tuple[Sequence[torch.Tensor], RowSink] | None = None
+        self._layers: Counter[int] = Counter()  # how often each has been read
 
     @contextmanager
     def installed(self) -> Iterator[RowReader]:
@@ -103,12 +108,24 @@ class RowReader:
         Args:
             parts: numbers of the queries of each part, from 0, int64 `[N]`.
             sink: called for each part in every layer.
+
+        Raises:
+            ModelError: the layers do not attend once each, with as many heads as the configuration says.
         """
         self._request = (parts, sink)
+        self._layers.clear()
         try:
             yield
         finally:
             self._request = None
+        if self._layers and (len(self._layers) < self._shape.num_layers or len(set(self._layers.values())) > 1):
+            raise self._refused(f"attends {self._layers.total()} times in {self._shape.num_layers} layers")
+
+    def _refused(self, why: str) -> ModelError:
+        return ModelError(
+            f"{type(self.model).__name__} {why}, so its heads cannot be scored: choose a model whose layers attend "
+            "once each, such as Llama, Qwen or Mistral."
+        )
 
     def _wrap(self, base: AttentionFunction) -> AttentionFunction:
         def attention(module, query, key, value, attention_mask, **kwargs):
@@ -128,6 +145,9 @@ class RowReader:
     def _read(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs) -> None:
         assert self._request is not None
         parts, sink = self._request
+        if query.shape[1] != self._shape.num_heads or query.shape[-1] != key.shape[-1]:
+            raise self._refused(f"has {query.shape[1]} query heads in layer {layer} instead of {self._shape.num_heads}")
+        self._layers[layer] += 1
         num_keys, scaling = key.shape[2], kwargs.get("scaling")
         keys = key[0].float()  # once, not for each part
         most = max(1, _MOST_BYTES // (4 * query.shape[1] * num_keys))

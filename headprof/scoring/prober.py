@@ -70,6 +70,9 @@ class Prober:
         """Prefill the context once, then ask each of its questions over that cache.
 
         With `anew=False` what the context has in common with the beginning of the one before is not computed again.
+
+        Raises:
+            ModelError: the model's numbers overflow, or its attention cannot be read head by head.
         """
         self._context.read(context.context_ids, anew=anew)
         said = [

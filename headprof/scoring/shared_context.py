@@ -9,6 +9,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from headprof.models.loading import require_finite
+from headprof.models.requirements import require_attention_layers
+
 _LEAST_SHARE = 0.1
 """Of a context; sharing a shorter beginning with the one before is not worth a chunked prefill."""
 
@@ -27,9 +30,13 @@ class SharedContext:
         model: a causal language model.
         attention: the attention implementation it runs with; FlashAttention takes no mask that hides questions from
             each other, unless whoever wraps it falls back to another for those passes (`RowReader` does).
+
+    Raises:
+        ModelError: some of the model's layers are no attention, so there are no heads in them.
     """
 
     def __init__(self, model: PreTrainedModel, attention: str):
+        require_attention_layers(model, "its heads cannot be scored")
         self.model = model
         self.cache = DynamicCache()
         self._ids: tuple[int, ...] = ()
@@ -47,6 +54,9 @@ class SharedContext:
         Args:
             ids: token ids.
             anew: compute all of it; else keep what it begins with and the context before did too.
+
+        Raises:
+            ModelError: the model's numbers overflow.
         """
         shared = 0 if anew else _common_length(self._ids, ids)
         if shared < _LEAST_SHARE * len(ids):
@@ -55,7 +65,8 @@ class SharedContext:
             self._drop(len(self._ids) - shared)
         step = _CHUNK if shared else len(ids)
         for start in range(shared, len(ids), step):
-            self.extend(ids[start : start + step])
+            logits = self.extend(ids[start : start + step])
+            require_finite(logits.amax(), logits.dtype)
         self._ids = tuple(ids)
 
     def extend(self, ids: Sequence[int]) -> torch.Tensor:
@@ -81,8 +92,12 @@ class SharedContext:
 
         Returns:
             logits of these tokens, `[N, vocabulary]`.
+
+        Raises:
+            ModelError: the model's numbers overflow.
         """
         logits = self.forward(suffixes, rows)[0]
+        require_finite(logits.amax(), logits.dtype)
         self.rewind()
         return logits
 
