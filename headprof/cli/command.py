@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import PurePath
 from typing import Any, get_type_hints
 
 import typer
 
 from headprof.cli.context import terminal
-from headprof.errors import HeadprofError
+from headprof.errors import HeadprofError, UsageError
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -59,6 +60,7 @@ def _options(group: Parameter) -> Iterator[Parameter]:
 
 def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     try:
+        _check_texts(arguments.values())
         function(**arguments)
     except HeadprofError as error:
         if terminal.debug:
@@ -68,3 +70,20 @@ def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         terminal.error("Interrupted.")
         raise typer.Exit(130) from None
+
+
+def _check_texts(values: Iterable[Any]) -> None:
+    """Refuse texts and names of files that are not UTF-8: neither a tokenizer nor most files can hold them."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            _check_texts(value)
+        elif is_dataclass(value):
+            _check_texts(getattr(value, each.name) for each in fields(value))
+        elif isinstance(value, str | PurePath):
+            try:
+                str(value).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{str(value)[:200]!a} is not UTF-8 (at character {error.start}): rename the file, or convert "
+                    "the text to UTF-8."
+                ) from None

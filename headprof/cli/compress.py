@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from headprof.cli.options import (
     ReadOptions,
     compression_request,
 )
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.compress import document_table
 from headprof.models.prompt_encoder import OBSERVATION
 
@@ -55,7 +57,7 @@ def compress(
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
-    from headprof.compression.document import save_document
+    from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
     from headprof.compression.inputs import read_document
     from headprof.compression.prompts import answer_questions, document_figures
@@ -63,6 +65,7 @@ def compress(
     request = compression_request(compressing, tuning, decoding, reading)
     document = read_document(file)
     target = output or Path(f"{file.stem}.kv.safetensors")
+    check_outputs({target: FORMAT}, chain([file], model_inputs(model), profile_input(model, request.profile)))
     loaded = load(model, loading)
     plan = request.plan(loaded)
     with terminal.progress() as report:

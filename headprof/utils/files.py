@@ -10,13 +10,13 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from headprof.errors import HeadprofError
+from headprof.errors import HeadprofError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,9 @@ _MENDS = {
     errno.ENAMETOOLONG: "The name {path} is too long for this disk: choose a shorter one with -o.",
 }
 _MENDS |= {errno.EDQUOT: _MENDS[errno.ENOSPC], errno.EPERM: _MENDS[errno.EACCES], errno.EEXIST: _MENDS[errno.ENOTDIR]}
+PROBES_FORMAT = "headprof.probes"
+_LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library itself allows
+
 _OTHER_MEND = "{path} cannot be written ({reason}): choose another place with -o."
 
 # safetensors raises its own exception and leaves the number of the system's error in the text alone.
@@ -66,6 +69,56 @@ def check_writable(path: str | Path) -> None:
     target = Path(path).resolve()
     with _explained(target, path) as temporary:
         _create(temporary, target)
+
+
+def check_output(target: str | Path, inputs: Iterable[str | Path], file_format: str | None = None) -> None:
+    """Refuse, before any work, to write where something would be lost that is not replaced by its like.
+
+    Args:
+        target: what is to be written. A file that is not there yet can always be.
+        inputs: files that are read; those that are not there count for nothing.
+        file_format: of a safetensors file that is to be written, the `format` in its metadata; `None` to write
+            anything else.
+
+    Raises:
+        UsageError: the target is one of the inputs, by whatever name or link, or it is a safetensors file of another
+            format, such as a model's weights.
+    """
+    place = Path(target)
+    if not place.is_file():
+        return
+    for path in inputs:
+        with contextlib.suppress(OSError):
+            if place.samefile(path):
+                raise UsageError(
+                    f"{target} is read by this command ({path}), and would be lost: choose another name to write to."
+                )
+    metadata = _safetensors_metadata(place)
+    if metadata is not None and not _is_of_format(metadata, file_format):
+        raise UsageError(
+            f"{target} is a safetensors file of another kind, such as a model's weights: choose another name to "
+            "write to, or delete it first."
+        )
+
+
+def _safetensors_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata in the header of a safetensors file, empty where it has none; `None` for what is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= min(_LARGEST_HEADER, path.stat().st_size - 8):
+                return None
+            header = json.loads(file.read(size))
+    except (OSError, ValueError, RecursionError):
+        return None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _is_of_format(metadata: dict[str, Any], file_format: str | None) -> bool:
+    if file_format == PROBES_FORMAT and metadata.keys() >= {"key", "names"}:
+        return True  # earlier files of probe results do not name their format
+    return file_format is not None and metadata.get("format") == file_format
 
 
 @contextlib.contextmanager
