@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from headprof.errors import ProbeError, UsageError
 from headprof.utils.assets import asset_dir
+from headprof.utils.files import read_text, without_lone_surrogates
 
 Kind = Literal["retrieval", "reasoning"]
 Split = Literal["profile", "eval"]
@@ -180,7 +181,7 @@ def load_needles(path: str | Path) -> list[Needle]:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"The needle file {file} does not exist; give a JSONL file with one needle a line.")
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(file, ProbeError).split("\n")  # JSON strings may hold other line separators, such as U+2028
     needles = [_parse_needle(line, f"Line {n} of {file}", file.stem) for n, line in enumerate(lines, 1) if line.strip()]
     if not needles:
         raise ProbeError(f"The needle file {file} is empty; write one JSON object with a needle on each line.")
@@ -194,11 +195,14 @@ def _parse_needle(line: str, where: str, default_family: str) -> Needle:
         raise ProbeError(
             f"{where} is not JSON ({error.msg} at column {error.colno}); write one object a line."
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise ProbeError(f"{where} cannot be read ({error}); write one object a line.") from None
     if not isinstance(raw, dict):
         raise ProbeError(f'{where} is not a JSON object; write one such as {{"needle": ..., "answer": ...}} a line.')
     for name in _REQUIRED_FIELDS:
         if not isinstance(raw.get(name), str) or not raw[name].strip():
             raise ProbeError(f"{where} has no text in the field {name!r}; give all of {', '.join(_REQUIRED_FIELDS)}.")
+    raw = {name: without_lone_surrogates(value) if isinstance(value, str) else value for name, value in raw.items()}
     text, real = raw["needle"].strip(), raw["real_needle"].strip()
     if real not in text:
         raise ProbeError(
@@ -251,10 +255,10 @@ def _check_family(family: Family) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.") from None
-    except json.JSONDecodeError as error:
+        if not path.exists():
+            raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.")
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The needle families file {path} is not JSON ({error}); mend it.") from None
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
 from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
-from headprof.utils.files import atomic_write
+from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, short_floats
+from headprof.utils.files import atomic_write, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ def _read_columns(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
+        rows = list(csv.DictReader(read_text(path, ProfileError).split("\n")))
     except csv.Error as error:
         raise ProfileError(f"{path} is not valid CSV ({error}): export it again.") from error
     columns = rows[0].keys() if rows else ()

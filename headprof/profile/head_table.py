@@ -19,16 +19,6 @@ LARGEST = 3.4e38
 _HEAD_KEY = re.compile(r"(\d{1,5})-(\d{1,5})")
 
 
-def read_text(path: Path) -> str:
-    """A file's text; raises `ProfileError` when it is none or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is not a text file: give the JSON or CSV file of the head scores.") from error
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
-
-
 def parse_head_key(path: Path, key: str) -> tuple[int, int]:
     """Layer and head of `"17-3"`; raises `ProfileError` for another text."""
     match = _HEAD_KEY.fullmatch(key)

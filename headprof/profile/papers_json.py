@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
-from headprof.utils.files import atomic_write
+from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, short_floats
+from headprof.utils.files import atomic_write, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def read_papers_samples(path: str | Path) -> Tensor:
 
     path = Path(path)
     try:
-        table = json.loads(read_text(path), object_pairs_hook=_without_repeats)
+        table = json.loads(read_text(path, ProfileError), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is not valid JSON ({error}): export it again.") from error
     if not isinstance(table, dict) or not table:

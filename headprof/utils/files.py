@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, and never half of it."""
+"""Reading a user's texts; writing files so that a reader finds the old content or the new, and never half of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from headprof.errors import HeadprofError, UsageError
+from headprof.utils.units import human_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,7 @@ _MENDS = {
 }
 _MENDS |= {errno.EDQUOT: _MENDS[errno.ENOSPC], errno.EPERM: _MENDS[errno.EACCES], errno.EEXIST: _MENDS[errno.ENOTDIR]}
 PROBES_FORMAT = "headprof.probes"
+_LARGEST_TEXT = 1_000_000_000  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library itself allows
 
 _OTHER_MEND = "{path} cannot be written ({reason}): choose another place with -o."
@@ -135,6 +137,43 @@ def _explained(target: Path, path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_text(path: Path, error_class: type[HeadprofError] = UsageError) -> str:
+    """A user's text file: UTF-8 with or without a byte order mark, line ends as `\\n`.
+
+    Raises:
+        HeadprofError: of the given class, when it cannot be read, is a device, is too large to be a text, or is not
+            UTF-8; the message says at which byte, and how to convert it.
+    """
+    try:
+        if stat.S_ISCHR(path.stat().st_mode) or stat.S_ISBLK(path.stat().st_mode):
+            raise error_class(f"{path} is a device, not a file: give a text file.")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_TEXT + 1)
+    except OSError as error:
+        raise error_class(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
+    if len(data) > _LARGEST_TEXT:
+        raise error_class(f"{path} has more than {human_bytes(_LARGEST_TEXT)}: give a shorter text.")
+    return decode_text(data, str(path), error_class)
+
+
+def decode_text(data: bytes, name: str, error_class: type[HeadprofError] = UsageError) -> str:
+    """What `read_text` makes of a file's bytes; `name` is for the message."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise error_class(
+            f"{name} is not UTF-8 text (at byte {error.start}, 0x{data[error.start]:02x}): convert it, such as with "
+            f"iconv -f {encoding} -t UTF-8."
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def without_lone_surrogates(text: str) -> str:
+    """JSON can escape half a character, which no tokenizer takes; as others do, put a question mark for it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def write_text(path: str | Path, text: str) -> None:
