@@ -7,6 +7,7 @@ exports, so that the tests do not depend on how the package is arranged inside.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -267,7 +268,10 @@ def test_kept_answers_are_taken_as_they_are(place, silent_model):
     assert found["cells"] == kept["cells"]
     assert_alike(found["perplexities"], kept["perplexities"], 1e-9)
     for name in ("answers.jsonl", "answers.csv", "losses.csv", "cells.csv"):
-        assert Path("eval", name).read_text("utf-8") == (FIXTURES / "eval" / name).read_text("utf-8"), name
+        before = (FIXTURES / "eval" / name).read_text("utf-8")
+        if name.endswith(".csv"):  # a text that a spreadsheet would take for a formula now has an apostrophe
+            before = re.sub(r'"(?=[=+@-])', "\"'", before)
+        assert Path("eval", name).read_text("utf-8") == before, name
 
 
 @pytest.mark.parametrize(("which", "tasks"), [("eval", 4), ("eval of documents", 1)])

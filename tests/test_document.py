@@ -241,6 +241,20 @@ def test_compress_here_and_ask_there(place):
     assert numbers["file_bytes"] == (place / "keeper.kv.safetensors").stat().st_size
 
 
+def test_a_question_that_is_asked_twice_is_answered_twice(place):
+    asked = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0], "And why?"]
+    options = [part for question in asked for part in ("--question", question)]
+    made = headprof(place, *COMPRESS, *options, "--max-new-tokens", "12")
+    lines = made.stdout.splitlines()
+    assert len(lines) == 4 and lines[0] == lines[2]
+    numbers = json.loads(headprof(place, *COMPRESS, *options, "--max-new-tokens", "12", "--json").stdout)
+    assert [each["question"] for each in numbers["questions"]] == asked
+    assert [" ".join(each["answer"].split()) for each in numbers["questions"]] == lines
+    assert numbers["answers"] == {each["question"]: each["answer"] for each in numbers["questions"]}
+    empty = headprof(place, *COMPRESS, "--question", " ")
+    assert empty.returncode == 2 and 'The question is empty: give one with --question "...".' in empty.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "arguments", "message"),
     [

@@ -516,7 +516,7 @@ def test_papers_json_mistakes_are_named(tmp_path, text, message):
 def test_unreadable_text_files(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x9f")
     for read in (read_papers_json, read_csv):
-        with pytest.raises(ProfileError, match="is not a text file"):
+        with pytest.raises(ProfileError, match="is not UTF-8 text"):
             read(tmp_path / "binary")
         with pytest.raises(ProfileError, match="cannot be read"):
             read(tmp_path / "missing")

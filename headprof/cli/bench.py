@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
 )
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables import bench as tables
 from headprof.utils.units import parse_lengths
 
@@ -81,6 +83,7 @@ def bench_generate(
 
     request = _case_request(cases, tuning, decoding, prefill_chunk=prefill_chunk, full=not without_full, seed=seed)
     request.check()
+    _check_output(output, model, profile)
     loaded = _load(model, shape, loading)
     head_profile: Any
     if shape is not None:
@@ -147,12 +150,10 @@ def bench_score(
     headprof bench score --shape llama-3-8b --lengths 8k,32k --sides packed,stepwise-fast[/]
     """
     from headprof.bench.score import run_score_bench
-    from headprof.utils.files import check_writable
 
     request = _side_request(asked, seed, random_weights=shape is not None)
     request.check()
-    if output is not None:
-        check_writable(output)
+    _check_output(output, model)
     loaded = _load(model, shape, loading, max_positions=max(request.lengths))
     with terminal.progress() as report:
         result = run_score_bench(loaded, request, report)
@@ -204,6 +205,15 @@ def _side_request(asked: SideOptions, seed: int, random_weights: bool) -> ScoreB
         top=asked.top,
         stop_after_answer=asked.stop_after_answer or random_weights,
     )
+
+
+def _check_output(output: Path | None, model: str | None, profile: Path | None = None) -> None:
+    """Find out before any work that the figures cannot be written, or would replace what is read."""
+    from headprof.utils.files import check_writable
+
+    if output is not None:
+        check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
+        check_writable(output)
 
 
 def _keep(figures: dict[str, Any], output: Path | None, json: bool) -> None:

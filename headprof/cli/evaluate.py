@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
 )
+from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
 from headprof.cli.tables.evaluate import evaluation, sharing
 from headprof.models.prompt_encoder import OBSERVATION
 from headprof.utils.units import parse_length, parse_lengths
@@ -139,6 +141,7 @@ def evaluate(
 
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     needs_profile = request.check()
+    _check_outputs(output, model, profile, data)
     team = join_team()
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile) if needs_profile else None
@@ -158,6 +161,12 @@ def evaluate(
     team.leave()
     if team.rank == 0:
         _show(found, output, json)
+
+
+def _check_outputs(output: Path, model: str | None, profile: Path | None, data: DataOptions) -> None:
+    prompts = [] if data.prompts is None else [data.prompts]
+    read = (prompts, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model))
+    check_outputs(outputs_of_eval(output), chain.from_iterable(read))
 
 
 def _request(

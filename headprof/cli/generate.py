@@ -80,7 +80,9 @@ def generate(
         asked = new_prompt(loaded, document, question, request, max_new_tokens)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | asdict(reading)
     beside = {}
-    if compare and asked.plan is not None:
+    compares = compare and asked.plan is not None
+    asked.warm_up(loaded, **asdict(reading), full=compares)
+    if compares:
         beside["full"] = _answer(loaded, asked.with_full_cache(), options)
     made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)
     full_bytes = full_cache_bytes(loaded, made, beside.get("full"))

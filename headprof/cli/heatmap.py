@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import terminal
 from headprof.cli.options import Model, ProfileFile
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 
 
 @command
@@ -36,6 +38,7 @@ def heatmap(
     from headprof.models.finding import model_name
     from headprof.profile.finding import load_profile
 
+    check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
     loaded = load_profile(model_name(model), profile)
     plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)
     terminal.result(str(output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import LoadOptions, Model, ProfileOutput, Seed
+from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
 from headprof.utils.units import parse_lengths
@@ -85,6 +87,7 @@ def score(
 
     request = _request(asked, counting, seed)
     request.check()
+    _check_outputs(output, model, asked)
     team = join_team()
     loaded = load(model, loading)
     builder = build_probes(loaded, request)
@@ -105,6 +108,18 @@ def score(
     team.leave()
     if team.rank == 0:
         _show(profile, target, stopping=request.stop is not None)
+
+
+def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions) -> None:
+    from headprof.models.finding import model_name
+    from headprof.profile.finding import default_output
+    from headprof.profile.head_profile import FORMAT
+    from headprof.scoring.probe_results import results_path
+    from headprof.utils.files import PROBES_FORMAT
+
+    target = output or default_output(model_name(model))
+    given = [path for path in (asked.needles, asked.haystack) if path is not None]
+    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, chain(given, model_inputs(model)))
 
 
 def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> ScoreRequest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import load, load_profile, terminal
 from headprof.cli.options import JsonFlag, LoadOptions, Model, ProfileFile, Seed
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.validate import validation
 from headprof.errors import UsageError
 from headprof.utils.units import parse_length
@@ -72,6 +74,8 @@ def validate(
     if csv is not None and not per_head:
         raise UsageError("The figures for --csv are those of --per-head: give both.")
     check_picture(output)
+    targets = {path: None for path in (output, csv) if path is not None}
+    check_outputs(targets, chain(profile_input(model, profile), model_inputs(model)))
     _check_settings(settings, model, profile)
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile)

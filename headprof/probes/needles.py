@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from headprof.errors import ProbeError, UsageError
 from headprof.utils.assets import asset_dir
+from headprof.utils.files import read_text
 from headprof.utils.records import is_text, parse_json, shortened
 
 Kind = Literal["retrieval", "reasoning"]
@@ -186,7 +187,7 @@ def load_needles(path: str | Path) -> list[Needle]:
         raise UsageError(f"The needle file {file} does not exist; give a JSONL file with one needle a line.")
     if file.stat().st_size > _LARGEST_FILE:
         raise UsageError(f"The needle file {file} is larger than {_LARGEST_FILE} bytes; give a smaller one.")
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    lines = read_text(file, ProbeError).split("\n")  # JSON strings may hold other line separators, such as U+2028
     needles = [_parse_needle(line, f"Line {n} of {file}", file.stem) for n, line in enumerate(lines, 1) if line.strip()]
     if not needles:
         raise ProbeError(f"The needle file {file} is empty; write one JSON object with a needle on each line.")
@@ -267,10 +268,10 @@ def _check_family(family: Family) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.") from None
-    except json.JSONDecodeError as error:
+        if not path.exists():
+            raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.")
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The needle families file {path} is not JSON ({error}); mend it.") from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
+from headprof.utils.files import read_text as read_users_text
 from headprof.utils.records import shortened
 
 if TYPE_CHECKING:
@@ -23,16 +24,11 @@ _HEAD_KEY = re.compile(r"(\d{1,5})-(\d{1,5})")
 
 def read_text(path: Path) -> str:
     """A file's text; raises `ProfileError` when it is none, no regular file, too large or cannot be read."""
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise ProfileError(f"{path} is no regular file: give the JSON or CSV file of the head scores.")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ProfileError(f"{path} is larger than {_LARGEST_FILE} bytes: give the file of the head scores alone.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is not a text file: give the JSON or CSV file of the head scores.") from error
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ProfileError(f"{path} is no regular file: give the JSON or CSV file of the head scores.")
+    if path.is_file() and path.stat().st_size > _LARGEST_FILE:
+        raise ProfileError(f"{path} is larger than {_LARGEST_FILE} bytes: give the file of the head scores alone.")
+    return read_users_text(path, ProfileError)
 
 
 def parse_head_key(path: Path, key: str) -> tuple[int, int]:
