@@ -627,6 +627,29 @@ def test_a_document_saved_while_text_is_generated_goes_on_as_the_one_in_memory(
         check_same(cache, loaded)
 
 
+@pytest.mark.parametrize(("prompt", "budget", "buffer", "later"), [(20, 20, 8, 7), (20, 16, 12, 11), (30, 20, 12, 11)])
+def test_a_document_taken_elsewhere_is_compressed_when_it_would_have_been(
+    tiny, tmp_path, prompt, budget, buffer, later
+):
+    """Heads that hold all there is get more as there is more, and others less: their targets move with every token."""
+    ids = random_ids(1, prompt + later + 40)
+    with attending_ragged(tiny.model):
+        cache = filled(tiny.model, "headkv-r2", ids[:, :prompt], budget, buffer)
+        for i in range(prompt, prompt + later):
+            step(tiny.model, cache, ids[:, i : i + 1])
+        save_document(cache, tmp_path / "doc.safetensors", tiny)
+        loaded, metadata = load_document(tmp_path / "doc.safetensors", tiny)
+        assert "left" in metadata
+        stacked = stack_caches([cache, cache])
+        for i in range(prompt + later, prompt + later + 40):
+            new = ids[:, i : i + 1]
+            logits = [step(tiny.model, each, new) for each in (cache, loaded)]
+            assert torch.equal(*logits) and torch.equal(cache.lengths, loaded.lengths)
+            torch.testing.assert_close(step(tiny.model, stacked, new.expand(2, 1))[:1], logits[0], **CLOSE)
+        check_same(cache, loaded)
+        assert torch.equal(stacked.lengths[:, :1], cache.lengths)
+
+
 # What a layer hands to an importance.
 
 

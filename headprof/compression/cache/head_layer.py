@@ -226,6 +226,8 @@ class HeadCacheLayer(PromptLayer):
         stack.is_initialized = True
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
+        elif any(layer.schedule.left is not None for layer in layers):
+            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.lengths) for layer in layers))
         return stack
 
     def empty_like(self, batch_size: int) -> HeadCacheLayer:
