@@ -5,7 +5,8 @@ A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions`
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
 padding among these; and `scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its
 metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
-profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it.
+profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and
+tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
@@ -87,7 +88,11 @@ def save_document(
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
         "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
-    } | dict(notes or {})
+    }
+    left = [layer.schedule.left_to_note(layer.seen, layer.lengths) for layer in cache.head_layers]
+    if any(each is not None for each in left):
+        metadata["left"] = json.dumps(left)
+    metadata |= notes or {}
     metadata["checksum"] = checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -137,6 +142,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
         _restore(layer, own, facts.seen, how)
+        layer.schedule.resume(facts.left[layer.layer_idx])
     return HeadCache.of_layers(layers), metadata
 
 

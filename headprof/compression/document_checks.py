@@ -43,6 +43,7 @@ class DocumentFacts:
         profile_digest: of the head profile; empty without one.
         seen: tokens of the sequence.
         logits: of each layer, what `AttentionLayer` is made of.
+        left: of each layer, tokens until it is compressed again, where that was noted; else `None`.
     """
 
     shape: HeadShape
@@ -54,6 +55,7 @@ class DocumentFacts:
     profile_digest: str
     seen: int
     logits: list[dict[str, Any]]
+    left: list[int | None]
 
 
 def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
@@ -74,9 +76,19 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
             metadata["profile"],
             _tokens_seen(metadata["tokens_seen"]),
             _logits(parse_json(metadata["logits"]), shape.num_layers),
+            _left(parse_json(metadata.get("left", "null")), shape.num_layers),
         )
     except KeyError as error:
         raise ValueError(f"its {error.args[0]} is missing") from None
+
+
+def _left(values: Any, num_layers: int) -> list[int | None]:
+    if values is None:
+        return [None] * num_layers
+    known = isinstance(values, list) and len(values) == num_layers
+    if not known or not all(each is None or (type(each) is int and abs(each) < 2**31) for each in values):
+        raise ValueError("what it says is left before it is compressed again is no whole number for each layer")
+    return values
 
 
 def _method(name: str, options: str) -> Method:

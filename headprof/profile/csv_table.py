@@ -70,7 +70,7 @@ def _read_columns(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        rows = list(csv.DictReader(read_text(path, ProfileError).split("\n")))
+        rows = list(csv.DictReader(read_text(path).split("\n")))
     except csv.Error as error:
         raise ProfileError(f"{path} is not valid CSV ({error}): export it again.") from error
     columns = rows[0].keys() if rows else ()

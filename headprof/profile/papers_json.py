@@ -36,7 +36,7 @@ def read_papers_samples(path: str | Path) -> Tensor:
 
     path = Path(path)
     try:
-        table = json.loads(read_text(path, ProfileError), object_pairs_hook=_without_repeats)
+        table = json.loads(read_text(path), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is not valid JSON ({error}): export it again.") from error
     if not isinstance(table, dict) or not table:

@@ -90,7 +90,7 @@ class HeadCache(PromptCache):
     Args:
         plan: from `headprof.make_plan`, or what `headprof.compressed` yields.
         slack: rows of free space behind each head. When they are used up, the rows are laid out anew with half as much
-            again, so that long generations copy the cache seldom.
+            again, or with what is left of the buffer, so that long generations copy the cache seldom.
     """
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):

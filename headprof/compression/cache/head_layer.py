@@ -16,7 +16,7 @@ from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
-from headprof.compression.plan import CompressionPlan
+from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.rows import Rows
 from headprof.errors import CacheError
 
@@ -157,12 +157,15 @@ class HeadCacheLayer(PromptLayer):
             self._held.recent.forget()
 
     def _widen(self, count: int) -> None:
-        """Have so much free space that rows are laid out anew seldom, but no more than will be used."""
-        left = self.schedule.left
-        if left is None:
-            self.slack = max(self.slack, 2 * count, sum(self.lengths) // (2 * len(self.lengths)))
-        else:
-            self.slack = max(self.slack, count, left)
+        """Have so much free space that rows are laid out anew seldom, but no more than will be used.
+
+        It grows with what is held, and ends where the rows are compressed again. A buffer of the usual size is laid out
+        at once; of a larger one, who knows how much of it will ever be used?
+        """
+        wanted, left = max(2 * count, sum(self.lengths) // (2 * len(self.lengths))), self.schedule.left
+        if left is not None:
+            wanted = max(count, min(left, max(wanted, BUFFER)))
+        self.slack = max(self.slack, wanted)
 
     def _make_room(self, count: int) -> None:
         """Compress if `count` more tokens would be too many."""
@@ -173,7 +176,7 @@ class HeadCacheLayer(PromptLayer):
     def _compress_again(self) -> None:
         """Reduce every head that holds more than its target to that."""
         schedule = self.schedule
-        self.slack = max(self.slack, self.plan.buffer or 0)
+        self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
         counts = schedule.targets(self.seen).to(self.device).expand(self.batch_size, -1)
         self.hold(schedule.compressed(observed, schedule.importance.assess(observed), counts))
@@ -223,6 +226,8 @@ class HeadCacheLayer(PromptLayer):
         stack.is_initialized = True
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
+        elif any(layer.schedule.left is not None for layer in layers):
+            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.lengths) for layer in layers))
         return stack
 
     def empty_like(self, batch_size: int) -> HeadCacheLayer:

@@ -87,6 +87,21 @@ class LayerSchedule:
         """See how much is left; until the next look it is counted down."""
         self._left = self.until_due(seen, lengths)
 
+    def left_after(self, seen: int, lengths: Sequence[int]) -> int:
+        """What `left` is, or what a look would see where nobody has looked."""
+        return self.until_due(seen, lengths) if self._left is None else self._left
+
+    def left_to_note(self, seen: int, lengths: Sequence[int]) -> int | None:
+        """What `left` is where a look now would see something else, since targets have moved; `None` where not.
+
+        Rows and tokens seen do not tell it, so whoever takes the rows elsewhere takes it too, and calls `resume`.
+        """
+        return self._left if self._left is not None and self._left != self.until_due(seen, lengths) else None
+
+    def resume(self, left: int | None) -> None:
+        """Go on counting down from what was noted; from the next look if that is `None`."""
+        self._left = left
+
     def advance(self, count: int) -> None:
         """Note that `count` tokens have come, or have been taken out if it is below 0."""
         if self._left is not None:
