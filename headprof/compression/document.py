@@ -3,9 +3,10 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
-padding among these; and `scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its
-metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
-profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it.
+padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and, where they
+are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
+name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
+tokens seen, how each layer makes logits of those queries, and a checksum over all of it.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def save_document(
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
+    if (ids := cache.token_ids) is not None:
+        tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -146,7 +149,19 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
         _restore(layer, own, int(metadata["tokens_seen"]), how)
-    return HeadCache.of_layers(layers), metadata
+    cache = HeadCache.of_layers(layers)
+    if "ids" in tensors:
+        cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
+    return cache, metadata
+
+
+def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedModel) -> torch.Tensor:
+    """The document's tokens, int64 `[B, tokens seen]`."""
+    size = loaded.shape.vocab_size
+    right_shape = ids.dtype == torch.int32 and tuple(ids.shape) == (cache.batch_size, cache.get_seq_length())
+    if not right_shape or bool(((ids < 0) | (ids >= size)).any()):
+        raise CacheError(f"The compressed document {path} holds token ids that are not those of its tokens: {_MEND}.")
+    return ids.long().to(loaded.device)
 
 
 def _saved_plan(loaded: LoadedModel, metadata: Mapping[str, str], scores: torch.Tensor) -> CompressionPlan:
