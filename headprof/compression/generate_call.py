@@ -66,7 +66,7 @@ def with_our_caches(
     @wraps(generate)
     def run(*args, **arguments):
         arguments |= dict(zip(names, args, strict=False))
-        cache = arguments.get("past_key_values")
+        cache: Any = arguments.get("past_key_values")
         if cache is None and new_cache is not None and setting(model, arguments, "use_cache") is not False:
             cache = arguments["past_key_values"] = new_cache()
         if not takes_tokens(cache):

@@ -153,7 +153,7 @@ def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> N
 # Step 1.
 
 
-def _watch_starts(changes: Changes, model: PreTrainedModel, new_cache: Callable[[], Cache] | None) -> None:
+def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None) -> None:
     """Let `generate` and `forward` begin with our caches, and these note the tokens they are given."""
     if hasattr(model, "generate"):
         own_kind = getattr(model.generation_config, "cache_implementation", None)

@@ -74,7 +74,7 @@ def wrap_attention(
     name = _free_name(previous)
     changes.set(ALL_ATTENTION_FUNCTIONS, name, wrap(_attention_function(model, previous)))
     # Transformers looks here for whether an attention function has masks made for it; one that has none gets none.
-    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    masks: Any = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     if previous in masks:
         changes.set(masks, name, wrap_mask(masks[previous]))
     use_attention(changes, decoder, name)

@@ -58,13 +58,12 @@ class Changes:
 
 
 class Change(Protocol):
-    """What someone wants of a model for a while.
+    """What someone wants of a model for a while."""
 
-    Attributes:
-        kind: of changes of one kind that say so, each may look at the others; `None` for a change by itself.
-    """
-
-    kind: str | None
+    @property
+    def kind(self) -> str | None:
+        """Changes of one kind may look at each other, so they are made anew together; `None` for one by itself."""
+        ...
 
     def make(self, changes: Changes, in_force: Sequence[Change]) -> None:
         """Change the model.

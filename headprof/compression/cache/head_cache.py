@@ -192,7 +192,8 @@ class HeadCache(PromptCache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
         self._tokens = []
-        super().reorder_cache(beam_idx)
+        for layer in self.head_layers:
+            layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences of the batch, in this order; one may come more than once."""

@@ -48,7 +48,7 @@ class HeadCacheLayer(PromptLayer):
         self.forget_prompt()
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` after any pass leaves no trace: not if the layer may be compressed in it."""
         return self.is_initialized and not self.schedule.goes_on
 
