@@ -229,7 +229,7 @@ def assert_same_document(found: Path, kept: Path) -> None:
     """The same tensors but for small differences, and the same metadata but for the checksum."""
     (tensors, metadata), (kept_tensors, kept_metadata) = read_safetensors(found), read_safetensors(kept)
     assert metadata | {"checksum": ""} == kept_metadata | {"checksum": ""}
-    assert tensors.keys() == kept_tensors.keys()
+    assert tensors.keys() - {"ids"} == kept_tensors.keys()  # the kept ones are from before documents held their tokens
     for name, tensor in kept_tensors.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} of {kept.name} differs")
 

@@ -3,10 +3,11 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
-padding among these; and `scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its
-metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
-profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and
-tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
+padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and, where they
+are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
+name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
+tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
+not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def save_document(
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
+    if (ids := cache.token_ids) is not None:
+        tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -143,7 +146,10 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
         _restore(layer, own, facts.seen, how)
         layer.schedule.resume(facts.left[layer.layer_idx])
-    return HeadCache.of_layers(layers), metadata
+    cache = HeadCache.of_layers(layers)
+    if "ids" in tensors:
+        cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
+    return cache, metadata
 
 
 def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, str], DocumentFacts]:
@@ -179,6 +185,15 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
             f"{FORMAT_VERSION}: update headprof, or {_MEND}."
         )
+
+
+def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedModel) -> torch.Tensor:
+    """The document's tokens, int64 `[B, tokens seen]`."""
+    size = loaded.shape.vocab_size
+    right_shape = ids.dtype == torch.int32 and tuple(ids.shape) == (cache.batch_size, cache.get_seq_length())
+    if not right_shape or bool(((ids < 0) | (ids >= size)).any()):
+        raise CacheError(f"The compressed document {path} holds token ids that are not those of its tokens: {_MEND}.")
+    return ids.long().to(loaded.device)
 
 
 def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor) -> CompressionPlan:

@@ -164,6 +164,8 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     batch = first.shape[0] if len(first.shape) == 2 else 0
     if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
         raise ValueError("its lengths are not those of sequences and KV heads")
+    if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):
+        raise ValueError("its ids are not one for each token that was seen")
     prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
     if unknown := sorted(stored.keys() - {p + part for p in prefixes for part in (*_NEEDED, *_OPTIONAL)}):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")

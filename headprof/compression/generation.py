@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
-from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.compression.streaming import TimedStreamer
@@ -190,6 +190,26 @@ def cache_nbytes(cache: Cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
 
 
+def ask(
+    loaded: LoadedModel, cache: HeadCache, question: str, *, max_new_tokens: int = 128, **options: Any
+) -> Generation:
+    """Answer a question about a document that a cache holds, from a copy: the cache can be asked again.
+
+    Args:
+        loaded: the model that filled the cache.
+        cache: from `compress_document` or `load_document`.
+        question: the text.
+        max_new_tokens: most tokens to write.
+        options: `temperature`, `seed`, `backend`, `on_text` and the like of `generate_text`.
+
+    Raises:
+        UsageError: document, question and answer together are longer than the model's context.
+        CacheError: a setting of the model looks at the document's tokens, which an older file does not hold.
+    """
+    ids = question_ids(loaded, cache, question, max_new_tokens)
+    return generate_text(loaded, ids, cache=stack_caches([cache]), max_new_tokens=max_new_tokens, **options)
+
+
 def generate_text(
     loaded: LoadedModel,
     ids: torch.Tensor,
@@ -220,12 +240,12 @@ def generate_text(
 
     Raises:
         ModelError: the model's numbers overflow.
+        CacheError: a setting of the model looks at the tokens that the cache has seen, and they are not known.
     """
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
-    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
-    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
+    ids = ids.to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
@@ -236,7 +256,7 @@ def generate_text(
         start = time.perf_counter()
         model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=ids.new_ones(1, seen + ids.shape[1]),  # so it is known that these ids follow the cache's
             past_key_values=used,
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
@@ -247,7 +267,7 @@ def generate_text(
     times = streamer.token_times
     return Generation(
         text=streamer.text,
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=seen + ids.shape[1],
         new_tokens=len(times),
         cache_bytes=cache_nbytes(used),
         prefill_seconds=times[0] - start,

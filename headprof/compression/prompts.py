@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
-from headprof.compression.generation import Generation, generate_text, prompt_ids, question_ids
+from headprof.compression.generation import Generation, ask, generate_text, prompt_ids, question_ids
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.request import CompressionRequest
 from headprof.compression.warming import warm_up
@@ -98,12 +98,10 @@ def answer_questions(
     Raises:
         UsageError: a question is too long for the model's context; none has been answered then.
     """
-    asked = {question: question_ids(loaded, cache, question, max_new_tokens) for question in questions}
+    for question in questions:
+        question_ids(loaded, cache, question, max_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend}
-    answers = {
-        question: generate_text(loaded, ids, cache=stack_caches([cache]), **options).text
-        for question, ids in asked.items()
-    }
+    answers = {question: ask(loaded, cache, question, **options).text for question in dict.fromkeys(questions)}
     return [answers[question] for question in questions]
 
 

@@ -32,8 +32,6 @@ class HeadCacheLayer(PromptLayer):
         slack: rows of free space behind each head.
     """
 
-    is_croppable = True
-
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
         self.layer_idx = layer_idx
@@ -48,6 +46,11 @@ class HeadCacheLayer(PromptLayer):
         self.is_initialized = False
         self.schedule.begin_anew()
         self.forget_prompt()
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` after any pass leaves no trace: not if the layer may be compressed in it."""
+        return self.is_initialized and not self.schedule.goes_on
 
     @property
     def plan(self) -> CompressionPlan:
@@ -186,18 +189,28 @@ class HeadCacheLayer(PromptLayer):
     # What else is done with a cache.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens.
+        """Forget the last `-tokens_to_remove` tokens, or all but the first `tokens_to_remove` if it is above 0.
 
         Raises:
             CacheError: since they came, the rows have been compressed, or what queries paid to them has been summed;
                 what was lost then cannot be given back. The tokens of the last forward pass can always be taken out.
         """
-        count, removable = abs(tokens_to_remove), self.held.removable
-        if count > removable:
-            raise CacheError(f"Only the last {removable} tokens can be taken out of a compressed cache, not {count}.")
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if count == 0:
+            return
+        self.require_removable(count)
         self.held.drop_newest(count)
         self.seen -= count
         self.schedule.advance(-count)
+
+    def require_removable(self, count: int) -> None:
+        """
+        Raises:
+            CacheError: so many of the newest tokens cannot be taken out.
+        """
+        removable = self.held.removable if self.is_initialized else 0
+        if count > removable:
+            raise CacheError(f"Only the last {removable} tokens can be taken out of a compressed cache, not {count}.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
