@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # The hub client reads these when it is imported.
@@ -24,6 +25,15 @@ from headprof.models.loading import LoadedModel, load_model
 
 settings.register_profile("without deadlines", deadline=None)  # which a busy machine misses
 settings.load_profile("without deadlines")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copies_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep copies of tiny `.gguf` files out of the user's cache."""
+    folder = tmp_path_factory.mktemp("copies")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headprof.models.converted.cache_dir", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

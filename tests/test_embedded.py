@@ -210,7 +210,7 @@ def test_a_disk_that_fills_while_saving(pip_log: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedded, "_save", full)
+    monkeypatch.setattr(embedded, "save_checkpoint", full)
     assert "is full" in failure()
 
 

@@ -23,10 +23,11 @@ from support.tiny_models import ARCHITECTURES, PAD, TEXT, save_tiny, save_tiny_g
 from transformers import AutoConfig
 
 from headprof.errors import HeadprofError, ModelError, UsageError
-from headprof.models import placement
+from headprof.models import converted, placement
+from headprof.models.checkpoint import Source, read_tokenizer
 from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import looks_like_path, model_name
-from headprof.models.loading import load_model
+from headprof.models.loading import LoadedModel, load_model
 from headprof.models.placement import attention_order, choose_device, choose_dtype
 
 GB = 10**9
@@ -303,6 +304,43 @@ def test_a_chosen_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
     assert "There is no chat template tool" in failure(tiny_folder, chat_template="tool")
     (tmp_path / "latin.jinja").write_bytes(b"\xe9")
     assert "cannot be read" in failure(tiny_folder, chat_template=str(tmp_path / "latin.jinja"))
+
+
+def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converted, "cache_dir", lambda: tmp_path / "cache")
+    path = tmp_path / "tiny.gguf"
+    original = save_tiny_gguf(path, pre_tokenizer="smollm")
+    direct = read_tokenizer(Source(str(tmp_path), "tiny", {"gguf_file": path.name}), trust_remote_code=False)
+    told: list[str] = []
+
+    def load() -> LoadedModel:
+        told.clear()
+        return load_model(str(path), device="cpu", progress=lambda what, *_: told.append(what))
+
+    ids = torch.arange(3, 60)[None]
+    for expected in (["Converting tiny once"], []):
+        loaded = load()
+        assert told == expected
+        assert loaded.name == "tiny"
+        assert torch.allclose(loaded.model(ids).logits, original(ids).logits, atol=1e-4)
+        assert loaded.tokenizer(TEXT).input_ids == direct(TEXT).input_ids
+        assert loaded.tokenizer.chat_template == direct.chat_template
+    other = save_tiny_gguf(path, seed=1)
+    assert torch.allclose(load().model(ids).logits, other(ids).logits, atol=1e-4)
+    assert told == ["Converting tiny once"]
+    assert len([each for each in (tmp_path / "cache" / "gguf").iterdir() if each.is_dir()]) == 1
+
+
+def test_a_gguf_is_read_as_it_is_where_no_copy_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.gguf"
+    original = save_tiny_gguf(path)
+    ids = torch.arange(3, 60)[None]
+    (tmp_path / "file").touch()
+    for folder, most in ((tmp_path / "file", 10**9), (tmp_path / "cache", 10)):
+        monkeypatch.setattr(converted, "cache_dir", lambda folder=folder: folder)
+        monkeypatch.setattr(converted, "_MOST_BYTES", most)
+        assert torch.allclose(load_model(str(path), device="cpu").model(ids).logits, original(ids).logits, atol=1e-4)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_part_of_a_split_gguf(tiny_gguf: Path, tmp_path: Path) -> None:

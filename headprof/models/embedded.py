@@ -198,11 +198,12 @@ def convert(gguf: Path, folder: Path, progress: Progress) -> None:
         vars(model.config).pop("_model_name_or_path", None)
         model.config._name_or_path = EMBEDDED
         progress(description, 3, 4)
-        _save(model, tokenizer, folder)
+        save_checkpoint(model, tokenizer, folder)
         progress(description, 4, 4)
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer to a folder; raises `OSError` where the disk is full."""
     from safetensors import SafetensorError
 
     try:

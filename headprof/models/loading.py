@@ -21,6 +21,7 @@ from headprof.models.checkpoint import (
     read_tokenizer,
     require_decoder,
 )
+from headprof.models.converted import converted
 from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import find_model, model_name
 from headprof.models.placement import ATTENTIONS, DTYPES, attention_order, choose_device, placement
@@ -103,6 +104,8 @@ def load_model(
     template = None if chat_template is None else _template_file(chat_template)
     chosen = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
     source = find_model(model, progress or no_progress)
+    if source.is_gguf:
+        source = converted(source, progress or no_progress)
     with quiet():
         config = read_config(source, trust_remote_code)
         require_decoder(config)
