@@ -13,6 +13,8 @@ from headprof.cli import context
 from headprof.cli.command import command
 from headprof.cli.context import load_profile, terminal
 from headprof.cli.options import (
+    MOST,
+    MOST_PROBES,
     DecodingOptions,
     JsonFlag,
     LoadOptions,
@@ -43,9 +45,11 @@ class CaseOptions:
     methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is run beside them.")] = "headkv-r2"
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64"
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k"
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32
-    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1
+    new_tokens: Annotated[int, typer.Option(max=MOST, help="Tokens to decode after the prompt.")] = 32
+    repeats: Annotated[
+        int, typer.Option(max=1_000_000, help="Timed runs of each case, of which the median counts.")
+    ] = 3
+    batch: Annotated[int, typer.Option(max=1_000_000, help="Sequences decoded together.")] = 1
     backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto"
 
 
@@ -107,9 +111,12 @@ class SideOptions:
     """What is scored, and how the papers' procedure is run beside."""
 
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k"
-    probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48
+    probes: Annotated[int, typer.Option(max=MOST_PROBES, help="Probes at each length.")] = 48
     pack: Annotated[
-        int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
+        int | None,
+        typer.Option(
+            max=MOST_PROBES, help="Probes that share a context on our side. Default: from the length, 12 at 1k."
+        ),
     ] = None
     sides: Annotated[
         str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
@@ -120,7 +127,7 @@ class SideOptions:
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
     ] = False
-    top: Annotated[int, typer.Option(help="Best heads that are compared.")] = 10
+    top: Annotated[int, typer.Option(max=MOST, help="Best heads that are compared.")] = 10
 
 
 @bench.command(name="score")

@@ -12,6 +12,8 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, load_profile, terminal
 from headprof.cli.options import (
+    MOST,
+    MOST_PROBES,
     DecodingOptions,
     JsonFlag,
     LoadOptions,
@@ -54,13 +56,15 @@ class WhatOptions:
         ),
     ] = None
     probes: Annotated[
-        int | None, typer.Option(min=1, help="Number of probes, over niah and reasoning.", rich_help_panel="What")
+        int | None,
+        typer.Option(min=1, max=MOST_PROBES, help="Number of probes, over niah and reasoning.", rich_help_panel="What"),
     ] = None
     families: Annotated[
         str | None, typer.Option(help="Only these probe families, with commas.", rich_help_panel="What")
     ] = None
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task and length at most.", rich_help_panel="What")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Questions of each task and length at most.", rich_help_panel="What"),
     ] = None
 
 
@@ -88,11 +92,15 @@ class DataOptions:
     ] = None
     documents: Annotated[
         int,
-        typer.Option(min=1, help="Texts for perplexity: the first that are long enough.", rich_help_panel="Data"),
+        typer.Option(
+            min=1, max=MOST, help="Texts for perplexity: the first that are long enough.", rich_help_panel="Data"
+        ),
     ] = 20
-    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.", rich_help_panel="Data")] = 0
+    skip: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Of these, leave out so many first.", rich_help_panel="Data")
+    ] = 0
     continuation: Annotated[
-        int, typer.Option(min=1, help="Tokens at a text's end that are predicted.", rich_help_panel="Data")
+        int, typer.Option(min=1, max=MOST, help="Tokens at a text's end that are predicted.", rich_help_panel="Data")
     ] = 512
 
 

@@ -47,7 +47,7 @@ def generate(
         str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 for greedy decoding.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 for greedy decoding.")] = 0.0,
     seed: Seed = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
     json: JsonFlag = False,

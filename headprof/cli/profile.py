@@ -10,7 +10,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.options import MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
 
@@ -58,7 +58,7 @@ def show(
     ] = None,
     other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
     which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Heads to list, or to tell apart.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
 ) -> None:
     """Show what a profile holds and where it comes from, or how two profiles agree.

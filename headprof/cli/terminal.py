@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from headprof.errors import HeadprofError
-from headprof.utils.printable import printable
+from headprof.utils.printable import printable, printable_json
 
 Report = Callable[[str, int, int], None]
 """Takes a description, the work done and the work in all."""
@@ -80,7 +80,7 @@ class Terminal:
     def json(self, value: Any) -> None:
         """JSON on stdout, in ASCII where stdout cannot show every character."""
         text = json.dumps(value, indent=2, ensure_ascii=not _shows_everything(sys.stdout))
-        self._write(text.replace("\x7f", "\\u007f") + "\n")
+        self._write(printable_json(text) + "\n")
 
     def _write(self, text: str) -> None:
         with _standard_output():

@@ -11,7 +11,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import load, load_profile, terminal
-from headprof.cli.options import JsonFlag, LoadOptions, Model, ProfileFile, Seed
+from headprof.cli.options import MOST, MOST_PROBES, JsonFlag, LoadOptions, Model, ProfileFile, Seed
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.validate import validation
 from headprof.errors import UsageError
@@ -26,13 +26,18 @@ if TYPE_CHECKING:
 class CheckOptions:
     """What is asked, and how many heads are silent meanwhile."""
 
-    top: Annotated[int, typer.Option(help="Number of top heads that the verdict is about.")] = 10
-    probes: Annotated[int, typer.Option(min=2, help="Number of probes, retrieval and reasoning together.")] = 120
+    top: Annotated[int, typer.Option(max=MOST, help="Number of top heads that the verdict is about.")] = 10
+    probes: Annotated[
+        int, typer.Option(min=2, max=MOST_PROBES, help="Number of probes, retrieval and reasoning together.")
+    ] = 120
     length: Annotated[str, typer.Option(help="Tokens of a prompt, such as 1k.")] = "1k"
     pack: Annotated[
-        int | None, typer.Option(min=1, help="Needles that share one context. Default: 12 at 1k, more in longer ones.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROBES, help="Needles that share one context. Default: 12 at 1k, more in longer ones."
+        ),
     ] = None
-    draws: Annotated[int, typer.Option(help="How often as many heads are picked at random.")] = 3
+    draws: Annotated[int, typer.Option(max=1000, help="How often as many heads are picked at random.")] = 3
 
 
 @command
@@ -50,7 +55,7 @@ def validate(
         bool, typer.Option("--per-head", help="Silence every single head too, and compare with the scores.")
     ] = False,
     batch_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of --per-head that run at once. Default: as many as fit.")
+        int | None, typer.Option(min=1, max=MOST, help="Heads of --per-head that run at once. Default: as many as fit.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")] = Path(
         "validate.png"
