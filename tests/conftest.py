@@ -22,6 +22,14 @@ from support.tiny_models import save_tiny, save_tiny_gguf
 from headprof.models.loading import LoadedModel, load_model
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `slow` unless `-m` names them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The embedded model (its first use on a machine downloads 93 MB). For tests marked `model`; do not change it."""

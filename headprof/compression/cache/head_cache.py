@@ -117,7 +117,10 @@ class HeadCache(PromptCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds; free space, positions and remembered queries included."""
+        """Bytes of memory that the cache holds; free space, positions and remembered queries included.
+
+        Left out is where each head's rows begin and end, 16 bytes a head of each layer.
+        """
         return sum(layer.nbytes for layer in self.head_layers)
 
     @property
