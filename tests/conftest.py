@@ -36,6 +36,14 @@ def _copies_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `slow` unless `-m` names them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> LoadedModel:
     """The embedded model (its first use on a machine downloads 93 MB). For tests marked `model`; do not change it."""
@@ -60,15 +68,3 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> LoadedModel:
     """A freshly loaded tiny llama, which a test may change."""
     return load_model(str(tiny_folder), device="cpu")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: give --slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)

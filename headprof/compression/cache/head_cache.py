@@ -215,7 +215,10 @@ class HeadCache(PromptCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds; free space, positions, remembered queries included, token ids not."""
+        """Bytes of memory that the cache holds; free space, positions and remembered queries included.
+
+        Left out are token ids, and where each head's rows begin and end, 16 bytes a head of each layer.
+        """
         return sum(layer.nbytes for layer in self.head_layers)
 
     @property

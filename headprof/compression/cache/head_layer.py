@@ -74,7 +74,7 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that this layer holds; free space, positions and remembered queries included."""
+        """Bytes of memory that this layer holds (see `HeldRows.nbytes`)."""
         return 0 if self._held is None else self._held.nbytes
 
     def hold(self, rows: Rows, recent: RecentQueries | None = None) -> None:
@@ -111,7 +111,7 @@ class HeadCacheLayer(PromptLayer):
         short = (self.queries_needed() or 0) - max(0, until_due)
         if short > 0:
             query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :].clone()
-            valid = observed.valid[:, -query.shape[2] :]
+            valid = observed.valid[:, -query.shape[2] :].clone()
             self.held.recent = RecentQueries([query], [None if bool(valid.all()) else valid], observed.layer)
 
     # What is generated.

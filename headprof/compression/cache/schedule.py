@@ -60,7 +60,7 @@ class LayerSchedule:
         ranked, counts = method.ranked(assessment.importance, counts, observed.valid)
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
-        return method.reduction.reduce(rows, Choice(largest(ranked, counts), ranked, weights))
+        return method.reduction.reduce(rows, Choice(largest(ranked, counts, self.importance.noise), ranked, weights))
 
     def prompt_counts(self, valid: torch.Tensor) -> torch.Tensor:
         """Tokens allotted to each head of a prompt whose valid tokens are marked, bool `[B, T]`: int64 `[B, K]`."""
