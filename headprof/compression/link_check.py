@@ -82,7 +82,7 @@ class LinkCheck:
             hook.remove()
 
     def _begin(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if not hasattr(cache, "expect_observers") or not cache.layers:  # not one of this package's
             return
         fills = not cache.layers[0].is_initialized
