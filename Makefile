@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu test-kill test-slow bench-parts bench-parts check format profile results wheel clean
+.PHONY: demo test test-gpu test-kill test-slow bench-parts check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed

@@ -63,6 +63,7 @@ def test_a_class_is_refused(name: str, why: str) -> None:
     "name",
     [
         "Qwen3NextConfig",
+        "Lfm2Config",
         "Lfm2MoeConfig",
         "Lfm3Config",
         "JambaConfig",

@@ -75,6 +75,7 @@ _NUMBERS: dict[str, Any] = {
     "encoder_ffn_dim": 96,
 }
 _MLA = {"num_key_value_heads": 4}
+_CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
 _OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -83,7 +84,9 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     ),
     **dict.fromkeys(["GlmMoeDsaConfig", "LongcatFlashConfig", "MiniCPM3Config", "YoutuConfig"], _MLA),
     **dict.fromkeys(["Dots3NoteTextConfig", "KimiLinearConfig"], _MLA),
-    **dict.fromkeys(["BailingHybridConfig", "GraniteMoeHybridConfig", "Lfm2MoeConfig"], _HYBRID),
+    "BailingHybridConfig": _HYBRID | _MLA,
+    "GraniteMoeHybridConfig": _HYBRID,
+    **dict.fromkeys(["Lfm2Config", "Lfm2MoeConfig"], _CONVOLUTIONS),
     "BambaConfig": {"attn_layer_indices": [1, 3]},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "XmodConfig": {"default_language": "en_XX"},
