@@ -336,6 +336,11 @@ def test_head_cache_outside_its_context_says_so():
     single(random_ids(1, 10), past_key_values=cache)
     with pytest.raises(CacheError, match=r"inside `with headprof\.compressed"):
         single(random_ids(1, 1), past_key_values=cache)
+    with compressed(model, method="snapkv", budget=8) as plan:
+        filled = HeadCache(plan)
+        model(random_ids(1, 10), past_key_values=filled)
+    with pytest.raises(CacheError, match=r"inside `with headprof\.compressed"):
+        model(random_ids(1, 1), past_key_values=filled)
 
 
 def test_layers_without_plain_attention_are_refused():

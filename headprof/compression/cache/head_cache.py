@@ -61,10 +61,11 @@ class PromptCache(Cache):
         """As Transformers' caches.
 
         Raises:
-            CacheError: the layer before has not been compressed, so this package's attention is not in use.
+            CacheError: the layer before has not been compressed, or its rows not been read, so this package's attention
+                is not in use.
         """
-        before = self.layers[layer_idx - 1]
-        if layer_idx and before.seen and not before.is_initialized:
+        before = self.layers[layer_idx - 1]  # before the first one, the last one of the pass before
+        if before.unread or (layer_idx and before.seen and not before.is_initialized):
             raise outside_context()
         return self.layers[layer_idx].update(key_states, value_states)
 

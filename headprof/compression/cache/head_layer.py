@@ -43,7 +43,7 @@ class HeadCacheLayer(PromptLayer):
         self._held: HeldRows | None = None
         self.batch_size = 0
         self.seen = 0
-        self.is_initialized = False
+        self.is_initialized = self.unread = False
         self.schedule.begin_anew()
         self.forget_prompt()
 
@@ -130,10 +130,12 @@ class HeadCacheLayer(PromptLayer):
         self.held.append(key_states, value_states, self.seen, self.slack)
         self.schedule.advance(count)
         self.seen += count
+        self.unread = True
         return mark(key_states, self), value_states
 
     def rows_in_place(self) -> RaggedRows:
         """The rows it holds, for attention."""
+        self.unread = False
         return self.storage.in_place()
 
     def hide_newest(self, visible: Tensor) -> None:

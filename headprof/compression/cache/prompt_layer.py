@@ -26,6 +26,8 @@ class PromptLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    unread = False
+    """Whether new tokens have come over which this package's attention has not run yet."""
 
     def __init__(self) -> None:
         super().__init__()
