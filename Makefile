@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu test-kill bench-parts check format profile results wheel clean
+.PHONY: demo test test-gpu test-kill test-slow bench-parts bench-parts check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -22,6 +22,10 @@ test-gpu: $(VENV)/.installed
 # A scoring run killed three times at random moments and resumed, again and again.
 test-kill: $(VENV)/.installed
 	HEADPROF_KILLED_RUNS=10 $(BIN)/python -m pytest tests/test_team.py -k killed
+
+# What takes long: many random configurations, and every causal model class of Transformers.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 # Merging the rows of a layer, and the importance of its prompt, each timed alone.
 bench-parts: $(VENV)/.installed

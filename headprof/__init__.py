@@ -23,6 +23,7 @@ _HOMES = {
     "HeadprofError": "headprof.errors",
     "METHODS": "headprof.compression.methods.table",
     "Method": "headprof.compression.methods.table",
+    "ask": "headprof.compression.generation",
     "compress_document": "headprof.compression.generation",
     "compressed": "headprof.compression.session",
     "load_document": "headprof.compression.document",
@@ -37,6 +38,7 @@ __all__ = [
     "HeadprofError",
     "Method",
     "__version__",
+    "ask",
     "compress_document",
     "compressed",
     "load_document",
@@ -48,7 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from headprof.compression.cache.head_cache import HeadCache
     from headprof.compression.document import load_document, save_document
-    from headprof.compression.generation import compress_document
+    from headprof.compression.generation import ask, compress_document
     from headprof.compression.methods.table import METHODS, Method
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError

@@ -1,3 +1,39 @@
-from headprof.cli import main
+"""Where the program begins: an interrupt while it still loads its parts ends it in one sentence, too."""
 
-main()
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+_interrupted = False
+
+
+def run() -> None:
+    """Run the command line. Libraries may make another exception of an interrupt that meets them while they load."""
+    try:
+        signal.signal(signal.SIGINT, _interrupt)
+        from headprof.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        _end()
+    except Exception:
+        if not _interrupted or "--debug" in sys.argv:
+            raise
+        _end()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def _end() -> None:
+    sys.stderr.write("Error: Interrupted.\n")
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

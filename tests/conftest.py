@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that share the cores must not
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # Triton reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,6 +22,9 @@ if not torch.cuda.is_available():  # Triton reads this when it is imported
 from support.tiny_models import save_tiny, save_tiny_gguf
 
 from headprof.models.loading import LoadedModel, load_model
+
+settings.register_profile("without deadlines", deadline=None)  # which a busy machine misses
+settings.load_profile("without deadlines")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +34,14 @@ def _copies_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headprof.models.converted.cache_dir", lambda: folder)
         yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked `slow` unless `-m` names them."""
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")
@@ -56,15 +68,3 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> LoadedModel:
     """A freshly loaded tiny llama, which a test may change."""
     return load_model(str(tiny_folder), device="cpu")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        skip = pytest.mark.skip(reason="slow: give --slow")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)

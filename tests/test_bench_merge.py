@@ -48,10 +48,10 @@ def test_both_ways_keep_the_same_rows_and_are_timed(monkeypatch, clock):
 
 
 def test_other_rows_are_noticed():
-    rows, kept = bench_merge._random_layer("smollm2-135m", 100, 16, 1, "cpu", torch.float32, 0)
+    rows, choice = bench_merge._random_layer("smollm2-135m", 100, 16, 1, "cpu", torch.float32, 0)
     reduction = bench_merge.METHODS["ems"].reduction
-    together = reduction.reduce(rows, kept)
-    parts = [reduction.reduce(bench_merge._head(rows, 0, k), kept[:, k : k + 1]) for k in range(3)]
+    together = reduction.reduce(rows, choice)
+    parts = [reduction.reduce(*bench_merge._head(rows, choice, 0, k)) for k in range(3)]
     assert bench_merge._equal(together, parts)
     parts[1].values[0] += 1
     assert not bench_merge._equal(together, parts)
@@ -59,11 +59,11 @@ def test_other_rows_are_noticed():
 
 def test_rows_do_merge_there():
     numbers = SHAPES["llama-3-8b"]
-    rows, kept = bench_merge._random_layer("llama-3-8b", 400, 16, 1, "cpu", torch.float32, 0)
+    rows, choice = bench_merge._random_layer("llama-3-8b", 400, 16, 1, "cpu", torch.float32, 0)
     assert rows.keys.shape == (1, numbers["num_key_value_heads"], 400, numbers["head_dim"])
-    assert int(kept.sum()) == 16 * numbers["num_key_value_heads"]
-    reduced = bench_merge.METHODS["ems"].reduction.reduce(rows, kept)
-    assert reduced.bias is not None and (reduced.bias > 0).float().mean() > 0.2
+    assert int(choice.kept.sum()) == 16 * numbers["num_key_value_heads"]
+    reduced = bench_merge.METHODS["ems"].reduction.reduce(rows, choice)
+    assert (reduced.columns["bias"] > 0).float().mean() > 0.2
 
 
 def test_what_cannot_be_run():

@@ -182,7 +182,31 @@ def test_several_tokens_at_once_equal_one_by_one_and_crop_takes_them_back():
             assert torch.equal(many.lengths, before) and many.get_seq_length() == 30
         with pytest.raises(CacheError, match="Only the last 0 tokens"):
             many.crop(-1)
-        assert many.is_croppable
+        assert not many.is_croppable  # since the next tokens may be those that compress it again
+    with compressed(model, method="snapkv", budget=9, buffer=None) as plan:
+        fresh = HeadCache(plan)
+        assert not fresh.is_croppable
+        prefill(model, ids[:, :30], fresh)
+        assert fresh.is_croppable
+
+
+def test_a_positive_crop_says_how_many_tokens_are_kept():
+    model = tiny_model(num_kv_heads=2, layers=2)
+    ids = random_ids(1, 36)
+    with compressed(model, method="snapkv", budget=9) as plan:
+        cache, expected = HeadCache(plan), HeadCache(plan)
+        for each, stop in ((cache, 36), (expected, 34)):
+            prefill(model, ids[:, :30], each)
+            model(ids[:, 30:stop], past_key_values=each)
+        for kept in (50, 36, 34):
+            cache.crop(kept)
+        assert cache.get_seq_length() == 34 and torch.equal(cache.lengths, expected.lengths)
+        assert torch.equal(cache.token_ids, ids[:, :34])
+        with pytest.raises(CacheError, match="Only the last 4 tokens"):
+            cache.crop(29)
+        assert cache.get_seq_length() == 34
+        with pytest.raises(CacheError, match="Only the last 0 tokens"):
+            HeadCache(plan).crop(-1)
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -83,12 +83,12 @@ MISTAKES = {
     "binary file": (
         (*GENERATE, "--file", "binary.txt"),
         2,
-        "binary.txt is not a UTF-8 text file: convert it to plain text first.",
+        "binary.txt is not UTF-8 text (at byte 0, 0xff): convert it, such as with iconv -f UTF-16 -t UTF-8.",
     ),
     "folder as file": (
         (*GENERATE, "--file", "haystack"),
         2,
-        "haystack cannot be read (Is a directory): give a text file with --file.",
+        "haystack cannot be read (Is a directory): check the path and its permissions.",
     ),
     "file without a question": (
         ("generate", "--model", "tiny", "--file", "document.txt"),

@@ -7,6 +7,7 @@ exports, so that the tests do not depend on how the package is arranged inside.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_kept_probes_are_taken_as_they_are(place, expected, silent_model):
     run(COMMANDS["score"], "--resume")
     assert profile_of("profile.safetensors") == expected["profile"]
     tensors, metadata = read_safetensors(Path("profile.probes.safetensors"))
-    assert metadata == kept[1] and tensors.keys() == kept[0].keys()
+    assert metadata | kept[1] == metadata and metadata.keys() - kept[1].keys() == {"checksum", "checksum_by"}
+    assert tensors.keys() == kept[0].keys()
     assert all(torch.equal(tensors[name], kept[0][name]) for name in tensors)
 
 
@@ -227,7 +229,7 @@ def assert_same_document(found: Path, kept: Path) -> None:
     """The same tensors but for small differences, and the same metadata but for the checksum."""
     (tensors, metadata), (kept_tensors, kept_metadata) = read_safetensors(found), read_safetensors(kept)
     assert metadata | {"checksum": ""} == kept_metadata | {"checksum": ""}
-    assert tensors.keys() == kept_tensors.keys()
+    assert tensors.keys() - {"ids"} == kept_tensors.keys()  # the kept ones are from before documents held their tokens
     for name, tensor in kept_tensors.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} of {kept.name} differs")
 
@@ -266,7 +268,10 @@ def test_kept_answers_are_taken_as_they_are(place, silent_model):
     assert found["cells"] == kept["cells"]
     assert_alike(found["perplexities"], kept["perplexities"], 1e-9)
     for name in ("answers.jsonl", "answers.csv", "losses.csv", "cells.csv"):
-        assert Path("eval", name).read_text("utf-8") == (FIXTURES / "eval" / name).read_text("utf-8"), name
+        before = (FIXTURES / "eval" / name).read_text("utf-8")
+        if name.endswith(".csv"):  # a text that a spreadsheet would take for a formula now has an apostrophe
+            before = re.sub(r'"(?=[=+@-])', "\"'", before)
+        assert Path("eval", name).read_text("utf-8") == before, name
 
 
 @pytest.mark.parametrize(("which", "tasks"), [("eval", 4), ("eval of documents", 1)])

@@ -135,6 +135,44 @@ def test_the_whole_cache_keeps_all_that_is_generated():
     assert (cache.lengths == 100).all()
 
 
+@pytest.mark.parametrize("name", ["ems", "snapkv", "adakv"])
+@pytest.mark.parametrize("size", [1, 30])
+def test_a_huge_buffer_costs_nothing_before_it_is_used(name, size):
+    """Free space is at most what is held, or the usual buffer."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30 + 300)
+    row = 2 * 16 * 4 + 3 * 4  # key and value of 16 numbers, position, bias and attention received
+    with attending_ragged(model):
+        cache, usual = (filled(model, name, ids[:, :30], 12, buffer) for buffer in (1_000_000, 64))
+        copies, before = 0, cache.head_layers[0].storage
+        for start in range(30, 330, size):
+            step(model, cache, ids[:, start : start + size])
+            remembered = sum(part.nbytes for layer in cache.head_layers for part in layer.held.recent.tensors)
+            held = int(cache.lengths.sum())
+            assert cache.nbytes - remembered <= row * max(2 * held, held + 64 * cache.lengths.numel())
+            copies += cache.head_layers[0].storage is not before
+            before = cache.head_layers[0].storage
+        assert copies <= 5
+        for start in range(30, 110, size):
+            step(model, usual, ids[:, start : start + size])
+        usual.continue_with(plan_for(model, name, buffer=1_000_000))
+        step(model, usual, ids[:, :1])
+        assert usual.nbytes < cache.nbytes
+
+
+@pytest.mark.parametrize("prompt", [20, 30])
+def test_a_usual_buffer_is_laid_out_at_once(prompt):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, prompt + 200)
+    with attending_ragged(model):
+        cache = filled(model, "snapkv", ids[:, :prompt], 12, 64)
+        storages = set()
+        for i in range(prompt, prompt + 200):
+            step(model, cache, ids[:, i : i + 1])
+            storages.add(cache.head_layers[0].storage)
+            rows = cache.head_layers[0].storage.rows.lengths
+            assert max(rows) <= 12 + 64
+    assert len(storages) == 2 + 3  # as it came from the prompt, wider, and once for each compression
+
+
 @pytest.mark.parametrize("name", ["ems", "h2o", "snapkv"])
 def test_nothing_else_grows_with_what_is_generated(name):
     """Bytes of all live tensors after each dozen of compressions, found by the garbage collector."""
@@ -587,6 +625,29 @@ def test_a_document_saved_while_text_is_generated_goes_on_as_the_one_in_memory(
             logits = [step(tiny.model, each, ids[:, i : i + 1]) for each in (cache, loaded)]
             torch.testing.assert_close(logits[1], logits[0], **CLOSE)
         check_same(cache, loaded)
+
+
+@pytest.mark.parametrize(("prompt", "budget", "buffer", "later"), [(20, 20, 8, 7), (20, 16, 12, 11), (30, 20, 12, 11)])
+def test_a_document_taken_elsewhere_is_compressed_when_it_would_have_been(
+    tiny, tmp_path, prompt, budget, buffer, later
+):
+    """Heads that hold all there is get more as there is more, and others less: their targets move with every token."""
+    ids = random_ids(1, prompt + later + 40)
+    with attending_ragged(tiny.model):
+        cache = filled(tiny.model, "headkv-r2", ids[:, :prompt], budget, buffer)
+        for i in range(prompt, prompt + later):
+            step(tiny.model, cache, ids[:, i : i + 1])
+        save_document(cache, tmp_path / "doc.safetensors", tiny)
+        loaded, metadata = load_document(tmp_path / "doc.safetensors", tiny)
+        assert "left" in metadata
+        stacked = stack_caches([cache, cache])
+        for i in range(prompt + later, prompt + later + 40):
+            new = ids[:, i : i + 1]
+            logits = [step(tiny.model, each, new) for each in (cache, loaded)]
+            assert torch.equal(*logits) and torch.equal(cache.lengths, loaded.lengths)
+            torch.testing.assert_close(step(tiny.model, stacked, new.expand(2, 1))[:1], logits[0], **CLOSE)
+        check_same(cache, loaded)
+        assert torch.equal(stacked.lengths[:, :1], cache.lengths)
 
 
 # What a layer hands to an importance.

@@ -19,8 +19,14 @@ from support.tiny_models import save_tiny
 
 from headprof.cli import main
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
-from headprof.compression.document import load_document, save_document, tokenizer_fingerprint, weights_fingerprint
-from headprof.compression.generation import compress_document, generate_text, question_ids
+from headprof.compression.document import (
+    _checksum,
+    load_document,
+    save_document,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from headprof.compression.generation import ask, compress_document, generate_text, prompt_ids, question_ids
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.models.loading import load_model
@@ -53,12 +59,148 @@ def test_a_loaded_document_answers_as_the_one_that_was_saved(tiny, tmp_path, met
 
 
 def test_a_document_kept_whole_answers_as_the_full_cache(tiny):
-    from headprof.compression.generation import prompt_ids
-
     cache = compressed_document(tiny, "full")
     made = generate_text(tiny, question_ids(tiny, cache, QUESTIONS[0], 32), cache=cache, max_new_tokens=32)
     whole = generate_text(tiny, prompt_ids(tiny, TEXT, QUESTIONS[0], 32), max_new_tokens=32)
     assert made.text == whole.text and made.prompt_tokens == whole.prompt_tokens
+
+
+def question_and_answer(loaded, cache, question, **options):
+    """What the obvious call makes of a question's tokens alone."""
+    ids = question_ids(loaded, cache, question, 12)
+    with attending_ragged(loaded.model):
+        made = loaded.model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
+    assert torch.equal(made[:, : ids.shape[1]], ids)
+    return loaded.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def without_ids(path):
+    """The file as it was before documents held their tokens."""
+    rewritten(path, lambda tensors: tensors.pop("ids"))
+
+
+def rewritten(path, change):
+    """Write the file again with its tensors changed and a checksum that fits."""
+
+    def change_all(tensors, metadata):
+        change(tensors)
+        metadata["checksum"] = _checksum(tensors, metadata)
+
+    altered(path, change_all)
+
+
+@pytest.mark.parametrize("ids_known", [True, False])
+def test_the_obvious_call_asks_a_loaded_document(tiny, tmp_path, ids_known):
+    path = tmp_path / "doc.kv.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    if not ids_known:
+        without_ids(path)
+    for question in (*QUESTIONS, "Who? " * 3):
+        cache, _ = load_document(path, tiny)
+        assert (cache.token_ids is not None) == ids_known
+        expected = ask(tiny, cache, question, max_new_tokens=12)
+        assert expected.cached_tokens == cache.get_seq_length()
+        seen, ids = cache.get_seq_length(), question_ids(tiny, cache, question, 12)
+        for width in (ids.shape[1], seen + ids.shape[1]):
+            mask = torch.ones(1, width, dtype=torch.int64)
+            assert question_and_answer(tiny, stack_caches([cache]), question, attention_mask=mask) == expected.text
+        assert question_and_answer(tiny, cache, question) == expected.text
+
+
+def test_more_tokens_than_were_seen_must_begin_with_those(tiny):
+    """Else they may be a question longer than its document, or a text that was split otherwise."""
+    cache = compressed_document(tiny)
+    with attending_ragged(tiny.model):
+        ids = question_ids(tiny, cache, QUESTIONS[0], 4).repeat(1, 90)
+        with pytest.raises(CacheError, match="cannot be told which of these"):
+            tiny.model.generate(ids, past_key_values=cache, max_new_tokens=4)
+        mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64)
+        made = tiny.model.generate(ids, past_key_values=cache, attention_mask=mask, max_new_tokens=4)
+        assert torch.equal(made[:, : ids.shape[1]], ids)
+
+
+def test_a_conversation_goes_on_with_new_tokens_or_with_all_of_them(tiny):
+    cache = compressed_document(tiny)
+    other = stack_caches([cache])
+    greedy = {"max_new_tokens": 5, "do_sample": False}
+    with attending_ragged(tiny.model):
+        ids = question_ids(tiny, cache, QUESTIONS[0], 5)
+        first = tiny.model.generate(ids, past_key_values=cache, **greedy)
+        whole = tiny.model.generate(torch.cat([other.token_ids, ids], dim=1), past_key_values=other, **greedy)
+        assert torch.equal(whole[:, -first.shape[1] :], first)
+        assert torch.equal(cache.token_ids, whole[:, :-1]) and torch.equal(other.token_ids, whole[:, :-1])
+        following = torch.cat([first[:, -1:], question_ids(tiny, cache, QUESTIONS[1], 5)], dim=1)
+        then = tiny.model.generate(following, past_key_values=cache, **greedy)
+        both = tiny.model.generate(torch.cat([whole[:, :-1], following], dim=1), past_key_values=other, **greedy)
+        assert torch.equal(both[:, -then.shape[1] :], then)
+
+
+@pytest.mark.parametrize("option", [{"repetition_penalty": 2.5}, {"no_repeat_ngram_size": 2}])
+def test_logits_processors_see_the_documents_tokens(tiny, tmp_path, option):
+    """So an answer from a file is that from the text, when nothing is compressed away."""
+    save_document(compressed_document(tiny, "full"), tmp_path / "doc.kv.safetensors", tiny)
+    cache, _ = load_document(tmp_path / "doc.kv.safetensors", tiny)
+    whole = prompt_ids(tiny, TEXT, QUESTIONS[0], 32)
+    plain = ask(tiny, cache, QUESTIONS[0], max_new_tokens=32).text
+    before = {name: getattr(tiny.model.generation_config, name) for name in option}
+    try:
+        for name, value in option.items():
+            setattr(tiny.model.generation_config, name, value)
+        expected = generate_text(tiny, whole, max_new_tokens=32).text
+        assert ask(tiny, cache, QUESTIONS[0], max_new_tokens=32).text == expected != plain
+    finally:
+        for name, value in before.items():
+            setattr(tiny.model.generation_config, name, value)
+
+
+def test_a_streamer_and_a_processor_get_what_they_would_without_a_cache(tiny):
+    cache, seen, streamed = compressed_document(tiny), [], []
+
+    class Streamer:
+        def put(self, value):
+            streamed.append(value.flatten().tolist())
+
+        def end(self):
+            streamed.append("end")
+
+    def processor(ids, scores):
+        seen.append(ids.clone())
+        return scores
+
+    known, ids = cache.token_ids, question_ids(tiny, cache, QUESTIONS[0], 4)
+    with attending_ragged(tiny.model):
+        made = tiny.model.generate(
+            ids, past_key_values=cache, max_length=ids.shape[1] + 4, streamer=Streamer(), logits_processor=[processor]
+        )
+    assert made.shape[1] <= ids.shape[1] + 4
+    assert streamed[0] == ids[0].tolist() and streamed[-1] == "end"
+    assert torch.equal(seen[0], torch.cat([known, ids], dim=1))
+
+
+def test_an_older_file_refuses_what_would_look_at_its_tokens(tiny, tmp_path):
+    path = tmp_path / "doc.kv.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    without_ids(path)
+    cache, _ = load_document(path, tiny)
+    ids = question_ids(tiny, cache, QUESTIONS[0], 4)
+    with attending_ragged(tiny.model):
+        for options in ({"repetition_penalty": 1.2}, {"logits_processor": [lambda ids, scores: scores]}):
+            with pytest.raises(CacheError, match=f"{next(iter(options))} looks at the ids of all tokens"):
+                tiny.model.generate(ids, past_key_values=cache, max_new_tokens=4, **options)
+        with pytest.raises(CacheError, match=r"holds 1 sequences where 3 for each are asked for"):
+            tiny.model.generate(ids, past_key_values=cache, max_new_tokens=4, num_beams=3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda ids: ids[:, :-1].contiguous(), lambda ids: ids.long(), lambda ids: ids - 10_000, lambda ids: ids + 10_000],
+)
+def test_token_ids_that_cannot_be_are_refused(tiny, tmp_path, change):
+    path = tmp_path / "doc.kv.safetensors"
+    save_document(compressed_document(tiny), path, tiny)
+    rewritten(path, lambda tensors: tensors.update(ids=change(tensors["ids"])))
+    with pytest.raises(CacheError, match="holds token ids that are not those of its tokens"):
+        load_document(path, tiny)
 
 
 def test_a_batch_with_a_bias_survives_the_file(tiny, tmp_path):
@@ -239,6 +381,20 @@ def test_compress_here_and_ask_there(place):
     numbers = json.loads(report.stdout)
     assert list(numbers["answers"]) == QUESTIONS and numbers["tokens_per_head"] == 24.0
     assert numbers["file_bytes"] == (place / "keeper.kv.safetensors").stat().st_size
+
+
+def test_a_question_that_is_asked_twice_is_answered_twice(place):
+    asked = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[0], "And why?"]
+    options = [part for question in asked for part in ("--question", question)]
+    made = headprof(place, *COMPRESS, *options, "--max-new-tokens", "12")
+    lines = made.stdout.splitlines()
+    assert len(lines) == 4 and lines[0] == lines[2]
+    numbers = json.loads(headprof(place, *COMPRESS, *options, "--max-new-tokens", "12", "--json").stdout)
+    assert [each["question"] for each in numbers["questions"]] == asked
+    assert [" ".join(each["answer"].split()) for each in numbers["questions"]] == lines
+    assert numbers["answers"] == {each["question"]: each["answer"] for each in numbers["questions"]}
+    empty = headprof(place, *COMPRESS, "--question", " ")
+    assert empty.returncode == 2 and 'The question is empty: give one with --question "...".' in empty.stderr
 
 
 @pytest.mark.parametrize(

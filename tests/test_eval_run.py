@@ -605,13 +605,10 @@ def test_a_file_in_place_of_the_folder_for_results(place):
     assert ended.exit_code == 1 and "one of its folders is a file" in said(ended)
 
 
-@pytest.mark.parametrize(
-    ("resume", "code", "message"),
-    [((), 1, "is too long for this disk"), (("--resume",), 2, r"cannot be read \(File name too long\)")],
-)
-def test_a_name_that_is_too_long(place, resume, code, message):
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_a_name_that_is_too_long(place, resume):
     ended = headprof(*ONE_PROBE, *resume, "-o", "a" * 300)
-    assert ended.exit_code == code and re.search(rf"{message}.*: choose .* with -o\.", said(ended))
+    assert ended.exit_code == 1 and re.search(r"is too long for this disk: choose .* with -o\.", said(ended))
 
 
 def test_a_name_that_is_no_text(place):

@@ -222,6 +222,27 @@ def test_parameters_that_make_no_sense(options, message):
         replace(BOTH, **options)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@given(prompts(), st.integers(1, 9))
+@settings(max_examples=25, deadline=None)
+def test_a_prompt_with_padding_before_it_is_scored_as_it_is_alone(power, observed, padding):
+    """Also one that is shorter than the window."""
+    importance = WindowAttention(window=8, kernel=5, pooling="mean", power=power, ramp=True)
+    alone = observed_prompt(
+        observed.queries, observed.keys, scaling=observed.layer.scaling, sliding_window=observed.layer.sliding_window
+    )
+
+    def padded(states):
+        return torch.cat([torch.randn(*states.shape[:2], padding, states.shape[3]), states], dim=2)
+
+    valid = torch.nn.functional.pad(torch.ones_like(alone.valid), (padding, 0), value=False)
+    queries, keys = padded(alone.queries), padded(alone.keys)
+    together = observed_prompt(
+        queries, keys, valid, scaling=alone.layer.scaling, sliding_window=alone.layer.sliding_window
+    )
+    torch.testing.assert_close(importance.score(together)[..., padding:], importance.score(alone), **CLOSE)
+
+
 # Rows that heads still hold.
 
 

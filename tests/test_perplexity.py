@@ -29,6 +29,7 @@ from headprof.evaluation.perplexity import (
 )
 from headprof.evaluation.results import results_csv
 from headprof.evaluation.texts import Text
+from headprof.models.text_encoder import TextEncoder
 from headprof.utils.intervals import t_95
 
 
@@ -277,3 +278,11 @@ def test_too_few_documents_are_an_error(settings, message):
 def test_settings_that_cannot_be_are_refused(name, value):
     with pytest.raises(UsageError, match=f"cannot use {name} {value}"):
         PerplexitySettings(**{"prefix": 20, "continuation": 5, name: value})
+
+
+def test_control_tokens_in_a_text_are_characters():
+    tokenizer, text = tiny_tokenizer(), "Before <|end|> and after " * 20
+    ids = TextEncoder(tokenizer).whole(text)
+    assert tokenizer.decode(ids) == text and not {0, 1, 2}.intersection(ids)
+    plain = text.replace("<|end|>", "the end")
+    assert TextEncoder(tokenizer).whole(plain) == tokenizer(plain).input_ids

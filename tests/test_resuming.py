@@ -1,6 +1,9 @@
 """What every resumable run does: starting, going on, stopping, in one process and several; and the formats on disk."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import ProbeResult
 from headprof.utils.resuming import KeptResults, first_difference
 from headprof.utils.team import Team
+from headprof.utils.tensor_files import CHECKSUM_NAMES
 
 ANSWER = Answer("niah", "0", "1k", "full", "", 1.0, 0.0, 1.0, "", 9, 99)
 PROBE = ProbeResult("retrieval", "code", True, torch.arange(8.0).view(2, 4))
@@ -53,6 +57,8 @@ def test_a_run_goes_on_with_what_was_kept(run):
     again = open_run()
     again.start(True, Team())
     assert list(again.results) == list(found)
+    with again.keeping():
+        pass
     anew = open_run()
     anew.start(False, Team())
     assert anew.results == {}
@@ -93,6 +99,48 @@ def test_other_errors_pass_and_what_there_is_is_kept(run):
         kept.add(found)
         raise ZeroDivisionError
     assert open_run().count_on_disk() == kept.file.count(found)
+
+
+def test_two_runs_do_not_write_one_file(run, tmp_path):
+    open_run, found = run
+    first = open_run()
+    first.start(False, Team())
+    words = first.file.words
+    for resume in (False, True):
+        with pytest.raises(UsageError) as caught:
+            open_run(KEY | {"version": "2"}).start(resume, Team())
+        assert str(caught.value) == (
+            f"Another run is writing its {words.results} to {tmp_path / 'kept'}: wait until it has ended, or choose "
+            f"another {words.target} with -o."
+        )
+    with first.keeping():
+        first.add(found)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
+    second = open_run()
+    second.start(True, Team())
+    assert list(second.results) == list(found)
+
+
+def test_a_run_that_cannot_begin_holds_nothing(run):
+    open_run, found = run
+    ended(open_run, found)
+    with pytest.raises(UsageError, match="other settings"):
+        open_run(KEY | {"version": "2"}).start(True, Team())
+    open_run().start(True, Team())
+
+
+def test_a_killed_run_holds_nothing(run, tmp_path):
+    open_run, found = run
+    script = (
+        "import os, signal, sys\n"
+        "from headprof.utils.files import FileLock\n"
+        "assert FileLock(sys.argv[1]).take()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "kept")], check=False)
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / ".kept.lock").exists()
+    assert list(ended(open_run, found).results) == list(found)
+    assert [file.name for file in tmp_path.iterdir()] == ["kept"]
 
 
 def test_starting_anew_is_remarked_on(run, tmp_path):
@@ -146,7 +194,8 @@ def test_the_formats_on_disk(tmp_path):
     assert line == {"task": "niah", "number": 0, "data": "", "answers": [vars(ANSWER)]}
     ended(lambda: KeptResults(KEY, ProbesFile(tmp_path / "p.safetensors")), RUNS["probes"][1])
     with safe_open(tmp_path / "p.safetensors", framework="pt") as file:
-        assert file.metadata() == {"key": '{"settings": {"seed": 0}, "version": "1"}', "names": "code\nretrieval"}
+        metadata = {name: text for name, text in file.metadata().items() if name not in CHECKSUM_NAMES}
+        assert metadata == {"key": '{"settings": {"seed": 0}, "version": "1"}', "names": "code\nretrieval"}
         tensors = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118
     assert tensors == {
         "scores": [PROBE.scores.tolist()] * 2,

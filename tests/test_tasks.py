@@ -23,6 +23,7 @@ from headprof.evaluation.tasks import BENCHMARKS, TASKS, Example, TaskRequest, b
 from headprof.evaluation.tasks.babilong import config_of
 from headprof.evaluation.tasks.example import keep_ends, split_template
 from headprof.evaluation.tasks.sources import Source, find_files, parsed, read_rows
+from headprof.models.text_encoder import TextEncoder
 
 ROWS = 7
 METRICS = {
@@ -693,14 +694,14 @@ def _byte_letters():
 @settings(max_examples=200, deadline=None)
 @given(MIXED, st.integers(0, 90))
 def test_the_ends_that_are_kept_are_those_of_the_twin(text, kept):
-    assert keep_ends(text, PLAIN, kept) == twin_of_keep_ends(text, kept)
+    assert keep_ends(text, TextEncoder(PLAIN), kept) == twin_of_keep_ends(text, kept)
 
 
 def test_no_character_is_broken():
     text = "😀" * 30
     assert len(tokens(text)) > 60  # each one is several tokens
     for kept in range(20, 60):
-        assert set(keep_ends(text, PLAIN, kept)) == {"😀"}
+        assert set(keep_ends(text, TextEncoder(PLAIN), kept)) == {"😀"}
 
 
 def example_of(document, before="Read this: ", after="\nWhat is it?", reply="It is"):
@@ -711,7 +712,7 @@ def example_of(document, before="Read this: ", after="\nWhat is it?", reply="It 
 @given(MIXED, MIXED, st.integers(30, 150), st.integers(0, 9))
 def test_a_cut_prompt_fits_and_keeps_what_it_can(start, end, room, overhead):
     example = example_of(start + "🧪 middle 🧪" * 9 + end)
-    cut = cut_middle(example, PLAIN, room + overhead, overhead)
+    cut = cut_middle(example, TextEncoder(PLAIN), room + overhead, overhead)
     size = len(tokens(cut.text))
     assert size <= room
     assert replace(cut, document=example.document) == example
@@ -727,14 +728,14 @@ def test_a_cut_prompt_fits_and_keeps_what_it_can(start, end, room, overhead):
 def test_a_prompt_that_fits_stays_as_it_is():
     example = example_of("A short document.")
     size = len(tokens(example.text))
-    assert cut_middle(example, PLAIN, size) is example
-    assert cut_middle(example, PLAIN, size + 5, 5) is example
-    assert cut_middle(example, PLAIN, size + 4, 5) != example
+    assert cut_middle(example, TextEncoder(PLAIN), size) is example
+    assert cut_middle(example, TextEncoder(PLAIN), size + 5, 5) is example
+    assert cut_middle(example, TextEncoder(PLAIN), size + 4, 5) != example
 
 
 def test_as_much_of_the_end_as_of_the_beginning_is_kept():
     words = [f"w{number:03d} " for number in range(200)]
-    cut = cut_middle(example_of("".join(words)), PLAIN, 300)
+    cut = cut_middle(example_of("".join(words)), TextEncoder(PLAIN), 300)
     left = cut.document.split()
     beginning = [word for word in left if word in {f"w{n:03d}" for n in range(100)}]
     ending = [word for word in left if word in {f"w{n:03d}" for n in range(100, 200)}]
@@ -746,9 +747,9 @@ def test_as_much_of_the_end_as_of_the_beginning_is_kept():
 def test_a_document_can_be_left_out_but_a_question_cannot():
     example = example_of("A document of some length.")
     bare = len(tokens(replace(example, document="").text))
-    assert cut_middle(example, PLAIN, bare).document == ""
+    assert cut_middle(example, TextEncoder(PLAIN), bare).document == ""
     with pytest.raises(UsageError, match="example 1 of t/x alone do not fit into"):
-        cut_middle(example, PLAIN, bare - 1)
+        cut_middle(example, TextEncoder(PLAIN), bare - 1)
 
 
 def test_a_tokenizer_without_offsets_cannot_cut():
@@ -759,4 +760,4 @@ def test_a_tokenizer_without_offsets_cannot_cut():
             return PLAIN(text, **options)
 
     with pytest.raises(ModelError, match="fast tokenizer"):
-        cut_middle(example_of("word " * 99), Slow(), 60)
+        cut_middle(example_of("word " * 99), TextEncoder(Slow()), 60)

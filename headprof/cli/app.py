@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +21,7 @@ from headprof.cli.lm_eval import PASS_ON, lm_eval
 from headprof.cli.profile import profiles
 from headprof.cli.score import score
 from headprof.cli.validate import validate
+from headprof.errors import UsageError
 
 app = typer.Typer(
     name="headprof",
@@ -53,10 +56,20 @@ def _app(
     pass
 
 
+def _check_surroundings() -> None:
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files; matplotlib fails to load where this names no backend
+    try:
+        Path.cwd()
+    except OSError:
+        terminal.error("The working folder is gone: change to one that is there.")
+        sys.exit(UsageError.exit_code)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `--quiet` and `--debug` are understood anywhere in it."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # what a terminal cannot show should not end an hour's work
         sys.stdout.reconfigure(errors="backslashreplace")
     terminal.configure(quiet="--quiet" in given, debug="--debug" in given)
+    _check_surroundings()
     app(args=[argument for argument in given if argument not in ("--quiet", "--debug")], prog_name="headprof")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ from headprof.cli import context
 from headprof.cli.command import command
 from headprof.cli.context import load_profile, terminal
 from headprof.cli.options import (
+    MOST,
+    MOST_PROBES,
     DecodingOptions,
     JsonFlag,
     LoadOptions,
@@ -21,6 +24,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
 )
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables import bench as tables
 from headprof.utils.units import parse_lengths
 
@@ -41,9 +45,11 @@ class CaseOptions:
     methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is run beside them.")] = "headkv-r2"
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64"
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k"
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the prompt.")] = 32
-    repeats: Annotated[int, typer.Option(help="Timed runs of each case, of which the median counts.")] = 3
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1
+    new_tokens: Annotated[int, typer.Option(max=MOST, help="Tokens to decode after the prompt.")] = 32
+    repeats: Annotated[
+        int, typer.Option(max=1_000_000, help="Timed runs of each case, of which the median counts.")
+    ] = 3
+    batch: Annotated[int, typer.Option(max=1_000_000, help="Sequences decoded together.")] = 1
     backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto"
 
 
@@ -81,6 +87,7 @@ def bench_generate(
 
     request = _case_request(cases, tuning, decoding, prefill_chunk=prefill_chunk, full=not without_full, seed=seed)
     request.check()
+    _check_output(output, model, profile)
     loaded = _load(model, shape, loading)
     head_profile: Any
     if shape is not None:
@@ -104,9 +111,12 @@ class SideOptions:
     """What is scored, and how the papers' procedure is run beside."""
 
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = "1k"
-    probes: Annotated[int, typer.Option(help="Probes at each length.")] = 48
+    probes: Annotated[int, typer.Option(max=MOST_PROBES, help="Probes at each length.")] = 48
     pack: Annotated[
-        int | None, typer.Option(help="Probes that share a context on our side. Default: from the length, 12 at 1k.")
+        int | None,
+        typer.Option(
+            max=MOST_PROBES, help="Probes that share a context on our side. Default: from the length, 12 at 1k."
+        ),
     ] = None
     sides: Annotated[
         str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
@@ -117,7 +127,7 @@ class SideOptions:
     include_failed: Annotated[
         bool, typer.Option("--include-failed", help="Compare scores over all probes too, not only those answered.")
     ] = False
-    top: Annotated[int, typer.Option(help="Best heads that are compared.")] = 10
+    top: Annotated[int, typer.Option(max=MOST, help="Best heads that are compared.")] = 10
 
 
 @bench.command(name="score")
@@ -147,12 +157,10 @@ def bench_score(
     headprof bench score --shape llama-3-8b --lengths 8k,32k --sides packed,stepwise-fast[/]
     """
     from headprof.bench.score import run_score_bench
-    from headprof.utils.files import check_writable
 
     request = _side_request(asked, seed, random_weights=shape is not None)
     request.check()
-    if output is not None:
-        check_writable(output)
+    _check_output(output, model)
     loaded = _load(model, shape, loading, max_positions=max(request.lengths))
     with terminal.progress() as report:
         result = run_score_bench(loaded, request, report)
@@ -204,6 +212,15 @@ def _side_request(asked: SideOptions, seed: int, random_weights: bool) -> ScoreB
         top=asked.top,
         stop_after_answer=asked.stop_after_answer or random_weights,
     )
+
+
+def _check_output(output: Path | None, model: str | None, profile: Path | None = None) -> None:
+    """Find out before any work that the figures cannot be written, or would replace what is read."""
+    from headprof.utils.files import check_writable
+
+    if output is not None:
+        check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
+        check_writable(output)
 
 
 def _keep(figures: dict[str, Any], output: Path | None, json: bool) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from pathlib import PurePath
 from typing import Any, get_type_hints
 
 import typer
 
 from headprof.cli.context import terminal
-from headprof.errors import HeadprofError
+from headprof.cli.terminal import check_stdout
+from headprof.errors import HeadprofError, UsageError
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -59,6 +62,8 @@ def _options(group: Parameter) -> Iterator[Parameter]:
 
 def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     try:
+        check_stdout()
+        _check_arguments(arguments.values())
         function(**arguments)
     except HeadprofError as error:
         if terminal.debug:
@@ -68,3 +73,27 @@ def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         terminal.error("Interrupted.")
         raise typer.Exit(130) from None
+    except RuntimeError as error:
+        if terminal.debug or "home directory" not in str(error):  # how `pathlib` says it
+            raise
+        terminal.error("This account has no home folder to look in: set HOME to a folder, or give paths without ~.")
+        raise typer.Exit(UsageError.exit_code) from None
+
+
+def _check_arguments(values: Iterable[Any]) -> None:
+    """Refuse texts and names of files that are not UTF-8, which neither tokenizers nor most files hold, and NaN."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            _check_arguments(value)
+        elif is_dataclass(value):
+            _check_arguments(getattr(value, each.name) for each in fields(value))
+        elif isinstance(value, float) and math.isnan(value):
+            raise UsageError("A number of 'nan' is none: give one that can be compared.")
+        elif isinstance(value, str | PurePath):
+            try:
+                str(value).encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"{str(value)[:200]!a} is not UTF-8 (at character {error.start}): rename the file, or convert "
+                    "the text to UTF-8."
+                ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from headprof.cli.options import (
     ReadOptions,
     compression_request,
 )
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.compress import document_table
 from headprof.models.prompt_encoder import OBSERVATION
 
@@ -55,14 +57,16 @@ def compress(
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
-    from headprof.compression.document import save_document
+    from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
-    from headprof.compression.inputs import read_document
+    from headprof.compression.inputs import checked_prompt, read_document
     from headprof.compression.prompts import answer_questions, document_figures
 
     request = compression_request(compressing, tuning, decoding, reading)
     document = read_document(file)
+    questions = [checked_prompt(each, "--question") for each in question or []]
     target = output or Path(f"{file.stem}.kv.safetensors")
+    check_outputs({target: FORMAT}, chain([file], model_inputs(model), profile_input(model, request.profile)))
     loaded = load(model, loading)
     plan = request.plan(loaded)
     with terminal.progress() as report:
@@ -75,17 +79,20 @@ def compress(
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
         )
     save_document(cache, target, loaded, {"document": file.name})
-    answers = answer_questions(loaded, cache, question or [], max_new_tokens, reading.backend)
-    _show(document_figures(loaded, cache, target), answers, json)
+    answers = answer_questions(loaded, cache, questions, max_new_tokens, reading.backend)
+    answered = [(each, answer.strip()) for each, answer in zip(questions, answers, strict=True)]
+    _show(document_figures(loaded, cache, target), answered, json)
 
 
-def _show(figures: dict[str, Any], answers: dict[str, str], json: bool) -> None:
+def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:
+    """Show what was written and answered; in JSON by question, and in the order of the questions too."""
     if json:
-        terminal.json(figures | {"answers": {question: answer.strip() for question, answer in answers.items()}})
+        in_order = [{"question": question, "answer": answer} for question, answer in answered]
+        terminal.json(figures | {"answers": dict(answered), "questions": in_order})
         return
-    for answer in answers.values():
-        terminal.result(" ".join(answer.split()))
-    if answers:
+    for _, answer in answered:
+        terminal.write(" ".join(answer.split()) + "\n")
+    if answered:
         terminal.remark(f"\nThe compressed document is {figures['file']}.")
     else:
         terminal.result(figures["file"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, load_profile, terminal
 from headprof.cli.options import (
+    MOST,
+    MOST_PROBES,
     DecodingOptions,
     JsonFlag,
     LoadOptions,
@@ -20,6 +23,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
 )
+from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
 from headprof.cli.tables.evaluate import evaluation, sharing
 from headprof.models.prompt_encoder import OBSERVATION
 from headprof.utils.units import parse_length, parse_lengths
@@ -52,13 +56,15 @@ class WhatOptions:
         ),
     ] = None
     probes: Annotated[
-        int | None, typer.Option(min=1, help="Number of probes, over niah and reasoning.", rich_help_panel="What")
+        int | None,
+        typer.Option(min=1, max=MOST_PROBES, help="Number of probes, over niah and reasoning.", rich_help_panel="What"),
     ] = None
     families: Annotated[
         str | None, typer.Option(help="Only these probe families, with commas.", rich_help_panel="What")
     ] = None
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions of each task and length at most.", rich_help_panel="What")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Questions of each task and length at most.", rich_help_panel="What"),
     ] = None
 
 
@@ -86,11 +92,15 @@ class DataOptions:
     ] = None
     documents: Annotated[
         int,
-        typer.Option(min=1, help="Texts for perplexity: the first that are long enough.", rich_help_panel="Data"),
+        typer.Option(
+            min=1, max=MOST, help="Texts for perplexity: the first that are long enough.", rich_help_panel="Data"
+        ),
     ] = 20
-    skip: Annotated[int, typer.Option(min=0, help="Of these, leave out so many first.", rich_help_panel="Data")] = 0
+    skip: Annotated[
+        int, typer.Option(min=0, max=MOST, help="Of these, leave out so many first.", rich_help_panel="Data")
+    ] = 0
     continuation: Annotated[
-        int, typer.Option(min=1, help="Tokens at a text's end that are predicted.", rich_help_panel="Data")
+        int, typer.Option(min=1, max=MOST, help="Tokens at a text's end that are predicted.", rich_help_panel="Data")
     ] = 512
 
 
@@ -139,6 +149,7 @@ def evaluate(
 
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     needs_profile = request.check()
+    _check_outputs(output, model, profile, data)
     team = join_team()
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile) if needs_profile else None
@@ -158,6 +169,12 @@ def evaluate(
     team.leave()
     if team.rank == 0:
         _show(found, output, json)
+
+
+def _check_outputs(output: Path, model: str | None, profile: Path | None, data: DataOptions) -> None:
+    prompts = [] if data.prompts is None else [data.prompts]
+    read = (prompts, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model))
+    check_outputs(outputs_of_eval(output), chain.from_iterable(read))
 
 
 def _request(

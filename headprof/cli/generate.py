@@ -47,7 +47,7 @@ def generate(
         str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 for greedy decoding.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 for greedy decoding.")] = 0.0,
     seed: Seed = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
     json: JsonFlag = False,
@@ -80,7 +80,9 @@ def generate(
         asked = new_prompt(loaded, document, question, request, max_new_tokens)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | asdict(reading)
     beside = {}
-    if compare and asked.plan is not None:
+    compares = compare and asked.plan is not None
+    asked.warm_up(loaded, **asdict(reading), full=compares)
+    if compares:
         beside["full"] = _answer(loaded, asked.with_full_cache(), options)
     made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)
     full_bytes = full_cache_bytes(loaded, made, beside.get("full"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import Model, ProfileFile
+from headprof.cli.options import MOST, Model, ProfileFile
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 
 
 @command
@@ -18,7 +20,7 @@ def heatmap(
     profile: ProfileFile = None,
     model: Model = None,
     which: Annotated[str, typer.Option(help="retrieval, reasoning or both.")] = "both",
-    top: Annotated[int, typer.Option(min=0, help="Heads to mark and list.")] = 10,
+    top: Annotated[int, typer.Option(min=0, max=MOST, help="Heads to mark and list.")] = 10,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Show how sure each score is; dash heads that may not be in the top.")
     ] = False,
@@ -36,6 +38,7 @@ def heatmap(
     from headprof.models.finding import model_name
     from headprof.profile.finding import load_profile
 
+    check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
     loaded = load_profile(model_name(model), profile)
     plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)
     terminal.result(str(output))

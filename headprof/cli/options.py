@@ -13,6 +13,11 @@ from headprof.compression.methods.names import method_names
 if TYPE_CHECKING:
     from headprof.compression.request import CompressionRequest
 
+MOST = 2**31 - 1
+"""Of whatever is counted in tokens or heads: more than any model has."""
+MOST_PROBES = 1_000_000
+MOST_SEED = 2**63 - 1
+
 Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Hub id, local folder or .gguf file. Default: SmolLM2-135M-Instruct."),
@@ -26,15 +31,17 @@ ProfileOutput = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors."),
 ]
-Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to write.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens to write.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
 ]
 PrefillChunk = Annotated[
     int | None,
-    typer.Option(min=1, help="Read the prompt in chunks of this many tokens, to save memory.", rich_help_panel="Model"),
+    typer.Option(
+        min=1, max=MOST, help="Read the prompt in chunks of this many tokens, to save memory.", rich_help_panel="Model"
+    ),
 ]
 Observe = Annotated[
     str,
@@ -100,21 +107,27 @@ class MethodOptions:
     """Parameters of a method's parts."""
 
     window: Annotated[
-        int | None, typer.Option(min=1, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Prompt tokens whose queries judge the others.", rich_help_panel="Method"),
     ] = None
     keep_last: Annotated[
-        int | None, typer.Option(min=0, help="Last prompt tokens that every head keeps.", rich_help_panel="Method")
+        int | None,
+        typer.Option(min=0, max=MOST, help="Last prompt tokens that every head keeps.", rich_help_panel="Method"),
     ] = None
     kernel: Annotated[
         int | None,
-        typer.Option(min=1, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method"),
+        typer.Option(
+            min=1, max=MOST, help="Width of the pooling over neighboring tokens, odd.", rich_help_panel="Method"
+        ),
     ] = None
     pooling: Annotated[
         str | None, typer.Option(help="What a token takes from its neighbors: max or mean.", rich_help_panel="Method")
     ] = None
     pool_factor: Annotated[
         float | None,
-        typer.Option(min=1, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"),
+        typer.Option(
+            min=1, max=1e6, help="HeadKV's beta: near 1 follows the profile closely.", rich_help_panel="Method"
+        ),
     ] = None
     settings: Annotated[
         list[str] | None,
@@ -151,6 +164,7 @@ class DecodingOptions:
         typer.Option(
             "--buffer",
             min=0,
+            max=MOST,
             help="New tokens that a head takes beyond its budget before it is compressed again (64); 0 keeps them all.",
             rich_help_panel="Method",
         ),

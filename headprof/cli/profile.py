@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,8 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.options import MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def show(
     ] = None,
     other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
     which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Heads to list, or to tell apart.")] = 10,
+    top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
 ) -> None:
     """Show what a profile holds and where it comes from, or how two profiles agree.
@@ -104,10 +106,13 @@ def import_command(
     [dim]headprof profile import --retrieval heads.json --model meta-llama/Meta-Llama-3-8B-Instruct --shape llama-3-8b
     headprof profile import scores.csv --model mistralai/Mistral-7B-Instruct-v0.3[/]
     """
+    from headprof.profile.head_profile import FORMAT
     from headprof.profile.importing import ImportRequest
 
     request = ImportRequest(files or [], retrieval, reasoning, model, shape, source, output, trust_remote_code)
     request.check()
+    given = [*(files or []), *(path for path in (retrieval, reasoning) if path is not None)]
+    check_outputs({request.target: FORMAT}, chain(given, model_inputs(model)))
     imported = request.carry_out()
     for kind in imported.kinds:
         terminal.table(*ranked_heads(imported, kind, 5))
@@ -129,9 +134,12 @@ def export(
     [dim]headprof profile export SmolLM2-135M-Instruct heads.json --which reasoning[/]
     """
     from headprof.profile.finding import locate_profile
+    from headprof.profile.head_profile import FORMAT
     from headprof.profile.interchange import export_profile
 
-    export_profile(locate_profile(profile), output, which)
+    path = locate_profile(profile)
+    check_outputs({output: FORMAT if output.suffix == ".safetensors" else None}, [path])
+    export_profile(path, output, which)
     terminal.result(str(output))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,8 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, terminal
-from headprof.cli.options import LoadOptions, Model, ProfileOutput, Seed
+from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
+from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
 from headprof.utils.units import parse_lengths
@@ -25,7 +27,9 @@ class ProbeOptions:
     """What the model is asked."""
 
     preset: Annotated[str, typer.Option(help="How much work: quick, standard or thorough.")] = "quick"
-    probes: Annotated[int | None, typer.Option(min=2, help="Number of probes, instead of the preset's.")] = None
+    probes: Annotated[
+        int | None, typer.Option(min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's.")
+    ] = None
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None
     needles: Annotated[
         Path | None,
@@ -33,7 +37,8 @@ class ProbeOptions:
     ] = None
     haystack: Annotated[Path | None, typer.Option(help="Folder of .txt files to hide the needles in.")] = None
     pack: Annotated[
-        int | None, typer.Option(min=1, help="Needles that share one context. Default: by its length, 12 at 1k.")
+        int | None,
+        typer.Option(min=1, max=MOST_PROBES, help="Needles that share one context. Default: by its length, 12 at 1k."),
     ] = None
 
 
@@ -48,9 +53,11 @@ class CountingOptions:
     until_stable: Annotated[
         bool, typer.Option("--until-stable", help="Stop as soon as other probes would hardly change the top heads.")
     ] = False
-    top: Annotated[int, typer.Option(min=1, help="For --until-stable: how many heads.", show_default=True)] = 10
+    top: Annotated[
+        int, typer.Option(min=1, max=MOST, help="For --until-stable: how many heads.", show_default=True)
+    ] = 10
     tolerance: Annotated[
-        float, typer.Option(help="For --until-stable: share of the top heads that other probes may change.")
+        float, typer.Option(max=1, help="For --until-stable: share of the top heads that other probes may change.")
     ] = 0.05
 
 
@@ -85,6 +92,7 @@ def score(
 
     request = _request(asked, counting, seed)
     request.check()
+    _check_outputs(output, model, asked)
     team = join_team()
     loaded = load(model, loading)
     builder = build_probes(loaded, request)
@@ -105,6 +113,18 @@ def score(
     team.leave()
     if team.rank == 0:
         _show(profile, target, stopping=request.stop is not None)
+
+
+def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions) -> None:
+    from headprof.models.finding import model_name
+    from headprof.profile.finding import default_output
+    from headprof.profile.head_profile import FORMAT
+    from headprof.scoring.probe_results import results_path
+    from headprof.utils.files import PROBES_FORMAT
+
+    target = output or default_output(model_name(model))
+    given = [path for path in (asked.needles, asked.haystack) if path is not None]
+    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, chain(given, model_inputs(model)))
 
 
 def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> ScoreRequest:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from headprof.errors import HeadprofError
+from headprof.utils.printable import printable, printable_json
 
 Report = Callable[[str, int, int], None]
 """Takes a description, the work done and the work in all."""
@@ -53,7 +58,7 @@ class Terminal:
 
     def remark(self, text: str) -> None:
         """A line on stderr."""
-        self.stderr.print(text, markup=False)
+        self.stderr.print(printable(text), markup=False)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table on stderr; columns after the first are right-aligned."""
@@ -61,23 +66,71 @@ class Terminal:
 
     def result_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table on stdout, for commands whose result is a table."""
-        _console().print(_table(columns, rows, title))
+        with _standard_output():
+            _console().print(_table(columns, rows, title))
 
     def write(self, text: str) -> None:
-        """Text on stdout, as it is, at once."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        """A model's text on stdout, at once: as it is, but for control characters that would reach a terminal."""
+        self._write(printable(text) if sys.stdout is not None and sys.stdout.isatty() else text)
 
     def result(self, text: str) -> None:
         """A line on stdout."""
-        self.write(text + "\n")
+        self._write(printable(text) + "\n")
 
     def json(self, value: Any) -> None:
-        self.result(json.dumps(value, indent=2, ensure_ascii=False))
+        """JSON on stdout, in ASCII where stdout cannot show every character."""
+        text = json.dumps(value, indent=2, ensure_ascii=not _shows_everything(sys.stdout))
+        self._write(printable_json(text) + "\n")
+
+    def _write(self, text: str) -> None:
+        with _standard_output():
+            sys.stdout.write(text)
 
     def error(self, message: str) -> None:
         """One sentence on stderr, also when quiet."""
-        _console(stderr=True).print(f"Error: {message}", markup=False)
+        _console(stderr=True).print(f"Error: {printable(message)}", markup=False)
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    """Write to stdout and flush it; a pipe that nobody reads any more ends the program quietly, as is usual.
+
+    Raises:
+        HeadprofError: it is closed, or the disk behind it is full.
+    """
+    check_stdout()
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+        raise
+    except OSError as error:
+        _discard_output()
+        raise HeadprofError(
+            f"The standard output cannot be written ({error.strerror}): free some space, or send it elsewhere."
+        ) from error
+
+
+def check_stdout() -> None:
+    """Raise `HeadprofError` when stdout was closed before the program began."""
+    if sys.stdout is None or sys.stdout.closed:
+        raise HeadprofError("The standard output is closed: leave it open, or send it to a file.")
+
+
+def _discard_output() -> None:
+    """Have what is still to be written go nowhere, so that Python's own flush at the end does not complain."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _shows_everything(stream: Any) -> bool:
+    try:
+        return codecs.lookup(stream.encoding).name.startswith("utf-")
+    except (AttributeError, LookupError, TypeError):
+        return stream is not None and getattr(stream, "encoding", None) is None  # in memory
 
 
 def _console(**options: Any) -> Console:
@@ -89,9 +142,11 @@ def _console(**options: Any) -> Console:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None)
+    table = Table(
+        title=printable(title) or None, title_justify="left", title_style="bold", header_style="bold", box=None
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,8 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import load, load_profile, terminal
-from headprof.cli.options import JsonFlag, LoadOptions, Model, ProfileFile, Seed
+from headprof.cli.options import MOST, MOST_PROBES, JsonFlag, LoadOptions, Model, ProfileFile, Seed
+from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.validate import validation
 from headprof.errors import UsageError
 from headprof.utils.units import parse_length
@@ -24,13 +26,18 @@ if TYPE_CHECKING:
 class CheckOptions:
     """What is asked, and how many heads are silent meanwhile."""
 
-    top: Annotated[int, typer.Option(help="Number of top heads that the verdict is about.")] = 10
-    probes: Annotated[int, typer.Option(min=2, help="Number of probes, retrieval and reasoning together.")] = 120
+    top: Annotated[int, typer.Option(max=MOST, help="Number of top heads that the verdict is about.")] = 10
+    probes: Annotated[
+        int, typer.Option(min=2, max=MOST_PROBES, help="Number of probes, retrieval and reasoning together.")
+    ] = 120
     length: Annotated[str, typer.Option(help="Tokens of a prompt, such as 1k.")] = "1k"
     pack: Annotated[
-        int | None, typer.Option(min=1, help="Needles that share one context. Default: 12 at 1k, more in longer ones.")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_PROBES, help="Needles that share one context. Default: 12 at 1k, more in longer ones."
+        ),
     ] = None
-    draws: Annotated[int, typer.Option(help="How often as many heads are picked at random.")] = 3
+    draws: Annotated[int, typer.Option(max=1000, help="How often as many heads are picked at random.")] = 3
 
 
 @command
@@ -48,7 +55,7 @@ def validate(
         bool, typer.Option("--per-head", help="Silence every single head too, and compare with the scores.")
     ] = False,
     batch_heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of --per-head that run at once. Default: as many as fit.")
+        int | None, typer.Option(min=1, max=MOST, help="Heads of --per-head that run at once. Default: as many as fit.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write: .png or .svg.")] = Path(
         "validate.png"
@@ -72,6 +79,8 @@ def validate(
     if csv is not None and not per_head:
         raise UsageError("The figures for --csv are those of --per-head: give both.")
     check_picture(output)
+    targets = {path: None for path in (output, csv) if path is not None}
+    check_outputs(targets, chain(profile_input(model, profile), model_inputs(model)))
     _check_settings(settings, model, profile)
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile)

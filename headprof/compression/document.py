@@ -3,9 +3,11 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
-padding among these; and `scores` float32 `[L, K]`, by which heads share the budget while text is generated. Its
-metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
-profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it.
+padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and, where they
+are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
+name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
+tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
+not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
-from headprof.compression.methods.budget import Budget
+from headprof.compression.document_checks import DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.methods.observation import AttentionLayer
-from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
-from headprof.utils.files import atomic_write, read_safetensors
+from headprof.utils.files import atomic_write
+from headprof.utils.records import plain
+from headprof.utils.tensor_files import checksum, open_tensors
 
 if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
@@ -71,6 +74,8 @@ def save_document(
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
+    if (ids := cache.token_ids) is not None:
+        tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -86,8 +91,12 @@ def save_document(
         "profile": plan.profile_digest,
         "tokens_seen": str(cache.get_seq_length()),
         "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
-    } | dict(notes or {})
-    metadata["checksum"] = _checksum(tensors, metadata)
+    }
+    left = [layer.schedule.left_to_note(layer.seen, layer.lengths) for layer in cache.head_layers]
+    if any(each is not None for each in left):
+        metadata["left"] = json.dumps(left)
+    metadata |= notes or {}
+    metadata["checksum"] = checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -128,40 +137,79 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
             another model, tokenizer or dtype.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path, "compressed document", _MEND, CacheError)
+    tensors, metadata, facts = _read(path, loaded)
+    plan = _saved_plan(loaded, facts, tensors["scores"])
+    layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
+    for layer, logits in zip(layers, facts.logits, strict=True):
+        prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
+        own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
+        how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
+        _restore(layer, own, facts.seen, how)
+        layer.schedule.resume(facts.left[layer.layer_idx])
+    cache = HeadCache.of_layers(layers)
+    if "ids" in tensors:
+        cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
+    return cache, metadata
+
+
+def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, str], DocumentFacts]:
+    """A file's tensors and metadata, and what these say; nothing large is read before its size is known to be right.
+
+    Raises:
+        CacheError: as `load_document`.
+    """
+    with open_tensors(path, "compressed document", _MEND, CacheError) as file:
+        metadata = file.metadata
+        _check_format(path, metadata)
+        try:
+            facts = read_facts(metadata)
+            check_stored(file, facts)
+        except ValueError as error:
+            raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {_MEND}.") from error
+        tensors = file.read_all()
+    if checksum(tensors, metadata) != metadata.get("checksum"):
+        raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
+    try:
+        check_numbers(tensors, facts)
+    except ValueError as error:
+        raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {_MEND}.") from error
+    _check_model(path, metadata, loaded, facts.shape, tensors["layers.0.keys"].dtype)
+    return tensors, metadata, facts
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path} is a safetensors file but not a compressed document: {_MEND}.")
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
         raise CacheError(
-            f"The compressed document {path} has format version {version} where this headprof reads {FORMAT_VERSION}: "
-            f"update headprof, or {_MEND}."
+            f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
+            f"{FORMAT_VERSION}: update headprof, or {_MEND}."
         )
-    if _checksum(tensors, metadata) != metadata.get("checksum"):
-        raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
-    _check_model(path, metadata, loaded, tensors["layers.0.keys"].dtype)
-    plan = _saved_plan(loaded, metadata, tensors["scores"])
-    layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
-    for layer, logits in zip(layers, json.loads(metadata["logits"]), strict=True):
-        prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
-        own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
-        how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
-        _restore(layer, own, int(metadata["tokens_seen"]), how)
-    return HeadCache.of_layers(layers), metadata
 
 
-def _saved_plan(loaded: LoadedModel, metadata: Mapping[str, str], scores: torch.Tensor) -> CompressionPlan:
+def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedModel) -> torch.Tensor:
+    """The document's tokens, int64 `[B, tokens seen]`."""
+    size = loaded.shape.vocab_size
+    right_shape = ids.dtype == torch.int32 and tuple(ids.shape) == (cache.batch_size, cache.get_seq_length())
+    if not right_shape or bool(((ids < 0) | (ids >= size)).any()):
+        raise CacheError(f"The compressed document {path} holds token ids that are not those of its tokens: {_MEND}.")
+    return ids.long().to(loaded.device)
+
+
+def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor) -> CompressionPlan:
     """The plan by which the document was compressed, for what comes after it."""
-    given = json.loads(metadata["decode_budget"])
+    # A buffer beyond what the model can read asks for memory that nothing would ever fill.
+    buffer = None if facts.buffer is None else min(facts.buffer, max(1, loaded.max_positions))
     return CompressionPlan(
-        find_method(metadata["method"]).with_options(**json.loads(metadata["options"])),
-        Budget(**json.loads(metadata["budget"])),
+        facts.method,
+        facts.budget,
         loaded.shape,
         scores,
         torch.empty(0, dtype=loaded.dtype).element_size(),
-        name=metadata["method"],
-        profile_digest=metadata["profile"],
-        decode_budget=None if given is None else Budget(**given),
-        buffer=json.loads(metadata["buffer"]),
+        name=facts.name,
+        profile_digest=facts.profile_digest,
+        decode_budget=facts.decode_budget,
+        buffer=buffer,
     )
 
 
@@ -177,10 +225,12 @@ def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int
     layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
 
 
-def _check_model(path: Path, metadata: Mapping[str, str], loaded: LoadedModel, dtype: torch.dtype) -> None:
-    made_with = metadata.get("model")
+def _check_model(
+    path: Path, metadata: Mapping[str, str], loaded: LoadedModel, shape: HeadShape, dtype: torch.dtype
+) -> None:
+    made_with = plain(metadata.get("model", "an unnamed one"), 200)
     mend = f"load that model with --model, or {_MEND}"
-    if differences := HeadShape.from_dict(json.loads(metadata["fingerprint"])).differences(loaded.shape):
+    if differences := shape.differences(loaded.shape):
         raise CacheError(
             f"The compressed document {path} was made with another model, {made_with} ({', '.join(differences)}): "
             f"{mend}."
@@ -198,16 +248,6 @@ def _check_model(path: Path, metadata: Mapping[str, str], loaded: LoadedModel, d
             f"The compressed document {path} was made with another tokenizer or chat template than this one of "
             f"{loaded.name}: {mend}."
         )
-
-
-def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 (hex) of all tensors and of all metadata but itself."""
-    kept = {name: text for name, text in metadata.items() if name != "checksum"}
-    sha = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name in sorted(tensors):
-        sha.update(f"{name}{list(tensors[name].shape)}{tensors[name].dtype}".encode())
-        sha.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def weights_fingerprint(model: Any) -> str:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
-from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
+from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel, require_finite
@@ -26,7 +27,7 @@ class Generation:
     """A text, and what it took.
 
     Attributes:
-        text: the new text alone.
+        text: the new tokens, decoded at once, without special ones.
         prompt_tokens, new_tokens: tokens read and written.
         cached_tokens: those of the prompt that came from a cache already filled.
         cache_bytes: bytes that the cache held when the text was done.
@@ -53,25 +54,6 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else 0.0
 
 
-class _TimedStreamer(TextStreamer):
-    """Hands text on as it becomes final, and remembers when tokens came."""
-
-    def __init__(self, tokenizer, on_text: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
-        self.pieces: list[str] = []
-        self.token_times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.next_tokens_are_prompt:
-            self.token_times.append(time.perf_counter())
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.pieces.append(text)
-        self.on_text(text)
-
-
 class _FiniteLogits(LogitsProcessor):
     """Raises `ModelError` before a token is chosen by logits that are no numbers."""
 
@@ -87,6 +69,8 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
         UsageError: prompt and answer together are longer than the model's context.
     """
     encoder = PromptEncoder(loaded.tokenizer)
+    for text in (document or "", prompt):
+        _check_length(loaded, encoder, text)
     ids = encoder.document_ids(document) + encoder.question_ids(prompt) if document else encoder.prompt_ids(prompt)
     return _fitting(loaded, ids, 0, max_new_tokens)
 
@@ -97,8 +81,19 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     Raises:
         UsageError: document, question and answer together are longer than the model's context.
     """
-    ids = PromptEncoder(loaded.tokenizer).question_ids(question)
+    encoder = PromptEncoder(loaded.tokenizer)
+    _check_length(loaded, encoder, question)
+    ids = encoder.question_ids(question)
     return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
+
+
+def _check_length(loaded: LoadedModel, encoder: PromptEncoder, text: str) -> None:
+    """Refuse a text that is far too long before all of it is encoded, which takes minutes for some megabytes."""
+    if encoder.texts.is_longer(text, loaded.max_positions):
+        raise UsageError(
+            f"The text of {len(text)} characters has more tokens than the {loaded.max_positions} that {loaded.name} "
+            "can read: shorten it."
+        )
 
 
 def _fitting(loaded: LoadedModel, ids: list[int], seen: int, max_new_tokens: int) -> torch.Tensor:
@@ -144,6 +139,8 @@ def compress_document(
         ModelError: the model's numbers overflow.
     """
     encoder = PromptEncoder(loaded.tokenizer)
+    for text in (document, observe):
+        _check_length(loaded, encoder, text)
     document_ids, observers = encoder.document_ids(document), encoder.question_ids(observe) if observe else []
     ids = _fitting(loaded, document_ids + observers, 0, 0)
     plan.check(len(document_ids))
@@ -193,6 +190,26 @@ def cache_nbytes(cache: Cache) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in held if tensor is not None)
 
 
+def ask(
+    loaded: LoadedModel, cache: HeadCache, question: str, *, max_new_tokens: int = 128, **options: Any
+) -> Generation:
+    """Answer a question about a document that a cache holds, from a copy: the cache can be asked again.
+
+    Args:
+        loaded: the model that filled the cache.
+        cache: from `compress_document` or `load_document`.
+        question: the text.
+        max_new_tokens: most tokens to write.
+        options: `temperature`, `seed`, `backend`, `on_text` and the like of `generate_text`.
+
+    Raises:
+        UsageError: document, question and answer together are longer than the model's context.
+        CacheError: a setting of the model looks at the document's tokens, which an older file does not hold.
+    """
+    ids = question_ids(loaded, cache, question, max_new_tokens)
+    return generate_text(loaded, ids, cache=stack_caches([cache]), max_new_tokens=max_new_tokens, **options)
+
+
 def generate_text(
     loaded: LoadedModel,
     ids: torch.Tensor,
@@ -223,14 +240,14 @@ def generate_text(
 
     Raises:
         ModelError: the model's numbers overflow.
+        CacheError: a setting of the model looks at the tokens that the cache has seen, and they are not known.
     """
     model: Any = loaded.model
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
-    # Transformers drops as many ids as the cache has seen; which ones they were is of no account.
-    ids = torch.cat([torch.full((1, seen), filler), ids], dim=1).to(loaded.device)
+    ids = ids.to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
-    streamer = _TimedStreamer(loaded.tokenizer, on_text)
+    streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
     attending = attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk) if ours else nullcontext()
     forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
@@ -239,7 +256,7 @@ def generate_text(
         start = time.perf_counter()
         model.generate(
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=ids.new_ones(1, seen + ids.shape[1]),  # so it is known that these ids follow the cache's
             past_key_values=used,
             max_new_tokens=max_new_tokens,
             pad_token_id=filler,
@@ -249,8 +266,8 @@ def generate_text(
         )
     times = streamer.token_times
     return Generation(
-        text="".join(streamer.pieces),
-        prompt_tokens=ids.shape[1],
+        text=streamer.text,
+        prompt_tokens=seen + ids.shape[1],
         new_tokens=len(times),
         cache_bytes=cache_nbytes(used),
         prefill_seconds=times[0] - start,

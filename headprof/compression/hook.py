@@ -2,8 +2,8 @@
 
 Inside `attending(model)` this happens to each layer in a forward pass, in this order:
 
-1. The model starts: with `new_cache` (that is `headprof.compressed`), a pre-hook puts a fresh cache in the place of
-   none, or of an empty one that Transformers has made.
+1. The model starts: with `new_cache` (that is `headprof.compressed`), `generate`, and a pre-hook of the model, put a
+   fresh cache in the place of none, or of an empty one that Transformers has made. The cache notes the tokens.
 2. With `prefill_chunk`, the decoder layer's `forward` is one of ours: it runs the layer over the prompt's slices, one
    after the other, before the next layer begins. It announces the prompt to the cache (`expect`), and the masks that
    the model made for it once are pending ones, of which each slice gets its own part.
@@ -18,13 +18,16 @@ Inside `attending(model)` this happens to each layer in a forward pass, in this 
 
 In the first passes `LinkCheck` looks whether the model does so in every layer.
 
-When the context ends, also by an exception, the model has its own attention, masks and `forward` again.
+When the context ends, also by an exception, the model is exactly as it was. Of contexts that nest, the inner one says
+which backend, chunk and new cache are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,13 +35,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
+from headprof.compression.generate_call import takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.link_check import LinkCheck
 from headprof.compression.methods.observation import AttentionLayer
-from headprof.errors import ModelError, UsageError
-from headprof.models.attention_hook import AttentionFunction, wrapped_attention
-from headprof.models.decoder import find_decoder_layers
+from headprof.errors import CacheError, ModelError, UsageError
+from headprof.models.attention_hook import AttentionFunction, wrap_attention
+from headprof.models.changing import Change, Changes, changed
+from headprof.models.decoder import find_decoder_layers, running_model
 from headprof.models.rotary import Rotary, rotary_of
 
 if TYPE_CHECKING:
@@ -79,18 +84,17 @@ def _marked(keys: Tensor) -> MarkedLayer | None:
     return getattr(keys, "head_cache_layer", None)
 
 
-@contextmanager
 def attending(
     model: PreTrainedModel,
     *,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     new_cache: Callable[[], Cache] | None = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Link `model`'s attention to the caches of this package while the context lasts.
 
     Args:
-        model: the model.
+        model: the model, or a wrapper around it (see `running_model`).
         backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"`.
         prefill_chunk: tokens that a layer runs over at a time, or `None` for all at once.
         new_cache: makes the cache that a forward pass begins with where it would begin with an empty one of
@@ -98,48 +102,122 @@ def attending(
 
     Raises:
         UsageError: the backend cannot be used here, or the chunk is not positive.
-        ModelError: the model's attention or layers cannot be reached.
+        ModelError: the model's attention or layers cannot be reached, or another thread holds the model.
     """
     check_backend(backend)
-    with ExitStack() as stack:
-        wrap_mask = _same if prefill_chunk is None else stack.enter_context(_chunked_layers(model, prefill_chunk))
-        rotaries, check = _Rotaries(model), LinkCheck(model, in_chunks=prefill_chunk is not None)
-        stack.enter_context(wrapped_attention(model, lambda base: _linked(base, backend, rotaries, check), wrap_mask))
-        if new_cache is not None:
-            hook = model.register_forward_pre_hook(_starting_with(new_cache), with_kwargs=True)
-            stack.callback(hook.remove)
-        stack.enter_context(check.installed())
-        yield
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise UsageError(f"A prefill chunk of {prefill_chunk} tokens cannot be run: give --prefill-chunk at least 1.")
+    running = running_model(model)
+    return changed(running, _Link(running, model, backend, prefill_chunk, new_cache))
+
+
+@dataclass(eq=False)
+class _Link:
+    """A context's link between a model and caches; of several on one model only the last one is made."""
+
+    model: PreTrainedModel
+    given: Any
+    backend: str
+    prefill_chunk: int | None
+    new_cache: Callable[[], Cache] | None
+    kind = "link"
+
+    def make(self, changes: Changes, in_force: Sequence[Change]) -> None:
+        links = [each for each in in_force if isinstance(each, _Link)]
+        if any(link.model is not self.model for link in links):
+            raise ModelError(
+                f"This {type(self.model).__name__} has its configuration in common with a model whose cache is being "
+                "compressed: give it a copy of its own."
+            )
+        if links[-1] is not self:
+            return
+        for link in links:
+            _run_uncompiled(changes, link.given, self.model)
+        wrap_mask = _same if self.prefill_chunk is None else _chunk_layers(changes, self.model, self.prefill_chunk)
+        rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
+        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check), wrap_mask)
+        new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
+        _watch_starts(changes, self.model, new_cache)
+        for hook in check.install():
+            changes.hook(hook)
+
+
+def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> None:
+    """Run the code of a model that has been compiled: what is compiled may not see what is changed here."""
+    while given is not running and "_orig_mod" in getattr(given, "_modules", {}):
+        changes.set(vars(given), "forward", given._orig_mod.__call__)
+        given = given._orig_mod
+    for module in running.modules():
+        if module._compiled_call_impl is not None:
+            changes.set(vars(module), "_compiled_call_impl", None)
+        own = vars(module).get("forward")
+        if (plain := getattr(own, "_torchdynamo_orig_callable", None)) is not None:
+            changes.set(vars(module), "forward", plain)
 
 
 # Step 1.
 
 
-def _starting_with(new_cache: Callable[[], Cache]) -> Callable:
+def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None) -> None:
+    """Let `generate` and `forward` begin with our caches, and these note the tokens they are given."""
+    if hasattr(model, "generate"):
+        own_kind = getattr(model.generation_config, "cache_implementation", None)
+        if own_kind is not None:
+            changes.set(vars(model.generation_config), "cache_implementation", None)
+        changes.set(vars(model), "generate", with_our_caches(model, model.generate, new_cache, own_kind))
+    hook = model.register_forward_pre_hook(_starting_with(model, new_cache), with_kwargs=True)
+    changes.hook(hook)
+
+
+def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None) -> Callable:
+    names = list(inspect.signature(model.forward).parameters)
+
     def start(_module, args, kwargs):
+        if len(args) > 1:
+            args, kwargs = (), kwargs | dict(zip(names, args, strict=False))
         cache = kwargs.get("past_key_values")
-        fresh = cache is None or (type(cache).__name__ == "DynamicCache" and cache.get_seq_length() == 0)
-        if fresh and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = new_cache()
+        if new_cache is not None and _begins_anew(cache) and _uses_cache(model, kwargs):
+            kwargs["past_key_values"] = cache = new_cache()
+        if takes_tokens(cache):
+            cache.note_tokens(args[0] if args else kwargs.get("input_ids"))
         return args, kwargs
 
     return start
 
 
+def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    return getattr(model.config.get_text_config(decoder=True), "use_cache", True) if asked is None else asked
+
+
+def _begins_anew(cache: Any) -> bool:
+    """Whether there is no cache, or an empty one of Transformers' that is none of the user's own.
+
+    Raises:
+        CacheError: it is of a kind for which ours cannot stand.
+    """
+    if cache is None:
+        return True
+    if takes_tokens(cache) or getattr(cache, "_is_user_defined", False) or cache.get_seq_length():
+        return False
+    if type(cache).__name__ != "DynamicCache":
+        raise CacheError(f"An empty {type(cache).__name__} inside `compressed` would not be compressed: leave it away.")
+    return True
+
+
 # Step 2.
 
 
-@contextmanager
-def _chunked_layers(model: PreTrainedModel, chunk: int) -> Iterator[Callable[[Callable], Callable]]:
-    """Run `model`'s decoder layers over at most `chunk` tokens at a time; yields what to wrap its mask function in."""
-    if chunk < 1:
-        raise UsageError(f"A prefill chunk of {chunk} tokens cannot be run: give --prefill-chunk at least 1.")
+def _chunk_layers(changes: Changes, model: PreTrainedModel, chunk: int) -> Callable[[Callable], Callable]:
+    """Run `model`'s decoder layers over at most `chunk` tokens at a time; what to wrap its mask function in."""
     layers = find_decoder_layers(model)
     if layers is None:
         raise ModelError(
             f"{type(model).__name__} does not list its decoder layers, so its prompt cannot be run in chunks: leave "
             "--prefill-chunk away."
         )
+    for layer in layers:
+        changes.set(vars(layer), "forward", _in_chunks(layer.forward, chunk))
 
     def wrap_mask(make: Callable) -> Callable:
         def pending(**arguments):
@@ -147,13 +225,7 @@ def _chunked_layers(model: PreTrainedModel, chunk: int) -> Iterator[Callable[[Ca
 
         return pending
 
-    try:
-        for layer in layers:
-            layer.forward = _in_chunks(layer.forward, chunk)
-        yield wrap_mask
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+    return wrap_mask
 
 
 def _in_chunks(forward: Callable, chunk: int) -> Callable:

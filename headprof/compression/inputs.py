@@ -8,6 +8,7 @@ from typing import TextIO
 
 from headprof.errors import UsageError
 from headprof.utils.assets import asset_dir
+from headprof.utils.files import decode_text, read_text
 
 
 def demo_document() -> tuple[str, str]:
@@ -29,14 +30,26 @@ def what_to_ask(
     """
     document = read_document(file) if file else None
     if prompt is None and stdin is not None and not stdin.isatty():
-        prompt = stdin.read().strip() or None
-    if prompt is not None and not prompt.strip():
-        raise UsageError('The prompt is empty: give one with --prompt "...".')
+        prompt = _read_stream(stdin).strip() or None
     if prompt is not None:
-        return document, prompt, False
+        return document, checked_prompt(prompt), False
     if (about := about or file) is not None:
         raise UsageError(f'There is no question about {about}: ask one with --prompt "...".')
     return *demo_document(), True
+
+
+def checked_prompt(text: str, option: str = "--prompt") -> str:
+    """The text itself; raises `UsageError` when there is nothing in it."""
+    if not text.strip():
+        what = option.removeprefix("--")
+        raise UsageError(f'The {what} is empty: give one with {option} "...".')
+    return text
+
+
+def _read_stream(stream: TextIO) -> str:
+    """All of standard input, read as a file is, whatever encoding the system is set to."""
+    data = stream.buffer.read() if hasattr(stream, "buffer") else stream.read().encode("utf-8", "surrogateescape")
+    return decode_text(data, "The standard input")
 
 
 def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:
@@ -63,19 +76,14 @@ def check_sources(file: Path | None, cache: Path | None, compare: bool, compress
 
 
 def read_document(path: Path) -> str:
-    """A text file, as UTF-8.
+    """A document, from a text file.
 
     Raises:
-        UsageError: it is not there, is not a text file, or is empty.
+        UsageError: it is not there, is not a text file in UTF-8, or is empty.
     """
-    try:
-        text = path.read_text("utf-8").strip()
-    except FileNotFoundError as error:
-        raise UsageError(f"There is no file {path}: check the path given with --file.") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not a UTF-8 text file: convert it to plain text first.") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): give a text file with --file.") from error
+    if not path.exists():
+        raise UsageError(f"There is no file {path}: check the path given with --file.")
+    text = read_text(path).strip()
     if not text:
         raise UsageError(f"{path} is empty: give a file with text in it.")
     return text

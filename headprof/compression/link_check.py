@@ -7,8 +7,7 @@ one layer's keys to others; the text would be wrong, in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import local
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from headprof.models.decoder import decoder_of
 from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
 _BIASES = ("attention_bias", "position_bias", "alibi", "head_mask", "indices")
@@ -65,16 +65,12 @@ class LinkCheck:
         self.looking = False
         """Whether a pass may be under way that is to be looked at."""
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Look at the passes of the model's decoder while the context lasts, or until there is nothing left to see."""
+    def install(self) -> Sequence[RemovableHandle]:
+        """Look at the passes of the model's decoder until these hooks are removed, or there is nothing left to see."""
         before = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         after = self._decoder.register_forward_hook(self._end, always_call=True)
         self._hooks = (before, after)
-        try:
-            yield
-        finally:
-            self._stop()
+        return self._hooks
 
     def _stop(self) -> None:
         self.looking = False

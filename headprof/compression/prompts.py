@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
-from headprof.compression.generation import Generation, generate_text, prompt_ids, question_ids
+from headprof.compression.generation import Generation, ask, generate_text, prompt_ids, question_ids
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.request import CompressionRequest
+from headprof.compression.warming import warm_up
 from headprof.models.loading import LoadedModel
 
 
@@ -40,6 +41,14 @@ class Prompt:
     def answer(self, loaded: LoadedModel, **options: Any) -> Generation:
         """What the model says; options are those of `generate_text`."""
         return generate_text(loaded, self.ids, self.plan, cache=self.cache, **options)
+
+    def warm_up(self, loaded: LoadedModel, *, full: bool, **reading: Any) -> None:
+        """Have what is done once in a process done before times are taken, of the full cache too if it is used beside.
+
+        Options are `backend` and `prefill_chunk`.
+        """
+        plan = self.plan if self.cache is None else self.cache.plan
+        warm_up(loaded, self.ids, [None, plan] if full else [plan], **reading)
 
 
 def new_prompt(
@@ -83,17 +92,17 @@ def prompt_about(
 
 def answer_questions(
     loaded: LoadedModel, cache: HeadCache, questions: Sequence[str], max_new_tokens: int, backend: str = "auto"
-) -> dict[str, str]:
-    """The answer to each question about a document, every one from a copy of its cache.
+) -> list[str]:
+    """The answer to each question about a document, in order, every one from a copy of its cache.
 
     Raises:
         UsageError: a question is too long for the model's context; none has been answered then.
     """
-    asked = [(question, question_ids(loaded, cache, question, max_new_tokens)) for question in questions]
+    for question in questions:
+        question_ids(loaded, cache, question, max_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend}
-    return {
-        question: generate_text(loaded, ids, cache=stack_caches([cache]), **options).text for question, ids in asked
-    }
+    answers = {question: ask(loaded, cache, question, **options).text for question in dict.fromkeys(questions)}
+    return [answers[question] for question in questions]
 
 
 def full_cache_bytes(loaded: LoadedModel, made: Generation, full: Generation | None = None) -> int:

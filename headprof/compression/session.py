@@ -15,6 +15,7 @@ from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError
+from headprof.models.decoder import running_model
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
@@ -38,7 +39,7 @@ def make_plan(
     """Put a method, a budget and a profile together for a model.
 
     Args:
-        model: the model whose cache is to be compressed.
+        model: the model whose cache is to be compressed, or a wrapper around it: `torch.compile`'s, an adapter of PEFT.
         profile: its head profile, for methods that need one.
         method: a name in `METHODS` or of an installed package's method, or a `Method` itself.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
@@ -50,6 +51,7 @@ def make_plan(
         ProfileError: the method needs a profile and there is none, or it belongs to another model.
         ModelError: the model's layers keep or turn something else than the method can deal with.
     """
+    model = running_model(model)
     base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
     chosen = base.with_options(**options)
     require_attention_layers(model, "its cache cannot be compressed per head")
@@ -147,8 +149,10 @@ def compressed(
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
 
-    Every cache that `model.generate` or `model(...)` would start inside the context becomes a `HeadCache`; one that is
-    passed in as `past_key_values` is used as it is. Leaving the context restores the model.
+    Every cache that `model.generate` or `model(...)` would start inside the context becomes a `HeadCache`, whichever
+    kind the model's settings name. One that is passed to `generate` as `past_key_values` is used as it is, and so is
+    one that is passed to `model(...)` and not empty. Of nested contexts the inner one counts. Leaving the context, in
+    whatever order and also by an exception, leaves the model exactly as it was. Only one thread at a time enters it.
 
     Args:
         model, profile, method, budget, decode_budget, buffer, options: as for `make_plan`.
@@ -156,6 +160,11 @@ def compressed(
 
     Yields:
         The plan, from which `HeadCache(plan)` makes caches to pass in by hand.
+
+    Raises:
+        ModelError: no model is known inside the wrapper, its attention or layers cannot be reached, or another thread
+            holds it.
+        HeadprofError: what `make_plan` raises.
     """
     plan = make_plan(
         model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options

@@ -17,6 +17,7 @@ from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.texts import Text
 from headprof.models.loading import require_finite
+from headprof.models.text_encoder import TextEncoder
 from headprof.utils.intervals import mean_interval
 
 CHUNK = 64
@@ -127,12 +128,13 @@ def select_documents(
             f"{max_positions} that the model can read: lower one of them."
         )
     wanted = None if settings.documents is None else settings.skip + settings.documents
+    plain = TextEncoder(tokenizer)
     found: list[Document] = []
     longest = 0
     for text in texts:
         if len(found) == wanted:
             break
-        ids = tokenizer(text.text, verbose=False).input_ids
+        ids = plain.whole(text.text)
         longest = max(longest, len(ids))
         if len(ids) >= needed:
             found.append(Document(text.name, tuple(ids[: settings.prefix]), tuple(ids[settings.prefix : needed])))

@@ -159,7 +159,7 @@ class ExampleQuestions(Sequence[Question]):
         after, reply = encoder.cued(example.after, example.reply)
         room = loaded.max_positions - example.max_new_tokens
         most = min(room, self._max_prompt or room)
-        return cut_middle(replace(example, after=after, reply=reply), loaded.tokenizer, most, encoder.overhead)
+        return cut_middle(replace(example, after=after, reply=reply), encoder.texts, most, encoder.overhead)
 
     def check(self) -> None:
         """Find out before any work what would stop it.

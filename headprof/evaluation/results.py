@@ -181,8 +181,11 @@ def summary(found: Evaluation) -> dict[str, Any]:
 
 
 def results_csv(results: Iterable[Any]) -> str:
-    """A line for each result, with a header; nothing if there is none."""
-    rows = [asdict(result) for result in results]
+    """A line for each result, with a header; nothing if there is none.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it, as spreadsheets write it.
+    """
+    rows = [{name: _no_formula(value) for name, value in asdict(result).items()} for result in results]
     text = io.StringIO()
     if rows:
         # Texts in quotes: the module leaves a carriage return bare, which ends a line for those who read it.
@@ -190,3 +193,13 @@ def results_csv(results: Iterable[Any]) -> str:
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()
+
+
+def _no_formula(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

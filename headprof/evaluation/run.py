@@ -115,7 +115,10 @@ class EvalRun:
         self.team, self.on_progress = team or Team(), on_progress
         self.asker = Asker(loaded, self._candidates(), request.question_known, request.observer_ids(loaded))
         self.tasks = {name: self._task(name) for name in request.all_tasks}
-        journal = None if output is None or self.team.rank else Journal(output / "answers.jsonl", self._digest)
+        candidates = [(candidate.method, candidate.budget) for candidate in self.asker.candidates]
+        journal = None
+        if output is not None and self.team.rank == 0:
+            journal = Journal(output / "answers.jsonl", self._digest, candidates)
         self.kept: KeptResults[QuestionKey, Results] = KeptResults(request.key(loaded, profile), journal)
         self._resume = resume
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headprof.errors import UsageError
+from headprof.utils.files import read_text, without_lone_surrogates
 
 TEXT_FIELDS = ("context", "text")
 """Where a row of a `.jsonl` file may have its text; the first that is there counts."""
@@ -48,7 +49,7 @@ def read_texts(path: Path) -> list[Text]:
 
 
 def _texts_of(name: str, file: Path) -> Iterator[Text]:
-    content = _read_utf8(file)
+    content = read_text(file)
     if file.suffix == ".txt":
         yield Text(name, content)
         return
@@ -57,7 +58,7 @@ def _texts_of(name: str, file: Path) -> Iterator[Text]:
         if line.strip():
             row = _row(line, f"Line {number} of {file}")
             text = next(row[field] for field in TEXT_FIELDS if isinstance(row.get(field), str))
-            yield Text(_without_lone_surrogates(f"{name}:{row.get('_id', number)}"), _without_lone_surrogates(text))
+            yield Text(without_lone_surrogates(f"{name}:{row.get('_id', number)}"), without_lone_surrogates(text))
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -72,17 +73,3 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not any(isinstance(row.get(field), str) for field in TEXT_FIELDS):
         raise UsageError(f"{where} has no text in a field {' or '.join(map(repr, TEXT_FIELDS))}: name its text so.")
     return row
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can escape half a character, which no tokenizer takes; as others do, put a question mark for it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _read_utf8(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text (at byte {error.start}): convert it to UTF-8.") from error
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}): check its permissions.") from error

@@ -1,4 +1,4 @@
-"""Looking into a model: its decoder layers, where they lie, and the tokens that end what it says."""
+"""Looking into a model: what is inside its wrappers, its decoder layers, where they lie, the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,51 @@ from headprof.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def running_model(model: Any) -> PreTrainedModel:
+    """The model of Transformers whose `generate` and `forward` run when those of a wrapper around it are called.
+
+    Wrappers are `torch.compile`'s, adapters of PEFT, pipelines, and those of `torch.nn.parallel` with one device.
+
+    Raises:
+        ModelError: it is nothing of Transformers, or an adapter feeds the model otherwise than by its weights.
+    """
+    from transformers import PreTrainedModel
+
+    given = model
+    for _ in range(8):
+        if isinstance(model, PreTrainedModel) and "_orig_mod" not in model._modules:
+            return model
+        inner = _inside(model)
+        if inner is None:
+            break
+        model = inner
+    raise ModelError(
+        f"No model of Transformers is known inside this {type(given).__name__}: give the model itself, whose "
+        "`generate` is called."
+    )
+
+
+def _inside(wrapper: Any) -> Any:
+    """What a wrapper runs, or `None` if it is none that is known."""
+    adapter = getattr(wrapper, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ModelError(
+            f"The adapter {type(adapter).__name__} feeds the model tokens or keys of its own, which cannot be "
+            "compressed: choose one that changes weights, such as LoRA."
+        )
+    if callable(getattr(wrapper, "get_base_model", None)):  # peft
+        return wrapper.get_base_model()
+    if isinstance(wrapper, torch.nn.DataParallel) and len(wrapper.device_ids) > 1:
+        raise ModelError("A DataParallel model runs as copies, which cannot be reached: give the model inside it.")
+    modules = getattr(wrapper, "_modules", {})
+    for name in ("_orig_mod", "module"):  # torch.compile; torch.nn.parallel
+        if name in modules:
+            return modules[name]
+    if hasattr(wrapper, "base_model"):
+        return getattr(wrapper.base_model, "model", wrapper.base_model)
+    return None if isinstance(wrapper, torch.nn.Module) else getattr(wrapper, "model", None)  # a pipeline
 
 
 def decoder_of(model: PreTrainedModel) -> Any:

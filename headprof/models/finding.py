@@ -6,7 +6,22 @@ from pathlib import Path
 
 from headprof.errors import ModelError
 from headprof.models.checkpoint import Progress, Source, adapter_error, check_gguf
-from headprof.models.embedded import EMBEDDED, embedded_model_dir
+from headprof.models.embedded import EMBEDDED, cache_dir, embedded_model_dir
+
+# What a checkpoint consists of; anything else in its folder, such as a picture, was put there by somebody.
+_MODEL_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".tiktoken",
+    ".py",
+)
 
 
 def model_name(model: str | None) -> str:
@@ -51,6 +66,32 @@ def find_model(model: str | None, progress: Progress, *, weights: bool = True) -
     from headprof.models.hub import find_on_hub
 
     return find_on_hub(model, progress, weights=weights)
+
+
+def model_files(model: str | None) -> list[Path]:
+    """The files of a model as far as they are on this machine, found without loading or downloading anything."""
+    path = Path(model or "").expanduser()
+    if model is not None and path.is_file():
+        return [path]
+    if model_name(model) == EMBEDDED and (model is None or not path.exists()):
+        folder = cache_dir() / EMBEDDED.lower()
+    elif path.is_dir():
+        folder = path
+    else:
+        folder = _hub_folder(model or "")
+    return [file for file in folder.iterdir() if file.suffix in _MODEL_SUFFIXES] if folder.is_dir() else []
+
+
+def _hub_folder(repo: str) -> Path:
+    """Where the hub's cache has a model; some folder that is not there when it has none."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(repo, "config.json")
+    except HFValidationError:
+        config = None
+    return Path(config).parent if isinstance(config, str) else Path(repo) / "absent"
 
 
 def looks_like_path(model: str) -> bool:

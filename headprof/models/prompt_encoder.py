@@ -13,6 +13,7 @@ from typing import Any
 
 from headprof.errors import ModelError, ProbeError
 from headprof.models.checkpoint import one_line
+from headprof.models.text_encoder import TextEncoder
 
 Span = tuple[int, int]
 """`[start, stop)` token positions in the full prompt."""
@@ -77,12 +78,16 @@ class PromptEncoder:
 
     The context of probes comes with `encode_context` and `encode_question`, a user's document with `document_ids` and
     `question_ids`; a chat model is given an instruction before the former only. A prompt that is whole by itself comes
-    with `prompt_ids`, or in two parts with `start_ids` and `encode_end`.
+    with `prompt_ids`, or in two parts with `start_ids` and `encode_end`. Only the chat template's own control tokens
+    become such: one that stands in a text is encoded as the characters it is written with.
 
     Args:
         tokenizer: the model's.
         raw: put nothing around texts, neither a chat template nor what else takes its place.
         spans: whether contexts and questions of probes are to be encoded, with exact spans.
+
+    Attributes:
+        texts: encodes single texts.
 
     Raises:
         ModelError: the chat template does not repeat the user's text.
@@ -91,8 +96,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, *, raw: bool = False, spans: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._gives_offsets = bool(getattr(tokenizer, "is_fast", False))
-        if spans and not self._gives_offsets:
+        if spans and not getattr(tokenizer, "is_fast", False):
             raise ProbeError(
                 "Probes need a fast tokenizer, since exact spans come from its character offsets; "
                 "load this one with use_fast=True or convert it to tokenizer.json."
@@ -100,12 +104,13 @@ class PromptEncoder:
         self._templated = not raw and bool(getattr(tokenizer, "chat_template", None))
         self._plain = not raw and not self._templated
         self._before, self._after = _template_parts(tokenizer) if self._templated else ("", "")
+        self.texts = TextEncoder(tokenizer, self._before + self._after)
         self._first = [] if self._templated else _first_ids(tokenizer)
 
     def encode_context(self, body: str) -> EncodedContext:
         """Token ids of everything before the question of a probe."""
         head = f"{self._before}{INSTRUCTION}{GAP}"
-        ids, offsets = self._with_offsets(f"{head}{body}{GAP}")
+        ids, offsets = self.texts.with_offsets(f"{head}{body}{GAP}", [(0, len(self._before))])
         outside = (-len(head),) * len(self._first)
         return EncodedContext(
             ids=(*self._first, *ids),
@@ -118,7 +123,7 @@ class PromptEncoder:
 
         A blank before the answer belongs to the answer if the tokenizer makes one token of it and the first word.
         """
-        return self._encode_together(GAP, self._asked(question), reply, answer)
+        return self._encode_together(GAP, question, reply, answer)
 
     def document_ids(self, document: str) -> list[int]:
         """Token ids of everything before the question about a document."""
@@ -127,18 +132,17 @@ class PromptEncoder:
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids that follow a document, up to where the model answers."""
-        asked = self._asked(question)
-        if self._plain and self._gives_offsets:
-            return [*self._encode_together(GAP, asked, "", "").asked]
-        return self._ids(asked)
+        if self._plain and self.texts.gives_offsets:
+            return [*self._encode_together(GAP, question, "", "").asked]
+        return self._framed(*self._asked(question))
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without a document: in the chat template, or as it was written."""
-        return self.start_ids(f"{prompt}{self._after}")
+        return self._first + self._framed(self._before, prompt, self._after)
 
     def start_ids(self, text: str) -> list[int]:
         """Token ids of the beginning of a prompt, of which `encode_end` encodes the rest."""
-        return self._first + self._ids(f"{self._before}{text}")
+        return self._first + self._framed(self._before, text)
 
     def encode_end(self, text: str, reply: str, answer: str) -> EncodedQuestion:
         """Token ids of the end of a prompt, the given beginning of the reply, and an answer after a blank.
@@ -147,12 +151,12 @@ class PromptEncoder:
             text, reply: as `cued` returns them.
             answer: what the model should say then.
         """
-        if self._plain and self._gives_offsets:
-            return self._encode_together("", text, reply, f" {answer}")
+        if self._plain and self.texts.gives_offsets:
+            return self._encode_together("", text, reply, f" {answer}", frame=("", ""))
         last = reply or ("" if self._templated else text)
         blank = " " if last and not last[-1].isspace() else ""
-        parts = (f"{text}{self._after}", reply, f"{blank}{answer}")
-        return EncodedQuestion(*(tuple(self._ids(part)) for part in parts))
+        parts = (("", text, self._after), ("", reply), ("", f"{blank}{answer}"))
+        return EncodedQuestion(*(tuple(self._framed(*part)) for part in parts))
 
     def cued(self, text: str, reply: str) -> tuple[str, str]:
         """The end of a prompt and the given beginning of the reply, such that a model without a chat format answers.
@@ -168,34 +172,37 @@ class PromptEncoder:
     @property
     def overhead(self) -> int:
         """Tokens of a prompt that are not its text: the chat template, or the token that every text begins with."""
-        return len(self.start_ids("")) + len(self._ids(self._after))
+        return len(self.start_ids("")) + len(self._framed("", "", self._after))
 
     def count(self, sentences: list[str]) -> list[int]:
         """Tokens that each sentence adds to a running text (to a token or so): its first word follows a blank, unless
         the sentence before it ends a paragraph."""
         previous = ["", *sentences[:-1]]
         texts = [s if p.endswith("\n") else f" {s}" for p, s in zip(previous, sentences, strict=True)]
-        return [len(ids) for ids in self._ids(texts)]
+        return [len(ids) for ids in self.texts.ids_of_each(texts)]
 
-    def _asked(self, question: str) -> str:
-        return f"{_QUESTION}{question}{_ANSWER}" if self._plain else f"{question}{self._after}"
+    def _asked(self, question: str) -> tuple[str, str, str]:
+        """A question, and what stands before and after it."""
+        return (_QUESTION, question, _ANSWER) if self._plain else ("", question, self._after)
 
-    def _encode_together(self, lead: str, asked: str, reply: str, answer: str) -> EncodedQuestion:
+    def _encode_together(
+        self, lead: str, question: str, reply: str, answer: str, frame: tuple[str, str] | None = None
+    ) -> EncodedQuestion:
         """Encode one text, which follows `lead`, and cut it: a token belongs to the part in which it ends."""
+        before, question, after = self._asked(question) if frame is None else (frame[0], question, frame[1])
+        asked = f"{before}{question}{after}"
         text = _append(_append(asked, reply), answer)
         ends = [len(lead), len(lead) + len(asked), len(lead) + len(text) - len(answer), len(lead) + len(text)]
+        template = [(ends[1] - len(after), ends[1])]
         parts: list[list[int]] = [[] for _ in ends]
-        for token, (_, stop) in zip(*self._with_offsets(f"{lead}{text}"), strict=True):
+        for token, (_, stop) in zip(*self.texts.with_offsets(f"{lead}{text}", template), strict=True):
             parts[bisect_left(ends, stop)].append(token)
         return EncodedQuestion(*map(tuple, parts[1:]))
 
-    def _with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoded.input_ids, encoded.offset_mapping
-
-    def _ids(self, text: Any) -> list[Any]:
-        """Token ids of a text, or of each of several."""
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _framed(self, before: str, text: str, after: str = "") -> list[int]:
+        """Token ids of a text between parts of the template."""
+        whole = f"{before}{text}{after}"
+        return self.texts.ids(whole, [(0, len(before)), (len(whole) - len(after), len(whole))])
 
 
 def _template_parts(tokenizer: Any) -> tuple[str, str]:

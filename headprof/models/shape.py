@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from headprof.errors import ModelError
+from headprof.utils.records import is_text, make_record, shortened
+
+_MOST = 10**9
+_LONGEST_NAME = 200
 
 _LABELS = {
     "architecture": "architecture",
@@ -77,11 +81,12 @@ class HeadShape:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadShape:
-        """Inverse of `to_dict`; raises `KeyError` or `TypeError` when a field is missing or of the wrong type."""
-        return cls(
-            architecture=str(values["architecture"]),
-            **{field.name: int(values[field.name]) for field in fields(cls) if field.name != "architecture"},
-        )
+        """Inverse of `to_dict`; raises `ValueError` when a field is missing, of the wrong type or beyond any model."""
+        numbers = [field.name for field in fields(cls) if field.name != "architecture"]
+        shape = make_record(cls, values, dict.fromkeys(numbers, (0, _MOST)))
+        if not is_text(shape.architecture) or len(shape.architecture) > _LONGEST_NAME:
+            raise ValueError(f"its architecture cannot be {shortened(shape.architecture)}")
+        return shape
 
     def differences(self, other: HeadShape) -> list[str]:
         """Say, field by field, how `self` differs from `other`: `["layers 30 instead of 32"]`; empty when equal."""

@@ -6,12 +6,12 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.plots.certainty import half_width, interval_of, is_unsure
+from headprof.plots.page import escape, with_policy
 from headprof.plots.style import (
     GRID,
     INK,
@@ -59,7 +59,7 @@ def render_page(data: dict[str, Any]) -> str:
     template = files("headprof.plots").joinpath("heatmap.html").read_text(encoding="utf-8")
     values = {"title": escape(data["model"]), "data": embed_json(data), "ink": INK, "mark": MARK, "grid": GRID}
     # In one pass, so that a value that looks like a placeholder stays as it is.
-    return re.sub(r"%%(\w+)%%", lambda match: values[match[1]], template)
+    return with_policy(re.sub(r"%%(\w+)%%", lambda match: values[match[1]], template))
 
 
 def embed_json(value: Any) -> str:

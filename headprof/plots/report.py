@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from headprof.evaluation.results import main_cells
 from headprof.plots.depths import depths_plot
+from headprof.plots.page import escape, with_policy
 from headprof.plots.scores import budget_order, scores_plot
 from headprof.utils.files import write_text
 from headprof.utils.units import human_bytes
@@ -39,13 +39,15 @@ def write_report(found: Evaluation, path: str | Path) -> Path:
 def render_report(found: Evaluation) -> str:
     """The whole page; all that users have named is escaped."""
     template = Template(files("headprof.plots").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(f"headprof eval: {found.about.get('model', '')}"),
-        command=escape(str(found.about.get("command", ""))),
-        pictures="".join(_pictures(found)),
-        tables="".join([*map(_task_tables, _by_task(found.cells)), _perplexity_table(found.perplexities)]),
-        texts="".join(_texts(found.answers)),
-        about=_facts({name: value for name, value in found.about.items() if name != "command"}),
+    return with_policy(
+        template.substitute(
+            title=escape(f"headprof eval: {found.about.get('model', '')}"),
+            command=escape(str(found.about.get("command", ""))),
+            pictures="".join(_pictures(found)),
+            tables="".join([*map(_task_tables, _by_task(found.cells)), _perplexity_table(found.perplexities)]),
+            texts="".join(_texts(found.answers)),
+            about=_facts({name: value for name, value in found.about.items() if name != "command"}),
+        )
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.files import atomic_write
+from headprof.utils.printable import printable
 from headprof.utils.units import format_length
 
 if TYPE_CHECKING:
@@ -54,12 +55,16 @@ def checked_path(
 def save_picture(draw: Callable[[], Figure], path: Path) -> None:
     """Draw in our style and write atomically as PNG or SVG, by the suffix; the same drawing gives the same bytes."""
     import matplotlib.style
+    from matplotlib.text import Text
 
     suffix = path.suffix.lower()
     with matplotlib.style.context(["default", _STYLE]), atomic_write(path) as temporary:
         # The date and the version of matplotlib would make equal pictures differ.
         undated: dict[str, Any] = {"Software": None} if suffix == ".png" else {"Date": None, "Creator": None}
-        draw().savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
+        figure = draw()
+        for text in figure.findobj(Text):  # names from files may hold what no SVG does
+            text.set_text(printable(text.get_text()))
+        figure.savefig(temporary, format=suffix[1:], dpi=DPI, metadata=undated)
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -75,6 +80,7 @@ def new_figure(width: float, height: float) -> Figure:
 def write_heading(figure: Figure, left: float, heading: str, facts: str, fontsize: float) -> None:
     """Write a heading at the top, `left` inches from the left, and facts in a line of this size beneath."""
     width, height = figure.get_size_inches()
+    heading, facts = printable(heading), printable(facts)
     figure.text(left / width, 1 - 0.24 / height, heading, va="center", size=12, color=INK, weight="bold")
     figure.text(left / width, 1 - 0.47 / height, facts, va="center", size=fontsize, color=MUTED)
 
@@ -93,7 +99,7 @@ def write_line(
     width, height = figure.get_size_inches()
     left, right = margins
     x, y = left / width, 1 - below / height
-    line = figure.text(x, y, text, va="center", fontsize=fontsize, parse_math=False, **style)
+    line = figure.text(x, y, printable(text), va="center", fontsize=fontsize, parse_math=False, **style)
     room = (width - left - right) * figure.dpi
     while (taken := line.get_window_extent().width) > room:  # small letters shrink unevenly
         line.set_fontsize(line.get_fontsize() * room / taken)

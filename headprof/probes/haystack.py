@@ -12,6 +12,7 @@ from pathlib import Path
 
 from headprof.errors import ProbeError, UsageError
 from headprof.utils.assets import asset_dir
+from headprof.utils.files import read_text
 
 PARAGRAPH_BREAK = "\n\n"
 _MIN_FOLDER_SENTENCES = 8
@@ -96,7 +97,7 @@ class Haystack:
         files = sorted(file for file in folder.rglob("*.txt") if file.is_file())
         if not files:
             raise UsageError(f"The haystack folder {folder} holds no .txt file; put the filler text there as .txt.")
-        sentences = [sentence for file in files for sentence in split_sentences(_read_text(file))]
+        sentences = [sentence for file in files for sentence in split_sentences(read_text(file, ProbeError))]
         if len(sentences) < _MIN_FOLDER_SENTENCES:
             raise ProbeError(
                 f"The .txt files in {folder} hold {len(sentences)} sentences in all, fewer than "
@@ -167,10 +168,3 @@ def _new_sentence(writer: _ThemeWriter, seen: set[str]) -> str:
         sentence = writer.sentence()
     seen.add(sentence)
     return sentence
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ProbeError(f"The haystack file {path} is not UTF-8 text; convert it to UTF-8.") from None

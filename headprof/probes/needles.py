@@ -6,12 +6,15 @@ import json
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 from string import Formatter
 from typing import Any, Literal, get_args
 
 from headprof.errors import ProbeError, UsageError
 from headprof.utils.assets import asset_dir
+from headprof.utils.files import read_text
+from headprof.utils.records import is_text, parse_json, shortened
 
 Kind = Literal["retrieval", "reasoning"]
 Split = Literal["profile", "eval"]
@@ -22,6 +25,8 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 SlotSource = list[str] | str | dict[str, int]
 
 _MAX_DRAWS = 400
+_LARGEST_FILE = 2**26
+_LONGEST_NAME = 200
 _REQUIRED_FIELDS = ("needle", "real_needle", "answer", "question")
 
 
@@ -180,7 +185,9 @@ def load_needles(path: str | Path) -> list[Needle]:
     file = Path(path)
     if not file.is_file():
         raise UsageError(f"The needle file {file} does not exist; give a JSONL file with one needle a line.")
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    if file.stat().st_size > _LARGEST_FILE:
+        raise UsageError(f"The needle file {file} is larger than {_LARGEST_FILE} bytes; give a smaller one.")
+    lines = read_text(file, ProbeError).split("\n")  # JSON strings may hold other line separators, such as U+2028
     needles = [_parse_needle(line, f"Line {n} of {file}", file.stem) for n, line in enumerate(lines, 1) if line.strip()]
     if not needles:
         raise ProbeError(f"The needle file {file} is empty; write one JSON object with a needle on each line.")
@@ -189,16 +196,26 @@ def load_needles(path: str | Path) -> list[Needle]:
 
 def _parse_needle(line: str, where: str, default_family: str) -> Needle:
     try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
+        raw = parse_json(line)
+    except JSONDecodeError as error:
         raise ProbeError(
             f"{where} is not JSON ({error.msg} at column {error.colno}); write one object a line."
+        ) from None
+    except ValueError as error:
+        raise ProbeError(
+            f"{where} cannot be read ({error}); write one object a line, of short numbers and plain texts."
         ) from None
     if not isinstance(raw, dict):
         raise ProbeError(f'{where} is not a JSON object; write one such as {{"needle": ..., "answer": ...}} a line.')
     for name in _REQUIRED_FIELDS:
         if not isinstance(raw.get(name), str) or not raw[name].strip():
             raise ProbeError(f"{where} has no text in the field {name!r}; give all of {', '.join(_REQUIRED_FIELDS)}.")
+    for name in (*_REQUIRED_FIELDS, "answer_prefix"):
+        if not is_text(raw.get(name, "")):
+            raise ProbeError(f"{where} has no text that could be written in the field {name!r}; mend it.")
+    family = raw.get("family", default_family)
+    if not is_text(family) or not family.isprintable() or len(family) > _LONGEST_NAME:
+        raise ProbeError(f"{where} has the family {shortened(family)}; give a name of one line.")
     text, real = raw["needle"].strip(), raw["real_needle"].strip()
     if real not in text:
         raise ProbeError(
@@ -206,9 +223,9 @@ def _parse_needle(line: str, where: str, default_family: str) -> Needle:
         )
     kind = raw.get("kind", "reasoning")
     if kind not in KINDS:
-        raise ProbeError(f"{where} has the kind {kind!r}; use one of {', '.join(KINDS)}.")
+        raise ProbeError(f"{where} has the kind {shortened(kind)}; use one of {', '.join(KINDS)}.")
     return Needle(
-        family=str(raw.get("family", default_family)),
+        family=family,
         kind=kind,
         text=text,
         answer=raw["answer"].strip(),
@@ -216,7 +233,7 @@ def _parse_needle(line: str, where: str, default_family: str) -> Needle:
         answer_stop=text.index(real) + len(real),
         distractors=(),
         question=raw["question"].strip(),
-        answer_prefix=str(raw.get("answer_prefix", "")).strip(),
+        answer_prefix=raw.get("answer_prefix", "").strip(),
     )
 
 
@@ -251,10 +268,10 @@ def _check_family(family: Family) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.") from None
-    except json.JSONDecodeError as error:
+        if not path.exists():
+            raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.")
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"The needle families file {path} is not JSON ({error}); mend it.") from None
 
 

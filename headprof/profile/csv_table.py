@@ -12,6 +12,7 @@ from headprof.errors import ProfileError
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.utils.files import atomic_write
+from headprof.utils.records import shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,7 @@ def _read_columns(path: Path) -> dict[str, Tensor]:
     import torch
 
     try:
-        rows = list(csv.DictReader(read_text(path).splitlines()))
+        rows = list(csv.DictReader(read_text(path).split("\n")))
     except csv.Error as error:
         raise ProfileError(f"{path} is not valid CSV ({error}): export it again.") from error
     columns = rows[0].keys() if rows else ()
@@ -116,6 +117,6 @@ def _parse_cell(path: Path, column: str, head: tuple[int, int], cell: str) -> fl
         value = math.nan
     if not 0 <= value <= LARGEST:
         raise ProfileError(
-            f"{path} has {cell!r} as {column} of head {head[0]}-{head[1]}: give a finite number, zero or more."
+            f"{path} has {shortened(cell)} as {column} of head {head[0]}-{head[1]}: give a finite number, zero or more."
         )
     return value

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
-from headprof.utils.files import atomic_write, read_safetensors
+from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
+from headprof.utils.records import is_whole, parse_json, parse_object, plain
+from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, TensorFile, is_altered, open_tensors, with_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +25,10 @@ FORMAT = "headprof.profile"
 FORMAT_VERSION = "2"
 """Version 1 had no intervals; it is still read."""
 _READABLE = ("1", FORMAT_VERSION)
-_RESERVED = ("format", "format_version", "model", "fingerprint")
+_RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
+_LARGEST_FILE = 2**26
+_LONGEST_NAME, _LONGEST_NOTE, _MOST_NOTES = 1000, 2**16, 1000
+_MOST_PROBES = 2**53
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,19 +79,22 @@ class HeadProfile:
     def settings(self) -> dict[str, Any]:
         """The probe settings kept as JSON in the metadata; empty when they are absent or not a JSON object."""
         try:
-            settings = json.loads(self.metadata.get("settings", "{}"))
+            return parse_object(self.metadata.get("settings", "{}"))
         except ValueError:
             return {}
-        return settings if isinstance(settings, dict) else {}
 
     @property
     def accuracy(self) -> dict[str, tuple[int, int]]:
         """Probes answered and asked by family, kept as JSON in the metadata; empty when absent or not so shaped."""
         try:
-            tally = json.loads(self.metadata.get("accuracy", "{}"))
-            return {str(family): (int(answered), int(asked)) for family, (answered, asked) in tally.items()}
-        except (AttributeError, TypeError, ValueError):
+            tally = parse_object(self.metadata.get("accuracy", "{}"))
+            counts = {family: (answered, asked) for family, (answered, asked) in tally.items()}
+        except (TypeError, ValueError):
             return {}
+        usable = all(
+            is_whole(asked, 0, _MOST_PROBES) and is_whole(answered, 0, asked) for answered, asked in counts.values()
+        )
+        return counts if usable else {}
 
     def scores_of(self, which: str) -> Tensor:
         """Scores `[L, H]` of one kind; raises `UsageError` for an unknown kind, `ProfileError` for one not held."""
@@ -138,10 +146,8 @@ class HeadProfile:
             "model": self.model_name,
             "fingerprint": json.dumps(self.shape.to_dict()),
         }
-        content = save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            metadata=header | dict(self.metadata),
-        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(tensors, metadata=with_checksum(tensors, header | dict(self.metadata)))
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
 
@@ -155,24 +161,21 @@ class HeadProfile:
             model_name: name of that model, for the command in the error message.
 
         Raises:
-            ProfileError: the file is missing, damaged, not a profile, of another version, or for another model.
+            ProfileError: the file is missing, damaged, altered, not a profile, of another version, or for another
+                model.
         """
         path = Path(path)
-        tensors, metadata = read_safetensors(path, "profile", f"run `{score_command(None)}`", ProfileError)
-        if metadata.get("format") != FORMAT:
-            raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
-        if (version := metadata.get("format_version")) not in _READABLE:
-            raise ProfileError(
-                f"The profile {path} has format version {version} where this headprof reads {' and '.join(_READABLE)}: "
-                f"update headprof, or run `{score_command(metadata.get('model'))}`."
-            )
-        try:
-            profile = _from_parts(tensors, metadata)
-        except ValueError as error:
-            raise ProfileError(
-                f"The profile {path} is damaged ({error}): restore it, or run "
-                f"`{score_command(model_name or metadata.get('model'))}`."
-            ) from error
+        with open_tensors(path, "profile", f"run `{score_command(None)}`", ProfileError) as file:
+            mend = f"run `{score_command(model_name or _named_model(file.metadata))}`"
+            _check_format(path, file.metadata, mend)
+            try:
+                _check_parts(file)
+                tensors = file.read_all()
+                profile = _from_parts(tensors, file.metadata)
+            except ValueError as error:
+                raise ProfileError(f"The profile {path} is damaged ({error}): restore it, or {mend}.") from error
+            if is_altered(tensors, file.metadata):
+                raise ProfileError(f"The profile {path} has been altered since it was made: restore it, or {mend}.")
         if shape is not None and (differences := profile.shape.differences(shape)):
             raise ProfileError(
                 f"The profile {path} is for another model ({', '.join(differences)}): choose another with --profile, "
@@ -181,21 +184,44 @@ class HeadProfile:
         return profile
 
 
-def _from_parts(tensors: dict[str, Tensor], metadata: dict[str, str]) -> HeadProfile:
-    """Build a profile from the parts of a file; raises `ValueError` saying which part is wrong."""
-    import torch
+def _named_model(metadata: Mapping[str, str]) -> str | None:
+    """The model that a file is for, if that is a name to be shown."""
+    name = metadata.get("model", "")
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else None
 
-    try:
-        shape = HeadShape.from_dict(json.loads(metadata["fingerprint"]))
-        model_name = metadata["model"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError("its model name or fingerprint is missing or unreadable") from error
+
+def _check_format(path: Path, metadata: Mapping[str, str], mend: str) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
+    if (version := metadata.get("format_version")) not in _READABLE:
+        raise ProfileError(
+            f"The profile {path} has format version {plain(str(version))} where this headprof reads "
+            f"{' and '.join(_READABLE)}: update headprof, or {mend}."
+        )
+
+
+def _check_parts(file: TensorFile) -> None:
+    """Look at what a file says it holds before any of it is read; raises `ValueError` saying which part is wrong."""
+    if file.size > _LARGEST_FILE:
+        raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
     known = {"probes_used", *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
-    if unknown := sorted(tensors.keys() - known):
-        raise ValueError(f"it holds an unknown tensor {unknown[0]}")
-    counts = tensors.get("probes_used")
-    if counts is None or counts.dtype != torch.int64 or counts.shape != (len(KINDS),):
+    if unknown := sorted(file.stored.keys() - known):
+        raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
+    if file.stored.get("probes_used") != Stored("I64", (len(KINDS),)):
         raise ValueError("its probes_used is not two int64 counts")
+    for kind in KINDS:
+        if (f"{kind}_low" in file.stored) != (f"{kind}_high" in file.stored):
+            raise ValueError(f"its {kind} intervals have one end")
+
+
+def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> HeadProfile:
+    """Build a profile from the parts of a file; raises `ValueError` saying which part is wrong."""
+    try:
+        shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
+        model_name = metadata["model"]
+    except (KeyError, ValueError) as error:
+        raise ValueError("its model name or fingerprint is missing or unreadable") from error
+    counts = tensors["probes_used"]
     return HeadProfile(
         model_name=model_name,
         shape=shape,
@@ -229,6 +255,10 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         return f"it holds scores of an unknown kind {unknown[0]!r}"
     if any(count < 0 for count in profile.probes_used.values()):
         return "it counts fewer than zero probes"
+    if any(count > _MOST_PROBES for count in profile.probes_used.values()):
+        return "it counts more probes than anybody asks"
+    if fault := _text_fault(profile.model_name, profile.metadata):
+        return fault
     if reserved := [key for key in _RESERVED if key in profile.metadata]:
         return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
     lows, highs = ({kind: ends[side] for kind, ends in profile.intervals.items()} for side in (0, 1))
@@ -243,6 +273,17 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
                 return f"its {kind} {name} {fault}"
     if crossed := [kind for kind in lows if (lows[kind] > highs[kind]).any()]:
         return f"its {crossed[0]} intervals end before they begin"
+    return None
+
+
+def _text_fault(model_name: str, metadata: Mapping[str, str]) -> str | None:
+    """Texts are shown, so they have bounds."""
+    if len(model_name) > _LONGEST_NAME:
+        return f"its model's name is longer than {_LONGEST_NAME} characters"
+    if len(metadata) > _MOST_NOTES:
+        return f"its metadata have more than {_MOST_NOTES} entries"
+    if any(len(name) > _LONGEST_NAME or len(text) > _LONGEST_NOTE for name, text in metadata.items()):
+        return f"its metadata hold a text of more than {_LONGEST_NOTE} characters"
     return None
 
 

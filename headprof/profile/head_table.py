@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
+from headprof.utils.files import read_text as read_users_text
+from headprof.utils.records import shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,24 +18,24 @@ if TYPE_CHECKING:
 
 LARGEST = 3.4e38
 """About the largest float32; also keeps out infinity and, since it compares false, NaN."""
+_LARGEST_FILE = 2**28
 _HEAD_KEY = re.compile(r"(\d{1,5})-(\d{1,5})")
 
 
 def read_text(path: Path) -> str:
-    """A file's text; raises `ProfileError` when it is none or cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is not a text file: give the JSON or CSV file of the head scores.") from error
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
+    """A file's text; raises `ProfileError` when it is none, no regular file, too large or cannot be read."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ProfileError(f"{path} is no regular file: give the JSON or CSV file of the head scores.")
+    if path.is_file() and path.stat().st_size > _LARGEST_FILE:
+        raise ProfileError(f"{path} is larger than {_LARGEST_FILE} bytes: give the file of the head scores alone.")
+    return read_users_text(path, ProfileError)
 
 
 def parse_head_key(path: Path, key: str) -> tuple[int, int]:
     """Layer and head of `"17-3"`; raises `ProfileError` for another text."""
     match = _HEAD_KEY.fullmatch(key)
     if match is None:
-        raise ProfileError(f"{path} names a head {key!r}: write it as layer-head, both from 0, such as 17-3.")
+        raise ProfileError(f"{path} names a head {shortened(key)}: write it as layer-head, both from 0, such as 17-3.")
     return int(match[1]), int(match[2])
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from headprof.models.shape import HeadShape
 
 
+_MOST_PROBES = 10**6
+
+
 def read_papers_json(path: str | Path) -> Tensor:
     """Head scores float32 `[L, H]` of a papers' file `{"layer-head": [score per probe, ...]}`: the mean of each list.
 
@@ -43,6 +46,8 @@ def read_papers_samples(path: str | Path) -> Tensor:
         raise ProfileError(f"{path} lists a head twice: give every head one list.")
     num_layers, num_heads = grid_size(path, samples)
     lengths = {head: len(values) for head, values in samples.items()}
+    if lengths[0, 0] > _MOST_PROBES:
+        raise ProfileError(f"{path} has more than {_MOST_PROBES} scores for a head: give fewer.")
     for (layer, head), length in lengths.items():
         if length != lengths[0, 0]:
             raise ProfileError(

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from headprof.errors import UsageError
+from headprof.models.shape import HeadShape
+from headprof.probes.needles import KINDS
 from headprof.scoring.prober import ProbeResult
-from headprof.utils.files import atomic_write
+from headprof.utils.files import atomic_write, remove_leftovers
+from headprof.utils.records import parse_object
 from headprof.utils.resuming import Earlier, Words
+from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors, with_checksum
 
 SAVE_EVERY = float(os.environ.get("HEADPROF_SAVE_EVERY", "10"))
 """Seconds between two writes of the results."""
+
+_LARGEST_FILE = 2**33
+_MOST_NAMES, _LONGEST_NAME = 10_000, 1000
 
 Results = dict[int, list[ProbeResult]]
 """Of each context, by its number, the results of its probes."""
@@ -43,22 +49,27 @@ class ProbesFile:
         return sum(map(len, results.values()))
 
     def read(self) -> Earlier[int, list[ProbeResult]]:
-        """What the file holds; raises `UsageError` when it cannot be read."""
+        """What the file holds; raises `UsageError` when it is damaged, altered or cannot be read."""
+        mend = "delete that file, or run without --resume"
         try:
-            with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Earlier(_key_of(metadata), _results_of(tensors, metadata["names"].split("\n")))
-        except (SafetensorError, OSError, KeyError) as error:
-            raise UsageError(
-                f"The results in {self.path} cannot be read: delete that file, or run without --resume."
-            ) from error
+            with open_tensors(self.path, "results", mend, ValueError) as file:
+                metadata = file.metadata
+                key, names = _key_of(metadata), _names_of(metadata)
+                _check_stored(file, key)
+                tensors = file.read_all()
+            _check_numbers(tensors, names, key)
+        except ValueError as error:
+            raise UsageError(f"The results in {self.path} cannot be read: {mend}.") from error
+        if is_altered(tensors, metadata):
+            raise UsageError(f"The results in {self.path} have been altered since they were written: {mend}.")
+        return Earlier(key, _results_of(tensors, names))
 
     def accept(self, earlier: Earlier[int, list[ProbeResult]]) -> None:
         """Nothing to check: probes follow from the run's key."""
 
     def begin(self, key: dict[str, Any], results: Results) -> None:
         """Note what there is; a file from before stays until there is something to write."""
+        remove_leftovers(self.path)
         self._key, self._results = key, dict(results)
         self._saved_at = time.monotonic()
 
@@ -82,7 +93,7 @@ class ProbesFile:
             "family": torch.tensor([names.index(result.family) for _, result in flat]),
         }
         metadata = {"key": json.dumps(self._key, sort_keys=True), "names": "\n".join(names)}
-        content = save(tensors, metadata=metadata)
+        content = save(tensors, metadata=with_checksum(tensors, metadata))
         with atomic_write(self.path) as temporary:
             temporary.write_bytes(content)
         self._saved_at = time.monotonic()
@@ -96,21 +107,58 @@ def results_path(profile: Path) -> Path:
 def _key_of(metadata: dict[str, str]) -> dict[str, Any]:
     """What the run was; empty where that is unreadable."""
     try:
-        key = json.loads(metadata.get("key", ""))
+        return parse_object(metadata.get("key", ""))
     except ValueError:
         return {}
-    return key if isinstance(key, dict) else {}
+
+
+def _names_of(metadata: dict[str, str]) -> list[str]:
+    """The kinds and families that the tensors number; raises `ValueError` for what no names are."""
+    names = metadata.get("names", "").split("\n")
+    if len(names) > _MOST_NAMES or max(map(len, names)) > _LONGEST_NAME or len(set(names)) < len(names):
+        raise ValueError("its names are not those of families")
+    return names
+
+
+def _check_stored(file: TensorFile, key: dict[str, Any]) -> None:
+    """Look at types and sizes before anything is read; raises `ValueError` when they are not a run's."""
+    scores = file.stored.get("scores", Stored("", ()))
+    count = scores.shape[:1]
+    grid = scores.shape[1:]
+    if "fingerprint" in key:
+        shape = HeadShape.from_dict(key["fingerprint"])
+        grid = (shape.num_layers, shape.num_heads)
+    numbers = Stored("I64", count)
+    wanted = {
+        "scores": Stored("F32", (*count, *grid)),
+        "answered": Stored("BOOL", count),
+        "context": numbers,
+        "kind": numbers,
+        "family": numbers,
+    }
+    if file.stored != wanted or len(scores.shape) != 3 or file.size > _LARGEST_FILE:
+        raise ValueError("its tensors are not those of probes")
+
+
+def _check_numbers(tensors: dict[str, torch.Tensor], names: list[str], key: dict[str, Any]) -> None:
+    """Look at the numbers; raises `ValueError` when they are not those of a run with this key."""
+    scores, context = tensors["scores"], tensors["context"]
+    if not torch.isfinite(scores).all() or (scores < 0).any() or (context < 0).any():
+        raise ValueError("its scores or contexts are no such numbers")
+    for part in ("kind", "family"):
+        if ((tensors[part] < 0) | (tensors[part] >= len(names))).any():
+            raise ValueError(f"a {part} has no name")
+    settings = key.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    for part, known in (("kind", settings.get("kinds", KINDS)), ("family", settings.get("families"))):
+        found = [names[number] for number in tensors[part].unique().tolist()]
+        if isinstance(known, list | tuple) and any(name not in known for name in found):
+            raise ValueError(f"a {part} is none that this run asks")
 
 
 def _results_of(tensors: dict[str, torch.Tensor], names: list[str]) -> Results:
     by_context: Results = {}
-    for row, context in enumerate(tensors["context"].tolist()):
-        by_context.setdefault(context, []).append(
-            ProbeResult(
-                kind=names[tensors["kind"][row]],
-                family=names[tensors["family"][row]],
-                answered=bool(tensors["answered"][row]),
-                scores=tensors["scores"][row],
-            )
-        )
+    columns = (tensors[name].tolist() for name in ("context", "kind", "family", "answered"))
+    for (context, kind, family, answered), scores in zip(zip(*columns, strict=True), tensors["scores"], strict=True):
+        by_context.setdefault(context, []).append(ProbeResult(names[kind], names[family], answered, scores))
     return by_context

@@ -103,7 +103,6 @@ def score_to_file(
     if team.rank == 0:
         for file in (target, results_path(target)):
             check_writable(file)
-            remove_leftovers(file)
     profile = score_heads(
         loaded,
         builder,
@@ -117,5 +116,6 @@ def score_to_file(
         command=command,
     )
     if team.rank == 0:
+        remove_leftovers(target)
         profile.save(target)
     return profile

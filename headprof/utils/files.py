@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old content or the new, and never half of it."""
+"""Reading a user's texts; writing files so that a reader finds the old content or the new, and never half of it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from headprof.errors import HeadprofError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from headprof.errors import HeadprofError, UsageError
+from headprof.utils.units import human_bytes
 
 _MENDS = {
     errno.ENOSPC: "There is no space left on the disk that holds {path}: free some or choose another place with -o.",
@@ -33,6 +31,10 @@ _MENDS = {
     errno.ENAMETOOLONG: "The name {path} is too long for this disk: choose a shorter one with -o.",
 }
 _MENDS |= {errno.EDQUOT: _MENDS[errno.ENOSPC], errno.EPERM: _MENDS[errno.EACCES], errno.EEXIST: _MENDS[errno.ENOTDIR]}
+PROBES_FORMAT = "headprof.probes"
+_LARGEST_TEXT = 1_000_000_000  # bytes
+_LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library itself allows
+
 _OTHER_MEND = "{path} cannot be written ({reason}): choose another place with -o."
 
 # safetensors raises its own exception and leaves the number of the system's error in the text alone.
@@ -68,6 +70,56 @@ def check_writable(path: str | Path) -> None:
         _create(temporary, target)
 
 
+def check_output(target: str | Path, inputs: Iterable[str | Path], file_format: str | None = None) -> None:
+    """Refuse, before any work, to write where something would be lost that is not replaced by its like.
+
+    Args:
+        target: what is to be written. A file that is not there yet can always be.
+        inputs: files that are read; those that are not there count for nothing.
+        file_format: of a safetensors file that is to be written, the `format` in its metadata; `None` to write
+            anything else.
+
+    Raises:
+        UsageError: the target is one of the inputs, by whatever name or link, or it is a safetensors file of another
+            format, such as a model's weights.
+    """
+    place = Path(target)
+    if not place.is_file():
+        return
+    for path in inputs:
+        with contextlib.suppress(OSError):
+            if place.samefile(path):
+                raise UsageError(
+                    f"{target} is read by this command ({path}), and would be lost: choose another name to write to."
+                )
+    metadata = _safetensors_metadata(place)
+    if metadata is not None and not _is_of_format(metadata, file_format):
+        raise UsageError(
+            f"{target} is a safetensors file of another kind, such as a model's weights: choose another name to "
+            "write to, or delete it first."
+        )
+
+
+def _safetensors_metadata(path: Path) -> dict[str, Any] | None:
+    """The metadata in the header of a safetensors file, empty where it has none; `None` for what is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= min(_LARGEST_HEADER, path.stat().st_size - 8):
+                return None
+            header = json.loads(file.read(size))
+    except (OSError, ValueError, RecursionError):
+        return None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _is_of_format(metadata: dict[str, Any], file_format: str | None) -> bool:
+    if file_format == PROBES_FORMAT and metadata.keys() >= {"key", "names"}:
+        return True  # earlier files of probe results do not name their format
+    return file_format is not None and metadata.get("format") == file_format
+
+
 @contextlib.contextmanager
 def _explained(target: Path, path: str | Path) -> Iterator[Path]:
     """A temporary path beside `target`, gone at the end; the disk's refusals as sentences about `path`."""
@@ -82,6 +134,43 @@ def _explained(target: Path, path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def read_text(path: Path, error_class: type[HeadprofError] = UsageError) -> str:
+    """A user's text file: UTF-8 with or without a byte order mark, line ends as `\\n`.
+
+    Raises:
+        HeadprofError: of the given class, when it cannot be read, is a device, is too large to be a text, or is not
+            UTF-8; the message says at which byte, and how to convert it.
+    """
+    try:
+        if stat.S_ISCHR(path.stat().st_mode) or stat.S_ISBLK(path.stat().st_mode):
+            raise error_class(f"{path} is a device, not a file: give a text file.")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_TEXT + 1)
+    except OSError as error:
+        raise error_class(f"{path} cannot be read ({error.strerror}): check the path and its permissions.") from error
+    if len(data) > _LARGEST_TEXT:
+        raise error_class(f"{path} has more than {human_bytes(_LARGEST_TEXT)}: give a shorter text.")
+    return decode_text(data, str(path), error_class)
+
+
+def decode_text(data: bytes, name: str, error_class: type[HeadprofError] = UsageError) -> str:
+    """What `read_text` makes of a file's bytes; `name` is for the message."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise error_class(
+            f"{name} is not UTF-8 text (at byte {error.start}, 0x{data[error.start]:02x}): convert it, such as with "
+            f"iconv -f {encoding} -t UTF-8."
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def without_lone_surrogates(text: str) -> str:
+    """JSON can escape half a character, which no tokenizer takes; as others do, put a question mark for it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -124,31 +213,48 @@ def remove_leftovers(path: str | Path) -> None:
             leftover.unlink()
 
 
-def read_safetensors(
-    path: Path, what: str, mend: str, error_class: type[HeadprofError]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata.
+class FileLock:
+    """The right to write a file, for one run at a time; it ends with the process, however that ends.
 
-    Args:
-        path: the file.
-        what: what it should be, for the messages: `"profile"`.
-        mend: how to get another: "run `headprof score`".
-        error_class: what to raise.
-
-    Raises:
-        HeadprofError: of the given class, when the file is missing, damaged or not readable.
+    While it is held there is a file `.NAME.lock` beside the file.
     """
-    if not path.is_file():
-        raise error_class(f"There is no {what} file at {path}: check the path, or {mend}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        # The library's only word for a file whose header is whole and whose tensors are not.
-        fault = "is cut short or altered" if "not fully covered" in str(error) else "is not a safetensors file"
-        raise error_class(f"The {what} {path} {fault}: restore it, or {mend}.") from error
-    except OSError as error:
-        raise error_class(f"The {what} {path} cannot be read ({error}): check its permissions.") from error
+
+    def __init__(self, path: str | Path):
+        target = Path(path).resolve()
+        self.path = path
+        self._marker = target.parent / f".{target.name[:40]}.lock"
+        self._lock: Any = None
+
+    def take(self) -> bool:
+        """Whether nobody else has it; then it is held from now on.
+
+        Raises:
+            HeadprofError: the disk refused.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self._marker)
+        try:
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except NotImplementedError as error:
+            raise HeadprofError(
+                f"The disk that holds {self.path} cannot keep two runs from writing it: choose another place with -o."
+            ) from error
+        except OSError as error:
+            raise HeadprofError(_explain(error.errno or errno.EIO, self.path)) from error
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):  # while it is still held, so that nobody's but ours is removed
+                self._marker.unlink()
+            self._lock.release()
+            self._lock = None
 
 
 def _create(temporary: Path, target: Path) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from headprof.errors import HeadprofError, InterruptedRun, UsageError
+from headprof.utils.files import FileLock
 from headprof.utils.team import Team
 
 Part = TypeVar("Part", bound=Hashable)
@@ -94,26 +95,49 @@ class KeptResults(Generic[Part, Found]):
         self.key = key
         self.file = file
         self.results: dict[Part, Found] = {}
+        self._lock = None if file is None else FileLock(file.path)
 
     def start(self, resume: bool, team: Team) -> None:
         """Begin with nothing, or with what the file holds; process 0 reads it for all.
 
+        From now until the end of `keeping` no other run can write the file.
+
         Raises:
-            UsageError: in all processes, as `load`.
+            UsageError: in all processes, as `load`; or another run writes the file.
             HeadprofError: likewise, when the disk refuses.
         """
         error = None
         if team.rank == 0:
             try:
-                if resume:
-                    self.load()
-                if self.file is not None:
-                    self.file.begin(self.key, self.results)
+                self._begin(resume)
             except HeadprofError as found:  # which the others must hear of too, or they would wait
                 error = found
         error, self.results = team.share((error, self.results))
         if error is not None:
             raise error
+
+    def _begin(self, resume: bool) -> None:
+        self._take_lock()
+        try:
+            if resume:
+                self.load()
+            if self.file is not None:
+                self.file.begin(self.key, self.results)
+        except BaseException:
+            self._release_lock()
+            raise
+
+    def _take_lock(self) -> None:
+        if self.file is not None and self._lock is not None and not self._lock.take():
+            words = self.file.words
+            raise UsageError(
+                f"Another run is writing its {words.results} to {self.file.path}: wait until it has ended, or choose "
+                f"another {words.target} with -o."
+            )
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def load(self) -> None:
         """Take in what the file holds, if there is one.
@@ -141,7 +165,7 @@ class KeptResults(Generic[Part, Found]):
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
-        """Have what was added on disk at the end of the block, however it ends.
+        """Have what was added on disk at the end of the block, however it ends; then others may write there.
 
         Raises:
             InterruptedRun: Ctrl-C within the block; it says how much is kept.
@@ -154,6 +178,8 @@ class KeptResults(Generic[Part, Found]):
                     self.file.save()
         except KeyboardInterrupt:
             raise InterruptedRun(self._interrupted()) from None
+        finally:
+            self._release_lock()
 
     def _interrupted(self) -> str:
         if self.file is None or not self.results:

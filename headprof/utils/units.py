@@ -6,7 +6,7 @@ import re
 
 from headprof.errors import UsageError
 
-_LENGTH = re.compile(r"(\d+)(k?)", re.IGNORECASE)
+_LENGTH = re.compile(r"([0-9]{1,9})(k?)", re.IGNORECASE)
 
 
 def parse_lengths(text: str, least: int = 1) -> tuple[int, ...]:

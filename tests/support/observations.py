@@ -30,12 +30,13 @@ def observed_prompt(queries, keys, valid=None, values=None, **layer):
 
 def as_held_rows(observed):
     """A prompt as rows that all heads hold: everything said that a prompt leaves out."""
-    tokens = observed.keys.shape[2]
+    tokens, count = observed.keys.shape[2], observed.queries.shape[2]
     return replace(
         observed,
         is_prompt=False,
         valid=observed.valid_rows(),
-        query_positions=torch.arange(tokens - observed.queries.shape[2], tokens),
+        query_positions=torch.arange(tokens - count, tokens),
+        query_valid=(observed.valid.cumsum(dim=-1) > 0)[:, tokens - count :],  # those after the first token ask
         seen=tokens,
         shared={},
     )

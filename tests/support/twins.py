@@ -46,10 +46,12 @@ def slow_local(importance, observed, attention, b, k):
     observers = range(max(0, len(asked) - importance.window), len(asked))
     scores = []
     for j, position in enumerate(observed.positions[b, k].tolist()):
-        total, weights = 0.0, 0.0
-        for order, i in enumerate(observers, 1):
-            counts = observed.query_valid is None or bool(observed.query_valid[b, i])
-            if asked[i] < position or not counts:
+        total, weights, order = 0.0, 0.0, 0
+        for i in observers:
+            if observed.query_valid is not None and not observed.query_valid[b, i]:
+                continue
+            order += 1
+            if asked[i] < position:
                 continue
             weight = order if importance.ramp else 1
             weights += weight * group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from headprof.bench.generate.cases import Case
 from headprof.bench.measure import PeakMemory, now
 from headprof.compression.cache.head_cache import PromptLayer
 from headprof.compression.generation import cache_nbytes
+from headprof.models.changing import Changes
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def decode_prompts(model: Any, case: Case, ids: torch.Tensor, new_tokens: int, p
     cache = case.new_cache(model)
     clock = _TokenClock(cache, device)
     memory = PeakMemory(device)
-    with case.attending(model, prefill_chunk), _timing_compression(device) as compressing:
+    with case.attending(model, prefill_chunk), _timing_compression(cache, device) as compressing:
         start = now(device)
         model.generate(
             ids,
@@ -100,18 +101,23 @@ class _TokenClock(BaseStreamer):
 
 
 @contextmanager
-def _timing_compression(device: torch.device) -> Iterator[list[float]]:
-    """Collect the seconds that each cache layer takes to choose and keep a prompt's tokens."""
+def _timing_compression(cache: Cache, device: torch.device) -> Iterator[list[float]]:
+    """Collect the seconds that each layer of this cache takes to choose and keep a prompt's tokens."""
     seconds: list[float] = []
-    attended = PromptLayer.attended
 
-    def timed(layer: PromptLayer, *args, **kwargs) -> None:
-        start = now(device)
-        attended(layer, *args, **kwargs)
-        seconds.append(now(device) - start)
+    def timed(attended: Callable[..., None]) -> Callable[..., None]:
+        def run(*args, **kwargs) -> None:
+            start = now(device)
+            attended(*args, **kwargs)
+            seconds.append(now(device) - start)
 
-    PromptLayer.attended = timed  # type: ignore[method-assign, assignment]
+        return run
+
+    changes = Changes()
     try:
+        for layer in cache.layers:
+            if isinstance(layer, PromptLayer):
+                changes.set(vars(layer), "attended", timed(layer.attended))
         yield seconds
     finally:
-        PromptLayer.attended = attended  # type: ignore[method-assign]
+        changes.take_back()

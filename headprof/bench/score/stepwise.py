@@ -6,15 +6,15 @@ et al. 2025 ("Not All Heads Matter", HeadKV-R2), to be measured beside `headprof
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from headprof.models.decoder import decoder_of, end_tokens
+from headprof.models.attention_hook import other_attention
+from headprof.models.decoder import end_tokens
 from headprof.models.shape import HeadShape
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.prober import ProbeResult
@@ -81,7 +81,7 @@ class StepwiseProber:
         totals = [[0.0] * self.shape.num_heads for _ in range(self.shape.num_layers)]
         cache = self._read(token_ids[:-1])
         said: list[int] = []
-        with _attending_eagerly(self.model):
+        with other_attention(self.model, "eager"):
             for _ in range(self.max_new_tokens):
                 output = self._feed(token_ids[-1:], cache, output_attentions=True)
                 token = int(output.logits[0, -1].argmax())
@@ -98,7 +98,7 @@ class StepwiseProber:
         if self.prefill == "fast":
             self._feed(token_ids, cache)
         else:
-            with _attending_eagerly(self.model):
+            with other_attention(self.model, "eager"):
                 self._feed(token_ids, cache, output_attentions=True)
         return cache
 
@@ -146,15 +146,3 @@ def add_attended(
             for weight, position in zip(weights.tolist(), positions.tolist(), strict=True):
                 if start <= position < stop:
                     totals[layer][head] += weight / (stop - start)
-
-
-@contextmanager
-def _attending_eagerly(model: PreTrainedModel) -> Iterator[None]:
-    """Use the one attention that returns its weights while the context lasts."""
-    decoder = decoder_of(model)
-    previous = decoder.config._attn_implementation
-    decoder.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        decoder.set_attn_implementation(previous)

@@ -16,6 +16,9 @@ from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
 
+_MOST_PARTS = 256
+"""Pieces of token ids, one of each forward pass, before they are laid together."""
+
 
 class FanOutLayer(PromptLayer):
     """The same layer of several caches, filled from one prefill; methods of one importance share what it says."""
@@ -65,6 +68,15 @@ class PromptCache(Cache):
             raise outside_context()
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def note_tokens(self, ids: torch.Tensor | None) -> None:
+        """Take the ids of the tokens that come next, `[B, N]`; `None` where they are not known."""
+        if ids is not None and self.layers[0].observers:
+            ids = ids[:, : max(0, ids.shape[1] - self.layers[0].observers)]
+        self._noted(ids)
+
+    def _noted(self, ids: torch.Tensor | None) -> None:
+        raise NotImplementedError
+
     def expect(self, prompt_tokens: int) -> None:
         """Announce a prompt that each layer will get in chunks."""
         for layer in self.layers:
@@ -90,11 +102,12 @@ class HeadCache(PromptCache):
     Args:
         plan: from `headprof.make_plan`, or what `headprof.compressed` yields.
         slack: rows of free space behind each head. When they are used up, the rows are laid out anew with half as much
-            again, so that long generations copy the cache seldom.
+            again, or with what is left of the buffer, so that long generations copy the cache seldom.
     """
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
         self.plan = plan
+        self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
 
     @classmethod
@@ -109,6 +122,91 @@ class HeadCache(PromptCache):
         """The layers, by the name of their kind."""
         return self.layers
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences that it holds."""
+        return self.head_layers[0].batch_size
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """The tokens that it has seen, int64 `[B, get_seq_length()]`, so that it can be told what they were.
+
+        They are those that the model was given inside `compressed`; `None` where it was given something else, or since
+        beams have been reordered.
+        """
+        if len(self._tokens) > 1:
+            self._tokens = [torch.cat(self._tokens, dim=1)]
+        known = self._tokens[0] if self._tokens else None
+        if known is None or tuple(known.shape) != (self.batch_size, self.get_seq_length()):
+            return None
+        return known
+
+    def with_tokens(self, ids: torch.Tensor | None) -> HeadCache:
+        """The same cache, which has seen the tokens `ids`, `[B, T]`."""
+        self._tokens = [] if ids is None else [ids]
+        return self
+
+    def _noted(self, ids: torch.Tensor | None) -> None:
+        if ids is None or (self._tokens and len(ids) != len(self._tokens[0])):
+            self._tokens = []
+            return
+        self._tokens.append(ids)
+        if len(self._tokens) > _MOST_PARTS:
+            self._tokens = [torch.cat(self._tokens, dim=1)]
+
+    def reset(self) -> None:
+        self._tokens = []
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens, or all but the first `tokens_to_remove` if it is above 0.
+
+        Raises:
+            CacheError: they cannot be taken out (see `HeadCacheLayer.crop`); nothing has been changed then.
+        """
+        seen = self.get_seq_length()
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
+        if count == 0:
+            return
+        for layer in self.head_layers:
+            layer.require_removable(count)
+        known = self.token_ids
+        for layer in self.head_layers:
+            layer.crop(-count)
+        self.with_tokens(None if known is None else known[:, : seen - count])
+
+    def activate_past_recording(self) -> None:
+        """Get ready for tokens of which some are taken out again, as in assisted decoding.
+
+        Raises:
+            CacheError: nothing has been read: prompt and guessed tokens would come in one pass, and be compressed as
+                one prompt.
+        """
+        if self.get_seq_length() == 0:
+            raise CacheError(
+                "Assisted decoding reads the prompt together with guessed tokens, so it cannot be compressed alone: "
+                "leave assistant_model, prompt_lookup_num_tokens and the like away."
+            )
+        super().activate_past_recording()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
+        self._tokens = []
+        for layer in self.head_layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences of the batch, in this order; one may come more than once."""
+        known = self.token_ids
+        super().batch_select_indices(indices)
+        self.with_tokens(None if known is None else known[indices.to(known.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the batch."""
+        known = self.token_ids
+        super().batch_repeat_interleave(repeats)
+        self.with_tokens(None if known is None else known.repeat_interleave(repeats, dim=0))
+
     def continue_with(self, plan: CompressionPlan) -> None:
         """Compress by another plan from now on, for the same model."""
         self.plan = plan
@@ -117,7 +215,10 @@ class HeadCache(PromptCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds; free space, positions and remembered queries included."""
+        """Bytes of memory that the cache holds; free space, positions and remembered queries included.
+
+        Left out are token ids, and where each head's rows begin and end, 16 bytes a head of each layer.
+        """
         return sum(layer.nbytes for layer in self.head_layers)
 
     @property
@@ -131,9 +232,12 @@ def stack_caches(caches: Sequence[HeadCache]) -> HeadCache:
 
     One forward pass then continues them all.
     """
-    return HeadCache.of_layers(
+    stack = HeadCache.of_layers(
         [HeadCacheLayer.stacked(layers) for layers in zip(*(cache.head_layers for cache in caches), strict=True)]
     )
+    known = [cache.token_ids for cache in caches]
+    parts = [ids for ids in known if ids is not None]
+    return stack.with_tokens(torch.cat(parts) if len(parts) == len(known) else None)
 
 
 class FanOutCache(PromptCache):
@@ -142,3 +246,7 @@ class FanOutCache(PromptCache):
     def __init__(self, caches: list[HeadCache]):
         self.caches = caches
         super().__init__([FanOutLayer(list(layers)) for layers in zip(*(c.head_layers for c in caches), strict=True)])
+
+    def _noted(self, ids: torch.Tensor | None) -> None:
+        for cache in self.caches:
+            cache._noted(ids)

@@ -16,7 +16,7 @@ from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
-from headprof.compression.plan import CompressionPlan
+from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.rows import Rows
 from headprof.errors import CacheError
 
@@ -32,8 +32,6 @@ class HeadCacheLayer(PromptLayer):
         slack: rows of free space behind each head.
     """
 
-    is_croppable = True
-
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
         self.layer_idx = layer_idx
@@ -48,6 +46,11 @@ class HeadCacheLayer(PromptLayer):
         self.is_initialized = False
         self.schedule.begin_anew()
         self.forget_prompt()
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` after any pass leaves no trace: not if the layer may be compressed in it."""
+        return self.is_initialized and not self.schedule.goes_on
 
     @property
     def plan(self) -> CompressionPlan:
@@ -71,7 +74,7 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that this layer holds; free space, positions and remembered queries included."""
+        """Bytes of memory that this layer holds (see `HeldRows.nbytes`)."""
         return 0 if self._held is None else self._held.nbytes
 
     def hold(self, rows: Rows, recent: RecentQueries | None = None) -> None:
@@ -108,7 +111,7 @@ class HeadCacheLayer(PromptLayer):
         short = (self.queries_needed() or 0) - max(0, until_due)
         if short > 0:
             query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :].clone()
-            valid = observed.valid[:, -query.shape[2] :]
+            valid = observed.valid[:, -query.shape[2] :].clone()
             self.held.recent = RecentQueries([query], [None if bool(valid.all()) else valid], observed.layer)
 
     # What is generated.
@@ -157,12 +160,15 @@ class HeadCacheLayer(PromptLayer):
             self._held.recent.forget()
 
     def _widen(self, count: int) -> None:
-        """Have so much free space that rows are laid out anew seldom, but no more than will be used."""
-        left = self.schedule.left
-        if left is None:
-            self.slack = max(self.slack, 2 * count, sum(self.lengths) // (2 * len(self.lengths)))
-        else:
-            self.slack = max(self.slack, count, left)
+        """Have so much free space that rows are laid out anew seldom, but no more than will be used.
+
+        It grows with what is held, and ends where the rows are compressed again. A buffer of the usual size is laid out
+        at once; of a larger one, who knows how much of it will ever be used?
+        """
+        wanted, left = max(2 * count, sum(self.lengths) // (2 * len(self.lengths))), self.schedule.left
+        if left is not None:
+            wanted = max(count, min(left, max(wanted, BUFFER)))
+        self.slack = max(self.slack, wanted)
 
     def _make_room(self, count: int) -> None:
         """Compress if `count` more tokens would be too many."""
@@ -173,7 +179,7 @@ class HeadCacheLayer(PromptLayer):
     def _compress_again(self) -> None:
         """Reduce every head that holds more than its target to that."""
         schedule = self.schedule
-        self.slack = max(self.slack, self.plan.buffer or 0)
+        self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
         counts = schedule.targets(self.seen).to(self.device).expand(self.batch_size, -1)
         self.hold(schedule.compressed(observed, schedule.importance.assess(observed), counts))
@@ -183,18 +189,28 @@ class HeadCacheLayer(PromptLayer):
     # What else is done with a cache.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens.
+        """Forget the last `-tokens_to_remove` tokens, or all but the first `tokens_to_remove` if it is above 0.
 
         Raises:
             CacheError: since they came, the rows have been compressed, or what queries paid to them has been summed;
                 what was lost then cannot be given back. The tokens of the last forward pass can always be taken out.
         """
-        count, removable = abs(tokens_to_remove), self.held.removable
-        if count > removable:
-            raise CacheError(f"Only the last {removable} tokens can be taken out of a compressed cache, not {count}.")
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        if count == 0:
+            return
+        self.require_removable(count)
         self.held.drop_newest(count)
         self.seen -= count
         self.schedule.advance(-count)
+
+    def require_removable(self, count: int) -> None:
+        """
+        Raises:
+            CacheError: so many of the newest tokens cannot be taken out.
+        """
+        removable = self.held.removable if self.is_initialized else 0
+        if count > removable:
+            raise CacheError(f"Only the last {removable} tokens can be taken out of a compressed cache, not {count}.")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
@@ -223,6 +239,8 @@ class HeadCacheLayer(PromptLayer):
         stack.is_initialized = True
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
+        elif any(layer.schedule.left is not None for layer in layers):
+            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.lengths) for layer in layers))
         return stack
 
     def empty_like(self, batch_size: int) -> HeadCacheLayer:

@@ -41,7 +41,10 @@ class HeldRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory; free space, positions and remembered queries included."""
+        """Bytes of memory; free space, positions and remembered queries included.
+
+        Left out is where each head's rows begin and end, 16 bytes a head (`RowStorage`).
+        """
         tensors = [*self.storage.rows.tensors, *self.recent.tensors]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 

@@ -33,8 +33,8 @@ class RecentQueries:
 
     def add(self, query: torch.Tensor, valid: torch.Tensor | None, needed: int | None) -> None:
         """Take newer ones, and forget those before the last `needed`, if it is a number."""
-        self.queries.append(query)
-        self.valid.append(valid)
+        self.queries.append(_owned(query))
+        self.valid.append(None if valid is None else _owned(valid))
         while needed is not None and len(self) - self.queries[0].shape[2] >= needed:
             del self.queries[0], self.valid[0]
 
@@ -91,3 +91,8 @@ class RecentQueries:
                 valid[start : start + size, most - len(part) :] = True if counts is None else counts
             start += size
         return cls([queries], [valid], longest.layer)
+
+
+def _owned(part: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied if it is a part of a larger one (a mask `[B, 1, T, T]`), which it would keep in memory."""
+    return part.clone() if part.untyped_storage().nbytes() != part.nbytes else part

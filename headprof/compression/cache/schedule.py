@@ -60,7 +60,7 @@ class LayerSchedule:
         ranked, counts = method.ranked(assessment.importance, counts, observed.valid)
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
-        return method.reduction.reduce(rows, Choice(largest(ranked, counts), ranked, weights))
+        return method.reduction.reduce(rows, Choice(largest(ranked, counts, self.importance.noise), ranked, weights))
 
     def prompt_counts(self, valid: torch.Tensor) -> torch.Tensor:
         """Tokens allotted to each head of a prompt whose valid tokens are marked, bool `[B, T]`: int64 `[B, K]`."""
@@ -86,6 +86,21 @@ class LayerSchedule:
     def look(self, seen: int, lengths: Sequence[int]) -> None:
         """See how much is left; until the next look it is counted down."""
         self._left = self.until_due(seen, lengths)
+
+    def left_after(self, seen: int, lengths: Sequence[int]) -> int:
+        """What `left` is, or what a look would see where nobody has looked."""
+        return self.until_due(seen, lengths) if self._left is None else self._left
+
+    def left_to_note(self, seen: int, lengths: Sequence[int]) -> int | None:
+        """What `left` is where a look now would see something else, since targets have moved; `None` where not.
+
+        Rows and tokens seen do not tell it, so whoever takes the rows elsewhere takes it too, and calls `resume`.
+        """
+        return self._left if self._left is not None and self._left != self.until_due(seen, lengths) else None
+
+    def resume(self, left: int | None) -> None:
+        """Go on counting down from what was noted; from the next look if that is `None`."""
+        self._left = left
 
     def advance(self, count: int) -> None:
         """Note that `count` tokens have come, or have been taken out if it is below 0."""

@@ -18,6 +18,7 @@ from headprof.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _LEAST_SHARE = 1e-30
+_LARGEST = 1e15  # of a number in a budget, so that no arithmetic with it overflows
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|(?:[KMG]I?)?B)?", re.IGNORECASE)
 
 
@@ -38,7 +39,7 @@ class Budget:
         if isinstance(text, Budget):
             return text
         match = _BUDGET.fullmatch(str(text).strip())
-        if match is None or float(match["number"]) <= 0:
+        if match is None or not 0 < float(match["number"]) < _LARGEST:
             raise UsageError(
                 f"A budget of {str(text)!r} cannot be read: give tokens per KV head (64), a share of the prompt (1.5%) "
                 "or bytes for the whole cache (512MB)."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from headprof.compression.methods.observation import Assessment, Observation
+from headprof.compression.methods.observation import NOISE, Assessment, Observation
 
 
 class Importance(Protocol):
@@ -23,6 +23,9 @@ class Importance(Protocol):
 
     needs_rotary: bool = False
     """Whether it turns queries or keys to other positions (`Observation.layer.rotary`)."""
+
+    noise: float = NOISE
+    """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 
     @property
     def queries(self) -> int | None:
@@ -86,6 +89,7 @@ class Recency(Importance):
     """Later tokens matter more (StreamingLLM, Xiao et al. 2024, which keeps the first four as sinks)."""
 
     queries = 0
+    noise = 0.0
 
     def score(self, observed: Observation) -> Tensor:
         return observed.positions.float()

@@ -16,6 +16,9 @@ from torch import Tensor
 from headprof.compression.rows import Rows
 from headprof.models.rotary import Rotary
 
+NOISE = 2.0**-20
+"""Scores that differ by so small a share of themselves are equal: a sum of a dozen numbers varies by less."""
+
 
 @dataclass(frozen=True)
 class AttentionLayer:

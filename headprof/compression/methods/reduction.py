@@ -9,24 +9,31 @@ from typing import Protocol
 import torch
 from torch.nn.functional import normalize
 
-from headprof.compression.methods.observation import per_head
+from headprof.compression.methods.observation import NOISE, per_head
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import UsageError
 
 
-def largest(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def largest(values: torch.Tensor, counts: torch.Tensor, noise: float = NOISE) -> torch.Tensor:
     """Mark the largest values of each row.
+
+    What is worth the same may differ in the last digits: rows that are fewer than the pooling is wide all get the mean
+    of all, keys that a model has normalized are of one length. Which has more then depends on the batch or the chunk.
+    So the last places go to the earliest of those that are, up to noise, as large as the last that would be marked.
 
     Args:
         values: float `[..., T]`, without NaN.
         counts: how many to mark, int `[...]`, 0 to `T`.
+        noise: the largest difference that means nothing, as a share of the values.
 
     Returns:
         bool `[..., T]` with exactly `counts` true in each row; of equal values the earlier is marked.
     """
     most = max(1, int(counts.max()))
     least = values.topk(most, dim=-1).values.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
-    above, equal = values > least, values == least
+    ends = torch.stack([least * (1 - noise), least * (1 + noise)])
+    above = values > ends.amax(dim=0)
+    equal = (values >= ends.amin(dim=0)) & ~above
     room = counts - above.sum(dim=-1)
     return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room[..., None]))
 

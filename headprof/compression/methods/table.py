@@ -252,9 +252,12 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
             with suppress(ValueError):
                 settings[name] = number(value)
                 break
+        if isinstance(settings[name], int | float) and not abs(settings[name]) < _LARGEST:
+            raise UsageError(f"A setting of {text!r} is beyond all use: give a number below {_LARGEST:g}.")
     return settings
 
 
+_LARGEST = 1e15
 _SIMPLE = (bool, int, float, str)
 _SETTING = {"true": True, "false": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}

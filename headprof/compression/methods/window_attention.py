@@ -29,7 +29,8 @@ class WindowAttention(Importance):
         pooling: what a token takes from its neighbors: the paper's `"max"`, or the `"mean"`.
         power: of the mean over queries and heads. The paper's 1 is the plain mean; with 2, the root of the mean
             square, one query or head that looks hard at a token outweighs many that glance.
-        ramp: count the observing queries by their order, 1 for the oldest up to `window` for the last.
+        ramp: count the observing queries by their order, 1 for the oldest up to `window` for the last; padding is not
+            among them, so that a short prompt is judged in a batch as it is alone.
     """
 
     window: int = 16
@@ -74,19 +75,31 @@ class WindowAttention(Importance):
     def attention(self, observed: Observation) -> Tensor:
         """Each row's mean attention, before pooling, float32 `[B, K, T]`."""
         rows = observed.last_attention(self.window)  # [B, K, g, window, T]
-        window, device = rows.shape[3], rows.device
+        window = rows.shape[3]
         if window == 0:
             return rows.sum(dim=(2, 3))
-        weights = torch.arange(1.0, window + 1, device=device) if self.ramp else torch.ones(window, device=device)
-        attention = (rows**self.power * weights[:, None]).sum(dim=3).mean(dim=2)
-        if observed.query_valid is not None:
-            weights = weights * observed.query_valid[:, -window:]
+        weights = _real_queries(observed, window).float()  # [B, window]
+        if self.ramp:
+            weights = weights * weights.cumsum(dim=-1)
+        attention = (rows**self.power * weights[:, None, None, :, None]).sum(dim=3).mean(dim=2)
         # A row counts the weights of the queries from its own on; none if it is newer than all.
-        weight_from = weights.flip(-1).cumsum(-1).flip(-1).expand(rows.shape[0], window)
+        weight_from = weights.flip(-1).cumsum(-1).flip(-1)
         weight_from = pad(weight_from, (0, 1)).clamp(min=1e-30)
         first_query = (observed.positions - observed.positions_of_queries()[-window]).clamp(0, window)
         weight = weight_from.gather(1, first_query.flatten(1)).view(first_query.shape)
         return (attention / weight) ** (1 / self.power)
+
+
+def _real_queries(observed: Observation, count: int) -> Tensor:
+    """Which of the last `count` queries are no padding, bool `[B, count]`.
+
+    In a prompt those before its first token are; tokens after it that are not kept may still be asked.
+    """
+    if observed.query_valid is not None:
+        return observed.query_valid[:, -count:]
+    if observed.is_prompt:
+        return (observed.valid.cumsum(dim=-1) > 0)[:, -count:]
+    return torch.ones(observed.keys.shape[0], count, dtype=torch.bool, device=observed.keys.device)
 
 
 @dataclass(frozen=True)

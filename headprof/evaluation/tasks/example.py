@@ -10,6 +10,7 @@ from typing import Any
 
 from headprof.errors import ModelError, UsageError
 from headprof.evaluation.metrics import METRICS, first_line
+from headprof.models.text_encoder import TextEncoder
 
 DEFAULT_LENGTHS = (1024,)
 
@@ -140,14 +141,14 @@ def split_template(template: str, where: str) -> tuple[str, str]:
     return before, after
 
 
-def cut_middle(example: Example, tokenizer: Any, max_tokens: int, overhead: int = 0) -> Example:
+def cut_middle(example: Example, texts: TextEncoder, max_tokens: int, overhead: int = 0) -> Example:
     """Leave out the middle of the document if the prompt is too long, as LongBench does with the whole prompt.
 
     As many tokens are kept of the document's beginning as of its end; instructions and question stay whole.
 
     Args:
         example: the prompt.
-        tokenizer: a fast one.
+        texts: encodes with a fast tokenizer.
         max_tokens: how many there may be in all.
         overhead: how many of them are taken by what is not in `example.text`: the chat template, the generated tokens.
 
@@ -156,14 +157,14 @@ def cut_middle(example: Example, tokenizer: Any, max_tokens: int, overhead: int 
         ModelError: the tokenizer gives no character offsets.
     """
     room = max_tokens - overhead
-    excess = _count(example.text, tokenizer) - room
+    excess = len(texts.ids(example.text)) - room
     if excess <= 0:
         return example
-    kept = _count(example.document, tokenizer)
+    kept = len(texts.ids(example.document))
     while kept > 0:
         kept = max(0, kept - excess)
-        cut = replace(example, document=keep_ends(example.document, tokenizer, kept))
-        excess = _count(cut.text, tokenizer) - room  # tokens may join differently where the halves meet
+        cut = replace(example, document=keep_ends(example.document, texts, kept))
+        excess = len(texts.ids(cut.text)) - room  # tokens may join differently where the halves meet
         if excess <= 0:
             return cut
     raise UsageError(
@@ -172,7 +173,7 @@ def cut_middle(example: Example, tokenizer: Any, max_tokens: int, overhead: int 
     )
 
 
-def keep_ends(text: str, tokenizer: Any, tokens: int) -> str:
+def keep_ends(text: str, texts: TextEncoder, tokens: int) -> str:
     """The first and the last half of `tokens` tokens of a text that has more.
 
     The text is cut between characters: one whose tokens are only partly kept is left out.
@@ -180,12 +181,12 @@ def keep_ends(text: str, tokenizer: Any, tokens: int) -> str:
     Raises:
         ModelError: the tokenizer gives no character offsets.
     """
-    if not getattr(tokenizer, "is_fast", False):
+    if not texts.gives_offsets:
         raise ModelError(
             "Documents are cut by a fast tokenizer's character offsets, which this one does not give; load it with "
             "use_fast=True or convert it to tokenizer.json."
         )
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    _, offsets = texts.with_offsets(text)
     last = tokens // 2
     first = tokens - last
     if tokens >= len(offsets):
@@ -194,7 +195,3 @@ def keep_ends(text: str, tokenizer: Any, tokens: int) -> str:
     resume = len(offsets) - last
     tail = text[max(offsets[resume][0], offsets[resume - 1][1]) :] if last else ""
     return head + tail
-
-
-def _count(text: str, tokenizer: Any) -> int:
-    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

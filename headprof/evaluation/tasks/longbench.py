@@ -17,6 +17,7 @@ from headprof.errors import UsageError
 from headprof.evaluation.tasks.example import Example, Task, TaskRequest, split_template
 from headprof.evaluation.tasks.prompts import own_prompts
 from headprof.evaluation.tasks.sources import Row, Source, read_rows
+from headprof.utils.files import read_text
 
 DATASET = "THUDM/LongBench"
 LICENSE = "MIT for the benchmark; each task's texts keep the license of the dataset they come from"
@@ -95,8 +96,8 @@ def _template(name: str, prompts: Path | None) -> tuple[str, str]:
 
 def _read_prompts(path: Path) -> dict[str, str]:
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        prompts = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UsageError(
             f"The prompts in {path} cannot be read ({error}): give a JSON file {{task: template}}."
         ) from None

@@ -1,0 +1,235 @@
+"""What a compressed document must be for its parts to be used: looked at in its header first, and once it is read.
+
+A file with the right checksum may still say anything, since anybody can compute one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+
+from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.table import Method, find_method
+from headprof.errors import UsageError
+from headprof.models.shape import HeadShape
+from headprof.utils.memory import free_bytes
+from headprof.utils.records import is_whole, make_record, parse_json, parse_object, plain
+from headprof.utils.tensor_files import Stored, TensorFile
+
+_NEEDED = ("keys", "values", "positions", "lengths")
+_OPTIONAL = ("bias", "received", "queries", "judges")
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_MOST_TOKENS = 2**31 - 1
+_MOST_HEADS = 2**22
+_LONGEST_NAME = 200
+_MOST_BYTES = 2.0**63
+_UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "bytes": _MOST_BYTES}
+
+
+@dataclass(frozen=True)
+class DocumentFacts:
+    """What a document's metadata say.
+
+    Attributes:
+        shape: of the model that made it.
+        method: with the parameters that it was made with.
+        name: of the method.
+        budget, decode_budget, buffer: as `CompressionPlan` has them.
+        profile_digest: of the head profile; empty without one.
+        seen: tokens of the sequence.
+        logits: of each layer, what `AttentionLayer` is made of.
+        left: of each layer, tokens until it is compressed again, where that was noted; else `None`.
+    """
+
+    shape: HeadShape
+    method: Method
+    name: str
+    budget: Budget
+    decode_budget: Budget | None
+    buffer: int | None
+    profile_digest: str
+    seen: int
+    logits: list[dict[str, Any]]
+    left: list[int | None]
+
+
+def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
+    """A document's metadata, each in its type and range.
+
+    Raises:
+        ValueError: one is missing or cannot be; the message says which.
+    """
+    try:
+        shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
+        return DocumentFacts(
+            shape,
+            _method(metadata["method"], metadata["options"]),
+            metadata["method"],
+            _budget(parse_json(metadata["budget"])),
+            _decode_budget(metadata["decode_budget"]),
+            _buffer(parse_json(metadata["buffer"])),
+            metadata["profile"],
+            _tokens_seen(metadata["tokens_seen"]),
+            _logits(parse_json(metadata["logits"]), shape.num_layers),
+            _left(parse_json(metadata.get("left", "null")), shape.num_layers),
+        )
+    except KeyError as error:
+        raise ValueError(f"its {error.args[0]} is missing") from None
+
+
+def _left(values: Any, num_layers: int) -> list[int | None]:
+    if values is None:
+        return [None] * num_layers
+    known = isinstance(values, list) and len(values) == num_layers
+    if not known or not all(each is None or (type(each) is int and abs(each) < 2**31) for each in values):
+        raise ValueError("what it says is left before it is compressed again is no whole number for each layer")
+    return values
+
+
+def _method(name: str, options: str) -> Method:
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"the name of its method is longer than {_LONGEST_NAME} characters")
+    method, given = find_method(name), parse_object(options)
+    for option in given:
+        if not method.has_option(option):
+            raise ValueError(f"its method has no parameter {plain(option)}")
+    try:
+        return method.with_options(**given)
+    except UsageError as error:
+        raise ValueError(f"its options cannot be: {str(error).removesuffix('.')}") from None
+
+
+def _budget(values: Any) -> Budget:
+    budget = make_record(Budget, values)
+    if budget.unit not in _UNITS:
+        raise ValueError(f"its budget has an unknown unit {plain(budget.unit)}")
+    if not 0 < budget.amount <= _UNITS[budget.unit]:
+        raise ValueError(f"its budget cannot be {budget.amount:g}")
+    return budget
+
+
+def _decode_budget(text: str) -> Budget | None:
+    values = parse_json(text)
+    return None if values is None else _budget(values)
+
+
+def _buffer(value: Any) -> int | None:
+    if value is not None and not is_whole(value, 1, int(_MOST_BYTES)):
+        raise ValueError("its buffer is no number of tokens")
+    return value
+
+
+def _tokens_seen(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and 0 < int(text) <= _MOST_TOKENS):
+        raise ValueError("its tokens_seen is no number of tokens")
+    return int(text)
+
+
+def _logits(values: Any, num_layers: int) -> list[dict[str, Any]]:
+    if not isinstance(values, list) or len(values) != num_layers:
+        raise ValueError("its logits are not those of its layers")
+    for layer in values:
+        if not isinstance(layer, dict) or not {"scaling"} <= layer.keys() <= {"scaling", "softcap", "sliding_window"}:
+            raise ValueError("its logits are not those of its layers")
+        softcap, window = layer.get("softcap"), layer.get("sliding_window")
+        if not _is_positive(layer["scaling"]) or not (softcap is None or _is_positive(softcap)):
+            raise ValueError("its logits have a factor or a bound that is no number above 0")
+        if not (window is None or is_whole(window, 1, _MOST_TOKENS)):
+            raise ValueError("its logits have a sliding_window that is no number of tokens")
+    return values
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
+    """Look at the sizes of a document's tensors; of their numbers only `lengths` is read.
+
+    Raises:
+        ValueError: one is missing, unknown or not of the size that the others and the metadata call for, or there is
+            not the memory for all of them.
+    """
+    if file.size > free_bytes("cpu"):
+        raise ValueError(f"its {file.size / 1e9:.1f} GB are more than the memory that is free")
+    shape, stored = facts.shape, dict(file.stored)
+    if stored.pop("scores", None) != Stored("F32", (shape.num_layers, shape.num_kv_heads)):
+        raise ValueError("its scores are not float32, one for each KV head")
+    first = stored.get("layers.0.lengths", Stored("", ()))
+    batch = first.shape[0] if len(first.shape) == 2 else 0
+    if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
+        raise ValueError("its lengths are not those of sequences and KV heads")
+    if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):
+        raise ValueError("its ids are not one for each token that was seen")
+    prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
+    if unknown := sorted(stored.keys() - {p + part for p in prefixes for part in (*_NEEDED, *_OPTIONAL)}):
+        raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
+    for prefix in prefixes:
+        own = {part: stored[prefix + part] for part in (*_NEEDED, *_OPTIONAL) if prefix + part in stored}
+        _check_layer(prefix, own, facts, batch)
+    if len(prefixes) != shape.num_layers:
+        raise ValueError("it lacks layers")
+    for prefix in prefixes:
+        _check_lengths(prefix, file.read(f"{prefix}lengths"), stored[f"{prefix}keys"].shape[0], facts.seen)
+
+
+def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, batch: int) -> None:
+    """Names, types and sizes of one layer's tensors."""
+    if missing := [part for part in _NEEDED if part not in own]:
+        raise ValueError(f"it lacks the tensor {prefix}{missing[0]}")
+    shape, keys = facts.shape, own["keys"]
+    rows = keys.shape[:1]
+    queries = own.get("queries", Stored("", ()))
+    newest = queries.shape[2:3]
+    wanted = {
+        "keys": (_FLOATS, (*rows, shape.head_dim)),
+        "values": ((keys.dtype,), (*rows, shape.head_dim)),
+        "positions": (("I32",), rows),
+        "lengths": (("I32",), (batch, shape.num_kv_heads)),
+        "bias": (("F32",), rows),
+        "received": (("F32",), rows),
+        "queries": (_FLOATS, (batch, shape.num_heads, *newest, shape.head_dim)),
+        "judges": (("BOOL",), (batch, *newest)),
+    }
+    for part, stored in own.items():
+        dtypes, sizes = wanted[part]
+        if stored.dtype not in dtypes or stored.shape != sizes:
+            raise ValueError(
+                f"its {prefix}{part} are {stored.dtype} {list(stored.shape)} where {list(sizes)} of {dtypes[0]} belong"
+            )
+    if "judges" in own and "queries" not in own:
+        raise ValueError(f"its {prefix}judges are of no queries")
+    if newest and newest[0] > facts.seen:
+        raise ValueError(f"its {prefix}queries are more than the tokens that were seen")
+
+
+def _check_lengths(prefix: str, lengths: torch.Tensor, rows: int, seen: int) -> None:
+    if int(lengths.min()) < 0 or int(lengths.max()) > seen or int(lengths.long().sum()) != rows:
+        raise ValueError(f"its {prefix}lengths are not those of the {rows} rows there are")
+
+
+def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> None:
+    """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
+    scores = tensors["scores"]
+    if not torch.isfinite(scores).all() or (scores < 0).any():
+        raise ValueError("its scores are not all finite, zero or more")
+    parts = ("keys", "values", "queries", "received", "positions", "bias")
+    names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
+    for name in names:
+        if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts.seen):
+            raise ValueError(f"its {name} hold what cannot be")
+
+
+def _is_sound(part: str, numbers: torch.Tensor, seen: int) -> bool:
+    if numbers.numel() == 0:
+        return True
+    if part == "positions":
+        return int(numbers.min()) >= 0 and int(numbers.max()) < seen
+    if part == "bias":  # a row that is hidden has minus infinity
+        return bool((numbers < math.inf).all())
+    return bool(torch.isfinite(numbers).all())
