@@ -1,7 +1,9 @@
 """Methods of other people: given as objects, or found by the entry points of an installed package."""
 
 import json
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,10 @@ from headprof import METHODS, HeadCache, Method, compressed, make_plan
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document
 from headprof.compression.methods.budget import ProfileBudget
+from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.names import METHOD_NAMES, method_names
+from headprof.compression.methods.observation import Assessment
+from headprof.compression.methods.reduction import EvictThenMerge
 from headprof.compression.methods.table import find_method, name_of
 from headprof.compression.session import prefill
 from headprof.errors import CacheError, ProfileError, UsageError
@@ -82,6 +87,70 @@ def test_a_document_needs_a_method_with_a_name(tiny, tmp_path, toy):
     save_document(cache, tmp_path / "document.kv.safetensors", tiny)
     loaded, _ = load_document(tmp_path / "document.kv.safetensors", tiny)
     assert loaded.plan.name == "snapkv" and loaded.plan.method == cache.plan.method
+
+
+def scored(method):
+    """What compressing a prompt by it comes to: the rows of each head."""
+    model = tiny_model(num_kv_heads=2, layers=2)
+    with compressed(model, method=method, budget=9) as plan:
+        cache = HeadCache(plan)
+        prefill(model, random_ids(1, 30), cache)
+    return cache.lengths
+
+
+@dataclass(frozen=True)
+class Wrong(Importance):
+    """An importance that says something else than it should."""
+
+    how: str = ""
+    queries = 0
+
+    def assess(self, observed):
+        score = torch.rand(observed.keys.shape[:3])
+        score[..., 3] = math.nan if self.how == "nan" else 0.0
+        columns = {"mine": score} if self.how == "column" else {}
+        said = {"shape": score[:, :1], "integers": score.long(), "nothing": None}.get(self.how, score)
+        return Assessment(said, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nan", "Wrong gives scores that are not finite"),
+        ("shape", r"scores rows by \[1, 1, 30\]"),
+        ("integers", "int64"),
+        ("nothing", "scores rows by NoneType"),
+        ("column", "unknown column 'mine'"),
+    ],
+)
+def test_a_wrong_importance_is_told(how, message):
+    assert int(scored(Method(Wrong())).sum()) == 9 * 4
+    with pytest.raises(UsageError, match=message):
+        scored(Method(Wrong(how)))
+
+
+@dataclass
+class Changeable(Importance):
+    queries = 0
+
+
+@dataclass(frozen=True)
+class Threshold(Importance):
+    threshold: float = 0.9
+    queries = 0
+
+
+def test_what_makes_no_method_is_refused():
+    for importance in (None, Wrong, "knorm"):
+        with pytest.raises(UsageError, match="is no importance"):
+            Method(importance)
+    with pytest.raises(UsageError, match="make it a frozen dataclass"):
+        Method(Changeable())
+    with pytest.raises(UsageError, match="Two parts of a method have a parameter 'threshold'"):
+        Method(Threshold(), reduction=EvictThenMerge())
+    for method in (3, Method):
+        with pytest.raises(UsageError, match="is no method"):
+            make_plan(tiny_model(), method=method)
 
 
 # By name.

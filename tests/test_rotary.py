@@ -54,3 +54,13 @@ def test_padding_before_a_prompt_changes_nothing_of_what_is_expected():
         alone = model.generate(ids, max_new_tokens=8, do_sample=False)
         beside = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert alone[0, 30:].tolist() == beside[0, 35:].tolist()
+
+
+def test_looking_ahead_leaves_the_models_embedding_alone():
+    """A dynamic embedding (NTK) goes on otherwise once it is asked about positions beyond those it has seen."""
+    model, ids = tiny_model(max_positions=32), random_ids(1, 40)
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    with compressed(model, method="expected-attention", budget=12):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert model.model.rotary_emb.max_seq_len_cached <= 44

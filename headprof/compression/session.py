@@ -14,7 +14,7 @@ from headprof.compression.hook import attending
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
-from headprof.errors import ModelError, ProfileError
+from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.decoder import running_model
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
@@ -52,6 +52,8 @@ def make_plan(
         ModelError: the model's layers keep or turn something else than the method can deal with.
     """
     model = running_model(model)
+    if not isinstance(method, str | Method):
+        raise UsageError(f"{method!r} is no method: give a name or a headprof.Method.")
     base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
     chosen = base.with_options(**options)
     require_attention_layers(model, "its cache cannot be compressed per head")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +33,17 @@ class Rotary:
     apply: Callable[..., tuple[Tensor, Tensor]]
     layer_type: str | None = None
 
+    @cached_property
+    def _own(self) -> torch.nn.Module:
+        """A copy: some embeddings go on otherwise once they have been asked about a later position."""
+        return copy.deepcopy(self.embedding)
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines at positions, int `[N]`: float32 `[N, R]` each, with the model's scaling in them."""
-        device = next(self.embedding.buffers(), positions).device
+        device = next(self._own.buffers(), positions).device
         like = torch.zeros(1, dtype=torch.float32, device=device)
         extra = () if self.layer_type is None else (self.layer_type,)
-        cos, sin = self.embedding(like, positions.to(device)[None].long(), *extra)
+        cos, sin = self._own(like, positions.to(device)[None].long(), *extra)
         return cos[0].float().to(positions.device), sin[0].float().to(positions.device)
 
     def rotate(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.storage import SLACK
-from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
 from headprof.errors import CacheError
@@ -37,14 +37,14 @@ class FanOutLayer(PromptLayer):
         return None if None in needed else max(count for count in needed if count is not None)
 
     def filled(self, observed: Observation) -> None:
-        assessed: dict[Importance, Assessment] = {}
+        said: dict[Importance, Assessment] = {}
         for layer in self.layers:
             importance = layer.schedule.importance
-            if importance not in assessed:
-                assessed[importance] = importance.assess(observed)
+            if importance not in said:
+                said[importance] = assessed(importance, observed)
             layer.lazy_initialization(observed.keys, observed.values)
             layer.seen, layer.observers = self.seen, self.observers
-            layer.compress(observed, assessed[importance])
+            layer.compress(observed, said[importance])
             layer.forget_prompt()
         self.is_initialized = True
 

@@ -15,6 +15,7 @@ from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
 from headprof.compression.kernels.ragged_rows import RaggedRows
+from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.rows import Rows
@@ -96,7 +97,7 @@ class HeadCacheLayer(PromptLayer):
         return self.schedule.importance.queries
 
     def filled(self, observed: Observation) -> None:
-        self.compress(observed, self.schedule.importance.assess(observed))
+        self.compress(observed, assessed(self.schedule.importance, observed))
 
     def compress(self, observed: Observation, assessment: Assessment) -> None:
         """Keep of the prompt what the plan allots, by what the importance says of it."""
@@ -184,7 +185,7 @@ class HeadCacheLayer(PromptLayer):
         self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
         counts = schedule.targets(self.seen).to(self.device).expand(self.batch_size, -1)
-        self.hold(schedule.compressed(observed, schedule.importance.assess(observed), counts))
+        self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts))
         if schedule.importance.queries is None:
             self.held.recent.forget()
 

@@ -6,13 +6,15 @@ Shapes: `B` sequences, `K` KV heads, `T` rows, `D` head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from headprof.compression.methods.observation import NOISE, Assessment, Observation
+from headprof.compression.rows import COLUMNS
+from headprof.errors import UsageError
 
 
 class Importance(Protocol):
@@ -47,6 +49,46 @@ class Importance(Protocol):
     def assess(self, observed: Observation) -> Assessment:
         """The score, and what goes with it."""
         return Assessment(self.score(observed))
+
+
+def check_importance(importance: Any) -> None:
+    """
+    Raises:
+        UsageError: that is no importance, or one of which it cannot be told whether it equals another.
+    """
+    if Importance not in type(importance).__mro__:
+        raise UsageError(f"{importance!r} is no importance: give an object of a class that inherits from Importance.")
+    try:
+        hash(importance)
+    except TypeError:
+        name = type(importance).__name__
+        raise UsageError(f"The importance {name} can be changed: make it a frozen dataclass.") from None
+
+
+def assessed(importance: Importance, observed: Observation) -> Assessment:
+    """What an importance says; somebody else's is looked at, this project's own are tested instead.
+
+    Raises:
+        UsageError: a score is missing, of another shape or type, or not finite, or a column is unknown.
+    """
+    assessment = importance.assess(observed)
+    if not type(importance).__module__.startswith("headprof."):
+        _check_assessment(importance, assessment, observed)
+    return assessment
+
+
+def _check_assessment(importance: Importance, assessment: Any, observed: Observation) -> None:
+    name, shape = type(importance).__name__, observed.keys.shape[:3]
+    score = getattr(assessment, "importance", None)
+    if not isinstance(score, Tensor) or score.shape != shape or not score.is_floating_point():
+        found = f"{list(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+        raise UsageError(f"The importance {name} scores rows by {found}: return a float tensor {list(shape)}.")
+    if not bool(score.isfinite().all()):
+        raise UsageError(f"The importance {name} gives scores that are not finite: return numbers for padding too.")
+    if unknown := sorted(set(assessment.columns) - set(COLUMNS)):
+        raise UsageError(
+            f"The importance {name} carries on an unknown column {unknown[0]!r}: use {', '.join(COLUMNS)}."
+        )
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,22 @@ from headprof.compression.methods.budget import (
     UniformBudget,
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
-from headprof.compression.methods.importance import Importance, KeepAll, KeyDiff, KeyNorm, Recency
+from headprof.compression.methods.importance import (
+    Importance,
+    KeepAll,
+    KeyDiff,
+    KeyNorm,
+    Recency,
+    check_importance,
+)
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.errors import UsageError
+
+_SIMPLE = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,10 @@ class Method:
                 raise UsageError(f"A head cannot keep {getattr(self, name)} tokens: give {name} at least 0.")
         if not 0 <= self.recent_share <= 1:
             raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
+        check_importance(self.importance)
+        names = [name for part in self._parts for name in _parameters(part)]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")
 
     @property
     def keeps_everything(self) -> bool:
@@ -97,16 +110,13 @@ class Method:
         options = {"window": count, "ramp": False}
         return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
 
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return (self.importance, self.budget, self.reduction, self)
+
     def options(self) -> dict[str, Any]:
         """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
-        parts = (self.importance, self.budget, self.reduction, self)
-        return {
-            each.name: getattr(part, each.name)
-            for part in parts
-            if is_dataclass(part)
-            for each in fields(part)
-            if isinstance(getattr(part, each.name), _SIMPLE)
-        }
+        return {name: value for part in self._parts for name, value in _parameters(part).items()}
 
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
@@ -133,11 +143,15 @@ class Method:
     def _holder(self, name: str) -> str | None:
         """The part that has a parameter: `"method"`, or the name of one of the three axes."""
         parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
-        for holder, part in parts.items():
-            known = {each.name for each in fields(part)} if is_dataclass(part) else set()
-            if name in known and isinstance(getattr(part, name), _SIMPLE):
-                return holder
-        return None
+        return next((holder for holder, part in parts.items() if name in _parameters(part)), None)
+
+
+def _parameters(part: Any) -> dict[str, Any]:
+    """The fields of a part that a user may change, with their values."""
+    if not is_dataclass(part):
+        return {}
+    values = {each.name: getattr(part, each.name) for each in fields(part)}
+    return {name: value for name, value in values.items() if isinstance(value, _SIMPLE)}
 
 
 # How the papers judge tokens, with fewer of the window kept; and what serves budgets of 16 to 128 tokens better.
@@ -258,7 +272,6 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 
 _LARGEST = 1e15
-_SIMPLE = (bool, int, float, str)
 _SETTING = {"true": True, "false": False}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
 
