@@ -101,7 +101,9 @@ def test_chunks_that_cannot_be_run_are_refused():
     model = tiny_model()
     with pytest.raises(UsageError, match="at least 1"), attending_ragged(model, prefill_chunk=0):
         pass
-    model.get_decoder = lambda: torch.nn.Linear(2, 2)
+    decoder = torch.nn.Linear(2, 2)
+    decoder.config = model.config
+    model.get_decoder = lambda: decoder
     with pytest.raises(ModelError, match="does not list its decoder layers"), attending_ragged(model, prefill_chunk=4):
         pass
 

@@ -613,8 +613,7 @@ def test_a_name_that_is_too_long(place, resume):
 
 def test_a_name_that_is_no_text(place):
     name = os.fsdecode(b"odd-\xff")
-    ended = headprof(*ONE_PROBE, "-o", name)
-    assert ended.exit_code == 0 and (place / name / "results.json").is_file()
+    assert headprof(*ONE_PROBE, "-o", name).exit_code == 2 and not (place / name).exists()
     assert headprof(*ONE_PROBE, "--observe", name, "-o", "odd").exit_code == 2
 
 

@@ -77,9 +77,10 @@ def test_a_line_that_no_parser_takes_is_named(tmp_path, line):
         load_needles(tmp_path / "n.jsonl")
 
 
-def test_half_a_character_in_a_needle_becomes_a_question_mark(tmp_path):
+def test_half_a_character_in_a_needle_is_refused(tmp_path):
     (tmp_path / "n.jsonl").write_text(json.dumps(NEEDLE | {"question": "Where \ud800?"}))
-    assert load_needles(tmp_path / "n.jsonl")[0].question == "Where ??"
+    with pytest.raises(ProbeError, match="no text that could be written in the field 'question'"):
+        load_needles(tmp_path / "n.jsonl")
 
 
 def test_a_device_is_no_text():

@@ -21,12 +21,12 @@ def check_outputs(targets: Mapping[Path, str | None], inputs: Iterable[Path]) ->
     Raises:
         UsageError: one of the targets is an input or another target, or is a safetensors file of another format.
     """
-    from headprof.utils.files import check_output
+    from headprof.utils.files import check_output, is_file
 
     places = [target.resolve() for target in targets]
     if len(set(places)) < len(places):
         raise UsageError(f"{' and '.join(map(str, targets))} are one file: choose different names.")
-    if not any(target.is_file() for target in targets):
+    if not any(is_file(target) for target in targets):
         return  # what is not there yet can be no input
     read = list(_all_files(inputs))
     for target, file_format in targets.items():

@@ -172,7 +172,10 @@ def _whole_mask(ids: Tensor, mask: Tensor | None, seen: int) -> Tensor:
 
 def _refuse_lookers(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     for name, idle in _IDLE.items():
-        if setting(model, arguments, name) not in idle:
+        given = setting(model, arguments, name)
+        if name == "logits_processor":
+            given = [each for each in given or () if getattr(each, "looks_at_ids", True)]
+        if given not in idle:
             raise CacheError(
                 f"{name} looks at the ids of all tokens, which this cache does not know of those it has seen: leave "
                 "it away, or make the compressed document again with `headprof compress`."

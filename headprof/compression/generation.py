@@ -57,6 +57,8 @@ class Generation:
 class _FiniteLogits(LogitsProcessor):
     """Raises `ModelError` before a token is chosen by logits that are no numbers."""
 
+    looks_at_ids = False
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         require_finite(scores.amax(dim=-1), scores.dtype)  # some models rule tokens out by -inf
         return scores

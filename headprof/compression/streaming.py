@@ -36,6 +36,7 @@ class TimedStreamer(BaseStreamer):
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._cleans_up = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._special = frozenset(tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._before, self._read = 0, 0  # tokens that are done with; those that have been decoded
         self._handed_on = ""
@@ -61,6 +62,8 @@ class TimedStreamer(BaseStreamer):
 
     def _newest(self) -> str:
         """What the newest tokens add to the text; nothing while a character or a row of single bytes is unfinished."""
+        if self._ids[-1] in self._special:  # which is left out, and may stand inside a row of bytes
+            return ""
         if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._ids[-1]))):
             return ""
         known, whole = self._decode(self._before, self._read), self._decode(self._before, len(self._ids))

@@ -84,7 +84,7 @@ def check_output(target: str | Path, inputs: Iterable[str | Path], file_format: 
             format, such as a model's weights.
     """
     place = Path(target)
-    if not place.is_file():
+    if not is_file(place):
         return
     for path in inputs:
         with contextlib.suppress(OSError):
@@ -98,6 +98,13 @@ def check_output(target: str | Path, inputs: Iterable[str | Path], file_format: 
             f"{target} is a safetensors file of another kind, such as a model's weights: choose another name to "
             "write to, or delete it first."
         )
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; none by a name that the disk does not take."""
+    with contextlib.suppress(OSError):
+        return path.is_file()
+    return False
 
 
 def _safetensors_metadata(path: Path) -> dict[str, Any] | None:
