@@ -199,7 +199,7 @@ def test_token_ids_that_cannot_be_are_refused(tiny, tmp_path, change):
     path = tmp_path / "doc.kv.safetensors"
     save_document(compressed_document(tiny), path, tiny)
     rewritten(path, lambda tensors: tensors.update(ids=change(tensors["ids"])))
-    with pytest.raises(CacheError, match="ids (are not one for each token|that are not those of its tokens)"):
+    with pytest.raises(CacheError, match=r"ids (are not one for each token|that are not those of its tokens)"):
         load_document(path, tiny)
 
 

@@ -266,12 +266,17 @@ def generate_text(
             logits_processor=LogitsProcessorList([_FiniteLogits()]),
             **_sampling(temperature),
         )
+    return _made(streamer, start, seen, ids.shape[1], used)
+
+
+def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: Cache) -> Generation:
+    """What came of `given` tokens after `seen` that the cache held, begun at `start`."""
     times = streamer.token_times
     return Generation(
         text=streamer.text,
-        prompt_tokens=seen + ids.shape[1],
+        prompt_tokens=seen + given,
         new_tokens=len(times),
-        cache_bytes=cache_nbytes(used),
+        cache_bytes=cache_nbytes(cache),
         prefill_seconds=times[0] - start,
         decode_seconds=times[-1] - times[0],
         cached_tokens=seen,
