@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-gpu test-kill test-slow bench-parts check format profile results wheel clean
+.PHONY: demo test coverage test-gpu test-kill test-slow bench-parts check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -13,6 +13,10 @@ demo: $(VENV)/.installed
 	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
 
 test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The same tests, slower, with the lines that none of them runs.
+coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov=headprof --cov-report=term --cov-fail-under=90
 
 # Tests that need CUDA; run them on a machine that has it.
