@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
+from headprof.compression.decode_steps import StepCache, check_step, with_decode_steps
 from headprof.compression.generate_call import takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
@@ -89,6 +90,7 @@ def attending(
     *,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    step: str = "auto",
     new_cache: Callable[[], Cache] | None = None,
 ) -> AbstractContextManager[None]:
     """Link `model`'s attention to the caches of this package while the context lasts.
@@ -97,6 +99,7 @@ def attending(
         model: the model, or a wrapper around it (see `running_model`).
         backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"`.
         prefill_chunk: tokens that a layer runs over at a time, or `None` for all at once.
+        step: how a decode step is run, a name in `STEPS`.
         new_cache: makes the cache that a forward pass begins with where it would begin with an empty one of
             Transformers', or `None` to leave that as it is.
 
@@ -108,7 +111,8 @@ def attending(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"A prefill chunk of {prefill_chunk} tokens cannot be run: give --prefill-chunk at least 1.")
     running = running_model(model)
-    return changed(running, _Link(running, model, backend, prefill_chunk, new_cache))
+    check_step(step, running.device)
+    return changed(running, _Link(running, model, backend, prefill_chunk, step, new_cache))
 
 
 @dataclass(eq=False)
@@ -119,6 +123,7 @@ class _Link:
     given: Any
     backend: str
     prefill_chunk: int | None
+    run_step: str
     new_cache: Callable[[], Cache] | None
     kind = "link"
 
@@ -135,11 +140,26 @@ class _Link:
             _run_uncompiled(changes, link.given, self.model)
         wrap_mask = _same if self.prefill_chunk is None else _chunk_layers(changes, self.model, self.prefill_chunk)
         rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
-        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check), wrap_mask)
+        now = _InStep(check)
+        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check, now), wrap_mask)
         new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
+        if forward := with_decode_steps(self.model, self.model.forward, now, self.run_step, self.backend):
+            changes.set(vars(self.model), "forward", forward)
         _watch_starts(changes, self.model, new_cache)
         for hook in check.install():
             changes.hook(hook)
+
+
+@dataclass
+class _InStep:
+    """Whether the model is in a decode step that the device runs by itself."""
+
+    check: LinkCheck
+    step: StepCache | None = None
+
+    @property
+    def is_looking(self) -> bool:
+        return self.check.looks_at_steps
 
 
 def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> None:
@@ -255,10 +275,14 @@ def _same(make: Callable) -> Callable:
 # Step 4; step 3 is the cache's.
 
 
-def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck) -> AttentionFunction:
+def _linked(
+    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: _InStep
+) -> AttentionFunction:
     """The model's attention function `base`, linked to the cache layer whose mark the keys carry."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
+        if now.step is not None:
+            return now.step.attend(query, key.shape[1], kwargs), None
         if check.looking:
             check.attends(query, key, value, attention_mask, kwargs)
         cache_layer = _marked(key)

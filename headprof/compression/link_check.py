@@ -65,6 +65,11 @@ class LinkCheck:
         self.looking = False
         """Whether a pass may be under way that is to be looked at."""
 
+    @property
+    def looks_at_steps(self) -> bool:
+        """Whether a pass that continues a cache is still to be looked at."""
+        return False in self._left
+
     def install(self) -> Sequence[RemovableHandle]:
         """Look at the passes of the model's decoder until these hooks are removed, or there is nothing left to see."""
         before = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
