@@ -6,8 +6,9 @@ from itertools import accumulate
 
 import torch
 
-from headprof.compression.kernels.ragged_rows import RaggedRows
-from headprof.compression.rows import COLUMNS, Rows, ragged_index
+from headprof.compression.kernels.append import append_rows
+from headprof.compression.kernels.ragged_rows import RaggedRows, WorkPlan
+from headprof.compression.rows import Rows, ragged_index
 
 SLACK = 16
 """Rows of free space after each head, so that an appended token does not move the others."""
@@ -42,7 +43,8 @@ class RowStorage:
         ends = [start + length for start, length in zip(starts, lengths, strict=False)]
         bounds = [bound for pair in zip(starts, ends, strict=False) for bound in pair] + starts[-1:]
         self._bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-        self._ends = torch.tensor(ends, device=device)
+        self._next_positions = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+        self._plans: dict[str, WorkPlan] = {}
         self._longest = max(lengths)
         self._free = min(room - length for room, length in zip(rooms, lengths, strict=True))
         self._uniform = rooms[0] if len(set(rooms)) == len(set(lengths)) == 1 else 0
@@ -65,9 +67,13 @@ class RowStorage:
             rows.values,
             rows.positions,
             self._bounds,
-            self._longest,
+            max(rows.lengths),
             self._uniform,
             rows.columns.get("bias"),
+            rows.columns.get("received"),
+            self._next_positions,
+            self._longest,
+            self._plans,
         )
 
     def compact(self) -> Rows:
@@ -82,7 +88,8 @@ class RowStorage:
         A shorter head's come last; those before them, which it does not have, repeat its first.
         """
         starts = self._bounds[0:-1:2, None].long()
-        index = self._ends[:, None] + torch.arange(-self._longest, 0, device=self._ends.device)
+        ends = self._bounds[1::2, None].long()
+        index = ends + torch.arange(-self._longest, 0, device=ends.device)
         return index.maximum(starts), index >= starts
 
     def append(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
@@ -92,30 +99,19 @@ class RowStorage:
             key_states, value_states: `[B, K, Q, D]`.
             seen: tokens of the sequence before them.
         """
-        rows, count = self.rows, key_states.shape[2]
-        if count == 1:
-            index = self._ends
-            rows.positions.index_fill_(0, index, seen)
-        else:
-            new = torch.arange(count, device=rows.keys.device)
-            index = (self._ends[:, None] + new).flatten()
-            rows.positions.index_copy_(0, index, (seen + new).int().repeat(len(self._kept)))
-        rows.keys.index_copy_(0, index, key_states.reshape(len(index), -1))
-        rows.values.index_copy_(0, index, value_states.reshape(len(index), -1))
-        for name, column in rows.columns.items():
-            column.index_fill_(0, index, COLUMNS[name].fill)
-        self._advance(count)
+        self._next_positions.fill_(seen)
+        append_rows(self.in_place(), key_states, value_states)
+        self._count(key_states.shape[2])
 
     def drop_newest(self, count: int) -> None:
         """Forget the last rows of every head."""
-        self._advance(-count)
+        self._bounds[1::2] -= count
+        self._count(-count)
 
-    def _advance(self, count: int) -> None:
+    def _count(self, count: int) -> None:
         self.appended += count
         self._longest += count
         self._free -= count
-        self._ends += count
-        self._bounds[1::2] += count
 
     def hide_newest(self, visible: torch.Tensor) -> None:
         """Hide padding among the newest tokens from every query.
@@ -124,7 +120,8 @@ class RowStorage:
             visible: false where one of the last `Q` tokens is padding, bool `[B, Q]`.
         """
         batch, count = visible.shape
-        index = self._ends[:, None] - count + torch.arange(count, device=self._ends.device)
+        ends = self._bounds[1::2, None].long()
+        index = ends - count + torch.arange(count, device=ends.device)
         hidden = ~visible.repeat_interleave(len(self._kept) // batch, dim=0)
         self._column("bias")[index[hidden]] = float("-inf")
 
