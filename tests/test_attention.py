@@ -70,6 +70,7 @@ def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> 
         max(lengths),
         lengths[0] + space if alike else 0,
         None if bias is None else torch.cat(biases),
+        in_use=max(lengths),
     )
 
 
@@ -529,7 +530,7 @@ def moved(request: Request) -> Request:
     sinks = None if request.sinks is None else request.sinks.cuda()
     return Request(
         request.query.cuda(),
-        RaggedRows(*tensors, rows.longest, rows.uniform, bias),
+        RaggedRows(*tensors, rows.longest, rows.uniform, bias, in_use=rows.in_use),
         request.num_kv_heads,
         request.scaling,
         request.softcap,
