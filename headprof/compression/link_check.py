@@ -156,6 +156,15 @@ class LinkCheck:
         now.given = None
         now.layers[layer] = now.layers.get(layer, 0) + 1
 
+    def masks(self, valid: Tensor, lengths: Sequence[int]) -> None:
+        """Look at which of a prompt's tokens are not hidden, bool `[B, T]`, beside how many there should be.
+
+        Raises:
+            ModelError: there are others.
+        """
+        if valid.sum(dim=-1).tolist() != list(lengths):
+            raise self._refused("hides other tokens of a prompt than padding, and what is outside its sliding window")
+
     def _check_taken(self, now: _Pass) -> None:
         if now.given is not None:
             raise self._refused(
