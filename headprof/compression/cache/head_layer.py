@@ -101,7 +101,7 @@ class HeadCacheLayer(PromptLayer):
 
     def compress(self, observed: Observation, assessment: Assessment) -> None:
         """Keep of the prompt what the plan allots, by what the importance says of it."""
-        counts = self.schedule.prompt_counts(observed.valid)
+        counts = self.schedule.prompt_counts(observed)
         self.hold(self.schedule.compressed(observed, assessment, counts), RecentQueries(layer=observed.layer))
         if self.schedule.goes_on and not self.observers:
             self._remember(observed)
@@ -184,7 +184,7 @@ class HeadCacheLayer(PromptLayer):
         schedule = self.schedule
         self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
-        counts = schedule.targets(self.seen).to(self.device).expand(self.batch_size, -1)
+        counts = schedule.counts_again(observed)
         self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts))
         if schedule.importance.queries is None:
             self.held.recent.forget()

@@ -96,7 +96,8 @@ class PromptLayer(CacheLayerMixin):
             valid = valid.clone()
             valid[:, -self.observers :] = False
             self.seen -= self.observers
-        self.filled(Observation(queries, Rows.of_prompt(key, value), valid, layer))
+        padded = not bool(valid.all())
+        self.filled(Observation(queries, Rows.of_prompt(key, value), valid, layer, padded=padded))
         self.forget_prompt()
 
     def get_seq_length(self) -> int:

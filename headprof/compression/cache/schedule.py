@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.rows import Rows
+from headprof.compression.rows import HeadCounts, Rows
 
 
 class LayerSchedule:
@@ -48,24 +49,37 @@ class LayerSchedule:
         """Tokens that still come before the layer is compressed again, as far as has been looked."""
         return self._left
 
-    def compressed(self, observed: Observation, assessment: Assessment, counts: torch.Tensor) -> Rows:
+    def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
         """What the heads keep of their rows, flat.
 
         Args:
             observed: the rows.
             assessment: what the importance says of them.
-            counts: rows allotted to each head, int64 `[B, K]`.
+            counts: rows allotted to each head.
         """
         method = self.plan.method
-        ranked, counts = method.ranked(assessment.importance, counts, observed.valid)
+        valid = observed.valid if observed.padded else None
+        ranked, counts = method.ranked(assessment.importance, counts, valid)
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
-        return method.reduction.reduce(rows, Choice(largest(ranked, counts, self.importance.noise), ranked, weights))
+        kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
+        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
 
-    def prompt_counts(self, valid: torch.Tensor) -> torch.Tensor:
-        """Tokens allotted to each head of a prompt whose valid tokens are marked, bool `[B, T]`: int64 `[B, K]`."""
-        lengths = valid.sum(dim=-1).tolist()
-        return torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths]).to(valid.device)
+    def prompt_counts(self, observed: Observation) -> HeadCounts:
+        """Tokens allotted to each head of a prompt."""
+        batch, tokens = observed.valid.shape
+        lengths = observed.valid.sum(dim=-1).tolist() if observed.padded else [tokens] * batch
+        counts = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
+        return HeadCounts.of(counts, observed.valid.device)
+
+    def counts_again(self, observed: Observation) -> HeadCounts:
+        """Rows that each head keeps of those it holds."""
+        held = observed.valid.sum(dim=-1).cpu()
+        targets = self.targets(observed.num_seen).expand(held.shape)
+        if not self.plan.method.budget.spreads:
+            return HeadCounts.of(targets.minimum(held), observed.valid.device)
+        total = int(targets.sum(dim=-1).minimum(held.sum(dim=-1)).sum())
+        return replace(HeadCounts.of(targets, observed.valid.device), total=total, lengths=None)
 
     def targets(self, seen: int) -> torch.Tensor:
         """Rows that each head is compressed to after so many tokens, int64 `[K]`."""

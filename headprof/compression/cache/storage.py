@@ -29,16 +29,17 @@ class RowStorage:
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
         """
-        self._kept, self.appended = [length - appended for length in rows.lengths], appended
-        rooms = [length + slack for length in rows.lengths]
+        lengths = rows.known_lengths()
+        self._kept, self.appended = [length - appended for length in lengths], appended
+        rooms = [length + slack for length in lengths]
         starts = [0, *accumulate(rooms)]
-        index, total = ragged_index(starts[:-1], rows.lengths, rows.keys.device), starts[-1]
+        index, total = ragged_index(starts[:-1], lengths, rows.keys.device), starts[-1]
         self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]).index_copy_(0, index, each), rooms)
         self._measure(starts)
 
     def _measure(self, starts: list[int]) -> None:
         """Note where the heads' rows are, as appending and attention need it: on the device, without a way back."""
-        lengths, rooms, device = self.lengths, self.rows.lengths, self.rows.keys.device
+        lengths, rooms, device = self.lengths, self.rows.known_lengths(), self.rows.keys.device
         ends = [start + length for start, length in zip(starts, lengths, strict=False)]
         bounds = [bound for pair in zip(starts, ends, strict=False) for bound in pair] + starts[-1:]
         self._bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
@@ -72,7 +73,7 @@ class RowStorage:
 
     def compact(self) -> Rows:
         """What the heads hold now, copied together without gaps."""
-        starts = [0, *accumulate(self.rows.lengths)][:-1]
+        starts = [0, *accumulate(self.rows.known_lengths())][:-1]
         index = ragged_index(starts, self.lengths, self.rows.keys.device)
         return self.rows.map(lambda each: each[index], self.lengths)
 

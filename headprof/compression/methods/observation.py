@@ -53,6 +53,7 @@ class Observation:
         query_positions: each query's position in the sequence, int64 `[N]`; `None` for the last `N` of a prompt.
         query_valid: false for queries that do not count (padding), bool `[B, N]`; `None` if all do.
         seen: tokens of the sequence so far; `None` for `T`.
+        padded: whether some rows may be padding, as far as the host knows.
         shared: what several importances need of this, computed once.
     """
 
@@ -64,6 +65,7 @@ class Observation:
     query_positions: Tensor | None = None
     query_valid: Tensor | None = None
     seen: int | None = None
+    padded: bool = True
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
