@@ -237,16 +237,16 @@ class HeadCacheLayer(PromptLayer):
 
     def _make_room(self, count: int) -> None:
         """Compress if `count` more tokens would be too many."""
-        if self.schedule.is_due(count, self.seen, self.storage.sizes):
+        if self.schedule.is_due(count, self.seen, self.storage):
             self._compress_again()
-            self.schedule.look(self.seen, self.storage.sizes)
+            self.schedule.look(self.seen, self.storage)
 
     def _compress_again(self) -> None:
         """Reduce every head that holds more than its target to that."""
         schedule = self.schedule
         self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
-        counts = schedule.counts(self.seen, self.batch_size, self.device)
+        counts = schedule.counts_again(observed, self.storage)
         self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts))
         if schedule.importance.queries is None:
             self.held.recent.forget()
@@ -305,7 +305,7 @@ class HeadCacheLayer(PromptLayer):
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
         elif any(layer.schedule.left is not None for layer in layers):
-            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.storage.sizes) for layer in layers))
+            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.storage) for layer in layers))
         return stack
 
     def empty_like(self, batch_size: int) -> HeadCacheLayer:

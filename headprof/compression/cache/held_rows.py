@@ -111,6 +111,7 @@ class HeldRows:
             query_positions=torch.arange(seen - query.shape[2], seen, device=index.device),
             query_valid=query_valid,
             seen=seen,
+            padded=self.storage.is_ragged,
         )
 
     def of_sequences(self, chosen: Sequence[int], seen: int, slack: int = SLACK) -> HeldRows:

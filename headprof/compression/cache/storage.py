@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from headprof.compression.kernels.append import append_rows
 from headprof.compression.kernels.ragged_rows import RaggedRows
-from headprof.compression.rows import COLUMNS, Rows
+from headprof.compression.rows import Rows
 
 SLACK = 16
 """Rows of free space after each head, so that an appended token does not move the others."""
@@ -25,6 +25,7 @@ class RowStorage:
     Attributes:
         rows: as they lie, free space included.
         appended: how many of each head's rows have come since they were last compressed.
+        hides: whether some of these may be hidden, as padding.
     """
 
     def __init__(self, rows: Rows, seen: int, slack: int = SLACK, appended: int = 0):
@@ -36,8 +37,7 @@ class RowStorage:
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
         """
-        assert rows.counts is not None
-        heads, device = len(rows.counts), rows.keys.device
+        heads, device = len(_counts(rows)), rows.keys.device
         total = len(rows.keys) + heads * slack
         with torch.inference_mode(False):
             self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]))
@@ -48,18 +48,21 @@ class RowStorage:
 
     def _put(self, rows: Rows, slack: int, appended: int) -> None:
         """Write rows, flat and without gaps, over what is held; `slack` rows of free space come behind each head."""
-        counts = rows.counts
-        assert counts is not None
+        counts = _counts(rows)
         heads = len(counts)
         ends = counts.cumsum(0)
         shift = torch.arange(heads, device=counts.device) * slack
         index = torch.arange(len(rows.keys), device=counts.device) + _repeated(shift, counts, len(rows.keys))
-        for held, each in zip(self.rows.tensors, rows.with_columns(self._columns(rows)).tensors, strict=True):
-            held.index_copy_(0, index, each.to(held.dtype))
+        self.rows.keys.index_copy_(0, index, rows.keys)
+        self.rows.values.index_copy_(0, index, rows.values)
+        self.rows.positions.index_copy_(0, index, rows.positions)
+        for name, column in self.rows.columns.items():
+            column.index_copy_(0, index, rows.column(name))
         self._bounds[1:-1:2] = ends + shift
         self._bounds[0:-1:2] = ends + shift - counts
         self._bounds[-1] = len(self.rows.keys)
         self._kept = None if rows.lengths is None else [length - appended for length in rows.lengths]
+        self.hides = "bias" in rows.columns and appended > 0
         self._sum = len(rows.keys) - heads * appended
         self._slack, self.appended = slack + appended, appended
         self._longest, self._uniform = len(self.rows.keys), 0
@@ -67,9 +70,6 @@ class RowStorage:
             self._longest = max(self._kept) + self._slack
             alike = self._longest * heads == len(self.rows.keys)
             self._uniform = self._longest if alike and len(set(self._kept)) == 1 else 0
-
-    def _columns(self, rows: Rows) -> dict[str, Tensor]:
-        return {name: rows.column(name) for name in self.rows.columns}
 
     def replace(self, rows: Rows, slack: int) -> bool:
         """Hold other rows in the same place, if they fit there with so much free space behind each head.
@@ -81,8 +81,7 @@ class RowStorage:
         Returns:
             Whether they fit; if not, nothing has changed.
         """
-        assert rows.counts is not None
-        heads = len(rows.counts)
+        heads = len(_counts(rows))
         fits = heads == self.num_heads and not set(rows.columns) - set(self.rows.columns)
         room = (len(self.rows.keys) - len(rows.keys)) // heads
         if not fits or not slack <= room <= slack + max(slack, SLACK):  # with far more of it, memory would be wasted
@@ -100,6 +99,11 @@ class RowStorage:
         return [length + self.appended for length in self._kept]
 
     @property
+    def is_ragged(self) -> bool:
+        """Whether heads may hold unequal numbers of rows, or hidden ones."""
+        return self.hides or self._kept is None or len(set(self._kept)) > 1
+
+    @property
     def counts(self) -> Tensor:
         """Rows that each head holds, int64 `[N]`."""
         return (self._bounds[1::2] - self._bounds[0:-1:2]).long()
@@ -108,6 +112,13 @@ class RowStorage:
     def total(self) -> int:
         """Rows that all heads hold together."""
         return self._sum + self.appended * self.num_heads
+
+    def sums(self, num_kv_heads: int) -> list[int]:
+        """Rows that the heads of each sequence hold together, `B` numbers."""
+        if self.num_heads == num_kv_heads:
+            return [self.total]
+        lengths = self.lengths
+        return [sum(lengths[start : start + num_kv_heads]) for start in range(0, len(lengths), num_kv_heads)]
 
     @property
     def num_heads(self) -> int:
@@ -155,7 +166,7 @@ class RowStorage:
         index = torch.arange(total, device=counts.device)
         index += _repeated(self._bounds[0:-1:2].long() - before, counts, total)
         rows = self.rows.map(lambda each: each[index], None if self._kept is None else self.lengths)
-        return rows.with_counts(counts)
+        return replace(rows, counts=counts)
 
     def padded_index(self) -> tuple[Tensor, Tensor]:
         """Where each head's rows are, int64 `[N, longest]`, and which of these it has, bool `[N, longest]`.
@@ -191,6 +202,7 @@ class RowStorage:
         """
         batch, count = visible.shape
         index = self._bounds[1::2, None].long() - count + torch.arange(count, device=visible.device)
+        self.hides = True
         hidden = ~visible.repeat_interleave(self.num_heads // batch, dim=0)
         self._column("bias")[index[hidden]] = float("-inf")
 
@@ -204,6 +216,11 @@ class RowStorage:
             with torch.inference_mode(False):
                 self.rows = self.rows.with_columns({name: self.rows.column(name)})
         return self.rows.columns[name]
+
+
+def _counts(rows: Rows) -> Tensor:
+    """Rows of each head, int64 `[N]`."""
+    return torch.tensor(rows.lengths, device=rows.keys.device) if rows.counts is None else rows.counts
 
 
 def _repeated(values: Tensor, counts: Tensor, total: int) -> Tensor:
