@@ -1,7 +1,7 @@
 """Decode steps that the device runs by itself: captured once as a CUDA graph, then replayed.
 
-A step of a large model is a thousand and more launches, each of which takes a CPU longer than the GPU. Where a step over
-a `HeadCache` writes to the same addresses as the one before it, which is nearly always (see `RowStorage`), it need not
+A step of a large model is a thousand and more launches, each of which takes a CPU longer than the GPU. Where a step
+over a `HeadCache` writes to the same addresses as the one before it, which is nearly always (see `RowStorage`), it need not
 be issued anew: the launches are captured, with the ids and positions of the newest tokens in buffers of their own, and
 replayed at once. What the host has to do between steps (compressing again, counting) it does before and after.
 
@@ -67,7 +67,9 @@ def check_step(step: str, device: torch.device | None = None) -> None:
     if step not in STEPS:
         raise UsageError(f"There is no way {step!r} to run a decode step: use {', '.join(STEPS)}.")
     if step == "graph" and device is not None and device.type != "cuda":
-        raise UsageError(f"Only a CUDA device can replay a captured step, not {device.type!r}: leave step='graph' away.")
+        raise UsageError(
+            f"Only a CUDA device can replay a captured step, not {device.type!r}: leave step='graph' away."
+        )
 
 
 class StepLayer:
@@ -375,23 +377,25 @@ def _agree(logits: Tensor, expected: Tensor, exactly: bool) -> bool:
     return bool((logits.float() - expected.float()).abs().amax() <= 0.1 * spread)
 
 
+def recording_for(model: PreTrainedModel) -> Recording | None:
+    """What captures this model's steps, if anything can."""
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    return CudaGraphs() if model.device.type == "cuda" and len(devices) <= 1 else None
+
+
 def with_decode_steps(
     model: PreTrainedModel, forward: Callable[..., Any], link: Linked, step: str, backend: str
 ) -> Callable[..., Any] | None:
     """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly."""
-    device = model.device
-    captures = device.type == "cuda" and step != "eager" and not _is_spread(model)
-    if step == "eager" or (step == "auto" and not captures):
+    if step == "eager":
         return None
-    steps = DecodeSteps(model, forward, link, step, backend, CudaGraphs() if captures else None)
+    record = recording_for(model)
+    if record is None and step != "compiled":
+        return None
+    steps = DecodeSteps(model, forward, link, step, backend, record)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         return steps(*args, **kwargs)
 
     return run
-
-
-def _is_spread(model: PreTrainedModel) -> bool:
-    """Whether a model's parts lie on several devices."""
-    return len(set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))) > 1

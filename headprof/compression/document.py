@@ -223,6 +223,7 @@ def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int
     if "queries" in parts:
         recent = RecentQueries(parts["queries"], parts.get("judges"), how)
     layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
+    layer.storage.hides = "bias" in columns and bool(columns["bias"].isneginf().any())
 
 
 def _check_model(

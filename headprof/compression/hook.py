@@ -197,10 +197,9 @@ class _Pass:
             if self._read[0] is not mask:
                 self._read = (mask, valid.sum(dim=-1).tolist())
             lengths = self._read[1]
-        elif self.check.looking:
+        elif self.check.looking and count == self.length:
             self.check.masks(valid, lengths)
         return Tokens(valid, lengths)
-
 
     def _lengths(self, mask: Tensor | None, count: int, sliding_window: int | None) -> Sequence[int] | None:
         """How many of a prompt's first `count` tokens each sequence has that are not hidden, if nobody has to look."""

@@ -25,10 +25,10 @@ class RowStorage:
     Attributes:
         rows: as they lie, free space included.
         appended: how many of each head's rows have come since they were last compressed.
-        hides: whether some of these may be hidden, as padding.
+        hides: whether some rows may be hidden, as padding.
     """
 
-    def __init__(self, rows: Rows, seen: int, slack: int = SLACK, appended: int = 0):
+    def __init__(self, rows: Rows, seen: int, slack: int = SLACK, appended: int = 0, hides: bool = False):
         """Lay out rows.
 
         Args:
@@ -36,6 +36,7 @@ class RowStorage:
             seen: tokens of the sequence so far.
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
+            hides: whether some rows may be hidden.
         """
         heads, device = len(_counts(rows)), rows.keys.device
         total = len(rows.keys) + heads * slack
@@ -45,6 +46,7 @@ class RowStorage:
             self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
         self._plans: dict = {}
         self._put(rows, slack, appended)
+        self.hides = hides
 
     def _put(self, rows: Rows, slack: int, appended: int) -> None:
         """Write rows, flat and without gaps, over what is held; `slack` rows of free space come behind each head."""
@@ -62,7 +64,6 @@ class RowStorage:
         self._bounds[0:-1:2] = ends + shift - counts
         self._bounds[-1] = len(self.rows.keys)
         self._kept = None if rows.lengths is None else [length - appended for length in rows.lengths]
-        self.hides = "bias" in rows.columns and appended > 0
         self._sum = len(rows.keys) - heads * appended
         self._slack, self.appended = slack + appended, appended
         self._longest, self._uniform = len(self.rows.keys), 0
@@ -87,6 +88,7 @@ class RowStorage:
         if not fits or not slack <= room <= slack + max(slack, SLACK):  # with far more of it, memory would be wasted
             return False
         self._put(rows, room, 0)
+        self.hides = False
         for plan in self._plans.values():
             plan.refresh()
         return True
