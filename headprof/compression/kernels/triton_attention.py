@@ -232,10 +232,10 @@ def _attend_kernel(
             tl.store(count, 0)
             highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
             for first in range(0, parts, 16):
-                slot = first_slot[None, :] + (first + tl.arange(0, 16))[:, None] * stride
-                there = real[None, :] & (slot < first_slot[None, :] + parts * stride)
-                log_sum = tl.load(log_sums + slot, mask=there, other=float("-inf"), cache_modifier=".cg")
-                highest = tl.maximum(highest, tl.max(log_sum, 0))
+                slots = first_slot[None, :] + (first + tl.arange(0, 16))[:, None] * stride
+                among = real[None, :] & (slots < first_slot[None, :] + parts * stride)
+                several = tl.load(log_sums + slots, mask=among, other=float("-inf"), cache_modifier=".cg")
+                highest = tl.maximum(highest, tl.max(several, 0))
             base = tl.where(highest == float("-inf"), 0.0, highest)
             total = tl.zeros([BLOCK_QUERIES], tl.float32)
             mixed = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
