@@ -9,19 +9,38 @@ import torch
 from torch import Tensor
 
 from headprof.compression.kernels.ragged_rows import RaggedRows
+from headprof.compression.kernels.triton_append import triton_append
+from headprof.compression.kernels.triton_support import triton_unsupported
 
 
 def append_rows(rows: RaggedRows, key_states: Tensor, value_states: Tensor) -> None:
     """Give every head its rows of `Q` new tokens, for which there must be room behind those in use.
 
     A new row has the position that is next in its head, a bias of 0, and has received nothing. All is written in place:
-    the rows, then `bounds` and `next_positions`, which move on by `Q`.
+    the rows, then `bounds` and `next_positions`, which move on by `Q`. In code that is being compiled this is the
+    operator `headprof::append_rows`.
 
     Args:
         rows: what the heads hold; `next_positions` must be there.
         key_states, value_states: `[B, K, Q, D]`, in the dtype of the rows.
     """
-    torch_append(rows, key_states, value_states)
+    if torch.compiler.is_compiling():
+        assert rows.next_positions is not None
+        torch.ops.headprof.append_rows(
+            rows.keys,
+            rows.values,
+            rows.positions,
+            rows.bounds,
+            rows.next_positions,
+            rows.bias,
+            rows.received,
+            key_states,
+            value_states,
+        )
+    elif rows.keys.is_cuda and triton_unsupported(key_states) is None:
+        triton_append(rows, key_states, value_states)
+    else:
+        torch_append(rows, key_states, value_states)
 
 
 def torch_append(rows: RaggedRows, key_states: Tensor, value_states: Tensor) -> None:
@@ -40,3 +59,30 @@ def torch_append(rows: RaggedRows, key_states: Tensor, value_states: Tensor) -> 
             column.index_fill_(0, index, 0.0)
     ends += count
     next_positions += count
+
+
+@torch.library.custom_op(
+    "headprof::append_rows",
+    mutates_args=("keys", "values", "positions", "bounds", "next_positions", "bias", "received"),
+)
+def _append_rows(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bounds: Tensor,
+    next_positions: Tensor,
+    bias: Tensor | None,
+    received: Tensor | None,
+    key_states: Tensor,
+    value_states: Tensor,
+) -> None:
+    """`append_rows` as an operator."""
+    rows = RaggedRows(
+        keys, values, positions, bounds, len(keys), 0, bias, received=received, next_positions=next_positions
+    )
+    append_rows(rows, key_states, value_states)
+
+
+@_append_rows.register_fake
+def _(keys, values, positions, bounds, next_positions, bias, received, key_states, value_states) -> None:
+    return None
