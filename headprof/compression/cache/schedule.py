@@ -146,6 +146,15 @@ class LayerSchedule:
         if self._left is not None:
             self._left -= count
 
+    def room_ahead(self, seen: int, held: Sizes, usual: int) -> int:
+        """Rows of free space behind each head for what comes before the next compression, and for those that the heads
+        keep then; for `usual` tokens where there are more, or no end of them."""
+        if self._left is None or self.plan.buffer is None:
+            return usual
+        targets = self.targets(seen)
+        spare = int(targets.sum()) + min(self.plan.buffer, usual) * len(targets) - min(held.sums(len(targets)))
+        return max(min(self._left, usual), -(-spare // len(targets)))
+
     def until_due(self, seen: int, held: Sizes) -> int:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
         buffer, targets = self.plan.buffer, self.targets(seen)
