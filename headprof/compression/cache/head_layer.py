@@ -189,10 +189,9 @@ class HeadCacheLayer(PromptLayer):
 
     def settle(self) -> None:
         """Make room for all that comes before the next compression, or for a usual buffer's tokens if that is less."""
-        wanted = self.schedule.room_ahead(self.seen, self.storage, BUFFER)
-        if wanted > self.storage.free:
-            self.slack = max(self.slack, wanted)
-            self.held.widen(self.slack, self.seen)
+        wanted, rooms = self.schedule.rooms_ahead(self.seen, self.storage, BUFFER)
+        if not self.storage.has_room(wanted, rooms):
+            self.held.widen(wanted, self.seen, rooms)
 
     def for_step(self) -> StepLayer:
         """What a step reads and writes."""
