@@ -155,21 +155,20 @@ def _attend_kernel(
         return
     start = tl.load(bounds + 2 * head)
     end = tl.load(bounds + 2 * head + 1)
+    row_of_block = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    token = row_of_block // GROUP_SIZE
+    member = row_of_block % GROUP_SIZE
+    real = token < num_queries
+    dims = tl.arange(0, BLOCK_DIM)
+    write = real[:, None] & (dims < HEAD_DIM)[None, :]
+    query_rows = (head * GROUP_SIZE + member) * num_queries + token
+    queries = tl.load(query + query_rows[:, None] * HEAD_DIM + dims[None, :], mask=write, other=0.0).to(DOT_DTYPE)
     parts = tl.maximum(tl.cdiv(end - start, item_rows), 1)
     if part >= parts:
         return
     part_rows = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_ROWS) * BLOCK_ROWS  # alike, and none is left without rows
     first_row = start + part * part_rows
-
-    row_of_block = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    token = row_of_block // GROUP_SIZE
-    member = row_of_block % GROUP_SIZE
-    real = token < num_queries
     newest = end - num_queries + token
-    dims = tl.arange(0, BLOCK_DIM)
-    write = real[:, None] & (dims < HEAD_DIM)[None, :]
-    query_rows = (head * GROUP_SIZE + member) * num_queries + token
-    queries = tl.load(query + query_rows[:, None] * HEAD_DIM + dims[None, :], mask=write, other=0.0).to(DOT_DTYPE)
     if sliding_window is not None:
         oldest = tl.load(positions + newest, mask=real & (newest >= start), other=0) - sliding_window
 
