@@ -37,10 +37,8 @@ def triton_attention(request: Request, *, items: WorkItems | None = None, tile: 
     items = items or planned(rows)
     query_blocks = triton.cdiv(request.group_size * num_queries, tile.queries)
     output = query.new_empty(batch, num_queries, num_query_heads, head_dim)
-    partial, log_sums, counts = None, None, None
-    if rows.longest > items.item_rows:
-        partial, log_sums = _room_for_parts(request, items)
-        counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
+    partial, log_sums = _room_for_parts(request, items)
+    counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
     with torch.cuda.device_of(query):
         kernel[(items.num_items, query_blocks)](
             query,
@@ -131,7 +129,7 @@ def _attend_kernel(
     items,  # [2 * M] and more: heads, then parts (see WorkItems)
     counts,  # [N, blocks of queries]: parts of a head that are done, 0 before and after
     output,  # [B, Q, H, D], written
-    partial,  # [M, Q * g, D]: what the parts of a head of several give; None if there is no such head
+    partial,  # [M, Q * g, D]: what the parts of a head of several give
     log_sums,  # [M, Q * g]: and the log2 of their sums of exponentials
     scaling,
     softcap,
@@ -217,7 +215,7 @@ def _attend_kernel(
     mixed = mixed / total[:, None]
     index = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
     written = output + (index * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
-    if partial is None or parts == 1:
+    if parts == 1:
         tl.store(written, mixed.to(output.dtype.element_ty), mask=write)
     else:
         stride = num_queries * GROUP_SIZE
