@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch.nn.functional import normalize
 
+from headprof.compression.kernels import marking
+from headprof.compression.kernels.constants import constant
 from headprof.compression.methods.observation import NOISE, per_head
-from headprof.compression.rows import COLUMNS, HeadCounts, Rows
+from headprof.compression.rows import COLUMNS, HeadCounts, Rows, marked
 from headprof.errors import UsageError
 
 
@@ -34,12 +37,15 @@ def largest(
     """
     size = values.shape[-1]
     most = size if most is None else min(max(1, most), size)
-    least = values.topk(most, dim=-1).values.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
-    ends = torch.stack([least * (1 - noise), least * (1 + noise)])
-    above = values > ends.amax(dim=0)
-    equal = (values >= ends.amin(dim=0)) & ~above
-    room = counts - above.sum(dim=-1)
-    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room[..., None]))
+    top = values.topk(most, dim=-1).values
+    if marking.serves(values):
+        return marking.mark_largest(values, top, counts, noise)
+    least = top.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
+    low, high = torch.aminmax(least * constant((1 - noise, 1 + noise), values.device), dim=-1, keepdim=True)
+    above = values > high
+    equal = (values >= low) ^ above
+    room = counts[..., None] - above.sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
 
 
 def ranking(
@@ -160,35 +166,63 @@ class EvictThenMerge(Reduction):
             raise UsageError(f"A coverage of {self.coverage} is no share of attention: give more than 0, at most 1.")
 
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
-        reduced, kept = rows.kept(choice.kept, choice.head_counts), choice.kept
-        centres = kept & choice.ranked.isfinite()
-        counts = self.count_candidates(rows.keys, choice, centres)
-        if self.threshold >= 1 or not bool(counts.any()):
+        counts, tokens = choice.head_counts, rows.keys.shape[2]
+        places = marked(choice.kept, counts.total)
+        reduced = rows.at(places, counts)
+        left = tokens - (min(counts.lengths) if counts.lengths else 0)
+        most = min(left, math.ceil(counts.most * self.candidates))
+        if self.threshold >= 1 or most == 0:
             return reduced
-        clusters = self._clusters(rows.keys, choice, centres, counts)
-        merged = clusters.merged
-        changed = (kept.flatten().cumsum(0).view(len(merged), -1).gather(1, clusters.centre_index) - 1)[merged]
+        centres = choice.kept & choice.ranked.isfinite()
+        ranks = centres.flatten(0, 1).cumsum(dim=-1)
+        clusters = self._clusters(rows.keys, choice, centres, ranks, min(counts.most, tokens), most)
+        head, slot = places[0] * centres.shape[1] + places[1], (ranks.view(centres.shape)[places] - 1).clamp(min=0)
+        merged = clusters.merged[head, slot] & centres[places]  # of the rows kept
 
-        def put(held: torch.Tensor, new: torch.Tensor) -> None:
-            held[changed] = new[merged].to(held.dtype)
+        def put(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            changed = merged if new.ndim == 2 else merged[:, None]
+            return new[head, slot].to(held.dtype).where(changed, held)
 
-        put(reduced.values, clusters.mean(*clusters.rows_of(rows.values)))
-        if self.merge_keys:
-            put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
-        for name, column in rows.columns.items():
-            if COLUMNS[name].summed:
-                put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
+        columns = {
+            name: put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
+            for name, column in rows.columns.items()
+            if COLUMNS[name].summed
+        }
         if self.mass:
             bias = reduced.column("bias")
-            bias[changed] += clusters.whole[merged].log() - clusters.own[merged].log()
-            reduced = reduced.with_columns({"bias": bias})
-        return reduced
+            columns["bias"] = (bias + clusters.mass[head, slot]).where(merged, bias)
+        return replace(
+            reduced,
+            values=put(reduced.values, clusters.mean(*clusters.rows_of(rows.values))),
+            keys=put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
+            if self.merge_keys
+            else reduced.keys,
+            columns={**reduced.columns, **columns},
+        )
 
-    def _clusters(self, keys: torch.Tensor, choice: Choice, centres: torch.Tensor, counts: torch.Tensor) -> _Clusters:
-        """Let the best `counts` rows of each head that are not kept, int64 `[B, K]`, join its centres."""
-        centre_index, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
+    def _clusters(
+        self,
+        keys: torch.Tensor,
+        choice: Choice,
+        centres: torch.Tensor,
+        ranks: torch.Tensor,
+        most_centres: int,
+        most_candidates: int,
+    ) -> _Clusters:
+        """Let the best rows of each head that are not kept join its centres.
+
+        Args:
+            keys: of all rows.
+            choice: which are kept.
+            centres: which of these others may join, bool `[B, K, T]`.
+            ranks: the number of each, counted from 1, int64 `[N, T]`.
+            most_centres, most_candidates: no head has more of them.
+        """
+        counts = self.count_candidates(keys, choice, centres).flatten()
+        centre_index, is_centre = _packed(ranks, most_centres)
         rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
-        candidate_index, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
+        chosen = largest(rest, counts, most=most_candidates)
+        candidate_index, is_candidate = _packed(chosen.cumsum(dim=-1), most_candidates)
         keys = keys.flatten(0, 1)
         cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), is_centre, self.threshold)
         weights = choice.weights.flatten(0, 1).float()
@@ -231,7 +265,7 @@ def sparsity(weights: torch.Tensor, ranked: torch.Tensor, coverage: float) -> to
         ranked: minus infinity for rows that do not count, `[B, K, T]`.
         coverage: the share, 0 to 1.
     """
-    held = weights.double().masked_fill(ranked == float("-inf"), 0).sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    held = weights.masked_fill(ranked == float("-inf"), 0).sort(dim=-1, descending=True).values.double().cumsum(dim=-1)
     return (held < coverage * held[..., -1:]).sum(dim=-1) + 1
 
 
@@ -266,9 +300,8 @@ def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Te
     step = max(1, _SIMILARITIES // max(1, len(centres) * centres.shape[1]))
     for part in candidates.split(step, dim=1):
         similarity = (normalize(part.float(), dim=-1) @ directions).clamp_(max=1.0)
-        similarity.masked_fill_(~is_centre[:, None], -2.0)
-        zero_class = similarity.new_full((*similarity.shape[:2], 1), threshold)
-        classes.append(torch.cat([zero_class, similarity], dim=-1).max(dim=-1).indices)  # of equal ones the first
+        highest, centre = similarity.masked_fill_(~is_centre[:, None], -2.0).max(dim=-1)  # of equal ones the first
+        classes.append((centre + 1).masked_fill_(highest <= threshold, 0))
     return torch.cat(classes, dim=1)
 
 
@@ -279,11 +312,16 @@ _LEAST_WEIGHT = 1e-6
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def _packed(chosen: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the true entries of each row are, ascending, int64 `[N, C]`, and which of these are real, bool `[N, C]`."""
-    most = int(counts.max())
-    index = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-    return index, torch.arange(most, device=chosen.device) < counts[:, None]
+def _packed(ranks: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the chosen entries of each row are, ascending, int64 `[N, most]`, and which of these are real, bool.
+
+    Args:
+        ranks: how many have been chosen up to each entry, int64 `[N, T]`.
+        most: no row has more of them.
+    """
+    numbers = torch.arange(1, most + 1, device=ranks.device)
+    index = torch.searchsorted(ranks, numbers.expand(len(ranks), -1).contiguous())
+    return index.clamp_(max=ranks.shape[1] - 1), numbers <= ranks[:, -1:]
 
 
 def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -318,6 +356,11 @@ class _Clusters:
     def merged(self) -> torch.Tensor:
         """Which centres stand for more than themselves, bool `[N, C]`."""
         return (self.whole > self.own) & self.is_centre
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """Log of each cluster's weight over that of its centre, float32 `[N, C]`."""
+        return self.whole.log() - self.own.log()
 
     def rows_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`."""
