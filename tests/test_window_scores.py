@@ -132,8 +132,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+cases = [(80, "fp32", 80, True), (90, "bf16", 128, False), (80, "fp16", 256, True)]
 for kernel in kernels:
-    for capability, dtype, head_dim, options in [(80, "fp32", 80, True), (90, "bf16", 128, False), (80, "fp16", 256, True)]:
+    for capability, dtype, head_dim, options in cases:
         tile = module._Tile.of(torch.empty(1, head_dim, dtype=dtypes[dtype]), 64)
         signature = dict.fromkeys(["query", "key"], "*" + dtype)
         signature |= dict.fromkeys(["positions", "query_positions"], "*i32") | {"counts": "*i64"}

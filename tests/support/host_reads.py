@@ -58,6 +58,10 @@ class _Ledger:
             if isinstance(each, Tensor):
                 self._hosts[each] = True
 
+    def take(self, tensor: Tensor) -> None:
+        """The device's from now on."""
+        self._hosts.pop(tensor, None)
+
     def note(self, what: str) -> None:
         self.waits.append(f"{what} at {_place()}")
 
@@ -75,11 +79,7 @@ def _has_tensor(values: Any) -> bool:
 
 
 def _device_given(args: tuple, kwargs: dict) -> bool:
-    kinds = (torch.device,)
-    return kwargs.get("device") is not None or any(
-        isinstance(each, kinds) or (isinstance(each, str) and each.split(":")[0] in ("cpu", "cuda", "mps"))
-        for each in args
-    )
+    return kwargs.get("device") is not None or any(isinstance(each, torch.device | str) for each in args)
 
 
 class _Functions(TorchFunctionMode):
@@ -124,8 +124,10 @@ class _Functions(TorchFunctionMode):
             return result
         if not kwargs.get("non_blocking"):
             self.ledger.note("blocking upload")
-        with torch._C.DisableTorchFunction():
-            return result.detach() if result is args[0] else result
+        if result is args[0]:
+            result = result.detach()
+        self.ledger.take(result)
+        return result
 
 
 class _Dispatch(TorchDispatchMode):

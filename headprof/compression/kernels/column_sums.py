@@ -32,6 +32,7 @@ def column_sums(
     backend: str = "auto",
     block: int | None = None,
     on_host: Sequence[int] | None = None,
+    spans_on_host: Sequence[Sequence[int]] | None = None,
     plans: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention summed over queries: H2O's accumulated score (Zhang et al. 2023), EMS's global one.
@@ -51,6 +52,7 @@ def column_sums(
         backend: `torch`, `triton`, or `auto`: Triton on a CUDA device where it can serve, else plain torch.
         block: queries that plain torch takes at once; `None` goes by the device.
         on_host: `positions` as numbers that the host has; without them, plain torch looks them up.
+        spans_on_host: what `spans_of` says of `valid`, likewise.
         plans: a dictionary to be given with these positions only, in which a backend leaves what it makes of them.
 
     Returns:
@@ -61,7 +63,17 @@ def column_sums(
         ValueError: the arguments' shapes do not fit together.
     """
     request = ColumnRequest(
-        query, key, positions, valid, scaling, softcap, sliding_window, weights, on_host, {} if plans is None else plans
+        query,
+        key,
+        positions,
+        valid,
+        scaling,
+        softcap,
+        sliding_window,
+        weights,
+        on_host,
+        spans_on_host,
+        {} if plans is None else plans,
     )
     request.check()
     if _chosen_backend(backend, query) == "torch":

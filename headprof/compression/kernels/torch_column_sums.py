@@ -27,7 +27,7 @@ def torch_column_sums(request: ColumnRequest, block: int | None) -> Tensor:
     positions = request.positions.tolist() if request.on_host is None else request.on_host
     block = block or _queries_per_block(request)
     sums = request.key.new_zeros(batch, num_kv_heads, num_tokens, dtype=torch.float32)
-    for b, (first, end, gaps) in enumerate(request.host_spans()):
+    for b, (first, end, gaps) in enumerate(request.spans_for_host()):
         seen_blocks = list(_seen_blocks(positions, block, first, end, request.sliding_window))
         for k in range(num_kv_heads):
             group = request.query[b, k * group_size : (k + 1) * group_size]
