@@ -9,7 +9,6 @@ import torch
 from support.host_reads import device_watched
 from support.observations import as_held_rows, observed_prompt, with_rows
 
-from headprof.compression.kernels.column_request import spans_of
 from headprof.compression.methods import reduction
 from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.reduction import Choice, largest
@@ -34,7 +33,7 @@ def layer(method, kind):
     if kind == "held":
         observed = with_rows(as_held_rows(observed), bias=torch.randn(2, KV_HEADS, TOKENS))
     else:
-        observed = replace(observed, padded=kind == "padded", spans=spans_of(valid).tolist())
+        observed = replace(observed, padded=kind == "padded")
     return observed, HeadCounts.of(torch.tensor([[BUDGET - 10, BUDGET + 10]] * 2), "cpu")
 
 
@@ -154,7 +153,6 @@ def operators(name):
         queries=observed.queries[:1],
         rows=observed.rows.map(lambda each: each[:1]),
         valid=observed.valid[:1],
-        spans=None,
     )
     counts = HeadCounts.of(torch.tensor([[BUDGET - 10, BUDGET + 10]]), "cpu")
     compress(METHODS[name], replace(one, shared={}), counts)  # what is made once for all layers

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from headprof.compression.kernels import looking
 
 aten = torch.ops.aten
 _WAITING = {
@@ -174,5 +177,7 @@ def device_watched(hosts: Iterable[Tensor] = ()) -> Iterator[_Ledger]:
         hosts: tensors made before that are the host's, such as a plan's scores.
     """
     ledger = _Ledger(hosts)
-    with _Functions(ledger), _Dispatch(ledger):
-        yield ledger
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking, "is_free", lambda device: False)
+        with _Functions(ledger), _Dispatch(ledger):
+            yield ledger

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprof.compression.kernels import looking
 from headprof.compression.kernels.constants import constant
 
 
@@ -21,7 +22,6 @@ class ColumnRequest:
     """The arguments of one call of `column_sums`.
 
     `valid` is `None` where all keys are; `on_host` has the positions for the host, or is `None` where it must look.
-    `spans_on_host` has what `spans_of` says of `valid`.
     `plans` has what a backend makes of the positions, for the next request with the same ones.
     """
 
@@ -34,7 +34,6 @@ class ColumnRequest:
     sliding_window: int | None
     weights: Tensor | None
     on_host: Sequence[int] | None = None
-    spans_on_host: Sequence[Sequence[int]] | None = None
     plans: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -42,11 +41,15 @@ class ColumnRequest:
         return self.query.shape[1] // self.key.shape[1]
 
     def spans(self) -> Tensor:
-        """What `spans_of` says of the keys, int32 `[B, 3]`."""
+        """Each sequence's first valid key, the end of its valid keys, and whether there are gaps: int32 `[B, 3]`."""
         batch, num_tokens = self.key.shape[0], self.key.shape[2]
         if self.valid is None:
             return constant((0, num_tokens, 0), self.key.device, torch.int32).expand(batch, 3)
-        return spans_of(self.valid)
+        index = torch.arange(num_tokens, device=self.valid.device)
+        first = torch.where(self.valid, index, num_tokens).amin(dim=1)
+        end = torch.where(self.valid, index + 1, 0).amax(dim=1)
+        gaps = self.valid.sum(dim=1) < end - first
+        return torch.stack([first, end, gaps], dim=1).int()
 
     def planned(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """What has been made of the positions for keys of this number and a window of this size, made once."""
@@ -57,10 +60,10 @@ class ColumnRequest:
         return self.plans[key]
 
     def spans_for_host(self) -> Sequence[Sequence[int]]:
-        """The same as numbers; where keys are padded and `spans_on_host` is not given, the host waits for them."""
-        if self.valid is None:
-            return [[0, self.key.shape[2], 0]] * self.key.shape[0]
-        return spans_of(self.valid).tolist() if self.spans_on_host is None else self.spans_on_host
+        """The same as numbers, or the whole prompt with gaps where the host would have to wait for them."""
+        if self.valid is not None and looking.is_free(self.valid.device):
+            return self.spans().tolist()
+        return [[0, self.key.shape[2], self.valid is not None]] * self.key.shape[0]
 
     def check(self) -> None:
         """See that the shapes fit together.
@@ -85,16 +88,3 @@ class ColumnRequest:
                 if each is not None
             ]
             raise ValueError(f"shapes of query, key, positions, valid and weights do not fit together: {shapes}")
-
-
-def spans_of(valid: Tensor) -> Tensor:
-    """Each sequence's first valid token, the end of its valid tokens, and whether there are gaps: int32 `[B, 3]`.
-
-    Args:
-        valid: bool `[B, T]`.
-    """
-    index = torch.arange(valid.shape[1], device=valid.device)
-    first = torch.where(valid, index, len(index)).amin(dim=1)
-    end = torch.where(valid, index + 1, 0).amax(dim=1)
-    gaps = valid.sum(dim=1) < end - first
-    return torch.stack([first, end, gaps], dim=1).int()

@@ -32,7 +32,6 @@ def column_sums(
     backend: str = "auto",
     block: int | None = None,
     on_host: Sequence[int] | None = None,
-    spans_on_host: Sequence[Sequence[int]] | None = None,
     plans: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention summed over queries: H2O's accumulated score (Zhang et al. 2023), EMS's global one.
@@ -52,7 +51,6 @@ def column_sums(
         backend: `torch`, `triton`, or `auto`: Triton on a CUDA device where it can serve, else plain torch.
         block: queries that plain torch takes at once; `None` goes by the device.
         on_host: `positions` as numbers that the host has; without them, plain torch looks them up.
-        spans_on_host: what `spans_of` says of `valid`, likewise.
         plans: a dictionary to be given with these positions only, in which a backend leaves what it makes of them.
 
     Returns:
@@ -72,7 +70,6 @@ def column_sums(
         sliding_window,
         weights,
         on_host,
-        spans_on_host,
         {} if plans is None else plans,
     )
     request.check()

@@ -6,7 +6,7 @@ tokens or held rows, `D` head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,6 @@ class Observation:
         query_valid: false for queries that do not count (padding), bool `[B, N]`; `None` if all do.
         seen: tokens of the sequence so far; `None` for `T`.
         padded: whether some rows may be padding, as far as the host knows.
-        spans: what `spans_of` says of a prompt's `valid`, for the host; `None` if it has not looked.
         shared: what several importances need of this, computed once.
     """
 
@@ -68,7 +67,6 @@ class Observation:
     query_valid: Tensor | None = None
     seen: int | None = None
     padded: bool = True
-    spans: Sequence[Sequence[int]] | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property

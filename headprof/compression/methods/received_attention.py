@@ -62,7 +62,6 @@ def _received_attention(observed: Observation, samples: int, last: int) -> Tenso
         asked.positions,
         observed.valid if observed.padded else None,
         on_host=asked.on_host,
-        spans_on_host=observed.spans,
         plans=asked.plans,
         scaling=observed.layer.scaling,
         softcap=observed.layer.softcap,

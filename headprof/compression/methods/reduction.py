@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import normalize
 
-from headprof.compression.kernels import marking
+from headprof.compression.kernels import looking, marking
 from headprof.compression.kernels.constants import constant
 from headprof.compression.methods.observation import NOISE, per_head
 from headprof.compression.rows import COLUMNS, HeadCounts, Rows, marked
@@ -174,8 +174,11 @@ class EvictThenMerge(Reduction):
         if self.threshold >= 1 or most == 0:
             return reduced
         centres = choice.kept & choice.ranked.isfinite()
+        joining = self.count_candidates(rows.keys, choice, centres)
+        if looking.is_free(joining.device) and (most := int(joining.max())) == 0:
+            return reduced
         ranks = centres.flatten(0, 1).cumsum(dim=-1)
-        clusters = self._clusters(rows.keys, choice, centres, ranks, min(counts.most, tokens), most)
+        clusters = self._clusters(rows.keys, choice, ranks, min(counts.most, tokens), joining, most)
         head, slot = places[0] * centres.shape[1] + places[1], (ranks.view(centres.shape)[places] - 1).clamp(min=0)
         merged = clusters.merged[head, slot] & centres[places]  # of the rows kept
 
@@ -204,25 +207,25 @@ class EvictThenMerge(Reduction):
         self,
         keys: torch.Tensor,
         choice: Choice,
-        centres: torch.Tensor,
         ranks: torch.Tensor,
         most_centres: int,
-        most_candidates: int,
+        joining: torch.Tensor,
+        most_joining: int,
     ) -> _Clusters:
         """Let the best rows of each head that are not kept join its centres.
 
         Args:
             keys: of all rows.
             choice: which are kept.
-            centres: which of these others may join, bool `[B, K, T]`.
-            ranks: the number of each, counted from 1, int64 `[N, T]`.
-            most_centres, most_candidates: no head has more of them.
+            ranks: how many centres there are up to each row, int64 `[N, T]`.
+            most_centres: no head has more of them.
+            joining: candidates of each head, int64 `[B, K]`.
+            most_joining: no head has more of them.
         """
-        counts = self.count_candidates(keys, choice, centres).flatten()
         centre_index, is_centre = _packed(ranks, most_centres)
         rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
-        chosen = largest(rest, counts, most=most_candidates)
-        candidate_index, is_candidate = _packed(chosen.cumsum(dim=-1), most_candidates)
+        chosen = largest(rest, joining.flatten(), most=most_joining)
+        candidate_index, is_candidate = _packed(chosen.cumsum(dim=-1), most_joining)
         keys = keys.flatten(0, 1)
         cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), is_centre, self.threshold)
         weights = choice.weights.flatten(0, 1).float()
