@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import bench_compress
 import pytest
 import torch
+from support import observations
 from support.host_reads import device_watched
-from support.observations import as_held_rows, observed_prompt, with_rows
+from support.observations import as_held_rows, compress, observed_prompt, with_rows
 
 from headprof.compression.methods import reduction
-from headprof.compression.methods.importance import assessed
-from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.methods.table import METHODS
 from headprof.compression.methods.window_attention import WindowAttention
 from headprof.compression.rows import HeadCounts
@@ -37,16 +38,6 @@ def layer(method, kind):
     return observed, HeadCounts.of(torch.tensor([[BUDGET - 10, BUDGET + 10]] * 2), "cpu")
 
 
-def compress(method, observed, counts):
-    """A layer's rows as the cache compresses them."""
-    assessment = assessed(method.importance, observed)
-    ranked, counts = method.ranked(assessment.importance, counts, observed.valid if observed.padded else None)
-    kept = largest(ranked, counts.counts, method.importance.noise, most=counts.most)
-    weights = assessment.importance if assessment.weights is None else assessment.weights
-    rows = observed.rows.with_columns(assessment.columns)
-    return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
-
-
 @pytest.mark.parametrize("kind", ["prompt", "padded", "held"])
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_waits_for_the_device(name, kind):
@@ -67,7 +58,7 @@ def test_one_who_waits_is_seen(name, monkeypatch):
         options["most"] = counts.max().item()
         return plain(values, counts, *args, **options)
 
-    monkeypatch.setattr(f"{__name__}.largest", waiting)
+    monkeypatch.setattr(observations, "largest", waiting)
     observed, counts = layer(METHODS[name], "prompt")
     with device_watched() as watched:
         compress(METHODS[name], observed, counts)
@@ -177,3 +168,19 @@ def test_a_window_alone_needs_no_more_than_its_arithmetic():
     with device_watched() as watched:
         window.score(observed)
     assert len(watched.operators) == 12
+
+
+# The bench of it.
+
+
+def test_the_bench_prints_a_row_for_each_method(capsys):
+    words = ["--shape", "smollm2-135m", "--lengths", "256", "--methods", "headkv-r2,ems", "--repeats", "2"]
+    bench_compress.main([*words, "--budget", "20", "--device", "cpu", "--json"])
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["method"], first["length"], first["budget"]) == ("headkv-r2", 256, 20)
+    assert 20 < first["operators"] <= 34 < second["operators"] and first["milliseconds"] > 0
+    assert first["waits"] == second["waits"] == 0 and first["launches"] is None
+    bench_compress.main([*words, "--device", "cpu"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    with pytest.raises(SystemExit, match="llama-9"):
+        bench_compress.main(["--shape", "llama-9", "--device", "cpu"])

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from headprof.compression.kernels import looking, marking
 from headprof.compression.kernels.constants import constant
@@ -173,13 +173,14 @@ class EvictThenMerge(Reduction):
         most = min(left, math.ceil(counts.most * self.candidates))
         if self.threshold >= 1 or most == 0:
             return reduced
-        centres = choice.kept & choice.ranked.isfinite()
+        centres = choice.kept & (choice.ranked.abs() < float("inf"))
         joining = self.count_candidates(rows.keys, choice, centres)
         if looking.is_free(joining.device) and (most := int(joining.max())) == 0:
             return reduced
         ranks = centres.flatten(0, 1).cumsum(dim=-1)
         clusters = self._clusters(rows.keys, choice, ranks, min(counts.most, tokens), joining, most)
-        head, slot = places[0] * centres.shape[1] + places[1], (ranks.view(centres.shape)[places] - 1).clamp(min=0)
+        head = places[1] if len(centres) == 1 else places[0] * centres.shape[1] + places[1]
+        slot = ranks.view(centres.shape)[places] - 1  # what is no centre has any
         merged = clusters.merged[head, slot] & centres[places]  # of the rows kept
 
         def put(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -192,8 +193,8 @@ class EvictThenMerge(Reduction):
             if COLUMNS[name].summed
         }
         if self.mass:
-            bias = reduced.column("bias")
-            columns["bias"] = (bias + clusters.mass[head, slot]).where(merged, bias)
+            mass, bias = clusters.mass[head, slot], reduced.columns.get("bias")
+            columns["bias"] = mass.where(merged, 0.0) if bias is None else (bias + mass).where(merged, bias)
         return replace(
             reduced,
             values=put(reduced.values, clusters.mean(*clusters.rows_of(rows.values))),
@@ -222,19 +223,18 @@ class EvictThenMerge(Reduction):
             joining: candidates of each head, int64 `[B, K]`.
             most_joining: no head has more of them.
         """
-        centre_index, is_centre = _packed(ranks, most_centres)
+        centre_index, no_centre = _packed(ranks, most_centres)
         rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
         chosen = largest(rest, joining.flatten(), most=most_joining)
-        candidate_index, is_candidate = _packed(chosen.cumsum(dim=-1), most_joining)
+        candidate_index, no_candidate = _packed(chosen.cumsum(dim=-1), most_joining)
         keys = keys.flatten(0, 1)
-        cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), is_centre, self.threshold)
+        cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), no_centre, self.threshold)
         weights = choice.weights.flatten(0, 1).float()
-        weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
+        weights = weights.maximum((_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY))
         return _Clusters(
             centre_index,
             candidate_index,
-            is_centre,
-            cluster.masked_fill(~is_candidate, 0),
+            cluster.masked_fill_(no_candidate, 0),
             weights.gather(1, centre_index),
             weights.gather(1, candidate_index),
         )
@@ -257,7 +257,7 @@ class EvictThenMerge(Reduction):
         if self.redundancy:
             share = redundancy(keys, ranked > float("-inf")).clamp(min=0) ** self.redundancy
             counts = (counts * share.double() + 1e-4).long()  # so that rounding loses none where all keys are alike
-        return counts.masked_fill(num_centres == 0, 0)
+        return counts
 
 
 def sparsity(weights: torch.Tensor, ranked: torch.Tensor, coverage: float) -> torch.Tensor:
@@ -286,13 +286,13 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return mean.square().sum(dim=-1)
 
 
-def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Tensor, threshold: float) -> torch.Tensor:
+def nearest(candidates: torch.Tensor, centres: torch.Tensor, no_centre: torch.Tensor, threshold: float) -> torch.Tensor:
     """The class that each candidate joins: 0 for the zero class, else one more than the number of a centre.
 
     Args:
         candidates: keys, `[N, M, D]`.
         centres: keys, `[N, C, D]`.
-        is_centre: false where a head has fewer than `C` centres, bool `[N, C]`.
+        no_centre: true where a head has fewer than `C` centres, bool `[N, C]`.
         threshold: a cosine; a centre must be more similar than that.
 
     Returns:
@@ -303,9 +303,9 @@ def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Te
     step = max(1, _SIMILARITIES // max(1, len(centres) * centres.shape[1]))
     for part in candidates.split(step, dim=1):
         similarity = (normalize(part.float(), dim=-1) @ directions).clamp_(max=1.0)
-        highest, centre = similarity.masked_fill_(~is_centre[:, None], -2.0).max(dim=-1)  # of equal ones the first
+        highest, centre = similarity.masked_fill_(no_centre[:, None], -2.0).max(dim=-1)  # of equal ones the first
         classes.append((centre + 1).masked_fill_(highest <= threshold, 0))
-    return torch.cat(classes, dim=1)
+    return classes[0] if len(classes) == 1 else torch.cat(classes, dim=1)
 
 
 _SIMILARITIES = 1 << 25
@@ -316,7 +316,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def _packed(ranks: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the chosen entries of each row are, ascending, int64 `[N, most]`, and which of these are real, bool.
+    """Where the chosen entries of each row are, ascending, int64 `[N, most]`, and which of these are none, bool.
 
     Args:
         ranks: how many have been chosen up to each entry, int64 `[N, T]`.
@@ -324,7 +324,7 @@ def _packed(ranks: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]
     """
     numbers = torch.arange(1, most + 1, device=ranks.device)
     index = torch.searchsorted(ranks, numbers.expand(len(ranks), -1).contiguous())
-    return index.clamp_(max=ranks.shape[1] - 1), numbers <= ranks[:, -1:]
+    return index.clamp_(max=ranks.shape[1] - 1), numbers > ranks[:, -1:]
 
 
 def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -338,14 +338,12 @@ class _Clusters:
 
     Attributes:
         centre_index, candidate_index: their index among a head's rows, int64 `[N, C]` and `[N, M]`.
-        is_centre: false where a head has fewer, bool `[N, C]`.
         cluster: the class that each candidate joins, as `nearest` gives it, int64 `[N, M]`.
         own, joining: weights of centres and candidates, float32 `[N, C]` and `[N, M]`.
     """
 
     centre_index: torch.Tensor
     candidate_index: torch.Tensor
-    is_centre: torch.Tensor
     cluster: torch.Tensor
     own: torch.Tensor
     joining: torch.Tensor
@@ -358,7 +356,7 @@ class _Clusters:
     @cached_property
     def merged(self) -> torch.Tensor:
         """Which centres stand for more than themselves, bool `[N, C]`."""
-        return (self.whole > self.own) & self.is_centre
+        return self.whole > self.own
 
     @cached_property
     def mass(self) -> torch.Tensor:
@@ -372,7 +370,7 @@ class _Clusters:
 
     def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""
-        total = torch.cat([torch.zeros_like(centres[:, :1]), centres], dim=1).float()  # the zero class comes first
+        total = pad(centres.float(), (0, 0, 1, 0))  # the zero class comes first
         index = self.cluster[..., None].expand_as(candidates)
         return total.scatter_add_(1, index, candidates.float())[:, 1:]
 
