@@ -159,7 +159,9 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     """300 steps with several compressions: the whole step is one graph, compiled once or twice."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiling = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph)
+    )
     monkeypatch.setattr(decode_steps, "_compared", {})
     model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 40)
     made = {}
