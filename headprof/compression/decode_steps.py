@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -107,7 +107,7 @@ class StepCache(Cache):
     layers: list[Any]  # of StepLayer
 
     def __init__(self, layers: list[StepLayer], backend: str):
-        super().__init__(layers=list(layers))
+        super().__init__(layers=cast(Any, list(layers)))
         self.current: StepLayer | None = None
         self._backend = backend
 
