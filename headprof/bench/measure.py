@@ -53,20 +53,11 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def median_seconds(
-    works: Sequence[Callable[[], object]],
-    repeats: int,
-    device: torch.device,
-    before: Callable[[], object] = lambda: None,
-) -> list[float]:
-    """Median seconds of each work, done in turn `repeats` times, after one time that does not count.
-
-    `before` is called before each time, and is not timed.
-    """
+def median_seconds(works: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
+    """Median seconds of each work, done in turn `repeats` times, after one time that does not count."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(repeats + 1):
         for work, taken in zip(works, seconds, strict=True):
-            before()
             start = now(device)
             work()
             taken.append(now(device) - start)
