@@ -1,7 +1,9 @@
-"""Two parts of compression timed for one layer: merging the heads' rows, and the importance of a prompt.
+"""Parts of compression timed for one layer: merging the heads' rows, the importance of a prompt, attention over what is
+kept.
 
 python tests/bench_parts.py merge --shape smollm2-135m --lengths 4k --budgets 64,256
 python tests/bench_parts.py importance --shape llama-3-8b --lengths 32k --samples 0,1024 --json
+python tests/bench_parts.py attention --layouts 16x1024,64x1024 --sweep
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from headprof.bench.attention import LAYOUTS, AttentionTimes, run_attention_bench
 from headprof.bench.importance import ImportanceTimes, run_importance_bench
 from headprof.bench.merge import MergeTimes, run_merge_bench
-from headprof.errors import HeadprofError
+from headprof.errors import HeadprofError, UsageError
 from headprof.models.random_weights import device_and_dtype
 from headprof.utils.units import parse_lengths
 
@@ -36,6 +39,10 @@ def arguments() -> argparse.ArgumentParser:
     importance = parts.add_parser("importance", parents=[shared], help="the global score beside the attention")
     importance.add_argument("--samples", default="0,1024", help="queries that the score asks; 0 for all")
     importance.set_defaults(repeats=5)
+    attention = parts.add_parser("attention", parents=[shared], help="reading the rows that heads hold")
+    usual = ",".join(f"{sequences}x{rows}" for sequences, rows in LAYOUTS)
+    attention.add_argument("--layouts", default=usual, help="sequences x rows of a KV head on average")
+    attention.add_argument("--sweep", action="store_true", help="the Triton kernel in many settings")
     return parser
 
 
@@ -52,24 +59,40 @@ def main(words: Sequence[str] | None = None) -> None:
         print_table(rows_of(times))
 
 
-def measure(given: argparse.Namespace) -> list[MergeTimes] | list[ImportanceTimes]:
+def measure(given: argparse.Namespace) -> list[MergeTimes] | list[ImportanceTimes] | list[AttentionTimes]:
     """What the command line asks for."""
     device, dtype = device_and_dtype(given.device, given.dtype)
     shared = {"repeats": given.repeats, "seed": given.seed, "device": device, "dtype": dtype}
+    if given.part == "attention":
+        return run_attention_bench(given.shape, parse_layouts(given.layouts), sweep=given.sweep, **shared)
     lengths = parse_lengths(given.lengths)
     if given.part == "merge":
         return run_merge_bench(given.shape, lengths, parse_lengths(given.budgets), batch=given.batch, **shared)
     return run_importance_bench(given.shape, lengths, parse_lengths(given.samples, least=0), **shared)
 
 
-def rows_of(times: Sequence[MergeTimes] | Sequence[ImportanceTimes]) -> list[list[str]]:
-    """A table, its header first; times in milliseconds."""
+def parse_layouts(text: str) -> list[tuple[int, int]]:
+    """`16x1024,64x1024` as numbers.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    try:
+        return [(int(sequences), int(rows)) for sequences, rows in (each.split("x") for each in text.split(","))]
+    except ValueError:
+        raise UsageError(f"{text!r} are no layouts: write them as 16x1024,64x1024 with --layouts.") from None
+
+
+def rows_of(times: Sequence[MergeTimes] | Sequence[ImportanceTimes] | Sequence[AttentionTimes]) -> list[list[str]]:
+    """A table, its header first; times in milliseconds, or in microseconds below one."""
     head = [*asdict(times[0]), "ratio"]
     return [head, *([*map(_cell, asdict(each).values()), f"{each.ratio:.2f}"] for each in times)]
 
 
 def _cell(value: object) -> str:
-    return f"{value * 1e3:.2f} ms" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

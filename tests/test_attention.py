@@ -30,6 +30,8 @@ from headprof.compression.kernels.backends import (
     ragged_attention,
 )
 from headprof.compression.kernels.ragged_rows import RaggedRows, Request
+from headprof.compression.kernels.triton_attention import Tile
+from headprof.compression.kernels.work_items import WorkItems
 from headprof.errors import UsageError
 
 NAN = float("nan")
@@ -70,6 +72,7 @@ def make_rows(lengths, head_dim, dtype, generator, *, space=None, bias=None) -> 
         max(lengths),
         lengths[0] + space if alike else 0,
         None if bias is None else torch.cat(biases),
+        in_use=max(lengths),
     )
 
 
@@ -98,6 +101,11 @@ def attend(request: Request, backend: str) -> torch.Tensor:
         sinks=request.sinks,
         backend=backend,
     )
+
+
+def attend_in_parts(request: Request, item_rows: int = 128) -> torch.Tensor:
+    """By Triton, a program for every so many rows."""
+    return triton_attention.triton_attention(request, items=WorkItems.of(request.rows, item_rows))
 
 
 def assert_like_reference(output: torch.Tensor, request: Request) -> None:
@@ -247,17 +255,35 @@ def test_triton_over_head_dimensions_and_types(head_dim, dtype):
         [3, 70, 150], num_kv_heads=3, group_size=2, num_queries=3, head_dim=head_dim, dtype=dtype, option="all"
     )
     assert_like_reference(attend(request, "triton"), request)
-    assert_like_reference(triton_attention.triton_attention(request, num_splits=2), request)
+    assert_like_reference(attend_in_parts(request), request)
 
 
 @interpreted
-@pytest.mark.parametrize("num_splits", [None, 1, 3, 40])
+@pytest.mark.parametrize("item_rows", [128, 256, 640])
+@pytest.mark.parametrize("num_queries", [1, 4])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_triton_over_options_and_splits(option, num_splits):
+def test_triton_over_options_and_items(option, num_queries, item_rows):
     request = make_request(
-        [1, 300, 12, 129], num_kv_heads=2, group_size=3, num_queries=1, head_dim=64, seed=5, option=option
+        [4, 600, 12, 129, 257, 5],
+        num_kv_heads=2,
+        group_size=3,
+        num_queries=num_queries,
+        head_dim=64,
+        seed=5,
+        option=option,
     )
-    assert_like_reference(triton_attention.triton_attention(request, num_splits=num_splits), request)
+    assert_like_reference(attend_in_parts(request, item_rows), request)
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [16, 32, 128])
+@pytest.mark.parametrize("queries", [16, 64])
+def test_triton_over_tiles(rows, queries):
+    request = make_request([5, 600, 12, 129], num_kv_heads=2, group_size=3, num_queries=5, head_dim=64, option="all")
+    items, tile = WorkItems.of(request.rows, 128), Tile(queries, rows, 64, warps=4, stages=2)
+    output = triton_attention.triton_attention(request, items=items, tile=tile)
+    assert_like_reference(output, request)
+    assert not items.counts.any()
 
 
 @interpreted
@@ -269,7 +295,7 @@ def test_triton_over_groups_and_new_tokens(num_kv_heads, group_size, num_queries
         [11, 140, 64, 33], num_kv_heads=num_kv_heads, group_size=group_size, num_queries=num_queries, option="sliding"
     )
     assert_like_reference(attend(request, "triton"), request)
-    assert_like_reference(triton_attention.triton_attention(request, num_splits=2), request)
+    assert_like_reference(attend_in_parts(request), request)
 
 
 @interpreted
@@ -281,43 +307,48 @@ def test_triton_on_one_long_head_among_short_ones(option):
     assert_like_reference(attend(request, "triton"), request)
 
 
-def test_splits_cut_up_a_long_head_and_leave_short_ones_whole(monkeypatch):
-    pytest.importorskip("triton")
-    triton_attention._kernels()
-    monkeypatch.setattr(triton_attention, "_num_processors", lambda device: 100)
-    share = triton_attention._rows_per_split
+@interpreted
+def test_triton_gives_zeros_for_a_head_without_rows():
+    request = make_request([7, 7], num_kv_heads=2, group_size=2, num_queries=1, space=0)
+    request.rows.bounds.copy_(torch.tensor([0, 7, 7, 7, 14]))
+    output = attend_in_parts(request)
+    assert output[0, 0, :2].abs().min() > 0 and not output[0, 0, 2:].any()
 
-    def request(lengths):
-        return make_request(lengths, num_kv_heads=1, group_size=1, num_queries=1, head_dim=1)
 
-    assert share(request([200] * 64), 1, 64, None) == 256
-    assert share(request([40_000] + [64] * 64), 1, 64, None) == 640  # at most 64 splits
-    assert share(request([40_000] * 64), 1, 64, None) == 12_800  # 200 programs' worth
-    assert share(request([1000]), 1, 64, 3) == 384
+@interpreted
+def test_the_storages_plan_is_made_once_and_leaves_nothing_behind():
+    request = make_request([1, 700, 65], num_kv_heads=3, group_size=2, num_queries=1)
+    first = attend(request, "triton")
+    items = request.rows.plans["triton"]
+    assert torch.equal(attend(request, "triton"), first)
+    assert request.rows.plans == {"triton": items} and not items.counts.any()
 
 
 @pytest.mark.skipif(not has_triton, reason="needs Triton")
 def test_kernels_compile_for_gpus():
     """What the interpreter lets through, the compiler may not; it needs no GPU to compile for one."""
     code = """
-import torch
-from headprof.compression.kernels import triton_attention as module
-kernels = module._kernels()
+from headprof.compression.kernels import triton_append, triton_attention as module
+kernels = [module._kernel(), triton_append._kernel()]
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+floats = ("bias", "received", "partial", "log_sums")
+data = ("query", "keys", "values", "output", "sinks", "key_states", "value_states")
 for kernel in kernels:
-    for capability, dtype, options in [(80, "fp32", True), (90, "bf16", False)]:
-        pointers = dict(bounds="*i32", positions="*i32", partial="*fp32", log_sums="*fp32", bias="*fp32")
-        pointers |= {name: "*" + dtype for name in ("query", "keys", "values", "output", "sinks")}
+    for capability, dtype, options in [(80, "fp32", True), (90, "bf16", True), (90, "bf16", False)]:
+        pointers = dict.fromkeys(("bounds", "positions", "next_positions", "items", "counts"), "*i32")
+        pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(data, "*" + dtype)
         signature = pointers | dict(scaling="fp32", softcap="fp32")
-        fixed = dict(NUM_KV_HEADS=2, GROUP_SIZE=4, HEAD_DIM=80, BLOCK_DIM=128, BLOCK_QUERIES=16, BLOCK_ROWS=32)
-        fixed |= dict(BLOCK_SPLITS=16, DOT_DTYPE={"fp32": module.tl.float32, "bf16": module.tl.bfloat16}[dtype])
+        fixed = dict(NUM_KV_HEADS=2, GROUP_SIZE=4, HEAD_DIM=80, BLOCK_DIM=128, BLOCK_QUERIES=16, BLOCK_TOKENS=4)
+        fixed |= dict(BLOCK_ROWS={"fp32": 32, "bf16": 64}[dtype])
+        fixed |= dict(DOT_DTYPE={"fp32": module.tl.float32, "bf16": module.tl.bfloat16}[dtype])
         if not options:
-            fixed |= dict.fromkeys(["bias", "sinks", "softcap", "sliding_window"])
+            fixed |= dict.fromkeys([*floats, "counts", "sinks", "softcap", "sliding_window"])
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in fixed else signature.get(name, "i32") for name in kernel.arg_names}
-        compiled = triton.compile(ASTSource(kernel, types, fixed), target=GPUTarget("cuda", capability, 32))
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(ASTSource(kernel, types, fixed), target=target, options={"num_stages": 3})
         assert compiled.metadata.shared < 99 * 1024  # what a consumer card has
 print("compiled")
 """
@@ -529,7 +560,7 @@ def moved(request: Request) -> Request:
     sinks = None if request.sinks is None else request.sinks.cuda()
     return Request(
         request.query.cuda(),
-        RaggedRows(*tensors, rows.longest, rows.uniform, bias),
+        RaggedRows(*tensors, rows.longest, rows.uniform, bias, in_use=rows.in_use),
         request.num_kv_heads,
         request.scaling,
         request.softcap,

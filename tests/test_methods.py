@@ -20,6 +20,7 @@ from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reduction import largest, ranking
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
+from headprof.compression.rows import HeadCounts
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError
 
@@ -105,7 +106,8 @@ def test_parameters_that_make_no_sense():
 
 def chosen(method, importance, counts, valid):
     """The tokens that each head keeps, bool `[B, K, T]`."""
-    return largest(*method.ranked(importance, counts, valid))
+    ranked, kept = method.ranked(importance, HeadCounts.looked_up(counts), valid)
+    return largest(ranked, kept.counts, most=kept.most)
 
 
 def slow_top_tokens(importance, counts, valid, sinks, keep_last):

@@ -117,7 +117,7 @@ def _head(rows: Rows, choice: Choice, b: int, k: int) -> tuple[Rows, Choice]:
     def of_head(each: torch.Tensor) -> torch.Tensor:
         return each[b : b + 1, k : k + 1]
 
-    return rows.map(of_head), Choice(*map(of_head, (choice.kept, choice.ranked, choice.weights)))
+    return rows.map(of_head), Choice(of_head(choice.kept), of_head(choice.ranked), of_head(choice.weights))
 
 
 def _equal(together: Rows, parts: list[Rows]) -> bool:

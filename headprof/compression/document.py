@@ -92,7 +92,7 @@ def save_document(
         "tokens_seen": str(cache.get_seq_length()),
         "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
     }
-    left = [layer.schedule.left_to_note(layer.seen, layer.lengths) for layer in cache.head_layers]
+    left = [layer.schedule.left_to_note(layer.seen, layer.storage) for layer in cache.head_layers]
     if any(each is not None for each in left):
         metadata["left"] = json.dumps(left)
     metadata |= notes or {}
@@ -117,7 +117,7 @@ def _parts(layer: HeadCacheLayer) -> dict[str, torch.Tensor | None]:
         "keys": rows.keys,
         "values": rows.values,
         "positions": rows.positions,
-        "lengths": torch.tensor(rows.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads),
+        "lengths": torch.tensor(layer.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads),
         **rows.columns,
         "queries": queries,
         "judges": valid,
@@ -221,8 +221,9 @@ def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int
     columns = {name: parts[name] for name in COLUMNS if name in parts}
     recent = RecentQueries(layer=how)
     if "queries" in parts:
-        recent = RecentQueries([parts["queries"]], [parts.get("judges")], how)
+        recent = RecentQueries(parts["queries"], parts.get("judges"), how)
     layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
+    layer.storage.hides = "bias" in columns and bool(columns["bias"].isneginf().any())
 
 
 def _check_model(

@@ -35,11 +35,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
+from headprof.compression.decode_steps import StepCache, check_step, with_decode_steps
 from headprof.compression.generate_call import takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.link_check import LinkCheck
-from headprof.compression.methods.observation import AttentionLayer
+from headprof.compression.methods.observation import AttentionLayer, Tokens
 from headprof.errors import CacheError, ModelError, UsageError
 from headprof.models.attention_hook import AttentionFunction, wrap_attention
 from headprof.models.changing import Change, Changes, changed
@@ -57,7 +58,7 @@ class MarkedLayer(Protocol):
     """Whether it holds rows."""
     batch_size: int
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: AttentionLayer) -> None:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer) -> None:
         """A part of the prompt, or all of it, has been attended over."""
         ...
 
@@ -89,6 +90,7 @@ def attending(
     *,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    step: str = "auto",
     new_cache: Callable[[], Cache] | None = None,
 ) -> AbstractContextManager[None]:
     """Link `model`'s attention to the caches of this package while the context lasts.
@@ -97,6 +99,7 @@ def attending(
         model: the model, or a wrapper around it (see `running_model`).
         backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"`.
         prefill_chunk: tokens that a layer runs over at a time, or `None` for all at once.
+        step: how a decode step is run, a name in `STEPS`.
         new_cache: makes the cache that a forward pass begins with where it would begin with an empty one of
             Transformers', or `None` to leave that as it is.
 
@@ -108,7 +111,8 @@ def attending(
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"A prefill chunk of {prefill_chunk} tokens cannot be run: give --prefill-chunk at least 1.")
     running = running_model(model)
-    return changed(running, _Link(running, model, backend, prefill_chunk, new_cache))
+    check_step(step, running.device)
+    return changed(running, _Link(running, model, backend, prefill_chunk, step, new_cache))
 
 
 @dataclass(eq=False)
@@ -119,6 +123,7 @@ class _Link:
     given: Any
     backend: str
     prefill_chunk: int | None
+    run_step: str
     new_cache: Callable[[], Cache] | None
     kind = "link"
 
@@ -135,11 +140,77 @@ class _Link:
             _run_uncompiled(changes, link.given, self.model)
         wrap_mask = _same if self.prefill_chunk is None else _chunk_layers(changes, self.model, self.prefill_chunk)
         rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
-        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check), wrap_mask)
+        now = _Pass(check)
+        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check, now), wrap_mask)
         new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
-        _watch_starts(changes, self.model, new_cache)
+        if forward := with_decode_steps(self.model, self.model.forward, now, self.run_step, self.backend):
+            changes.set(vars(self.model), "forward", forward)
+        _watch_starts(changes, self.model, new_cache, now)
         for hook in check.install():
             changes.hook(hook)
+
+
+@dataclass
+class _Pass:
+    """What is known of the forward pass that is under way.
+
+    Attributes:
+        check: what looks at the first passes.
+        step: what stands for the cache in a decode step that the device runs by itself; `None` in any other pass.
+        length: tokens of the prompt, padding included.
+        real: of each sequence, those that are no padding; `None` where it is not known.
+    """
+
+    check: LinkCheck
+    step: StepCache | None = None
+    length: int = 0
+    real: Sequence[int] | None = None
+    _read: tuple[Any, Sequence[int]] = (None, ())
+
+    @property
+    def is_looking(self) -> bool:
+        return self.check.looks_at_steps
+
+    def begins(self, ids: Any, mask: Any) -> None:
+        """Note how long the sequences of a prompt are; this is the one thing that is asked of the device.
+
+        Args:
+            ids: the prompt's tokens, `[B, T]`, or their embeddings, `[B, T, hidden size]`.
+            mask: that the model is given, if any.
+        """
+        self.length = ids.shape[1]
+        if mask is None:
+            self.real = [self.length] * len(ids)
+        elif isinstance(mask, Tensor) and mask.shape == ids.shape[:2]:
+            self.real = mask.ne(0).sum(dim=-1).tolist()
+        else:
+            self.real = None
+
+    def ends(self, *_: Any) -> None:
+        self.real, self._read = None, (None, ())
+
+    def tokens(self, mask: Tensor | None, key: Tensor, sliding_window: int | None) -> Tokens:
+        """Which of a prompt's tokens so far are no padding, from the mask that the attention function got."""
+        valid, count = _valid_tokens(mask, key), key.shape[2]
+        lengths = self._lengths(mask, count, sliding_window)
+        if lengths is None:
+            if self._read[0] is not mask:
+                self._read = (mask, valid.sum(dim=-1).tolist())
+            lengths = self._read[1]
+        elif self.check.looking and count == self.length:
+            self.check.masks(valid, lengths)
+        return Tokens(valid, lengths)
+
+    def _lengths(self, mask: Tensor | None, count: int, sliding_window: int | None) -> Sequence[int] | None:
+        """How many of a prompt's first `count` tokens each sequence has that are not hidden, if nobody has to look."""
+        if self.real is None:
+            return None
+        full = min(self.real) == self.length
+        if mask is None or count < self.length:  # of a part of the prompt nobody asks
+            return [count] * len(self.real)
+        if mask.ndim == 4 and sliding_window is not None and sliding_window < count:
+            return [sliding_window] * len(self.real) if full else None
+        return self.real
 
 
 def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> None:
@@ -158,18 +229,18 @@ def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> N
 # Step 1.
 
 
-def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None) -> None:
+def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None, now: _Pass) -> None:
     """Let `generate` and `forward` begin with our caches, and these note the tokens they are given."""
     if hasattr(model, "generate"):
         own_kind = getattr(model.generation_config, "cache_implementation", None)
         if own_kind is not None:
             changes.set(vars(model.generation_config), "cache_implementation", None)
         changes.set(vars(model), "generate", with_our_caches(model, model.generate, new_cache, own_kind))
-    hook = model.register_forward_pre_hook(_starting_with(model, new_cache), with_kwargs=True)
-    changes.hook(hook)
+    changes.hook(model.register_forward_pre_hook(_starting_with(model, new_cache, now), with_kwargs=True))
+    changes.hook(model.register_forward_hook(now.ends, always_call=True))
 
 
-def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None) -> Callable:
+def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None, now: _Pass) -> Callable:
     names = list(inspect.signature(model.forward).parameters)
 
     def start(_module, args, kwargs):
@@ -179,7 +250,11 @@ def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None
         if new_cache is not None and _begins_anew(cache) and _uses_cache(model, kwargs):
             kwargs["past_key_values"] = cache = new_cache()
         if takes_tokens(cache):
-            cache.note_tokens(args[0] if args else kwargs.get("input_ids"))
+            ids = args[0] if args else kwargs.get("input_ids")
+            cache.note_tokens(ids)
+            read = kwargs.get("inputs_embeds") if ids is None else ids
+            if read is not None and not cache.get_seq_length():
+                now.begins(read, kwargs.get("attention_mask"))
         return args, kwargs
 
     return start
@@ -255,10 +330,14 @@ def _same(make: Callable) -> Callable:
 # Step 4; step 3 is the cache's.
 
 
-def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck) -> AttentionFunction:
+def _linked(
+    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: _Pass
+) -> AttentionFunction:
     """The model's attention function `base`, linked to the cache layer whose mark the keys carry."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
+        if now.step is not None:
+            return now.step.attend(query, key.shape[1], kwargs), None
         if check.looking:
             check.attends(query, key, value, attention_mask, kwargs)
         cache_layer = _marked(key)
@@ -274,7 +353,8 @@ def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries, check: L
         )
         if not cache_layer.is_initialized:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
-            cache_layer.attended(query, key, value, _valid_tokens(attention_mask, key), layer)
+            tokens = now.tokens(attention_mask, key, layer.sliding_window)
+            cache_layer.attended(query, key, value, tokens, layer)
             return output, weights
         valid = None
         if attention_mask is not None and query.shape[2] > 1:

@@ -65,6 +65,11 @@ class LinkCheck:
         self.looking = False
         """Whether a pass may be under way that is to be looked at."""
 
+    @property
+    def looks_at_steps(self) -> bool:
+        """Whether a pass that continues a cache is still to be looked at."""
+        return False in self._left
+
     def install(self) -> Sequence[RemovableHandle]:
         """Look at the passes of the model's decoder until these hooks are removed, or there is nothing left to see."""
         before = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -150,6 +155,15 @@ class LinkCheck:
         self._check_bias(now, layer, mask, options)
         now.given = None
         now.layers[layer] = now.layers.get(layer, 0) + 1
+
+    def masks(self, valid: Tensor, lengths: Sequence[int]) -> None:
+        """Look at which of a prompt's tokens are not hidden, bool `[B, T]`, beside how many there should be.
+
+        Raises:
+            ModelError: there are others.
+        """
+        if valid.sum(dim=-1).tolist() != list(lengths):
+            raise self._refused("hides other tokens of a prompt than padding, and what is outside its sliding window")
 
     def _check_taken(self, now: _Pass) -> None:
         if now.given is not None:

@@ -7,7 +7,7 @@ Shapes: `B` sequences, `K` KV heads, `T` rows of each head, `D` head dimension. 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -36,21 +36,52 @@ COLUMNS: Mapping[str, Column] = {"bias": Column(), "received": Column(summed=Tru
 
 
 @dataclass(frozen=True)
+class HeadCounts:
+    """How many rows each head of a layer keeps, as far as the host must know it.
+
+    Attributes:
+        counts: of each head, int64 `[B, K]`, on the device.
+        most: no head has more; a bound that the host knows without looking.
+        total: of all heads together.
+        lengths: the same as `counts`, `B * K` numbers, or `None` where the host does not know them.
+    """
+
+    counts: Tensor
+    most: int
+    total: int
+    lengths: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, counts: Tensor, device: torch.device | str) -> HeadCounts:
+        """Counts that the host has, int64 `[B, K]` on the CPU, for a device; nothing waits for it."""
+        lengths = counts.flatten().tolist()
+        return cls(counts.to(device, non_blocking=True), max(lengths), sum(lengths), lengths)
+
+    @classmethod
+    def looked_up(cls, counts: Tensor) -> HeadCounts:
+        """Counts that only the device has, int64 `[B, K]`, for which the host waits."""
+        lengths = counts.flatten().tolist()
+        return cls(counts, max(lengths), sum(lengths), lengths)
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows of a layer's heads: a block with as many for each head, or flat, with each head's own number.
 
     Attributes:
         keys, values: `[B, K, T, D]` in a block; flat `[rows, D]`, one head after the other.
         positions: each row's position in the sequence, int `[B, K, T]` or int32 `[rows]`.
-        lengths: rows of each head, `B * K` numbers; empty in a block.
+        lengths: rows of each head, `B * K` numbers; empty in a block, `None` if the host does not know them.
         columns: what else is known of each row, by names of `COLUMNS`: float32 `[B, K, T]` or `[rows]`.
+        counts: the same as `lengths` on the device, int64 `[B * K]`, where rows have just been chosen.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
-    lengths: Sequence[int] = ()
+    lengths: Sequence[int] | None = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Tensor | None = None
 
     @classmethod
     def of_prompt(cls, keys: Tensor, values: Tensor) -> Rows:
@@ -58,29 +89,41 @@ class Rows:
         positions = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
         return cls(keys, values, positions.expand(keys.shape[:3]))
 
-    def map(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] = ()) -> Rows:
+    def map(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] | None = ()) -> Rows:
         """The same change made to keys, values, positions and every column; `lengths` of what comes of it."""
         columns = {name: change(column) for name, column in self.columns.items()}
         return Rows(change(self.keys), change(self.values), change(self.positions), lengths, columns)
 
     def with_columns(self, columns: Mapping[str, Tensor]) -> Rows:
         """These rows with more columns, or others in the place of those of the same names."""
-        return Rows(self.keys, self.values, self.positions, self.lengths, {**self.columns, **columns})
+        return replace(self, columns={**self.columns, **columns})
 
     def without(self, name: str) -> Rows:
         """These rows without a column, if they have it."""
         columns = {other: column for other, column in self.columns.items() if other != name}
-        return Rows(self.keys, self.values, self.positions, self.lengths, columns)
+        return replace(self, columns=columns)
 
-    def kept(self, kept: Tensor) -> Rows:
-        """Of a block the marked rows, flat; `kept` is bool `[B, K, T]`."""
-        rows = self.map(lambda each: each[kept], kept.sum(dim=-1).flatten().tolist())
-        return Rows(rows.keys, rows.values, rows.positions.int(), rows.lengths, rows.columns)
+    def kept(self, kept: Tensor, counts: HeadCounts) -> Rows:
+        """Of a block the marked rows, flat; `kept` is bool `[B, K, T]`, with `counts` marked in each head."""
+        return self.at(marked(kept, counts.total), counts)
+
+    def at(self, places: tuple[Tensor, ...], counts: HeadCounts) -> Rows:
+        """Of a block the rows at these indices, as `marked` gives them, flat."""
+        rows = self.map(lambda each: each[places], counts.lengths)
+        return replace(rows, positions=rows.positions.int(), counts=counts.counts.flatten())
+
+    def known_lengths(self) -> Sequence[int]:
+        """Rows of each head, for which the host waits where it does not know them."""
+        if self.lengths is not None:
+            return self.lengths
+        assert self.counts is not None
+        return self.counts.tolist()
 
     def of_heads(self, heads: Sequence[int]) -> Rows:
         """Of flat rows those of these heads, in this order; a head may come more than once."""
-        starts = [0, *accumulate(self.lengths)]
-        lengths = [self.lengths[head] for head in heads]
+        held = self.known_lengths()
+        starts = [0, *accumulate(held)]
+        lengths = [held[head] for head in heads]
         index = ragged_index([starts[head] for head in heads], lengths, self.keys.device)
         return self.map(lambda each: each[index], lengths)
 
@@ -93,7 +136,7 @@ class Rows:
             torch.cat([part.keys for part in parts]),
             torch.cat([part.values for part in parts]),
             torch.cat([part.positions for part in parts]),
-            [length for part in parts for length in part.lengths],
+            [length for part in parts for length in part.known_lengths()],
             {name: torch.cat([part.columns[name] for part in whole]) for name in names},
         )
 
@@ -108,6 +151,18 @@ class Rows:
     def tensors(self) -> list[Tensor]:
         """All that these rows are made of."""
         return [self.keys, self.values, self.positions, *self.columns.values()]
+
+
+def marked(kept: Tensor, total: int) -> tuple[Tensor, ...]:
+    """Where entries are true, in order: an index of each dimension, int64 `[total]`.
+
+    Args:
+        kept: bool, of any shape.
+        total: how many are true, so that nobody has to look.
+    """
+    if kept.device.type in ("cpu", "cuda"):
+        return torch.nonzero_static(kept, size=total).unbind(1)
+    return kept.nonzero(as_tuple=True)
 
 
 def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,7 +120,7 @@ def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:
 
 
 def attending_ragged(
-    model: PreTrainedModel, *, backend: str = "auto", prefill_chunk: int | None = None
+    model: PreTrainedModel, *, backend: str = "auto", prefill_chunk: int | None = None, step: str = "auto"
 ) -> AbstractContextManager[None]:
     """Let `model` fill and read `HeadCache`s passed as `past_key_values`; other caches work as ever.
 
@@ -128,12 +129,16 @@ def attending_ragged(
         backend: the attention over compressed rows, a name in `BACKENDS`, or `"auto"` for the fastest that works here.
         prefill_chunk: run each layer over a prompt in chunks of this many tokens, so that what it needs besides the
             prompt's hidden states does not grow with the prompt; `None` for all at once.
+        step: how a decode step is run. `"graph"` captures it as a CUDA graph once nothing in it moves any more, and
+            replays that, with the same numbers; `"compiled"` lets `torch.compile` work on it before (a minute, numbers
+            differ by rounding), `"eager"` issues it anew each time; `"auto"` is `"graph"` on a CUDA device, else
+            `"eager"`.
 
     Raises:
-        UsageError: the backend cannot be used here, or the chunk is not positive.
+        UsageError: the backend or the way to run a step cannot be used here, or the chunk is not positive.
         ModelError: the model's attention or layers cannot be reached.
     """
-    return attending(model, backend=backend, prefill_chunk=prefill_chunk)
+    return attending(model, backend=backend, prefill_chunk=prefill_chunk, step=step)
 
 
 @contextmanager
@@ -145,6 +150,7 @@ def compressed(
     budget: int | str | Budget = 64,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    step: str = "auto",
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
     **options,
@@ -158,7 +164,7 @@ def compressed(
 
     Args:
         model, profile, method, budget, decode_budget, buffer, options: as for `make_plan`.
-        backend, prefill_chunk: as for `attending_ragged`.
+        backend, prefill_chunk, step: as for `attending_ragged`.
 
     Yields:
         The plan, from which `HeadCache(plan)` makes caches to pass in by hand.
@@ -172,7 +178,8 @@ def compressed(
         model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options
     )
 
-    with attending(model, backend=backend, prefill_chunk=prefill_chunk, new_cache=lambda: HeadCache(plan)):
+    new_cache = partial(HeadCache, plan)
+    with attending(model, backend=backend, prefill_chunk=prefill_chunk, step=step, new_cache=new_cache):
         yield plan
 
 

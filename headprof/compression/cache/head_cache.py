@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.storage import SLACK
+from headprof.compression.decode_steps import StepLayer
 from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
@@ -127,6 +128,38 @@ class HeadCache(PromptCache):
     def batch_size(self) -> int:
         """Sequences that it holds."""
         return self.head_layers[0].batch_size
+
+    # Decode steps that the device runs by itself (see `decode_steps`).
+
+    runs_steps = True
+
+    def prepare_step(self) -> None:
+        """Get ready for one more token of every sequence: afterwards nothing moves while it comes."""
+        for layer in self.head_layers:
+            layer.prepare()
+
+    def settle(self) -> None:
+        """Have room for all that comes before the next compression, within bounds."""
+        for layer in self.head_layers:
+            layer.settle()
+
+    def layout(self) -> tuple[object, ...]:
+        """What a step writes to: while these are the same objects, no address has changed."""
+        return tuple(each for layer in self.head_layers for each in layer.in_place)
+
+    def step_layers(self) -> list[StepLayer]:
+        """What a step reads and writes of each layer."""
+        return [layer.for_step() for layer in self.head_layers]
+
+    def step_passed(self) -> None:
+        """Note that the device has run a step."""
+        for layer in self.head_layers:
+            layer.passed()
+
+    def take_step_back(self) -> None:
+        """Undo the last step, so that the same one can be run once more."""
+        for layer in self.head_layers:
+            layer.take_back()
 
     @property
     def token_ids(self) -> torch.Tensor | None:

@@ -8,11 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headprof.compression.cache.held_rows import HeldRows
+from headprof.compression.cache.held_rows import FOLD, HeldRows
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
+from headprof.compression.decode_steps import StepLayer
 from headprof.compression.hook import mark
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.importance import assessed
@@ -87,7 +88,10 @@ class HeadCacheLayer(PromptLayer):
         """
         if recent is None:
             recent = RecentQueries() if self._held is None else self._held.recent
-        self._held = HeldRows(RowStorage(rows, self.slack), self.num_kv_heads, recent)
+        storage = None if self._held is None else self._held.storage
+        if storage is None or not storage.replace(rows, self.slack):
+            storage = RowStorage(rows, self.seen, self.slack)
+        self._held = HeldRows(storage, self.num_kv_heads, recent)
         self.schedule.begin_anew()
         self.is_initialized = True
 
@@ -101,19 +105,20 @@ class HeadCacheLayer(PromptLayer):
 
     def compress(self, observed: Observation, assessment: Assessment) -> None:
         """Keep of the prompt what the plan allots, by what the importance says of it."""
-        counts = self.schedule.prompt_counts(observed.valid)
+        counts = self.schedule.prompt_counts(observed)
         self.hold(self.schedule.compressed(observed, assessment, counts), RecentQueries(layer=observed.layer))
         if self.schedule.goes_on and not self.observers:
             self._remember(observed)
 
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""
-        until_due = self.schedule.until_due(self.seen, self.lengths)
-        short = (self.queries_needed() or 0) - max(0, until_due)
+        needed = self.queries_needed() or 0
+        until_due = self.schedule.until_due(self.seen, self.storage)
+        short = needed - max(0, until_due)
         if short > 0:
-            query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :].clone()
-            valid = observed.valid[:, -query.shape[2] :].clone()
-            self.held.recent = RecentQueries([query], [None if bool(valid.all()) else valid], observed.layer)
+            query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :]
+            valid = observed.valid[:, -query.shape[2] :] if observed.padded else None
+            self.held.recent.add(query, valid, needed)
 
     # What is generated.
 
@@ -122,17 +127,26 @@ class HeadCacheLayer(PromptLayer):
         if not self.is_initialized:
             return self.gather(key_states, value_states)
         count = key_states.shape[2]
+        self.make_ready(count)
+        self.storage.append(key_states, value_states)
+        self._count_rows(count)
+        self.unread = True
+        return mark(key_states, self), value_states
+
+    def make_ready(self, count: int) -> None:
+        """Do what has to be done before `count` more tokens come: compress again, add up, make room."""
         if self.schedule.goes_on:
             self._make_room(count)
             if (at_hand := self.schedule.importance.at_hand) is not None:
                 self.held.fold(at_hand, self.seen)
         if count > self.storage.free:
             self._widen(count)
-        self.held.append(key_states, value_states, self.seen, self.slack)
+            self.held.widen(self.slack, self.seen)
+
+    def _count_rows(self, count: int) -> None:
+        self.storage.note(count)
         self.schedule.advance(count)
         self.seen += count
-        self.unread = True
-        return mark(key_states, self), value_states
 
     def rows_in_place(self) -> RaggedRows:
         """The rows it holds, for attention."""
@@ -151,16 +165,64 @@ class HeadCacheLayer(PromptLayer):
             valid: false for padding, bool `[B, Q]`; `None` if there is none.
             layer: how they attended.
         """
-        needed = self.queries_needed()
-        if self.schedule.goes_on and needed != 0:
-            self.held.recent.add(query, valid, needed)
+        if self._observes:
+            self.held.recent.add(query, valid, self.queries_needed(), self._usual_queries)
             self.held.recent.layer = layer
+
+    @property
+    def _observes(self) -> bool:
+        return self.schedule.goes_on and self.queries_needed() != 0
+
+    @property
+    def _usual_queries(self) -> int:
+        """How many are remembered where all are: then they are folded."""
+        return (self.schedule.importance.at_hand or 0) + FOLD
+
+    # A decode step that is run by the device alone: `prepare`, then the step over what `for_step` says, then `passed`.
+
+    def prepare(self) -> None:
+        """Get ready for one more token, so that nothing moves while it comes."""
+        self.make_ready(1)
+        if self._observes and self.queries_needed() is None:
+            self.held.recent.reserve(len(self.held.recent) + 1)
+
+    def settle(self) -> None:
+        """Make room for all that comes before the next compression, or for a usual buffer's tokens if that is less."""
+        left = self.schedule.left
+        wanted = BUFFER if left is None else min(left, BUFFER)
+        if wanted > self.storage.free:
+            self.slack = max(self.slack, wanted)
+            self.held.widen(self.slack, self.seen)
+
+    def for_step(self) -> StepLayer:
+        """What a step reads and writes."""
+        rows = replace(self.storage.in_place(), in_use=None)
+        return StepLayer(rows, *(self.held.recent.for_writing() if self._observes else (None, None, None)))
+
+    def passed(self) -> None:
+        """Note that the token has come."""
+        self._count_rows(1)
+        if self._observes:
+            self.held.recent.note(1, self.queries_needed())
+
+    def take_back(self) -> None:
+        """Undo a step, so that the same one can be run once more."""
+        self.storage.drop_newest(1)
+        self.seen -= 1
+        self.schedule.advance(-1)
+        if self._observes:
+            self.held.recent.take_back(1)
+
+    @property
+    def in_place(self) -> tuple[object, ...]:
+        """What a captured step writes to: while these are the same objects, no address has changed."""
+        return (self.storage, self.storage.rows, *self.held.recent.tensors)
 
     def continue_with(self, plan: CompressionPlan) -> None:
         """Compress by another plan from now on."""
         self.schedule = LayerSchedule(plan, self.layer_idx)
         if self._held is not None and not self.schedule.goes_on:
-            self._held.recent.forget()
+            self._held.recent = self._held.recent.released()
 
     def _widen(self, count: int) -> None:
         """Have so much free space that rows are laid out anew seldom, but no more than will be used.
@@ -168,23 +230,23 @@ class HeadCacheLayer(PromptLayer):
         It grows with what is held, and ends where the rows are compressed again. A buffer of the usual size is laid out
         at once; of a larger one, who knows how much of it will ever be used?
         """
-        wanted, left = max(2 * count, sum(self.lengths) // (2 * len(self.lengths))), self.schedule.left
+        wanted, left = max(2 * count, self.storage.total // (2 * self.storage.num_heads)), self.schedule.left
         if left is not None:
             wanted = max(count, min(left, max(wanted, BUFFER)))
         self.slack = max(self.slack, wanted)
 
     def _make_room(self, count: int) -> None:
         """Compress if `count` more tokens would be too many."""
-        if self.schedule.is_due(count, self.seen, self.lengths):
+        if self.schedule.is_due(count, self.seen, self.storage):
             self._compress_again()
-            self.schedule.look(self.seen, self.lengths)
+            self.schedule.look(self.seen, self.storage)
 
     def _compress_again(self) -> None:
         """Reduce every head that holds more than its target to that."""
         schedule = self.schedule
         self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
         observed = self.held.observed(self.seen)
-        counts = schedule.targets(self.seen).to(self.device).expand(self.batch_size, -1)
+        counts = schedule.counts_again(observed, self.storage)
         self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts))
         if schedule.importance.queries is None:
             self.held.recent.forget()
@@ -225,7 +287,7 @@ class HeadCacheLayer(PromptLayer):
             return
         chosen = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.batch_size = len(chosen)
-        self._held = self.held.of_sequences(chosen, self.slack)
+        self._held = self.held.of_sequences(chosen, self.seen, self.slack)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch."""
@@ -238,12 +300,12 @@ class HeadCacheLayer(PromptLayer):
         if len({layer.seen for layer in layers}) != 1:
             raise ValueError("only layers that have seen the same number of tokens can be stacked")
         stack = first.empty_like(sum(sizes))
-        stack._held = HeldRows.stacked([layer.held for layer in layers], sizes, first.slack)
+        stack._held = HeldRows.stacked([layer.held for layer in layers], sizes, first.seen, first.slack)
         stack.is_initialized = True
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
         elif any(layer.schedule.left is not None for layer in layers):
-            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.lengths) for layer in layers))
+            stack.schedule.resume(min(layer.schedule.left_after(layer.seen, layer.storage) for layer in layers))
         return stack
 
     def empty_like(self, batch_size: int) -> HeadCacheLayer:

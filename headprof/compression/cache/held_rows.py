@@ -43,7 +43,7 @@ class HeldRows:
     def nbytes(self) -> int:
         """Bytes of memory; free space, positions and remembered queries included.
 
-        Left out is where each head's rows begin and end, 16 bytes a head (`RowStorage`).
+        Left out is where each head's rows begin and end, and such numbers of a few bytes a head (`RowStorage`).
         """
         tensors = [*self.storage.rows.tensors, *self.recent.tensors]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -53,22 +53,14 @@ class HeldRows:
         """How many of the newest tokens can be taken out again."""
         return self.storage.appended - self.settled
 
-    def append(self, key_states: Tensor, value_states: Tensor, seen: int, slack: int) -> None:
-        """Give every head its rows of new tokens, `[B, K, Q, D]`; if there is no room, with `slack` rows more of it.
-
-        Args:
-            key_states, value_states: of the new tokens.
-            seen: tokens of the sequence before them.
-            slack: free space behind each head where all have to be laid out anew, at least `Q`.
-        """
-        if key_states.shape[2] > self.storage.free:
-            self.storage = RowStorage(self.storage.compact(), slack, self.storage.appended)
-        self.storage.append(key_states, value_states, seen)
+    def widen(self, slack: int, seen: int) -> None:
+        """Lay the rows out anew, with so many rows of free space behind each head."""
+        self.storage = RowStorage(self.storage.compact(), seen, slack, self.storage.appended, self.storage.hides)
 
     def drop_newest(self, count: int) -> None:
         """Forget the last `count` tokens; at most `removable`."""
         self.storage.drop_newest(count)
-        self.recent, _ = self.recent.split(max(0, len(self.recent) - count))
+        self.recent.take_back(count)
 
     def fold(self, at_hand: int, seen: int) -> None:
         """Add what remembered queries paid to the rows that received it, and forget all but the last `at_hand`.
@@ -78,7 +70,8 @@ class HeldRows:
         """
         if len(self.recent) < at_hand + FOLD:
             return
-        older, self.recent = self.recent.split(len(self.recent) - at_hand)
+        older = self.recent.part(0, len(self.recent) - at_hand)
+        self.recent.keep_last(at_hand)
         index, own = self.storage.padded_index()
         observed = self._observed(index, own, older, seen - at_hand)
         observed = replace(observed, rows=observed.rows.without("received"))
@@ -87,14 +80,16 @@ class HeldRows:
 
     def observed(self, seen: int) -> Observation:
         """The rows as the remembered queries see them, when the sequence has `seen` tokens."""
-        return self._observed(*self.storage.padded_index(), self.recent, seen)
+        return self._observed(*self.storage.padded_index(), self.recent.joined(), seen)
 
-    def _observed(self, index: Tensor, own: Tensor, queries: RecentQueries, seen: int) -> Observation:
+    def _observed(
+        self, index: Tensor, own: Tensor, queries: tuple[Tensor | None, Tensor | None], seen: int
+    ) -> Observation:
         """A block with as many rows for each head as the longest has; hidden ones count as padding.
 
         Args:
             index, own: of the storage, `[N, longest]` (see `RowStorage.padded_index`).
-            queries: that observe them.
+            queries: that observe them, and which of these are no padding (see `RecentQueries.joined`).
             seen: tokens of the sequence up to the last of these queries.
         """
         shape = (-1, self.num_kv_heads, index.shape[1])
@@ -104,32 +99,33 @@ class HeldRows:
             bias = rows.columns["bias"]
             valid = valid & (bias > float("-inf"))
             rows = rows.with_columns({"bias": bias.masked_fill(~valid, 0.0)})
-        query, query_valid = queries.joined()
+        query, query_valid = queries
         if query is None:
             query = rows.keys[:, :, :0]
         return Observation(
             query,
             rows,
             valid,
-            queries.layer,
+            self.recent.layer,
             is_prompt=False,
             query_positions=torch.arange(seen - query.shape[2], seen, device=index.device),
             query_valid=query_valid,
             seen=seen,
+            padded=self.storage.is_ragged,
         )
 
-    def of_sequences(self, chosen: Sequence[int], slack: int = SLACK) -> HeldRows:
+    def of_sequences(self, chosen: Sequence[int], seen: int, slack: int = SLACK) -> HeldRows:
         """Those of these sequences of the batch, in this order; one may come more than once."""
         heads = [b * self.num_kv_heads + head for b in chosen for head in range(self.num_kv_heads)]
         self.recent.select(chosen)
-        storage = RowStorage(self.storage.compact().of_heads(heads), slack, self.storage.appended)
+        storage = RowStorage(self.storage.compact().of_heads(heads), seen, slack, self.storage.appended, self.storage.hides)
         return HeldRows(storage, self.num_kv_heads, self.recent, self.settled)
 
     @classmethod
-    def stacked(cls, parts: Sequence[HeldRows], batch_sizes: Sequence[int], slack: int = SLACK) -> HeldRows:
+    def stacked(cls, parts: Sequence[HeldRows], batch_sizes: Sequence[int], seen: int, slack: int = SLACK) -> HeldRows:
         """Copies of several as a batch."""
-        appended = min(part.storage.appended for part in parts)
-        storage = RowStorage(Rows.joined([part.storage.compact() for part in parts]), slack, appended)
+        appended, hides = min(part.storage.appended for part in parts), any(part.storage.hides for part in parts)
+        storage = RowStorage(Rows.joined([part.storage.compact() for part in parts]), seen, slack, appended, hides)
         recent = RecentQueries.stacked([part.recent for part in parts], batch_sizes)
         settled = appended - min(part.removable for part in parts)
         return cls(storage, parts[0].num_kv_heads, recent, settled)

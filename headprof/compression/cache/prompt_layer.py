@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from headprof.compression.hook import mark
-from headprof.compression.methods.observation import AttentionLayer, Observation
+from headprof.compression.methods.observation import AttentionLayer, Observation, Tokens
 from headprof.compression.rows import Rows
 from headprof.errors import CacheError
 
@@ -77,13 +77,13 @@ class PromptLayer(CacheLayerMixin):
         keys, values = self._whole
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: AttentionLayer) -> None:
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer) -> None:
         """Compress the layer once the attention over its whole prompt is done.
 
         Args:
             query: of the newest chunk, `[B, H, Q, D]`.
             key, value: of the prompt so far, `[B, K, tokens, D]`.
-            valid: which of these tokens are no padding, bool `[B, tokens]`.
+            tokens: which of these tokens are no padding.
             layer: how it attended.
         """
         needed = self.queries_needed()
@@ -92,11 +92,10 @@ class PromptLayer(CacheLayerMixin):
             self._queries.append(newest.clone())
             return
         queries = _last(torch.cat([*self._queries, newest], dim=2), needed)
-        if self.observers:
-            valid = valid.clone()
-            valid[:, -self.observers :] = False
-            self.seen -= self.observers
-        self.filled(Observation(queries, Rows.of_prompt(key, value), valid, layer))
+        tokens = tokens.without_last(self.observers)
+        self.seen -= self.observers
+        rows, lengths = Rows.of_prompt(key, value), tokens.lengths
+        self.filled(Observation(queries, rows, tokens.valid, layer, padded=tokens.padded, lengths=lengths))
         self.forget_prompt()
 
     def get_seq_length(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -10,7 +12,23 @@ from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.rows import Rows
+from headprof.compression.rows import HeadCounts, Rows
+
+
+class Sizes(Protocol):
+    """How many rows a layer's heads hold."""
+
+    hides: bool
+    """Whether some of them may be hidden."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Of each head, `B * K` numbers."""
+        ...
+
+    def sums(self, num_kv_heads: int) -> Sequence[int]:
+        """Of the heads of each sequence together, `B` numbers."""
+        ...
 
 
 class LayerSchedule:
@@ -48,55 +66,76 @@ class LayerSchedule:
         """Tokens that still come before the layer is compressed again, as far as has been looked."""
         return self._left
 
-    def compressed(self, observed: Observation, assessment: Assessment, counts: torch.Tensor) -> Rows:
+    def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
         """What the heads keep of their rows, flat.
 
         Args:
             observed: the rows.
             assessment: what the importance says of them.
-            counts: rows allotted to each head, int64 `[B, K]`.
+            counts: rows allotted to each head.
         """
         method = self.plan.method
-        ranked, counts = method.ranked(assessment.importance, counts, observed.valid)
+        valid = observed.valid if observed.padded else None
+        ranked, counts = method.ranked(assessment.importance, counts, valid)
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
-        return method.reduction.reduce(rows, Choice(largest(ranked, counts, self.importance.noise), ranked, weights))
+        kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
+        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
 
-    def prompt_counts(self, valid: torch.Tensor) -> torch.Tensor:
-        """Tokens allotted to each head of a prompt whose valid tokens are marked, bool `[B, T]`: int64 `[B, K]`."""
-        lengths = valid.sum(dim=-1).tolist()
-        return torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths]).to(valid.device)
+    def prompt_counts(self, observed: Observation) -> HeadCounts:
+        """Tokens allotted to each head of a prompt."""
+        lengths = observed.lengths
+        if lengths is None:
+            lengths = observed.valid.sum(dim=-1).tolist()
+        counts = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
+        return HeadCounts.of(counts, observed.valid.device)
+
+    def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
+        """Rows that each head keeps of those it holds."""
+        batch, heads = observed.keys.shape[:2]
+        targets, device = self.targets(observed.num_seen).expand(batch, heads), observed.valid.device
+        if held.hides:  # of padding nobody has counted
+            real = observed.valid_rows().sum(dim=-1).cpu()
+            sums = real.sum(dim=-1)
+        elif self.plan.method.budget.spreads:
+            real, sums = targets, torch.tensor(held.sums(heads))
+        else:
+            real, sums = torch.tensor(held.lengths).view(batch, heads), torch.zeros(batch)
+        if not self.plan.method.budget.spreads:
+            return HeadCounts.of(targets.minimum(real), device)
+        total = int(targets.sum(dim=-1).minimum(sums).sum())
+        return replace(HeadCounts.of(targets, device), total=total, lengths=None)
 
     def targets(self, seen: int) -> torch.Tensor:
         """Rows that each head is compressed to after so many tokens, int64 `[K]`."""
         return self.plan.decode_allocation(seen)[self.layer_idx]
 
-    def is_due(self, count: int, seen: int, lengths: Sequence[int]) -> bool:
+    def is_due(self, count: int, seen: int, held: Sizes) -> bool:
         """Whether `count` more tokens would put a head beyond its target and the buffer.
 
         Args:
             count: tokens that are about to come.
             seen: tokens of the sequence before them.
-            lengths: rows that each head holds, `B * K` numbers.
+            held: rows that the heads hold.
         """
         if self._left is None or count > self._left:
-            self.look(seen, lengths)
+            self.look(seen, held)
         return self._left is not None and count > self._left
 
-    def look(self, seen: int, lengths: Sequence[int]) -> None:
+    def look(self, seen: int, held: Sizes) -> None:
         """See how much is left; until the next look it is counted down."""
-        self._left = self.until_due(seen, lengths)
+        self._left = self.until_due(seen, held)
 
-    def left_after(self, seen: int, lengths: Sequence[int]) -> int:
+    def left_after(self, seen: int, held: Sizes) -> int:
         """What `left` is, or what a look would see where nobody has looked."""
-        return self.until_due(seen, lengths) if self._left is None else self._left
+        return self.until_due(seen, held) if self._left is None else self._left
 
-    def left_to_note(self, seen: int, lengths: Sequence[int]) -> int | None:
+    def left_to_note(self, seen: int, held: Sizes) -> int | None:
         """What `left` is where a look now would see something else, since targets have moved; `None` where not.
 
         Rows and tokens seen do not tell it, so whoever takes the rows elsewhere takes it too, and calls `resume`.
         """
-        return self._left if self._left is not None and self._left != self.until_due(seen, lengths) else None
+        return self._left if self._left is not None and self._left != self.until_due(seen, held) else None
 
     def resume(self, left: int | None) -> None:
         """Go on counting down from what was noted; from the next look if that is `None`."""
@@ -107,13 +146,13 @@ class LayerSchedule:
         if self._left is not None:
             self._left -= count
 
-    def until_due(self, seen: int, lengths: Sequence[int]) -> int:
+    def until_due(self, seen: int, held: Sizes) -> int:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
         buffer, targets = self.plan.buffer, self.targets(seen)
         assert buffer is not None
         heads = len(targets)
         if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
-            held = max(sum(lengths[start : start + heads]) for start in range(0, len(lengths), heads))
-            return (int(targets.sum()) + buffer * heads - held) // heads
+            return (int(targets.sum()) + buffer * heads - max(held.sums(heads))) // heads
+        lengths = held.lengths
         allowed = (targets + buffer).tolist() * (len(lengths) // heads)
         return min(most - length for most, length in zip(allowed, lengths, strict=True))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from headprof.compression.kernels.append import append_rows
 from headprof.compression.kernels.ragged_rows import RaggedRows
-from headprof.compression.rows import COLUMNS, Rows, ragged_index
+from headprof.compression.rows import Rows
 
 SLACK = 16
 """Rows of free space after each head, so that an appended token does not move the others."""
@@ -16,46 +18,130 @@ SLACK = 16
 class RowStorage:
     """The rows of `N = B * K` heads, one head after the other, each with free space behind it.
 
+    Where a head's rows begin and end, and the position of its next token, is known to the device, so tokens are
+    appended and attended to without a word from the host; and rows that have been compressed again take the place of
+    those before them (`replace`). So no buffer moves while text is generated, and a decode step can be captured.
+
     Attributes:
-        rows: as they lie, free space included; their `lengths` are the sizes of the heads' rooms.
+        rows: as they lie, free space included.
         appended: how many of each head's rows have come since they were last compressed.
+        hides: whether some rows may be hidden, as padding.
     """
 
-    def __init__(self, rows: Rows, slack: int = SLACK, appended: int = 0):
+    def __init__(self, rows: Rows, seen: int, slack: int = SLACK, appended: int = 0, hides: bool = False):
         """Lay out rows.
 
         Args:
             rows: of all heads, flat, without gaps.
+            seen: tokens of the sequence so far.
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
+            hides: whether some rows may be hidden.
         """
-        self._kept, self.appended = [length - appended for length in rows.lengths], appended
-        rooms = [length + slack for length in rows.lengths]
-        starts = [0, *accumulate(rooms)]
-        index, total = ragged_index(starts[:-1], rows.lengths, rows.keys.device), starts[-1]
-        self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]).index_copy_(0, index, each), rooms)
-        self._measure(starts)
+        heads, device = len(_counts(rows)), rows.keys.device
+        total = len(rows.keys) + heads * slack
+        with torch.inference_mode(False):
+            self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]))
+            self._bounds = torch.zeros(2 * heads + 1, dtype=torch.int32, device=device)
+            self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
+        self._plans: dict = {}
+        self._put(rows, slack, appended)
+        self.hides = hides
 
-    def _measure(self, starts: list[int]) -> None:
-        """Note where the heads' rows are, as appending and attention need it: on the device, without a way back."""
-        lengths, rooms, device = self.lengths, self.rows.lengths, self.rows.keys.device
-        ends = [start + length for start, length in zip(starts, lengths, strict=False)]
-        bounds = [bound for pair in zip(starts, ends, strict=False) for bound in pair] + starts[-1:]
-        self._bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-        self._ends = torch.tensor(ends, device=device)
-        self._longest = max(lengths)
-        self._free = min(room - length for room, length in zip(rooms, lengths, strict=True))
-        self._uniform = rooms[0] if len(set(rooms)) == len(set(lengths)) == 1 else 0
+    def _put(self, rows: Rows, slack: int, appended: int) -> None:
+        """Write rows, flat and without gaps, over what is held; `slack` rows of free space come behind each head."""
+        counts = _counts(rows)
+        heads = len(counts)
+        ends = counts.cumsum(0)
+        shift = torch.arange(heads, device=counts.device) * slack
+        index = torch.arange(len(rows.keys), device=counts.device) + _repeated(shift, counts, len(rows.keys))
+        self.rows.keys.index_copy_(0, index, rows.keys)
+        self.rows.values.index_copy_(0, index, rows.values)
+        self.rows.positions.index_copy_(0, index, rows.positions)
+        for name, column in self.rows.columns.items():
+            column.index_copy_(0, index, rows.column(name))
+        self._bounds[1:-1:2] = ends + shift
+        self._bounds[0:-1:2] = ends + shift - counts
+        self._bounds[-1] = len(self.rows.keys)
+        self._kept = None if rows.lengths is None else [length - appended for length in rows.lengths]
+        self._sum = len(rows.keys) - heads * appended
+        self._slack, self.appended = slack + appended, appended
+        self._longest, self._uniform = len(self.rows.keys), 0
+        if self._kept is not None:
+            self._longest = max(self._kept) + self._slack
+            alike = self._longest * heads == len(self.rows.keys)
+            self._uniform = self._longest if alike and len(set(self._kept)) == 1 else 0
+
+    def replace(self, rows: Rows, slack: int) -> bool:
+        """Hold other rows in the same place, if they fit there with so much free space behind each head.
+
+        Args:
+            rows: of as many heads, flat, without gaps, just compressed.
+            slack: rows of free space that there have to be at least.
+
+        Returns:
+            Whether they fit; if not, nothing has changed.
+        """
+        heads = len(_counts(rows))
+        fits = heads == self.num_heads and not set(rows.columns) - set(self.rows.columns)
+        room = (len(self.rows.keys) - len(rows.keys)) // heads
+        if not fits or not slack <= room <= slack + max(slack, SLACK):  # with far more of it, memory would be wasted
+            return False
+        self._put(rows, room, 0)
+        self.hides = False
+        for plan in self._plans.values():
+            plan.refresh()
+        return True
 
     @property
     def lengths(self) -> list[int]:
-        """Rows that each head holds, `N` numbers."""
+        """Rows that each head holds, `N` numbers; read from the device where only that knows them."""
+        if self._kept is None:
+            self._kept = [length - self.appended for length in self.counts.tolist()]
         return [length + self.appended for length in self._kept]
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether heads may hold unequal numbers of rows, or hidden ones."""
+        return self.hides or self._kept is None or len(set(self._kept)) > 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows that each head holds, int64 `[N]`."""
+        return (self._bounds[1::2] - self._bounds[0:-1:2]).long()
+
+    @property
+    def total(self) -> int:
+        """Rows that all heads hold together."""
+        return self._sum + self.appended * self.num_heads
+
+    def sums(self, num_kv_heads: int) -> list[int]:
+        """Rows that the heads of each sequence hold together, `B` numbers."""
+        if self.num_heads == num_kv_heads:
+            return [self.total]
+        lengths = self.lengths
+        return [sum(lengths[start : start + num_kv_heads]) for start in range(0, len(lengths), num_kv_heads)]
+
+    @property
+    def num_heads(self) -> int:
+        return len(self._next_positions)
 
     @property
     def free(self) -> int:
         """Rows that can be appended to every head before all have to be laid out anew."""
-        return self._free
+        return self._slack - self.appended
+
+    @property
+    def in_use(self) -> int | None:
+        """Most rows that one head holds; `None` where only the device knows."""
+        if self._kept is None and self._bounds.device.type != "cpu":
+            return None
+        return max(self.lengths)
+
+    @property
+    def _most(self) -> int:
+        """Most rows that one head holds, or more."""
+        return self.total if self.in_use is None else self.in_use
 
     def in_place(self) -> RaggedRows:
         """What the heads hold now, for attention."""
@@ -68,71 +154,77 @@ class RowStorage:
             self._longest,
             self._uniform,
             rows.columns.get("bias"),
+            next_positions=self._next_positions,
+            received=rows.columns.get("received"),
+            in_use=self.in_use,
+            plans=self._plans,
         )
 
     def compact(self) -> Rows:
         """What the heads hold now, copied together without gaps."""
-        starts = [0, *accumulate(self.rows.lengths)][:-1]
-        index = ragged_index(starts, self.lengths, self.rows.keys.device)
-        return self.rows.map(lambda each: each[index], self.lengths)
+        counts = self.counts
+        before = counts.cumsum(0) - counts
+        total = self.total
+        index = torch.arange(total, device=counts.device)
+        index += _repeated(self._bounds[0:-1:2].long() - before, counts, total)
+        rows = self.rows.map(lambda each: each[index], None if self._kept is None else self.lengths)
+        return replace(rows, counts=counts)
 
-    def padded_index(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded_index(self) -> tuple[Tensor, Tensor]:
         """Where each head's rows are, int64 `[N, longest]`, and which of these it has, bool `[N, longest]`.
 
         A shorter head's come last; those before them, which it does not have, repeat its first.
         """
-        starts = self._bounds[0:-1:2, None].long()
-        index = self._ends[:, None] + torch.arange(-self._longest, 0, device=self._ends.device)
+        starts, ends = self._bounds[0:-1:2, None].long(), self._bounds[1::2, None].long()
+        index = ends + torch.arange(-self._most, 0, device=ends.device)
         return index.maximum(starts), index >= starts
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, seen: int) -> None:
-        """Give every head its rows of new tokens, for which there must be room.
+    def append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Give every head its rows of new tokens, `[B, K, Q, D]`, for which there must be room; `note` must follow.
 
-        Args:
-            key_states, value_states: `[B, K, Q, D]`.
-            seen: tokens of the sequence before them.
+        Nothing of this depends on a number that the host knows.
         """
-        rows, count = self.rows, key_states.shape[2]
-        if count == 1:
-            index = self._ends
-            rows.positions.index_fill_(0, index, seen)
-        else:
-            new = torch.arange(count, device=rows.keys.device)
-            index = (self._ends[:, None] + new).flatten()
-            rows.positions.index_copy_(0, index, (seen + new).int().repeat(len(self._kept)))
-        rows.keys.index_copy_(0, index, key_states.reshape(len(index), -1))
-        rows.values.index_copy_(0, index, value_states.reshape(len(index), -1))
-        for name, column in rows.columns.items():
-            column.index_fill_(0, index, COLUMNS[name].fill)
-        self._advance(count)
+        append_rows(self.in_place(), key_states, value_states)
+
+    def note(self, count: int) -> None:
+        """Count rows that have been appended to every head."""
+        self.appended += count
 
     def drop_newest(self, count: int) -> None:
         """Forget the last rows of every head."""
-        self._advance(-count)
+        self.appended -= count
+        self._bounds[1::2] -= count
+        self._next_positions -= count
 
-    def _advance(self, count: int) -> None:
-        self.appended += count
-        self._longest += count
-        self._free -= count
-        self._ends += count
-        self._bounds[1::2] += count
-
-    def hide_newest(self, visible: torch.Tensor) -> None:
+    def hide_newest(self, visible: Tensor) -> None:
         """Hide padding among the newest tokens from every query.
 
         Args:
             visible: false where one of the last `Q` tokens is padding, bool `[B, Q]`.
         """
         batch, count = visible.shape
-        index = self._ends[:, None] - count + torch.arange(count, device=self._ends.device)
-        hidden = ~visible.repeat_interleave(len(self._kept) // batch, dim=0)
+        index = self._bounds[1::2, None].long() - count + torch.arange(count, device=visible.device)
+        self.hides = True
+        hidden = ~visible.repeat_interleave(self.num_heads // batch, dim=0)
         self._column("bias")[index[hidden]] = float("-inf")
 
-    def add_received(self, index: torch.Tensor, paid: torch.Tensor) -> None:
+    def add_received(self, index: Tensor, paid: Tensor) -> None:
         """Count attention that rows received, float32, at this index of the storage; both of one shape."""
         self._column("received").index_add_(0, index.flatten(), paid.flatten())
 
-    def _column(self, name: str) -> torch.Tensor:
+    def _column(self, name: str) -> Tensor:
         """A column to write to, made if there is none."""
-        self.rows = self.rows.with_columns({name: self.rows.column(name)})
+        if name not in self.rows.columns:
+            with torch.inference_mode(False):
+                self.rows = self.rows.with_columns({name: self.rows.column(name)})
         return self.rows.columns[name]
+
+
+def _counts(rows: Rows) -> Tensor:
+    """Rows of each head, int64 `[N]`."""
+    return torch.tensor(rows.lengths, device=rows.keys.device) if rows.counts is None else rows.counts
+
+
+def _repeated(values: Tensor, counts: Tensor, total: int) -> Tensor:
+    """Each value as often as its count says, `[total]`, without asking the device how many that makes."""
+    return values.repeat_interleave(counts, output_size=total)

@@ -6,7 +6,7 @@ Shapes as in `ragged_rows`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from headprof.compression.kernels.ragged_rows import RaggedRows, Request
 from headprof.compression.kernels.reference import reference_attention
 from headprof.compression.kernels.requirements import Package
 from headprof.compression.kernels.torch_attention import torch_attention
-from headprof.compression.kernels.triton_attention import triton_attention
+from headprof.compression.kernels.triton_attention import PLAN, planned, triton_attention
 from headprof.compression.kernels.triton_support import TRITON, triton_unsupported
+from headprof.compression.kernels.work_items import WorkItems, rows_per_item
 from headprof.errors import UsageError
 
 PREFERENCE = ("triton", "flash-attn", "varlen", "torch")
@@ -72,7 +73,7 @@ def ragged_attention(
     """Causal attention of the newest tokens over the kept rows of each head, softmax in float32.
 
     A new token sees all older rows and the new ones up to its own. One that sees no row at all, since `rows.bias` hides
-    them, gets zeros.
+    them, gets zeros. In code that is being compiled it is the operator `headprof::ragged_attention`.
 
     Args:
         query: `[B, H, Q, D]`, queries of the last `Q` rows of every head.
@@ -91,16 +92,84 @@ def ragged_attention(
         UsageError: no such backend, or it cannot serve this request.
     """
     request = Request(query, rows, num_kv_heads, scaling, softcap, sliding_window, sinks)
+    return _compiled(request, backend) if torch.compiler.is_compiling() else _attend(request, backend)
+
+
+def _attend(request: Request, backend: str) -> Tensor:
+    """The answer of this backend, or of the one that `auto` takes."""
     if backend != "auto":
         check_backend(backend)
         if reason := BACKENDS[backend].unsupported(request):
             raise UsageError(f"The attention backend {backend!r} {reason}: use --backend auto or torch.")
         return BACKENDS[backend].attend(request)
-    if query.is_cuda:
+    if request.query.is_cuda:
         for name in PREFERENCE:
             if BACKENDS[name].unsupported(request) is None:
                 return BACKENDS[name].attend(request)
     return torch_attention(request)
+
+
+def make_plans(rows: RaggedRows) -> None:
+    """Make the work plans that a backend would make at its first call over this storage, outside of any graph."""
+    if rows.keys.is_cuda and triton_unsupported(rows.keys) is None:
+        planned(rows)
+
+
+def _compiled(request: Request, backend: str) -> Tensor:
+    """The same as an operator, which is given tensors and numbers."""
+    rows = request.rows
+    plan = rows.plans.get(PLAN)
+    return torch.ops.headprof.ragged_attention(
+        request.query,
+        rows.keys,
+        rows.values,
+        rows.positions,
+        rows.bounds,
+        rows.bias,
+        request.sinks,
+        plan.table if isinstance(plan, WorkItems) else None,
+        rows.longest,
+        rows.uniform,
+        request.num_kv_heads,
+        request.scaling,
+        request.softcap,
+        request.sliding_window,
+        backend,
+    )
+
+
+@torch.library.custom_op("headprof::ragged_attention", mutates_args=("work_items",))
+def _ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bounds: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    work_items: Tensor | None,
+    longest: int,
+    uniform: int,
+    num_kv_heads: int,
+    scaling: float,
+    softcap: float | None,
+    sliding_window: int | None,
+    backend: str,
+) -> Tensor:
+    """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, if these are made."""
+    rows = RaggedRows(keys, values, positions, bounds, longest, uniform, bias)
+    if work_items is not None:
+        rows.plans[PLAN] = WorkItems(bounds, work_items, rows_per_item(rows))
+    if keys.device.type == "cpu":  # where that costs nothing, and plain torch goes by it
+        rows = replace(rows, in_use=int((bounds[1::2] - bounds[:-1:2]).max()))
+    request = Request(query, rows, num_kv_heads, scaling, softcap, sliding_window, sinks)
+    return _attend(request, backend).contiguous()
+
+
+@_ragged_attention.register_fake
+def _(query, *_arguments, **_options) -> Tensor:
+    batch, num_heads, num_queries, head_dim = query.shape
+    return query.new_empty(batch, num_queries, num_heads, head_dim)
 
 
 def check_backend(name: str) -> None:

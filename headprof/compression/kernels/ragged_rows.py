@@ -7,23 +7,41 @@ every head belong to the new tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 
+class WorkPlan(Protocol):
+    """How a backend shares out its work over one storage of rows, kept on the device."""
+
+    def refresh(self) -> None:
+        """Make it anew in place, by the rooms that the bounds say now; nothing is read back to the host."""
+        ...
+
+
 @dataclass(frozen=True)
 class RaggedRows:
-    """The rows that one layer's heads hold.
+    """The rows that one layer's heads hold, as they lie on the device.
+
+    Each head has a room: its rows in use, and the free space behind them. Rows are appended (`append_rows`) without the
+    host learning of it, so that of the numbers here none changes from token to token but `in_use`.
 
     Attributes:
         keys, values: `[rows, D]`, one head after the other in the order `b * K + k`, with free space after each.
         positions: each row's position in the sequence, int32 `[rows]`, ascending within a head.
         bounds: first row and end (exclusive) of each head's rows in use, alternating, then the number of rows in the
-            storage: int32 `[2 * N + 1]` on the rows' device.
-        longest: most rows that one head has in use.
+            storage: int32 `[2 * N + 1]` on the rows' device. Head `h`'s room goes from the first row of `h` to that of
+            `h + 1`.
+        longest: at least the most rows that one head ever has in use here, such as the largest room.
         uniform: rows of storage per head if all heads have equally many and equally many of them in use, else 0.
         bias: added to the logits, float32 `[rows]` (the log mass of merged rows; -inf hides a row), or `None`.
+        received: attention that each row has received, float32 `[rows]`, or `None`. Attention does not ask for it.
+        next_positions: position of each head's next token, int32 `[N]`, or `None` where nothing is appended.
+        in_use: most rows that one head has in use now, or `None` if the host does not know.
+        plans: work plans that backends have made for this storage, by their names. Whoever moves the heads' rooms calls
+            `refresh` on each of them.
     """
 
     keys: Tensor
@@ -33,6 +51,20 @@ class RaggedRows:
     longest: int
     uniform: int
     bias: Tensor | None = None
+    received: Tensor | None = None
+    next_positions: Tensor | None = None
+    in_use: int | None = None
+    plans: dict[str, WorkPlan] = field(default_factory=dict)
+
+    @property
+    def num_heads(self) -> int:
+        """`N`."""
+        return len(self.bounds) // 2
+
+    @property
+    def most(self) -> int:
+        """At least the most rows that one head has in use now: that number itself where the host knows it."""
+        return self.longest if self.in_use is None else self.in_use
 
 
 @dataclass(slots=True)

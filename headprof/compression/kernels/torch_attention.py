@@ -16,7 +16,7 @@ _PADDED_ELEMENTS = 8192
 
 def torch_attention(request: Request) -> Tensor:
     """One call over a dense view if heads are alike, over a padded copy if they are many and short, else one each."""
-    if request.rows.uniform:
+    if request.rows.uniform and request.rows.in_use is not None:
         output = _attend_dense(request)
     elif _pays_to_pad(request):
         output = _attend_padded(request)
@@ -32,12 +32,12 @@ def _pays_to_pad(request: Request) -> bool:
         return True
     many_operations = not (request.softcap is None and request.sinks is None and request.sliding_window is None)
     limit = 3 * _PADDED_ELEMENTS if many_operations else _PADDED_ELEMENTS * (request.num_heads > 4)
-    return request.rows.longest * request.head_dim <= limit
+    return request.rows.most * request.head_dim <= limit
 
 
 def _attend_dense(request: Request) -> Tensor:
     """Heads of one length in slots of one size are a dense cache already."""
-    rows, num_heads, longest = request.rows, request.num_heads, request.rows.longest
+    rows, num_heads, longest = request.rows, request.num_heads, request.rows.most
     shape = (num_heads, 1, rows.uniform, request.head_dim)
     keys = rows.keys.view(shape).narrow(2, 0, longest)
     values = rows.values.view(shape).narrow(2, 0, longest)
@@ -63,7 +63,7 @@ def _attend_each(request: Request) -> Tensor:
 
 def _attend_padded(request: Request) -> Tensor:
     """All heads at once on a copy padded to the longest; the padding repeats a head's last row, which is masked."""
-    rows, num_heads, longest, num_queries = request.rows, request.num_heads, request.rows.longest, request.num_queries
+    rows, num_heads, longest, num_queries = request.rows, request.num_heads, request.rows.most, request.num_queries
     starts = rows.bounds[0:-1:2, None]
     lengths = rows.bounds[1::2, None] - starts
     index = (starts + torch.arange(longest, device=starts.device).minimum(lengths - 1)).flatten()

@@ -1,4 +1,4 @@
-"""Our own kernel: split-KV decoding (Flash-Decoding, Dao et al. 2023) over ragged heads."""
+"""Our own kernel: split-KV decoding (Flash-Decoding, Dao et al. 2023) over ragged heads, its work split by rows."""
 
 from __future__ import annotations
 
@@ -10,41 +10,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headprof.compression.kernels.ragged_rows import Request
+from headprof.compression.kernels.ragged_rows import RaggedRows, Request
 from headprof.compression.kernels.triton_support import dot_dtype
+from headprof.compression.kernels.work_items import WorkItems
 
-_MIN_ROWS_PER_SPLIT = 256
-_MAX_SPLITS = 64
-_PROGRAMS_PER_PROCESSOR = 2
+PLAN = "triton"
+"""What the work items are called among a storage's plans."""
 
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
 
 
-def triton_attention(request: Request, *, num_splits: int | None = None) -> Tensor:
-    """Every program reads a stretch of one head's rows once, for up to 64 queries of its group and all new tokens.
+def triton_attention(request: Request, *, items: WorkItems | None = None, tile: Tile | None = None) -> Tensor:
+    """One launch, whose grid depends on nothing but the storage's layout. Every program reads the rows of one work item
+    once, for up to 64 queries of its group and all new tokens; the last to finish of a head with several joins them.
 
     Args:
-        num_splits: stretches of the longest head (shorter ones have fewer); `None` goes by the device's size.
+        items: how the rows are shared out; `None` for the storage's own plan, made if there is none yet.
+        tile: what a program multiplies; `None` for what is best for most.
     """
-    attend_kernel, combine_kernel = _kernels()
+    kernel = _kernel()
     query, rows = request.query.contiguous(), request.rows
     batch, num_query_heads, num_queries, head_dim = query.shape
-    block = _Blocks.of(query, request.group_size * num_queries)
-    query_blocks = triton.cdiv(request.group_size * num_queries, block.queries)
-    split_rows = _rows_per_split(request, query_blocks, block.rows, num_splits)
-    splits = triton.cdiv(rows.longest, split_rows)
+    tile = tile or Tile.of(query, request.group_size * num_queries)
+    items = items or planned(rows)
+    query_blocks = triton.cdiv(request.group_size * num_queries, tile.queries)
     output = query.new_empty(batch, num_queries, num_query_heads, head_dim)
-    partial, log_sums = _room_for_splits(request, splits) if splits > 1 else (None, None)
-    shape = {
-        "NUM_KV_HEADS": request.num_kv_heads,
-        "GROUP_SIZE": request.group_size,
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": block.dim,
-    }
+    partial, log_sums, counts = None, None, None
+    if rows.longest > items.item_rows:
+        partial, log_sums = _room_for_parts(request, items)
+        counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
     with torch.cuda.device_of(query):
-        attend_kernel[(request.num_heads, splits, query_blocks)](
+        kernel[(items.num_items, query_blocks)](
             query,
             rows.keys.contiguous(),
             rows.values.contiguous(),
@@ -52,6 +50,8 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
             rows.bias,
             request.sinks,
             rows.bounds,
+            items.table,
+            counts,
             output,
             partial,
             log_sums,
@@ -59,73 +59,65 @@ def triton_attention(request: Request, *, num_splits: int | None = None) -> Tens
             request.softcap,
             request.sliding_window,
             num_queries,
-            split_rows,
-            splits,
-            BLOCK_QUERIES=block.queries,
-            BLOCK_ROWS=block.rows,
+            items.item_rows,
+            NUM_KV_HEADS=request.num_kv_heads,
+            GROUP_SIZE=request.group_size,
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=tile.dim,
+            BLOCK_QUERIES=tile.queries,
+            BLOCK_ROWS=tile.rows,
             DOT_DTYPE=dot_dtype(query),
-            num_warps=block.warps,
-            num_stages=2,
-            **shape,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
-        if splits > 1:
-            combine_kernel[(request.group_size * num_queries, request.num_heads)](
-                rows.bounds, partial, log_sums, output, num_queries, split_rows, splits, BLOCK_SPLITS=16, **shape
-            )
     return output
 
 
-def _room_for_splits(request: Request, splits: int) -> tuple[Tensor, Tensor]:
-    """For each split's own output, `[N, splits, g * Q, D]`, and the log of its sum of exponentials; float32."""
-    shape = (request.num_heads, splits, request.group_size * request.num_queries)
+def planned(rows: RaggedRows) -> WorkItems:
+    """The storage's work items, made if there are none yet. Within the capture of a CUDA graph they are not remembered,
+    since nothing is in them before the graph runs."""
+    found = rows.plans.get(PLAN)
+    if isinstance(found, WorkItems):
+        return found
+    items = WorkItems.of(rows)
+    if not (rows.keys.is_cuda and torch.cuda.is_current_stream_capturing()):
+        rows.plans[PLAN] = items
+    return items
+
+
+def _room_for_parts(request: Request, items: WorkItems) -> tuple[Tensor, Tensor]:
+    """For each item's own output, `[M, g * Q, D]`, and the log of its sum of exponentials; float32."""
+    shape = (items.num_items, request.group_size * request.num_queries)
     partial = torch.empty(*shape, request.head_dim, dtype=torch.float32, device=request.query.device)
     return partial, partial.new_empty(shape)
 
 
 @dataclass(frozen=True)
-class _Blocks:
-    """Sizes of the tiles that one program works on, powers of two of at least 16 (the least that `tl.dot` takes)."""
+class Tile:
+    """What one program works on at a time, powers of two of at least 16 (the least that `tl.dot` takes)."""
 
     queries: int
     rows: int
     dim: int
     warps: int
+    stages: int
 
     @classmethod
-    def of(cls, query: Tensor, num_queries: int) -> _Blocks:
-        """For so many queries a head. A tile of keys is 16 KiB, so that two of keys and two of values fit anywhere."""
+    def of(cls, query: Tensor, num_queries: int) -> Tile:
+        """For so many queries a head. A tile of keys is 16 KiB, so that those under way fit in any card."""
         dim = max(16, triton.next_power_of_2(query.shape[-1]))
         queries = min(max(16, triton.next_power_of_2(num_queries)), 64 if dim <= 128 else 32)
         rows = min(max(16, 16384 // (dim * query.element_size())), 128)
-        return cls(queries, rows, dim, warps=4 if queries == 16 else 8)
-
-
-def _rows_per_split(request: Request, query_blocks: int, block_rows: int, num_splits: int | None) -> int:
-    """Rows of a head that one program reads: few enough to keep the device busy, a multiple of `block_rows`.
-
-    It goes by the rows of all heads, so that one long head among short ones is cut up as well.
-    """
-    longest = request.rows.longest
-    if num_splits is None:
-        programs = _PROGRAMS_PER_PROCESSOR * _num_processors(request.query.device)
-        share = len(request.rows.keys) * query_blocks // programs
-        rows = max(share, _MIN_ROWS_PER_SPLIT, triton.cdiv(longest, _MAX_SPLITS))
-    else:
-        rows = triton.cdiv(longest, num_splits)
-    return triton.cdiv(rows, block_rows) * block_rows
-
-
-@lru_cache(maxsize=16)
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        few = queries == 16
+        return cls(queries, rows, dim, warps=4 if few else 8, stages=3 if few else 2)
 
 
 @lru_cache(maxsize=1)
-def _kernels() -> tuple[Any, Any]:
-    """The two kernels, for Triton to compile at their first launch; Triton itself is imported no earlier than here."""
+def _kernel() -> Any:
+    """The kernel, for Triton to compile at its first launch; Triton itself is imported no earlier than here."""
     global triton, tl
     triton, tl = import_module("triton"), import_module("triton.language")
-    return triton.jit(_attend_kernel), triton.jit(_combine_kernel)
+    return triton.jit(_attend_kernel)
 
 
 def _attend_kernel(
@@ -136,15 +128,16 @@ def _attend_kernel(
     bias,  # [rows] or None
     sinks,  # [H] or None
     bounds,  # [2 * N + 1]
-    output,  # [B, Q, H, D], written if there is one split
-    partial,  # [N, splits, Q * g, D], written if there are more: each split's own output
-    log_sums,  # [N, splits, Q * g]: and the log of its sum of exponentials
+    items,  # [2 * M] and more: heads, then parts (see WorkItems)
+    counts,  # [N, blocks of queries]: parts of a head that are done, 0 before and after
+    output,  # [B, Q, H, D], written
+    partial,  # [M, Q * g, D]: what the parts of a head of several give; None if there is no such head
+    log_sums,  # [M, Q * g]: and the log2 of their sums of exponentials
     scaling,
     softcap,
     sliding_window,
     num_queries,
-    split_rows,
-    splits,
+    item_rows,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -153,53 +146,58 @@ def _attend_kernel(
     BLOCK_ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Attention of a block of one head's queries, ordered `token * g + member`, over one split of its rows."""
-    head = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
+    """Attention of a block of one head's queries, ordered `token * g + member`, over one part of its rows."""
+    log2_e: tl.constexpr = 1.4426950408889634
+    item = tl.program_id(0)
+    head = tl.load(items + item).to(tl.int64)
+    part = tl.load(items + tl.num_programs(0) + item)
+    if head < 0:
+        return
     start = tl.load(bounds + 2 * head)
     end = tl.load(bounds + 2 * head + 1)
-    first_row = start + split * split_rows
-    if (split > 0) & (first_row >= end):
+    parts = tl.maximum(tl.cdiv(end - start, item_rows), 1)
+    if part >= parts:
         return
+    part_rows = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_ROWS) * BLOCK_ROWS  # alike, and none is left without rows
+    first_row = start + part * part_rows
 
-    row_of_block = tl.program_id(2) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    row_of_block = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     token = row_of_block // GROUP_SIZE
     member = row_of_block % GROUP_SIZE
     real = token < num_queries
     newest = end - num_queries + token
     dims = tl.arange(0, BLOCK_DIM)
+    write = real[:, None] & (dims < HEAD_DIM)[None, :]
     query_rows = (head * GROUP_SIZE + member) * num_queries + token
-    queries = tl.load(
-        query + query_rows[:, None] * HEAD_DIM + dims[None, :],
-        mask=real[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0.0,
-    ).to(DOT_DTYPE)
+    queries = tl.load(query + query_rows[:, None] * HEAD_DIM + dims[None, :], mask=write, other=0.0).to(DOT_DTYPE)
     if sliding_window is not None:
-        oldest = tl.load(positions + newest, mask=real, other=0) - sliding_window
+        oldest = tl.load(positions + newest, mask=real & (newest >= start), other=0) - sliding_window
 
     highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
-    if sinks is not None:  # a row without a value, of the first split
-        sink = tl.load(sinks + (head % NUM_KV_HEADS) * GROUP_SIZE + member).to(tl.float32)
-        highest = tl.where(split == 0, sink, highest)
-        total = tl.where(split == 0, 1.0, total)
+    if sinks is not None:  # a row without a value, of the first part
+        sink = tl.load(sinks + (head % NUM_KV_HEADS) * GROUP_SIZE + member).to(tl.float32) * log2_e
+        highest = tl.where(part == 0, sink, highest)
+        total = tl.where(part == 0, 1.0, total)
     mixed = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
-    last_token = tl.minimum(((tl.program_id(2) + 1) * BLOCK_QUERIES - 1) // GROUP_SIZE, num_queries - 1)
-    stop = tl.minimum(first_row + split_rows, end - num_queries + last_token + 1)
+    last_token = tl.minimum(((tl.program_id(1) + 1) * BLOCK_QUERIES - 1) // GROUP_SIZE, num_queries - 1)
+    stop = tl.minimum(first_row + part_rows, end - num_queries + last_token + 1)
     for block_start in range(first_row, stop, BLOCK_ROWS):
         row = block_start + tl.arange(0, BLOCK_ROWS)
         held = row < stop
         elements = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
         inside = held[:, None] & (dims < HEAD_DIM)[None, :]
         key = tl.load(keys + elements, mask=inside, other=0.0)
-        logits = tl.dot(queries, tl.trans(key.to(DOT_DTYPE)), input_precision="ieee") * scaling
-        if softcap is not None:
-            decay = tl.exp(-2.0 * tl.abs(logits) / softcap)
-            bounded = softcap * (1.0 - decay) / (1.0 + decay)
-            logits = tl.where(logits < 0, -bounded, bounded)
+        products = tl.dot(queries, tl.trans(key.to(DOT_DTYPE)), input_precision="ieee")
+        if softcap is None:
+            logits = products * (scaling * log2_e)
+        else:
+            decay = tl.exp2(tl.abs(products) * (-2.0 * log2_e * scaling / softcap))
+            bounded = (softcap * log2_e) * (1.0 - decay) / (1.0 + decay)  # the hyperbolic tangent's size
+            logits = tl.where(products < 0, -bounded, bounded)
         if bias is not None:
-            logits += tl.load(bias + row, mask=held, other=0.0).to(tl.float32)[None, :]
+            logits += tl.load(bias + row, mask=held, other=0.0).to(tl.float32)[None, :] * log2_e
         visible = held[None, :] & (row[None, :] <= newest[:, None])
         if sliding_window is not None:
             position = tl.load(positions + row, mask=held, other=0)
@@ -208,8 +206,8 @@ def _attend_kernel(
 
         higher = tl.maximum(highest, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf would give NaN
-        weights = tl.exp(logits - base[:, None])
-        fade = tl.exp(highest - base)
+        weights = tl.exp2(logits - base[:, None])
+        fade = tl.exp2(highest - base)
         value = tl.load(values + elements, mask=inside, other=0.0)
         products = tl.dot(weights.to(value.dtype).to(DOT_DTYPE), value.to(DOT_DTYPE), input_precision="ieee")
         mixed = mixed * fade[:, None] + products
@@ -218,54 +216,42 @@ def _attend_kernel(
 
     total = tl.where(total == 0.0, 1.0, total)
     mixed = mixed / total[:, None]
-    write = real[:, None] & (dims < HEAD_DIM)[None, :]
-    if partial is None:
-        index = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
-        elements = (index * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(output + elements, mixed.to(output.dtype.element_ty), mask=write)
+    index = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
+    written = output + (index * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
+    if partial is None or parts == 1:
+        tl.store(written, mixed.to(output.dtype.element_ty), mask=write)
     else:
-        part = (head * splits + split) * (num_queries * GROUP_SIZE) + row_of_block
-        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=write)
-        tl.store(log_sums + part, highest + tl.log(total), mask=real)
-
-
-def _combine_kernel(
-    bounds,
-    partial,
-    log_sums,
-    output,
-    num_queries,
-    split_rows,
-    splits,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """One query's output from those of its splits, which the kernel above left in `partial` and `log_sums`."""
-    query = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    length = tl.load(bounds + 2 * head + 1) - tl.load(bounds + 2 * head)
-    written = tl.maximum(tl.cdiv(length, split_rows), 1)
-    dims = tl.arange(0, BLOCK_DIM)
-    highest = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    mixed = tl.zeros([BLOCK_DIM], tl.float32)
-    for first in range(0, written, BLOCK_SPLITS):
-        split = first + tl.arange(0, BLOCK_SPLITS)
-        part = (head * splits + split) * (num_queries * GROUP_SIZE) + query
-        log_sum = tl.load(log_sums + part, mask=split < written, other=float("-inf"))
-        inside = (split < written)[:, None] & (dims < HEAD_DIM)[None, :]
-        value = tl.load(partial + part[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
-        higher = tl.maximum(highest, tl.max(log_sum, 0))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp(log_sum - base)
-        fade = tl.exp(highest - base)
-        mixed = mixed * fade + tl.sum(weights[:, None] * value, 0)
-        total = total * fade + tl.sum(weights, 0)
-        highest = higher
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)
-    index = (head // NUM_KV_HEADS * num_queries + query // GROUP_SIZE) * NUM_KV_HEADS + head % NUM_KV_HEADS
-    elements = (index * GROUP_SIZE + query % GROUP_SIZE) * HEAD_DIM + dims
-    tl.store(output + elements, mixed.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
+        stride = num_queries * GROUP_SIZE
+        first_slot = (item - part).to(tl.int64) * stride + row_of_block
+        slot = first_slot + part * stride
+        tl.store(partial + slot[:, None] * HEAD_DIM + dims[None, :], mixed, mask=write)
+        tl.store(log_sums + slot, highest + tl.log2(total), mask=real)
+        tl.debug_barrier()  # the whole program has written before it says so
+        count = counts + head * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(count, 1, sem="acq_rel") == parts - 1:
+            tl.store(count, 0)
+            highest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+            for first in range(0, parts, 16):
+                slots = first_slot[None, :] + (first + tl.arange(0, 16))[:, None] * stride
+                among = real[None, :] & (slots < first_slot[None, :] + parts * stride)
+                several = tl.load(log_sums + slots, mask=among, other=float("-inf"), cache_modifier=".cg")
+                highest = tl.maximum(highest, tl.max(several, 0))
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            total = tl.zeros([BLOCK_QUERIES], tl.float32)
+            mixed = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
+            for first in range(0, parts, 4):
+                for ahead in tl.static_range(4):  # so many loads are under way at once
+                    slot = first_slot + (first + ahead) * stride
+                    there = real & (slot < first_slot + parts * stride)
+                    log_sum = tl.load(log_sums + slot, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    value = tl.load(
+                        partial + slot[:, None] * HEAD_DIM + dims[None, :],
+                        mask=write & there[:, None],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    weight = tl.exp2(log_sum - base)
+                    total += weight
+                    mixed += weight[:, None] * value
+            mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+            tl.store(written, mixed.to(output.dtype.element_ty), mask=write)

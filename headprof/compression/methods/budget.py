@@ -14,6 +14,7 @@ import torch
 
 from headprof.compression.methods.observation import per_head
 from headprof.compression.methods.reduction import largest
+from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -233,20 +234,20 @@ class BudgetPolicy(Protocol):
         ...
 
     def spread(
-        self, counts: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, always_kept: int
-    ) -> torch.Tensor:
+        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int
+    ) -> HeadCounts:
         """Hand one layer's tokens on between its heads, once their importance is known; as it stands, leave them.
 
         Args:
-            counts: what `allocate` gave the layer's heads, int64 `[B, K]`.
+            counts: what `allocate` gave the layer's heads; of each sequence at most its valid tokens in all.
             importance: float `[B, K, T]`; infinite for the tokens that every head keeps (see `reduction.ranking`).
-            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
+            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
             always_kept: tokens that every head keeps.
 
         Returns:
-            int64 `[B, K]`, in each head at most its valid tokens.
+            As many in all, in each head at most its valid tokens.
         """
-        return counts.minimum(per_head(valid).sum(dim=-1))
+        return counts
 
 
 @dataclass(frozen=True)
@@ -316,16 +317,22 @@ class AdaptiveBudget(UniformBudget):
             raise UsageError(f"A safeguard of {self.safeguard} is no share of a budget: give 0 to 1.")
 
     def spread(
-        self, counts: torch.Tensor, importance: torch.Tensor, valid: torch.Tensor, always_kept: int
-    ) -> torch.Tensor:
-        spare = (counts - always_kept).clamp(min=0)
-        held = per_head(valid).sum(dim=-1)
-        least = (counts - spare + (spare.double() * self.safeguard).long()).minimum(held)
-        ranked = importance.masked_fill(~per_head(valid), float("-inf"))
-        ranked = ranked.masked_fill(largest(ranked, least), float("inf"))
-        total = counts.sum(dim=-1).minimum(held.expand_as(counts).sum(dim=-1))
-        chosen = largest(ranked.transpose(1, 2).flatten(1), total)  # [B, T * K]
-        return chosen.unflatten(1, (-1, counts.shape[1])).sum(dim=1)
+        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int
+    ) -> HeadCounts:
+        allotted, tokens = counts.counts, importance.shape[-1]
+        spare = (allotted - always_kept).clamp(min=0)
+        least = allotted - spare + (spare.double() * self.safeguard).long()
+        ranked, total = importance, allotted.sum(dim=-1)
+        if valid is not None:
+            valid = per_head(valid)
+            held = valid.sum(dim=-1)
+            least, total = least.minimum(held), total.minimum(held.expand_as(allotted).sum(dim=-1))
+            ranked = importance.masked_fill(~valid, float("-inf"))
+        ranked = ranked.masked_fill(largest(ranked, least, most=counts.most), float("inf"))
+        most = min(counts.total, counts.most * allotted.shape[1])
+        chosen = largest(ranked.transpose(1, 2).flatten(1), total, most=most)  # [B, T * K]
+        spread = chosen.unflatten(1, (-1, allotted.shape[1])).sum(dim=1)
+        return HeadCounts(spread, min(most, tokens), counts.total)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ tokens or held rows, `D` head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,32 @@ class AttentionLayer:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Which of a prompt's tokens so far are no padding.
+
+    Attributes:
+        valid: bool `[B, T]`.
+        lengths: how many each sequence has, `B` numbers, so that nobody has to ask the device.
+    """
+
+    valid: Tensor
+    lengths: Sequence[int]
+
+    @property
+    def padded(self) -> bool:
+        """Whether there is padding."""
+        return min(self.lengths) < self.valid.shape[1]
+
+    def without_last(self, count: int) -> Tokens:
+        """The same tokens, but for the last of all sequences, which none of them counts."""
+        if not count:
+            return self
+        end = self.valid.shape[1] - count
+        hidden = torch.arange(self.valid.shape[1], device=self.valid.device) >= end
+        return Tokens(self.valid & ~hidden, [length - count for length in self.lengths])
+
+
+@dataclass(frozen=True)
 class Observation:
     """One layer's newest queries, and the rows they observe: a whole prompt's, or those that its heads still hold.
 
@@ -53,6 +79,8 @@ class Observation:
         query_positions: each query's position in the sequence, int64 `[N]`; `None` for the last `N` of a prompt.
         query_valid: false for queries that do not count (padding), bool `[B, N]`; `None` if all do.
         seen: tokens of the sequence so far; `None` for `T`.
+        padded: whether some rows may be padding, as far as the host knows.
+        lengths: tokens of a prompt's sequences that are no padding, `B` numbers; `None` where the host does not know.
         shared: what several importances need of this, computed once.
     """
 
@@ -64,6 +92,8 @@ class Observation:
     query_positions: Tensor | None = None
     query_valid: Tensor | None = None
     seen: int | None = None
+    padded: bool = True
+    lengths: Sequence[int] | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property

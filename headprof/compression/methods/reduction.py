@@ -10,11 +10,13 @@ import torch
 from torch.nn.functional import normalize
 
 from headprof.compression.methods.observation import NOISE, per_head
-from headprof.compression.rows import COLUMNS, Rows
+from headprof.compression.rows import COLUMNS, HeadCounts, Rows
 from headprof.errors import UsageError
 
 
-def largest(values: torch.Tensor, counts: torch.Tensor, noise: float = NOISE) -> torch.Tensor:
+def largest(
+    values: torch.Tensor, counts: torch.Tensor, noise: float = NOISE, *, most: int | None = None
+) -> torch.Tensor:
     """Mark the largest values of each row.
 
     What is worth the same may differ in the last digits: rows that are fewer than the pooling is wide all get the mean
@@ -25,11 +27,13 @@ def largest(values: torch.Tensor, counts: torch.Tensor, noise: float = NOISE) ->
         values: float `[..., T]`, without NaN.
         counts: how many to mark, int `[...]`, 0 to `T`.
         noise: the largest difference that means nothing, as a share of the values.
+        most: none of the counts is larger; `None` for `T`.
 
     Returns:
         bool `[..., T]` with exactly `counts` true in each row; of equal values the earlier is marked.
     """
-    most = max(1, int(counts.max()))
+    size = values.shape[-1]
+    most = size if most is None else min(max(1, most), size)
     least = values.topk(most, dim=-1).values.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
     ends = torch.stack([least * (1 - noise), least * (1 + noise)])
     above = values > ends.amax(dim=0)
@@ -39,22 +43,36 @@ def largest(values: torch.Tensor, counts: torch.Tensor, noise: float = NOISE) ->
 
 
 def ranking(
-    importance: torch.Tensor, valid: torch.Tensor, *, sinks: int, keep_last: int | torch.Tensor
+    importance: torch.Tensor, valid: torch.Tensor | None, *, sinks: int, keep_last: int | torch.Tensor
 ) -> torch.Tensor:
     """Importance `[B, K, T]` with the tokens that are kept whatever it is at infinity, and padding at minus infinity.
 
     Args:
         importance: float `[B, K, T]`, finite.
-        valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
+        valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
         sinks: first tokens of the sequence that are always kept.
         keep_last: last tokens of the sequence that are always kept; one number, or one for each head, int `[B, K]`.
     """
+    if valid is None:
+        return _ranking_without_padding(importance, sinks, keep_last)
     valid = per_head(valid)
     from_start = valid.cumsum(dim=-1)  # 1 for the first valid token
     from_end = valid.flip(-1).cumsum(dim=-1).flip(-1)
     last = keep_last[..., None] if isinstance(keep_last, torch.Tensor) else keep_last
     ranked = importance.masked_fill((from_start <= sinks) | (from_end <= last), float("inf"))
     return ranked.masked_fill(~valid, float("-inf"))
+
+
+def _ranking_without_padding(importance: torch.Tensor, sinks: int, keep_last: int | torch.Tensor) -> torch.Tensor:
+    tokens = importance.shape[-1]
+    if isinstance(keep_last, torch.Tensor):
+        index = torch.arange(tokens, device=importance.device)
+        ranked = importance.masked_fill(index >= tokens - keep_last[..., None], float("inf"))
+    else:
+        ranked = importance.clone()
+        ranked[..., max(0, tokens - keep_last) :] = float("inf")
+    ranked[..., :sinks] = float("inf")
+    return ranked
 
 
 @dataclass(frozen=True)
@@ -65,11 +83,18 @@ class Choice:
         kept: rows that each head keeps, bool.
         ranked: importance, infinite for rows that every head keeps as they are (see `ranking`).
         weights: attention that each row can expect.
+        counts: how many rows each head keeps; `None` if the host must look.
     """
 
     kept: torch.Tensor
     ranked: torch.Tensor
     weights: torch.Tensor
+    counts: HeadCounts | None = None
+
+    @property
+    def head_counts(self) -> HeadCounts:
+        """How many rows each head keeps."""
+        return HeadCounts.looked_up(self.kept.sum(dim=-1)) if self.counts is None else self.counts
 
 
 class Reduction(Protocol):
@@ -90,7 +115,7 @@ class Evict(Reduction):
     """Keep the chosen rows as they are and drop the others."""
 
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
-        return rows.kept(choice.kept)
+        return rows.kept(choice.kept, choice.head_counts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +160,7 @@ class EvictThenMerge(Reduction):
             raise UsageError(f"A coverage of {self.coverage} is no share of attention: give more than 0, at most 1.")
 
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
-        reduced, kept = rows.kept(choice.kept), choice.kept
+        reduced, kept = rows.kept(choice.kept, choice.head_counts), choice.kept
         centres = kept & choice.ranked.isfinite()
         counts = self.count_candidates(rows.keys, choice, centres)
         if self.threshold >= 1 or not bool(counts.any()):

@@ -31,6 +31,7 @@ from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
+from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 
 _SIMPLE = (bool, int, float, str)
@@ -87,22 +88,23 @@ class Method:
         recent = (counts.double() * self.recent_share).long()
         return recent.minimum(counts - self.sinks).clamp(min=self.keep_last)
 
-    def ranked(self, importance: Tensor, counts: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def ranked(self, importance: Tensor, counts: HeadCounts, valid: Tensor | None) -> tuple[Tensor, HeadCounts]:
         """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
 
         Args:
             importance: float `[B, K, T]`, finite.
-            counts: tokens allotted to each head, int64 `[B, K]`; at most the valid tokens of the sequence. The budget
-                policy may hand some on to other heads of the layer.
-            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ.
+            counts: tokens allotted to each head; at most its valid tokens, or all heads of a sequence together at most
+                theirs where the budget policy hands some on to other heads of the layer (`BudgetPolicy.spreads`).
+            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
 
         Returns:
-            float `[B, K, T]`, padding at minus infinity; int64 `[B, K]`.
+            float `[B, K, T]`, padding at minus infinity; and how many each head keeps.
         """
         ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last)
-        counts = self.budget.spread(counts, ranked, valid, self.always_kept)
+        if self.budget.spreads:
+            counts = self.budget.spread(counts, ranked, valid, self.always_kept)
         if self.recent_share:
-            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts))
+            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts.counts))
         return ranked, counts
 
     def for_observers(self, count: int) -> Method:

@@ -66,7 +66,7 @@ class WindowAttention(Importance):
         if self.pooling == "max":
             return max_pool1d(attention, self.kernel, stride=1, padding=padding)
         mean = avg_pool1d(attention, self.kernel, stride=1, padding=padding, count_include_pad=False)
-        if bool(observed.valid.all()):
+        if not observed.padded:
             return mean
         valid = observed.valid_rows().float()
         share = avg_pool1d(valid, self.kernel, stride=1, padding=padding, count_include_pad=False)

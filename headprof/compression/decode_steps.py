@@ -1,0 +1,401 @@
+"""Decode steps that the device runs by itself: captured once as a CUDA graph, then replayed.
+
+A step of a large model is a thousand and more launches, each of which takes a CPU longer than the GPU. Where a step
+over a `HeadCache` writes to the same addresses as the one before it, which is nearly always (see `RowStorage`), it need not
+be issued anew: the launches are captured, with the ids and positions of the newest tokens in buffers of their own, and
+replayed at once. What the host has to do between steps (compressing again, counting) it does before and after.
+
+A graph of the very kernels that would have been launched gives the very numbers, takes a second to make, and holds for
+every model that the cache serves; `torch.compile` takes a minute, rounds otherwise, and is there for whoever asks for
+it (`step="compiled"`): the compiled step is then captured in the same way.
+
+Never trusted blindly: the first graphs of a model are run beside the plain step, and a model in which they differ, or
+which looks at its numbers from the host, goes on without.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial, wraps
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from headprof.compression.kernels.append import append_rows
+from headprof.compression.kernels.backends import ragged_attention
+from headprof.compression.kernels.ragged_rows import RaggedRows
+from headprof.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+STEPS = ("auto", "eager", "graph", "compiled")
+"""How a decode step may be run: `auto` is `graph` on a CUDA device, else `eager`."""
+
+_STEADY = 2
+"""Steps over one layout before it is captured: the first may have to prepare kernels."""
+_COMPARED = 2
+"""Captured steps of a model that are compared with plain ones, of which the second shows what is no longer true."""
+_PASSED_ON = {
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+    "cache_position",
+}
+"""Arguments of a model's forward pass with which a step can be captured; others that are given have it run plainly."""
+
+_compared: WeakKeyDictionary[Any, dict[bool, int]] = WeakKeyDictionary()
+"""Of each model, by whether steps are compiled: how many of its captured steps have been compared."""
+
+
+def check_step(step: str, device: torch.device | None = None) -> None:
+    """
+    Raises:
+        UsageError: there is no such way to run a step, or not on this device.
+    """
+    if step not in STEPS:
+        raise UsageError(f"There is no way {step!r} to run a decode step: use {', '.join(STEPS)}.")
+    if step == "graph" and device is not None and device.type != "cuda":
+        raise UsageError(
+            f"Only a CUDA device can replay a captured step, not {device.type!r}: leave step='graph' away."
+        )
+
+
+class StepLayer:
+    """What a decode step reads and writes of one layer: tensors that stay where they are.
+
+    Attributes:
+        rows: as `RowStorage.in_place` has them, less what changes from token to token.
+        ring, slot, valid: where the newest query goes, as in `RecentQueries`; `None` where none is remembered.
+    """
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, rows: RaggedRows, ring: Tensor | None, slot: Tensor | None, valid: Tensor | None):
+        self.rows = rows
+        self.ring, self.slot, self.valid = ring, slot, valid
+
+    def remember(self, query: Tensor) -> None:
+        """Write the newest token's query, `[B, H, 1, D]`."""
+        if self.ring is None or self.slot is None:
+            return
+        self.ring.index_copy_(2, self.slot, query)
+        if self.valid is not None:
+            self.valid.index_fill_(1, self.slot, True)
+        self.slot.add_(1).remainder_(self.ring.shape[2])
+
+
+class StepCache(Cache):
+    """Stands for a `HeadCache` in a step that the device runs by itself.
+
+    Attributes:
+        current: the layer that took keys and values last.
+    """
+
+    layers: list[Any]  # of StepLayer
+
+    def __init__(self, layers: list[StepLayer], backend: str):
+        super().__init__(layers=list(layers))
+        self.current: StepLayer | None = None
+        self._backend = backend
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
+        """Append one row to each head; the attention function then asks for `current`."""
+        self.current = self.layers[layer_idx]
+        append_rows(self.current.rows, key_states, value_states)
+        return key_states, value_states
+
+    def attend(self, query: Tensor, num_kv_heads: int, options: dict[str, Any]) -> Tensor:
+        """Attention of the newest tokens' queries, `[B, H, 1, D]`, over the current layer: `[B, 1, H, D]`."""
+        layer, self.current = self.current, None
+        assert layer is not None
+        scaling = options.get("scaling")
+        output = ragged_attention(
+            query,
+            layer.rows,
+            num_kv_heads,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=options.get("softcap"),
+            sliding_window=options.get("sliding_window"),
+            sinks=options.get("s_aux"),
+            backend=self._backend,
+        )
+        layer.remember(query)
+        return output
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Tokens seen, int32 `[]` on the device: a number on the host would be the same in every step."""
+        positions = self.layers[layer_idx].rows.next_positions
+        return positions[0]
+
+
+class Recording(Protocol):
+    """Captures what a function does on a device; what comes back does it again, on the same addresses."""
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]: ...
+
+
+class CudaGraphs:
+    """Captures as CUDA graphs, one after the other in the same memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = function()
+        return graph.replay, output
+
+
+class Linked(Protocol):
+    """Where the attention function looks whether it is in a step that the device runs by itself."""
+
+    step: StepCache | None
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether the link between the model and its cache is still being looked at."""
+        ...
+
+
+class DecodeSteps:
+    """Runs a model's forward pass, and by itself the device's part of a decode step where that can be.
+
+    Args:
+        model: the model.
+        forward: its forward pass.
+        link: to be told of a step.
+        step: a name in `STEPS`.
+        backend: of the attention.
+        record: how to capture; `None` not to.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        forward: Callable[..., Any],
+        link: Linked,
+        step: str,
+        backend: str,
+        record: Recording | None,
+    ):
+        self._model, self._plain, self._link = model, forward, link
+        self._compiles, self._record, self._backend = step == "compiled", record, backend
+        self._names = list(signature(forward).parameters)
+        self._run = torch.compile(self._forward, fullgraph=True) if self._compiles else self._forward
+        self._layout: tuple[object, ...] = ()
+        self._steady = 0
+        self._step: _Step | None = None
+        self._made: Any = None  # how the plain pass answers
+        self.refused = ""
+        """Why steps are run plainly, if they are; empty if not."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs | dict(zip(self._names, args, strict=False))
+        cache: Any = given.get("past_key_values")
+        if self.refused or not self._serves(given, cache):
+            return self._plain(*args, **kwargs)
+        cache.prepare_step()
+        if not self._is_steady(cache):
+            answer = self._plain(*args, **kwargs)
+            self._made = answer if _is_plain(answer) else None
+            return answer
+        try:
+            return self._by_the_device(given, cache, partial(self._plain, *args, **kwargs))
+        except _Refusal as refusal:
+            self.refused = str(refusal)
+            _log.warning("Decode steps of this %s are run one by one: %s.", type(self._model).__name__, refusal)
+            self._step = None
+            return self._plain(*args, **kwargs)
+
+    def _serves(self, given: dict[str, Any], cache: Any) -> bool:
+        """Whether this is the pass of one new token over a compressed cache, and nothing else is asked for."""
+        ids, positions = given.get("input_ids"), given.get("position_ids")
+        return (
+            getattr(cache, "runs_steps", False)
+            and isinstance(ids, Tensor)
+            and ids.ndim == 2
+            and ids.shape[1] == 1
+            and (positions is None or (positions.ndim == 2 and positions.shape[1] == 1))
+            and "position_ids" in self._names
+            and _is_flat(given.get("attention_mask"))
+            and given.get("use_cache") is not False
+            and given.get("return_dict") is not False
+            and all(value is None or name in _PASSED_ON for name, value in given.items())
+            and not torch.is_grad_enabled()
+            and not self._model.training
+            and not self._link.is_looking
+        )
+
+    def _is_steady(self, cache: Any) -> bool:
+        """Whether this layout has been seen often enough to be captured, if it has not been."""
+        layout = cache.layout()
+        if not _same(layout, self._layout):
+            self._layout, self._steady, self._step = layout, 0, None
+        self._steady += 1
+        if self._step is not None:
+            return True
+        if self._steady <= _STEADY or self._made is None:
+            return False
+        cache.settle()  # now room is made for all that comes before the next compression
+        self._layout = cache.layout()
+        return True
+
+    def _by_the_device(self, given: dict[str, Any], cache: Any, plain: Callable[[], Any]) -> Any:
+        if self._step is None:
+            self._step = _Step(given["input_ids"], cache.step_layers(), self._backend)
+        step = self._step
+        step.take(given["input_ids"], given.get("position_ids"), cache.get_seq_length())
+        logits = self._logits(step)
+        cache.step_passed()
+        if self._record is not None and step.replay is not None:
+            self._compare(step, cache, plain, logits)
+        return type(self._made)(logits=logits, past_key_values=cache)
+
+    def _logits(self, step: _Step) -> Tensor:
+        if step.replay is not None:
+            step.replay()
+            return step.logits.clone()
+        run = partial(self._in_step, step)
+        if self._record is None or (self._compiles and not step.warm):
+            step.warm = True
+            return self._compiled(run)
+        try:
+            step.replay, step.logits = self._record(run)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _Refusal(f"they cannot be captured ({type(error).__name__}: {error})") from error
+        step.replay()
+        return step.logits.clone()
+
+    def _compiled(self, run: Callable[[], Tensor]) -> Tensor:
+        """
+        Raises:
+            ModelError: the model's step cannot be compiled.
+        """
+        try:
+            return run()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(
+                f"A decode step of this {type(self._model).__name__} cannot be compiled as a whole ({first}): leave "
+                "step='compiled', or --compile, away."
+            ) from error
+
+    def _in_step(self, step: _Step) -> Tensor:
+        self._link.step = step.cache
+        try:
+            return self._run(step.ids, step.positions, step.mask, step.cache)
+        finally:
+            self._link.step = None
+
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: StepCache) -> Tensor:
+        answer = self._plain(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        return answer.logits
+
+    def _compare(self, step: _Step, cache: Any, plain: Callable[[], Any], logits: Tensor) -> None:
+        """Run the step plainly too, the first times.
+
+        Raises:
+            _Refusal: it answers otherwise.
+        """
+        compared = _compared.setdefault(self._model, {})
+        if compared.get(self._compiles, 0) >= _COMPARED:
+            return
+        compared[self._compiles] = compared.get(self._compiles, 0) + 1
+        cache.take_step_back()
+        expected = plain().logits
+        if not _agree(logits, expected, exactly=not self._compiles):
+            cache.take_step_back()
+            raise _Refusal("captured, they answer otherwise")
+
+
+class _Refusal(Exception):
+    """Why steps cannot be run by the device alone, as a clause."""
+
+
+class _Step:
+    """One layout's step: buffers for what the model is given, and what replays it once it is captured."""
+
+    def __init__(self, ids: Tensor, layers: list[StepLayer], backend: str):
+        with torch.inference_mode(False):
+            self.ids = torch.zeros_like(ids)
+            self.positions = torch.zeros_like(ids)
+            # One key that the query sees: models take a mask of four dimensions as it is, and over a compressed cache
+            # one new token needs none.
+            self.mask = torch.ones(len(ids), 1, 1, 1, dtype=torch.bool, device=ids.device)
+        self.cache = StepCache(layers, backend)
+        self.replay: Callable[[], object] | None = None
+        self.logits: Tensor = self.ids
+        self.warm = False
+
+    def take(self, ids: Tensor, positions: Tensor | None, seen: int) -> None:
+        """Put what the model is given into the buffers."""
+        self.ids.copy_(ids)
+        if positions is None:
+            self.positions.fill_(seen)
+        else:
+            self.positions.copy_(positions.expand_as(self.positions))
+
+
+def _is_flat(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+
+
+def _is_plain(answer: Any) -> bool:
+    """Whether logits and a cache are all that a model answers."""
+    return hasattr(answer, "keys") and set(answer.keys()) <= {"logits", "past_key_values"} and "logits" in answer
+
+
+def _same(layout: tuple[object, ...], other: tuple[object, ...]) -> bool:
+    return len(layout) == len(other) and all(one is two for one, two in zip(layout, other, strict=True))
+
+
+def _agree(logits: Tensor, expected: Tensor, exactly: bool) -> bool:
+    """Whether these are the same, up to rounding if it need not be exactly."""
+    if exactly:
+        return torch.equal(logits, expected)
+    spread = expected.float().std()
+    return bool((logits.float() - expected.float()).abs().amax() <= 0.1 * spread)
+
+
+def recording_for(model: PreTrainedModel) -> Recording | None:
+    """What captures this model's steps, if anything can."""
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    return CudaGraphs() if model.device.type == "cuda" and len(devices) <= 1 else None
+
+
+def with_decode_steps(
+    model: PreTrainedModel, forward: Callable[..., Any], link: Linked, step: str, backend: str
+) -> Callable[..., Any] | None:
+    """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly."""
+    if step == "eager":
+        return None
+    record = recording_for(model)
+    if record is None and step != "compiled":
+        return None
+    steps = DecodeSteps(model, forward, link, step, backend, record)
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return steps(*args, **kwargs)
+
+    return run

@@ -1,0 +1,169 @@
+"""Decode steps that run by themselves: recorded once and replayed, or compiled, they are the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.profiles import random_profile
+from support.prompts import random_ids
+from support.recording import record
+from support.tiny_models import tiny_model
+
+from headprof import compressed
+from headprof.compression import decode_steps
+from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.session import prefill
+
+ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
+METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+class Recordings:
+    """Counts what is recorded, in the place of CUDA graphs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, function):
+        self.count += 1
+        return record(function)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    made = Recordings()
+    monkeypatch.setattr(decode_steps, "recording_for", lambda model: made)
+    monkeypatch.setattr(decode_steps, "_compared", {})
+    return made
+
+
+def decoded(model, ids, count, cache):
+    """Greedy tokens and their logits, step by step, and where the cache's buffers were in each."""
+    logits, addresses = [prefill(model, ids, cache)], []
+    for _ in range(count):
+        token = logits[-1].argmax(dim=-1, keepdim=True)
+        logits.append(model(token, past_key_values=cache).logits[:, -1])
+        addresses.append([each.data_ptr() for layer in cache.head_layers for each in addressed(layer)])
+    return torch.stack(logits), addresses
+
+
+def addressed(layer):
+    rows = layer.storage.in_place()
+    return [*layer.storage.rows.tensors, rows.bounds, rows.next_positions, *layer.held.recent.tensors]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_replayed_steps_are_the_plain_ones(arch, method, recordings):
+    """Over several compressions, in which nothing moves."""
+    model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 40)
+    made = {}
+    for step in ("eager", "auto"):
+        with compressed(model, random_profile(model), method=method, budget=12, buffer=16, step=step) as plan:
+            made[step], addresses = decoded(model, ids, 70, HeadCache(plan))
+    assert torch.equal(made["auto"], made["eager"])
+    assert recordings.count == 1
+    assert len({tuple(each) for each in addresses[5:]}) == 1
+
+
+def test_all_of_a_method_may_move_and_is_recorded_anew(recordings):
+    """A share of what has been read needs more room as that grows."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 60)
+    made = {}
+    for step in ("eager", "auto"):
+        with compressed(model, method="snapkv", budget="40%", buffer=8, step=step) as plan:
+            made[step], _ = decoded(model, ids, 80, HeadCache(plan))
+    assert torch.equal(made["auto"], made["eager"])
+    assert 2 <= recordings.count < 10
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generate_replays_steps_and_says_the_same(batch, recordings):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(batch, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    said = {}
+    for step in ("eager", "auto"):
+        with compressed(model, method="snapkv", budget=12, buffer=16, step=step):
+            said[step] = model.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False, pad_token_id=0)
+    assert torch.equal(said["auto"], said["eager"])
+    assert recordings.count == 1
+
+
+def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monkeypatch, caplog):
+    """A number that the host put into the recording is right in the recorded step alone."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
+    plain = type(model.model).forward
+    steps = 0
+
+    def counting(self, *args, **kwargs):
+        nonlocal steps
+        steps += 1
+        output = plain(self, *args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * (1 + 0.01 * kwargs["past_key_values"].told)
+        return output
+
+    with compressed(model, method="snapkv", budget=12, buffer=16, step="eager") as plan:
+        cache = HeadCache(plan)
+    monkeypatch.setattr(HeadCache, "told", property(lambda self: self.get_seq_length()), raising=False)
+    monkeypatch.setattr(
+        decode_steps.StepCache, "told", property(lambda self: int(self.get_seq_length())), raising=False
+    )
+    monkeypatch.setattr(type(model.model), "forward", counting)
+    made = {}
+    for step in ("eager", "auto"):
+        with compressed(model, method="snapkv", budget=12, buffer=16, step=step) as plan:
+            made[step], _ = decoded(model, ids, 20, HeadCache(plan))
+    assert torch.equal(made["auto"], made["eager"])
+    assert recordings.count == 1
+    assert "they answer otherwise" in caplog.text
+
+
+def test_what_cannot_be_captured_runs_plainly(monkeypatch, caplog):
+    def refusing(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode_steps, "recording_for", lambda model: refusing)
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
+    made = {}
+    for step in ("eager", "auto"):
+        with compressed(model, method="snapkv", budget=12, buffer=16, step=step) as plan:
+            made[step], _ = decoded(model, ids, 20, HeadCache(plan))
+    assert torch.equal(made["auto"], made["eager"])
+    assert caplog.text.count("cannot be captured") == 1
+
+
+def test_the_model_is_as_it_was(recordings):
+    model = tiny_model(num_kv_heads=2, layers=2)
+    before = dict(vars(model))
+    with compressed(model, method="snapkv", budget=12):
+        assert "forward" in vars(model)
+    assert vars(model) == before
+
+
+COMPILED = {"llama": "snapkv", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "headkv-ems"}
+
+
+@pytest.mark.parametrize(("arch", "method"), COMPILED.items())
+def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
+    """300 steps with several compressions: the whole step is one graph, compiled once or twice."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph))
+    monkeypatch.setattr(decode_steps, "_compared", {})
+    model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 40)
+    made = {}
+    for step in ("eager", "compiled"):
+        torch._dynamo.reset()
+        with compressed(model, random_profile(model), method=method, budget=12, buffer=64, step=step) as plan:
+            made[step], addresses = decoded(model, ids, 300, HeadCache(plan))
+    assert torch.equal(made["compiled"].argmax(-1), made["eager"].argmax(-1))
+    torch.testing.assert_close(made["compiled"], made["eager"])
+    assert 1 <= counter.frame_count <= 2
+    assert len({tuple(each) for each in addresses[5:]}) == 1
