@@ -138,8 +138,13 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 def describe_environment(model: Any) -> dict[str, Any]:
-    """Device, threads, dtype, versions and date, as plain values for a report."""
-    device = device_of(model)
+    """Device, threads, versions, date, dtype and attention, as plain values for a report."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return describe_device(device_of(model)) | {"dtype": dtype, "attention": model.config._attn_implementation}
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions and date, as plain values for a report."""
     packages = ("headprof", "torch", "transformers", "triton", "flash-attn")
     return {
         "date": timestamp(),
@@ -147,8 +152,6 @@ def describe_environment(model: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
     } | {name: found for name in packages if (found := package_version(name)) is not None}
 
 

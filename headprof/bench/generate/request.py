@@ -33,6 +33,7 @@ class BenchRequest:
         prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
         full: which full caches are run too, with the better of which the others are compared, names in `FULL_STEPS`;
             `()` for none, `None` for both on a CUDA device and the eager one elsewhere.
+        warm_up: whether each case runs once before its time is taken; what is compiled does in any case.
         seed: of the random prompts.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
@@ -48,6 +49,7 @@ class BenchRequest:
     steps: tuple[str, ...] = ("auto",)
     prefill_chunk: int | None = None
     full: tuple[str, ...] | None = None
+    warm_up: bool = True
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)

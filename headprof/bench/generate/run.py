@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -30,6 +30,7 @@ def run_bench(
     profile: HeadProfile | None,
     request: BenchRequest,
     on_progress: Progress = lambda text, done, total: None,
+    on_result: Callable[[BenchResult], object] = lambda result: None,
 ) -> BenchResult:
     """Decode the same random prompts with every case, length by length, each repeat of all cases before the next.
 
@@ -42,6 +43,7 @@ def run_bench(
         profile: its head profile, for methods that need one.
         request: what to run.
         on_progress: called before each run.
+        on_result: called after each length with what has been measured so far.
 
     Raises:
         UsageError: the request cannot be met (see `BenchRequest.check`), or is longer than the model's context.
@@ -49,7 +51,12 @@ def run_bench(
     """
     cases = all_cases(model, max_positions, profile, request)
     device = device_of(model)
-    bandwidth = measure_bandwidth(device)
+    bandwidth, weights, environment = (
+        measure_bandwidth(device),
+        weight_bytes_per_step(model),
+        describe_environment(model),
+    )
+    measured: list[Measurement] = []
     outcomes = [_Outcome(case) for case in cases]
     rounds = [_Round(outcomes, length, request) for length in dict.fromkeys(request.lengths)]
     total, done = sum(each.total for each in rounds), 0
@@ -65,9 +72,9 @@ def run_bench(
         if any(outcome.case.compiles_full for outcome in each.outcomes):
             forget_compiled(model)
         free_memory()
-    weights = weight_bytes_per_step(model)
-    measurements = [outcome.measured(request.batch, weights, bandwidth) for outcome in outcomes]
-    return BenchResult(bandwidth, measurements, describe_environment(model))
+        measured += [outcome.measured(request.batch, weights, bandwidth) for outcome in each.outcomes]
+        on_result(BenchResult(bandwidth, list(measured), environment))
+    return BenchResult(bandwidth, measured, environment)
 
 
 class _Round:
@@ -76,7 +83,7 @@ class _Round:
     def __init__(self, outcomes: Sequence[_Outcome], length: int, request: BenchRequest):
         self.length, self.request = length, request
         self.outcomes = [outcome for outcome in outcomes if outcome.case.length == length]
-        first = length == min(request.lengths)
+        first = request.warm_up and length == min(request.lengths)
         self.warmed_up = [outcome for outcome in self.outcomes if first or outcome.case.compiles_full]
 
     @property
