@@ -344,7 +344,7 @@ for kernel in kernels:
         fixed |= dict(BLOCK_ROWS={"fp32": 32, "bf16": 64}[dtype])
         fixed |= dict(DOT_DTYPE={"fp32": module.tl.float32, "bf16": module.tl.bfloat16}[dtype])
         if not options:
-            fixed |= dict.fromkeys([*floats, "counts", "sinks", "softcap", "sliding_window"])
+            fixed |= dict.fromkeys(["bias", "received", "sinks", "softcap", "sliding_window"])
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in fixed else signature.get(name, "i32") for name in kernel.arg_names}
         target = GPUTarget("cuda", capability, 32)

@@ -196,7 +196,7 @@ def check_bytes(configuration, model):
             follow(model, configuration, cache, count)
         for layer in cache.head_layers:
             held = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors_of(layer.held, [])}
-            index = [layer.storage._bounds, layer.storage._ends]
+            index = [layer.storage._bounds, layer.storage._next_positions]
             bytes_held = sum(each.nbytes() for each in held.values()) - sum(each.nbytes for each in index)
             assert layer.nbytes == bytes_held
             own = [part.nbytes for part in layer.storage.rows.tensors + layer.held.recent.tensors]

@@ -388,10 +388,10 @@ def test_classes_are_the_same_however_many_similarities_are_held_at_once(monkeyp
     generator = torch.Generator().manual_seed(0)
     candidates, centres = torch.randn(3, 50, 8, generator=generator), torch.randn(3, 7, 8, generator=generator)
     is_centre = torch.arange(7) < torch.tensor([[7], [2], [0]])
-    whole = nearest(candidates, centres, is_centre, 0.2)
+    whole = nearest(candidates, centres, ~is_centre, 0.2)
     assert len(whole[0].unique()) == 8 and whole[1].max() == 2 and not whole[2].any()
     monkeypatch.setattr("headprof.compression.methods.reduction._SIMILARITIES", 100)
-    assert torch.equal(nearest(candidates, centres, is_centre, 0.2), whole)
+    assert torch.equal(nearest(candidates, centres, ~is_centre, 0.2), whole)
 
 
 # Mass: one row that stands for several draws their attention.

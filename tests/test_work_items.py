@@ -90,7 +90,7 @@ def test_a_plan_made_in_inference_mode_may_be_refreshed_outside():
         (512, 1024, 256),
         (2048, 1024, 512),
         (128, 8192, 512),
-        (1, 1_000_000, 7936),  # a single head is not cut into more parts than can be joined quickly
+        (1, 1_000_000, 15744),  # a single head is not cut into more parts than can be joined quickly
     ],
 )
 def test_items_are_small_enough_for_every_processor_to_have_several(num_heads, size, expected, monkeypatch):

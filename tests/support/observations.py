@@ -5,7 +5,9 @@ from functools import cache
 
 import torch
 
+from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import AttentionLayer, Observation
+from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.rows import Rows
 from headprof.models.rotary import rotary_of
 from support.tiny_models import tiny_model
@@ -48,3 +50,13 @@ def with_rows(observed, positions=None, **columns):
     for name, column in columns.items():
         rows = rows.without(name) if column is None else rows.with_columns({name: column})
     return replace(observed, rows=rows if positions is None else replace(rows, positions=positions), shared={})
+
+
+def compress(method, observed, counts):
+    """A layer's rows as the cache compresses them."""
+    assessment = assessed(method.importance, observed)
+    ranked, counts = method.ranked(assessment.importance, counts, observed.valid if observed.padded else None)
+    kept = largest(ranked, counts.counts, method.importance.noise, most=counts.most)
+    weights = assessment.importance if assessment.weights is None else assessment.weights
+    rows = observed.rows.with_columns(assessment.columns)
+    return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))

@@ -79,17 +79,18 @@ class HeadCacheLayer(PromptLayer):
         """Bytes of memory that this layer holds (see `HeldRows.nbytes`)."""
         return 0 if self._held is None else self._held.nbytes
 
-    def hold(self, rows: Rows, recent: RecentQueries | None = None) -> None:
+    def hold(self, rows: Rows, recent: RecentQueries | None = None, needed: int = 0) -> None:
         """Hold these rows, just compressed, instead of what the layer held.
 
         Args:
             rows: of `batch_size * num_kv_heads` heads, flat.
             recent: queries to remember; `None` for those that are.
+            needed: rows of free space behind each head with which these may take the place of those before.
         """
         if recent is None:
             recent = RecentQueries() if self._held is None else self._held.recent
         storage = None if self._held is None else self._held.storage
-        if storage is None or not storage.replace(rows, self.slack):
+        if storage is None or not storage.replace(rows, needed):
             storage = RowStorage(rows, self.seen, self.slack)
         self._held = HeldRows(storage, self.num_kv_heads, recent)
         self.schedule.begin_anew()
@@ -188,11 +189,9 @@ class HeadCacheLayer(PromptLayer):
 
     def settle(self) -> None:
         """Make room for all that comes before the next compression, or for a usual buffer's tokens if that is less."""
-        left = self.schedule.left
-        wanted = BUFFER if left is None else min(left, BUFFER)
-        if wanted > self.storage.free:
-            self.slack = max(self.slack, wanted)
-            self.held.widen(self.slack, self.seen)
+        wanted, rooms = self.schedule.rooms_ahead(self.seen, self.storage, BUFFER)
+        if not self.storage.has_room(wanted, rooms):
+            self.held.widen(wanted, self.seen, rooms)
 
     def for_step(self) -> StepLayer:
         """What a step reads and writes."""
@@ -244,10 +243,11 @@ class HeadCacheLayer(PromptLayer):
     def _compress_again(self) -> None:
         """Reduce every head that holds more than its target to that."""
         schedule = self.schedule
-        self.slack = max(self.slack, min(self.plan.buffer or 0, max(self.storage.appended, BUFFER)))
+        needed = min(self.plan.buffer or 0, max(self.storage.appended, BUFFER))
+        self.slack = max(self.slack, needed)
         observed = self.held.observed(self.seen)
         counts = schedule.counts_again(observed, self.storage)
-        self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts))
+        self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts), needed=needed)
         if schedule.importance.queries is None:
             self.held.recent.forget()
 

@@ -146,6 +146,25 @@ class LayerSchedule:
         if self._left is not None:
             self._left -= count
 
+    def rooms_ahead(self, seen: int, held: Sizes, usual: int) -> tuple[int, list[int]]:
+        """What the heads need for all that comes before the next compression, and for what they hold after it.
+
+        Args:
+            seen: tokens of the sequence so far.
+            held: rows that the heads hold.
+            usual: tokens that room is made for where more may come, or no end of them.
+
+        Returns:
+            Rows of free space behind each head, and rows that each head needs room for; none where heads share them.
+        """
+        if self._left is None or self.plan.buffer is None:
+            return usual, []
+        targets, buffer, left = self.targets(seen), min(self.plan.buffer, usual), max(0, min(self._left, usual))
+        if not self.plan.method.budget.spreads:
+            return left, (targets + buffer).tolist() * (len(held.lengths) // len(targets))
+        spare = int(targets.sum()) + buffer * len(targets) - min(held.sums(len(targets)))
+        return max(left, -(-spare // len(targets))), []
+
     def until_due(self, seen: int, held: Sizes) -> int:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
         buffer, targets = self.plan.buffer, self.targets(seen)

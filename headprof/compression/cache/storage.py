@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +30,16 @@ class RowStorage:
         hides: whether some rows may be hidden, as padding.
     """
 
-    def __init__(self, rows: Rows, seen: int, slack: int = SLACK, appended: int = 0, hides: bool = False):
+    def __init__(
+        self,
+        rows: Rows,
+        seen: int,
+        slack: int = SLACK,
+        appended: int = 0,
+        *,
+        hides: bool = False,
+        rooms: Sequence[int] = (),
+    ):
         """Lay out rows.
 
         Args:
@@ -37,40 +48,51 @@ class RowStorage:
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
             hides: whether some rows may be hidden.
+            rooms: rows that there is to be room for in each head, `N` numbers, where that is more.
         """
-        heads, device = len(_counts(rows)), rows.keys.device
-        total = len(rows.keys) + heads * slack
+        counts = _counts(rows)
+        heads, device = len(counts), rows.keys.device
+        self._rooms: list[int] | None = None  # of each head; `None` where only the device knows
+        if rows.lengths is not None:
+            self._rooms = [length + slack for length in rows.lengths]
+            if rooms:
+                self._rooms = [max(pair) for pair in zip(self._rooms, rooms, strict=True)]
+        total = len(rows.keys) + heads * slack if self._rooms is None else sum(self._rooms)
         with torch.inference_mode(False):
             self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]))
-            self._bounds = torch.zeros(2 * heads + 1, dtype=torch.int32, device=device)
+            self._bounds = torch.full((2 * heads + 1,), total, dtype=torch.int32, device=device)
             self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
+        if self._rooms is not None:
+            starts = torch.tensor([0, *accumulate(self._rooms)][:-1], dtype=torch.int32)
+            self._bounds[0:-1:2] = starts.to(device, non_blocking=True)
+        self._longest = total if self._rooms is None else max(self._rooms)
         self._plans: dict = {}
-        self._put(rows, slack, appended)
         self.hides = hides
+        self._put(rows, counts, appended)
 
-    def _put(self, rows: Rows, slack: int, appended: int) -> None:
-        """Write rows, flat and without gaps, over what is held; `slack` rows of free space come behind each head."""
-        counts = _counts(rows)
-        heads = len(counts)
-        ends = counts.cumsum(0)
-        shift = torch.arange(heads, device=counts.device) * slack
-        index = torch.arange(len(rows.keys), device=counts.device) + _repeated(shift, counts, len(rows.keys))
+    def _put(self, rows: Rows, counts: Tensor, appended: int) -> None:
+        """Write rows, flat and without gaps, over what is held; where rooms are not known, they get equal free space."""
+        heads, before = len(counts), counts.cumsum(0) - counts
+        slack = (len(self.rows.keys) - len(rows.keys)) // heads
+        if self._rooms is None:
+            self._bounds[0:-1:2] = before + torch.arange(heads, device=counts.device) * slack
+        starts = self._bounds[0:-1:2]
+        self._bounds[1::2] = starts + counts
+        shift = (starts - before).repeat_interleave(counts, output_size=len(rows.keys))
+        index = torch.arange(len(rows.keys), device=counts.device) + shift
         self.rows.keys.index_copy_(0, index, rows.keys)
         self.rows.values.index_copy_(0, index, rows.values)
         self.rows.positions.index_copy_(0, index, rows.positions)
         for name, column in self.rows.columns.items():
             column.index_copy_(0, index, rows.column(name))
-        self._bounds[1:-1:2] = ends + shift
-        self._bounds[0:-1:2] = ends + shift - counts
-        self._bounds[-1] = len(self.rows.keys)
         self._kept = None if rows.lengths is None else [length - appended for length in rows.lengths]
-        self._sum = len(rows.keys) - heads * appended
-        self._slack, self.appended = slack + appended, appended
-        self._longest, self._uniform = len(self.rows.keys), 0
-        if self._kept is not None:
-            self._longest = max(self._kept) + self._slack
-            alike = self._longest * heads == len(self.rows.keys)
-            self._uniform = self._longest if alike and len(set(self._kept)) == 1 else 0
+        self._sum, self.appended = len(rows.keys) - heads * appended, appended
+        self._uniform = 0
+        if self._rooms is None or self._kept is None:
+            self._slack = slack + appended
+        else:
+            self._slack = min(room - length for room, length in zip(self._rooms, self._kept, strict=True))
+            self._uniform = self._rooms[0] if len(set(self._rooms)) == len(set(self._kept)) == 1 else 0
 
     def replace(self, rows: Rows, slack: int) -> bool:
         """Hold other rows in the same place, if they fit there with so much free space behind each head.
@@ -80,14 +102,20 @@ class RowStorage:
             slack: rows of free space that there have to be at least.
 
         Returns:
-            Whether they fit; if not, nothing has changed.
+            Whether they fit, and would not leave most of the place empty; if not, nothing has changed.
         """
-        heads = len(_counts(rows))
-        fits = heads == self.num_heads and not set(rows.columns) - set(self.rows.columns)
-        room = (len(self.rows.keys) - len(rows.keys)) // heads
-        if not fits or not slack <= room <= slack + max(slack, SLACK):  # with far more of it, memory would be wasted
+        counts = _counts(rows)
+        if len(counts) != self.num_heads or set(rows.columns) - set(self.rows.columns):
             return False
-        self._put(rows, room, 0)
+        spare = len(self.rows.keys) - len(rows.keys) - slack * len(counts)
+        if not 0 <= spare <= max(slack, SLACK) * len(counts):
+            return False
+        if self._rooms is not None and (
+            rows.lengths is None
+            or any(length + slack > room for length, room in zip(rows.lengths, self._rooms, strict=True))
+        ):
+            return False
+        self._put(rows, counts, 0)
         self.hides = False
         for plan in self._plans.values():
             plan.refresh()
@@ -138,6 +166,12 @@ class RowStorage:
             return None
         return max(self.lengths)
 
+    def has_room(self, slack: int, rooms: Sequence[int]) -> bool:
+        """Whether so many rows can be appended to every head, and each head can hold that many."""
+        if slack > self.free or not rooms:
+            return slack <= self.free
+        return self._rooms is not None and all(one >= two for one, two in zip(self._rooms, rooms, strict=True))
+
     @property
     def _most(self) -> int:
         """Most rows that one head holds, or more."""
@@ -166,7 +200,7 @@ class RowStorage:
         before = counts.cumsum(0) - counts
         total = self.total
         index = torch.arange(total, device=counts.device)
-        index += _repeated(self._bounds[0:-1:2].long() - before, counts, total)
+        index += (self._bounds[0:-1:2] - before).repeat_interleave(counts, output_size=total)
         rows = self.rows.map(lambda each: each[index], None if self._kept is None else self.lengths)
         return replace(rows, counts=counts)
 
@@ -223,8 +257,3 @@ class RowStorage:
 def _counts(rows: Rows) -> Tensor:
     """Rows of each head, int64 `[N]`."""
     return torch.tensor(rows.lengths, device=rows.keys.device) if rows.counts is None else rows.counts
-
-
-def _repeated(values: Tensor, counts: Tensor, total: int) -> Tensor:
-    """Each value as often as its count says, `[total]`, without asking the device how many that makes."""
-    return values.repeat_interleave(counts, output_size=total)

@@ -5,6 +5,9 @@ Shapes as in `column_request`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ def column_sums(
     query: Tensor,
     key: Tensor,
     positions: Tensor,
-    valid: Tensor,
+    valid: Tensor | None,
     *,
     scaling: float,
     softcap: float | None = None,
@@ -28,6 +31,8 @@ def column_sums(
     weights: Tensor | None = None,
     backend: str = "auto",
     block: int | None = None,
+    on_host: Sequence[int] | None = None,
+    plans: dict[Any, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention summed over queries: H2O's accumulated score (Zhang et al. 2023), EMS's global one.
 
@@ -38,13 +43,15 @@ def column_sums(
         query: the chosen queries, `[B, H, N, D]`.
         key: the prompt's keys, `[B, K, T, D]`.
         positions: each query's position in the prompt, below `T` and ascending, int64 `[N]`.
-        valid: false for padding keys, bool `[B, T]`.
+        valid: false for padding keys, bool `[B, T]`; `None` if there are none.
         scaling: factor on the logits.
         softcap: bound on the logits (Gemma-2), or `None`.
         sliding_window: keys this many tokens or more behind a query are hidden from it, or `None`.
         weights: each query's factor in the sum, float32 `[N]`; `None` for 1.
         backend: `torch`, `triton`, or `auto`: Triton on a CUDA device where it can serve, else plain torch.
         block: queries that plain torch takes at once; `None` goes by the device.
+        on_host: `positions` as numbers that the host has; without them, plain torch looks them up.
+        plans: a dictionary to be given with these positions only, in which a backend leaves what it makes of them.
 
     Returns:
         Sum over the queries, mean over a group's query heads, float32 `[B, K, T]`.
@@ -53,7 +60,18 @@ def column_sums(
         UsageError: no such backend, or it cannot serve here.
         ValueError: the arguments' shapes do not fit together.
     """
-    request = ColumnRequest(query, key, positions, valid, scaling, softcap, sliding_window, weights)
+    request = ColumnRequest(
+        query,
+        key,
+        positions,
+        valid,
+        scaling,
+        softcap,
+        sliding_window,
+        weights,
+        on_host,
+        {} if plans is None else plans,
+    )
     request.check()
     if _chosen_backend(backend, query) == "torch":
         return torch_column_sums(request, block)

@@ -28,7 +28,7 @@ def torch_attention(request: Request) -> Tensor:
 def _pays_to_pad(request: Request) -> bool:
     if request.num_queries > 16:
         return False  # the work outweighs the calls, and the padded mask would be large
-    if request.query.device.type != "cpu":
+    if request.query.device.type != "cpu" or request.rows.in_use is None:
         return True
     many_operations = not (request.softcap is None and request.sinks is None and request.sliding_window is None)
     limit = 3 * _PADDED_ELEMENTS if many_operations else _PADDED_ELEMENTS * (request.num_heads > 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,17 +23,19 @@ _PRODUCT_BY_ONEDNN = torch.backends.mkldnn.is_available() and platform.machine()
 def torch_column_sums(request: ColumnRequest, block: int | None) -> Tensor:
     """One KV head after the other, a block of queries at a time over the keys that some of them see."""
     batch, num_kv_heads, num_tokens, _ = request.key.shape
-    group_size, positions = request.group_size, request.positions.tolist()
+    group_size = request.group_size
+    positions = request.positions.tolist() if request.on_host is None else request.on_host
     block = block or _queries_per_block(request)
     sums = request.key.new_zeros(batch, num_kv_heads, num_tokens, dtype=torch.float32)
-    for b, (first, end, gaps) in enumerate(request.spans().tolist()):
+    for b, (first, end, gaps) in enumerate(request.spans_for_host()):
         seen_blocks = list(_seen_blocks(positions, block, first, end, request.sliding_window))
         for k in range(num_kv_heads):
             group = request.query[b, k * group_size : (k + 1) * group_size]
             keys = request.key[b, k].float().contiguous()
             for queries, seen in seen_blocks:
                 logits = _base_2_logits(request, group[:, queries], keys[seen])  # [g, n, cols]
-                _hide(request, logits, queries, seen, request.valid[b] if gaps else None)
+                valid = request.valid[b] if gaps and request.valid is not None else None
+                _hide(request, logits, queries, seen, positions[queries.start], valid)
                 weights = None if request.weights is None else request.weights[queries].repeat(group_size)
                 sums[b, k, seen] += _softmax_column_sums(logits.flatten(0, 1), weights)
     return sums.div_(group_size)
@@ -48,7 +50,7 @@ def _queries_per_block(request: ColumnRequest) -> int:
 
 
 def _seen_blocks(
-    positions: list[int], block: int, first: int, end: int, sliding_window: int | None
+    positions: Sequence[int], block: int, first: int, end: int, sliding_window: int | None
 ) -> Iterator[tuple[slice, slice]]:
     """Blocks of queries, each with the keys that some of it see, from `first` to before `end`."""
     for start in range(0, len(positions), block):
@@ -86,12 +88,22 @@ def _products(query: Tensor, keys: Tensor) -> Tensor:
     return query @ keys.T
 
 
-def _hide(request: ColumnRequest, logits: Tensor, queries: slice, seen: slice, valid: Tensor | None) -> None:
-    """Put -inf for the keys `seen` that not all of these queries see; `valid`, `[T]`, only if there are gaps in it."""
+def _hide(
+    request: ColumnRequest, logits: Tensor, queries: slice, seen: slice, oldest: int, valid: Tensor | None
+) -> None:
+    """Put -inf for the keys `seen` that not all of these queries see.
+
+    Args:
+        request: what is asked.
+        logits: `[g, n, cols]`, written to.
+        queries, seen: which these are of.
+        oldest: position of the first of the queries.
+        valid: bool `[T]`, only if there are gaps in it.
+    """
     positions = request.positions[queries, None]
     start = seen.start
     if valid is None and request.sliding_window is None:
-        start = min(max(start, int(positions[0]) + 1), seen.stop)  # all see what is before
+        start = min(max(start, oldest + 1), seen.stop)  # all see what is before
     keys = torch.arange(start, seen.stop, device=positions.device)
     hidden = keys > positions
     if request.sliding_window is not None:

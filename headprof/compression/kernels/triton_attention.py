@@ -37,10 +37,8 @@ def triton_attention(request: Request, *, items: WorkItems | None = None, tile: 
     items = items or planned(rows)
     query_blocks = triton.cdiv(request.group_size * num_queries, tile.queries)
     output = query.new_empty(batch, num_queries, num_query_heads, head_dim)
-    partial, log_sums, counts = None, None, None
-    if rows.longest > items.item_rows:
-        partial, log_sums = _room_for_parts(request, items)
-        counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
+    partial, log_sums = _room_for_parts(request, items)
+    counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
     with torch.cuda.device_of(query):
         kernel[(items.num_items, query_blocks)](
             query,
@@ -131,7 +129,7 @@ def _attend_kernel(
     items,  # [2 * M] and more: heads, then parts (see WorkItems)
     counts,  # [N, blocks of queries]: parts of a head that are done, 0 before and after
     output,  # [B, Q, H, D], written
-    partial,  # [M, Q * g, D]: what the parts of a head of several give; None if there is no such head
+    partial,  # [M, Q * g, D]: what the parts of a head of several give
     log_sums,  # [M, Q * g]: and the log2 of their sums of exponentials
     scaling,
     softcap,
@@ -155,21 +153,20 @@ def _attend_kernel(
         return
     start = tl.load(bounds + 2 * head)
     end = tl.load(bounds + 2 * head + 1)
+    row_of_block = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    token = row_of_block // GROUP_SIZE
+    member = row_of_block % GROUP_SIZE
+    real = token < num_queries
+    dims = tl.arange(0, BLOCK_DIM)
+    write = real[:, None] & (dims < HEAD_DIM)[None, :]
+    query_rows = (head * GROUP_SIZE + member) * num_queries + token
+    queries = tl.load(query + query_rows[:, None] * HEAD_DIM + dims[None, :], mask=write, other=0.0).to(DOT_DTYPE)
     parts = tl.maximum(tl.cdiv(end - start, item_rows), 1)
     if part >= parts:
         return
     part_rows = tl.cdiv(tl.cdiv(end - start, parts), BLOCK_ROWS) * BLOCK_ROWS  # alike, and none is left without rows
     first_row = start + part * part_rows
-
-    row_of_block = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    token = row_of_block // GROUP_SIZE
-    member = row_of_block % GROUP_SIZE
-    real = token < num_queries
     newest = end - num_queries + token
-    dims = tl.arange(0, BLOCK_DIM)
-    write = real[:, None] & (dims < HEAD_DIM)[None, :]
-    query_rows = (head * GROUP_SIZE + member) * num_queries + token
-    queries = tl.load(query + query_rows[:, None] * HEAD_DIM + dims[None, :], mask=write, other=0.0).to(DOT_DTYPE)
     if sliding_window is not None:
         oldest = tl.load(positions + newest, mask=real & (newest >= start), other=0) - sliding_window
 
@@ -218,7 +215,7 @@ def _attend_kernel(
     mixed = mixed / total[:, None]
     index = (head // NUM_KV_HEADS * num_queries + token) * NUM_KV_HEADS + head % NUM_KV_HEADS
     written = output + (index * GROUP_SIZE + member)[:, None] * HEAD_DIM + dims[None, :]
-    if partial is None or parts == 1:
+    if parts == 1:
         tl.store(written, mixed.to(output.dtype.element_ty), mask=write)
     else:
         stride = num_queries * GROUP_SIZE

@@ -25,12 +25,15 @@ def triton_column_sums(request: ColumnRequest) -> Tensor:
     query, key = request.query.contiguous(), request.key.contiguous()
     batch, num_heads, num_queries, head_dim = query.shape
     num_tokens = key.shape[2]
-    sums = torch.zeros(batch, num_heads, num_tokens, dtype=torch.float32, device=key.device)
     if num_queries == 0:
-        return sums.unflatten(1, (-1, request.group_size)).mean(dim=2)
+        return torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
+    sums = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=key.device)
     tile = _Tile.of(query)
     log_sums = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=key.device)
-    given = (query, key, request.positions.int(), request.valid.to(torch.uint8))
+    positions = request.planned("positions", request.positions.int)
+    bounds = request.planned(("bounds", tile.held), lambda: _query_bounds(request, tile.held))
+    valid = None if request.valid is None else request.valid.contiguous().view(torch.uint8)
+    given = (query, key, positions, valid)
     sizes = (request.scaling, request.softcap, request.sliding_window, num_queries, num_tokens)
     options = {
         "NUM_HEADS": num_heads,
@@ -44,7 +47,7 @@ def triton_column_sums(request: ColumnRequest) -> Tensor:
     with torch.cuda.device_of(query):
         log_sums_kernel[(triton.cdiv(num_queries, tile.held), batch * num_heads)](
             *given,
-            request.spans(),
+            None if valid is None else request.spans(),
             log_sums,
             *sizes,
             BLOCK_QUERIES=tile.held,
@@ -53,7 +56,7 @@ def triton_column_sums(request: ColumnRequest) -> Tensor:
         )
         column_sums_kernel[(triton.cdiv(num_tokens, tile.held), batch * num_heads)](
             *given,
-            _query_bounds(request, tile.held),
+            bounds,
             log_sums,
             None if request.weights is None else request.weights.float().contiguous(),
             sums,
@@ -133,8 +136,8 @@ def _log_sums_kernel(
     query,  # [B, H, N, D]
     key,  # [B, K, T, D]
     positions,  # [N]
-    valid,  # [B, T]
-    spans,  # [B, 3], as ColumnRequest.spans makes them
+    valid,  # [B, T], or None if there is no padding
+    spans,  # [B, 3], as ColumnRequest.spans makes them, or None as well
     log_sums,  # [B, H, N], written
     scaling,
     softcap,
@@ -160,9 +163,13 @@ def _log_sums_kernel(
     first_position = tl.load(positions + first_query)
     last_position = tl.load(positions + tl.minimum(first_query + BLOCK_QUERIES, num_queries) - 1)
 
-    start = tl.load(spans + 3 * sequence)
-    stop = tl.minimum(tl.load(spans + 3 * sequence + 1), last_position + 1)
-    gaps = tl.load(spans + 3 * sequence + 2)
+    start = 0
+    stop = last_position + 1
+    gaps = 0
+    if spans is not None:
+        start = tl.load(spans + 3 * sequence)
+        stop = tl.minimum(tl.load(spans + 3 * sequence + 1), stop)
+        gaps = tl.load(spans + 3 * sequence + 2)
     if sliding_window is not None:
         start = tl.maximum(start, first_position - sliding_window + 1)
         clear = start
@@ -183,7 +190,9 @@ def _log_sums_kernel(
             keys = _load_rows(key, head // GROUP_SIZE * num_tokens + row, held, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
             logits = _base_2(tl.dot(queries, tl.trans(keys), input_precision="ieee"), scaling, softcap)
             if masked:
-                real_key = tl.load(valid + sequence * num_tokens + row, mask=held, other=0) > 0
+                real_key = held
+                if valid is not None:
+                    real_key = tl.load(valid + sequence * num_tokens + row, mask=held, other=0) > 0
                 visible = real_key[None, :] & (row[None, :] <= position[:, None])
                 if sliding_window is not None:
                     visible = visible & (row[None, :] > (position - sliding_window)[:, None])
@@ -201,7 +210,7 @@ def _column_sums_kernel(
     query,  # [B, H, N, D]
     key,  # [B, K, T, D]
     positions,  # [N]
-    valid,  # [B, T]
+    valid,  # [B, T], or None if there is no padding
     bounds,  # [blocks of keys, 3], as _query_bounds makes them
     log_sums,  # [B, H, N]
     weights,  # [N] or None
@@ -223,7 +232,9 @@ def _column_sums_kernel(
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     held = row < num_tokens
-    real_key = tl.load(valid + head // NUM_HEADS * num_tokens + row, mask=held, other=0)
+    real_key = held
+    if valid is not None:
+        real_key = tl.load(valid + head // NUM_HEADS * num_tokens + row, mask=held, other=0) > 0
     keys = _load_rows(key, head // GROUP_SIZE * num_tokens + row, held, HEAD_DIM, BLOCK_DIM, DOT_DTYPE)
 
     start = tl.load(bounds + 3 * tl.program_id(0))
@@ -258,4 +269,4 @@ def _column_sums_kernel(
                 attention *= tl.load(weights + index, mask=real, other=0.0)[None, :]
             total += tl.sum(attention, 1)
     # What lies under padding is not attention, and may be anything.
-    tl.store(sums + head * num_tokens + row, tl.where(real_key > 0, total, 0.0), mask=held)
+    tl.store(sums + head * num_tokens + row, tl.where(real_key, total, 0.0), mask=held)

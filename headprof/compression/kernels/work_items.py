@@ -17,7 +17,7 @@ GRAIN = 128
 """Rows of an item are a multiple of this, so that tiles of any size fill it."""
 
 _MAX_ROWS = 512
-_MAX_PARTS = 128
+_MAX_PARTS = 64
 _ITEMS_PER_PROCESSOR = 16
 
 
@@ -78,10 +78,11 @@ class WorkItems:
 
 
 def rows_per_item(rows: RaggedRows) -> int:
-    """Few enough that every processor gets several items, however many rows the heads have."""
-    processors = num_processors(rows.keys.device)
-    share = min(len(rows.keys) // (processors * _ITEMS_PER_PROCESSOR), _MAX_ROWS)
-    return -(-max(share, rows.longest // _MAX_PARTS, 1) // GRAIN) * GRAIN
+    """Few enough that every processor gets several items, but not so few that heads have more parts than are joined
+    quickly. It goes by what never changes in a storage."""
+    total, processors = len(rows.keys), num_processors(rows.keys.device)
+    share = min(total // (processors * _ITEMS_PER_PROCESSOR), _MAX_ROWS)
+    return -(-max(share, total // rows.num_heads // _MAX_PARTS, 1) // GRAIN) * GRAIN
 
 
 def _most_items(rows: RaggedRows, item_rows: int) -> int:

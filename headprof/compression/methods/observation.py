@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headprof.compression.kernels.constants import newer_queries
 from headprof.compression.rows import Rows
 from headprof.models.rotary import Rotary
 
@@ -123,6 +124,17 @@ class Observation:
         num_tokens = self.keys.shape[2]
         return torch.arange(num_tokens - self.queries.shape[2], num_tokens, device=self.keys.device)
 
+    @property
+    def whole_and_causal(self) -> bool:
+        """Whether each query sees all rows up to its own, and the host knows that."""
+        return (
+            self.is_prompt
+            and not self.padded
+            and self.query_valid is None
+            and self.layer.sliding_window is None
+            and "bias" not in self.rows.columns
+        )
+
     def valid_rows(self) -> Tensor:
         """Which rows each head has, bool `[B, K, T]`."""
         return per_head(self.valid).expand(self.keys.shape[:3])
@@ -163,6 +175,10 @@ class Observation:
         if self.layer.softcap is not None:
             logits = self.layer.softcap * torch.tanh(logits / self.layer.softcap)
         logits = logits.reshape(batch, num_kv_heads, group_size, count, num_keys)
+        if self.whole_and_causal:
+            newest = logits[..., num_keys - count :]
+            newest.masked_fill_(newer_queries(count, logits.device), float("-inf"))
+            return logits.softmax(dim=-1)
         if (bias := self.rows.columns.get("bias")) is not None:
             logits = logits + bias[:, :, None, None, :num_keys]
         visible = self._visible(self.positions_of_queries()[first:last, None], num_keys)

@@ -5,7 +5,10 @@ Shapes: `B` sequences, `K` KV heads, `T` rows, `N` queries.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,19 +54,49 @@ def _received_attention(observed: Observation, samples: int, last: int) -> Tenso
         paid = observed.last_attention(observed.queries.shape[2]).sum(dim=3).mean(dim=2)
         before = observed.rows.columns.get("received")
         return paid if before is None else paid + before
-    num_tokens, device = observed.keys.shape[2], observed.keys.device
-    positions, weights = (each.to(device) for each in sampled_queries(num_tokens, samples, last))
-    asked = observed.queries if len(positions) == num_tokens else observed.queries[:, :, positions]
+    num_tokens = observed.keys.shape[2]
+    asked = _asked_queries(num_tokens, samples, last, observed.keys.device)
     return column_sums(
-        asked,
+        observed.queries if asked.weights is None else observed.queries[:, :, asked.positions],
         observed.keys,
-        positions,
-        observed.valid,
+        asked.positions,
+        observed.valid if observed.padded else None,
+        on_host=asked.on_host,
+        plans=asked.plans,
         scaling=observed.layer.scaling,
         softcap=observed.layer.softcap,
         sliding_window=observed.layer.sliding_window,
-        weights=weights,
+        weights=asked.weights,
     )
+
+
+@dataclass(frozen=True)
+class _AskedQueries:
+    """Which queries of a prompt are asked.
+
+    Attributes:
+        positions: theirs, int64 `[N]`, on the device.
+        weights: how many each stands for, float32 `[N]`, on the device; `None` where all are asked.
+        on_host: the positions again.
+        plans: what `column_sums` makes of them.
+    """
+
+    positions: Tensor
+    weights: Tensor | None
+    on_host: Sequence[int]
+    plans: dict[Any, Tensor] = field(default_factory=dict)
+
+
+@lru_cache(maxsize=8)
+def _asked_queries(num_tokens: int, samples: int, last: int, device: torch.device) -> _AskedQueries:
+    """`sampled_queries` on a device, once for all layers; nothing waits for it."""
+    with torch.inference_mode(mode=False):
+        positions, weights = sampled_queries(num_tokens, samples, last)
+        if len(positions) == num_tokens:
+            return _AskedQueries(torch.arange(num_tokens, device=device), None, range(num_tokens))
+        on_host = positions.tolist()
+        positions, weights = (each.to(device, non_blocking=True) for each in (positions, weights))
+        return _AskedQueries(positions, weights, on_host)
 
 
 def sampled_queries(num_tokens: int, samples: int, last: int) -> tuple[Tensor, Tensor]:
@@ -134,17 +167,18 @@ class GlobalLocal(WindowAttention):
 
     def assess(self, observed: Observation) -> Assessment:
         received = received_attention(observed, self.samples, self.window)
-        valid = observed.valid_rows()
+        valid = observed.valid_rows() if observed.padded else None
         seen = observed.num_seen
         seen_from = (seen - observed.positions).clamp(min=1).float()
         whole = received / seen_from
         local = self.attention(observed)
-        joined = self._joined(whole * (seen_from / seen) ** self.recency, self.pooled(local, observed), valid)
+        recent = whole * (seen_from / seen) ** self.recency if self.recency else whole
+        joined = self._joined(recent, self.pooled(local, observed), valid)
         alone = {"global": whole, "local": local}
         weights = alone[self.combine] if self.combine in alone else whole + self.emphasis * local
         return Assessment(joined, weights, {"received": received})
 
-    def _joined(self, whole: Tensor, local: Tensor, valid: Tensor) -> Tensor:
+    def _joined(self, whole: Tensor, local: Tensor, valid: Tensor | None) -> Tensor:
         if self.combine == "global":
             return whole
         if self.combine == "local":
@@ -155,6 +189,8 @@ class GlobalLocal(WindowAttention):
         return whole + local if self.combine == "sum" else (whole * local).sqrt()
 
 
-def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of each head's valid entries, `[B, K, 1]`."""
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of each head's valid entries, of all if that is `None`, `[B, K, 1]`."""
+    if valid is None:
+        return values.sum(dim=-1, keepdim=True) / values.shape[-1]
     return (values * valid).sum(dim=-1, keepdim=True) / valid.sum(dim=-1, keepdim=True).clamp(min=1)

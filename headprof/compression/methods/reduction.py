@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
+from headprof.compression.kernels import looking, marking
+from headprof.compression.kernels.constants import constant
 from headprof.compression.methods.observation import NOISE, per_head
-from headprof.compression.rows import COLUMNS, HeadCounts, Rows
+from headprof.compression.rows import COLUMNS, HeadCounts, Rows, marked
 from headprof.errors import UsageError
 
 
@@ -34,12 +37,15 @@ def largest(
     """
     size = values.shape[-1]
     most = size if most is None else min(max(1, most), size)
-    least = values.topk(most, dim=-1).values.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
-    ends = torch.stack([least * (1 - noise), least * (1 + noise)])
-    above = values > ends.amax(dim=0)
-    equal = (values >= ends.amin(dim=0)) & ~above
-    room = counts - above.sum(dim=-1)
-    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room[..., None]))
+    top = values.topk(most, dim=-1).values
+    if marking.serves(values):
+        return marking.mark_largest(values, top, counts, noise)
+    least = top.gather(-1, (counts - 1).clamp(min=0)[..., None])  # the last that may stay
+    low, high = torch.aminmax(least * constant((1 - noise, 1 + noise), values.device), dim=-1, keepdim=True)
+    above = values > high
+    equal = (values >= low) ^ above
+    room = counts[..., None] - above.sum(dim=-1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
 
 
 def ranking(
@@ -160,44 +166,75 @@ class EvictThenMerge(Reduction):
             raise UsageError(f"A coverage of {self.coverage} is no share of attention: give more than 0, at most 1.")
 
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
-        reduced, kept = rows.kept(choice.kept, choice.head_counts), choice.kept
-        centres = kept & choice.ranked.isfinite()
-        counts = self.count_candidates(rows.keys, choice, centres)
-        if self.threshold >= 1 or not bool(counts.any()):
+        counts, tokens = choice.head_counts, rows.keys.shape[2]
+        places = marked(choice.kept, counts.total)
+        reduced = rows.at(places, counts)
+        left = tokens - (min(counts.lengths) if counts.lengths else 0)
+        most = min(left, math.ceil(counts.most * self.candidates))
+        if self.threshold >= 1 or most == 0:
             return reduced
-        clusters = self._clusters(rows.keys, choice, centres, counts)
-        merged = clusters.merged
-        changed = (kept.flatten().cumsum(0).view(len(merged), -1).gather(1, clusters.centre_index) - 1)[merged]
+        centres = choice.kept & (choice.ranked.abs() < float("inf"))
+        joining = self.count_candidates(rows.keys, choice, centres)
+        if looking.is_free(joining.device) and (most := int(joining.max())) == 0:
+            return reduced
+        ranks = centres.flatten(0, 1).cumsum(dim=-1)
+        clusters = self._clusters(rows.keys, choice, ranks, min(counts.most, tokens), joining, most)
+        head = places[1] if len(centres) == 1 else places[0] * centres.shape[1] + places[1]
+        slot = ranks.view(centres.shape)[places] - 1  # what is no centre has any
+        merged = clusters.merged[head, slot] & centres[places]  # of the rows kept
 
-        def put(held: torch.Tensor, new: torch.Tensor) -> None:
-            held[changed] = new[merged].to(held.dtype)
+        def put(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            changed = merged if new.ndim == 2 else merged[:, None]
+            return new[head, slot].to(held.dtype).where(changed, held)
 
-        put(reduced.values, clusters.mean(*clusters.rows_of(rows.values)))
-        if self.merge_keys:
-            put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
-        for name, column in rows.columns.items():
-            if COLUMNS[name].summed:
-                put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
+        columns = {
+            name: put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
+            for name, column in rows.columns.items()
+            if COLUMNS[name].summed
+        }
         if self.mass:
-            bias = reduced.column("bias")
-            bias[changed] += clusters.whole[merged].log() - clusters.own[merged].log()
-            reduced = reduced.with_columns({"bias": bias})
-        return reduced
+            mass, bias = clusters.mass[head, slot], reduced.columns.get("bias")
+            columns["bias"] = mass.where(merged, 0.0) if bias is None else (bias + mass).where(merged, bias)
+        return replace(
+            reduced,
+            values=put(reduced.values, clusters.mean(*clusters.rows_of(rows.values))),
+            keys=put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
+            if self.merge_keys
+            else reduced.keys,
+            columns={**reduced.columns, **columns},
+        )
 
-    def _clusters(self, keys: torch.Tensor, choice: Choice, centres: torch.Tensor, counts: torch.Tensor) -> _Clusters:
-        """Let the best `counts` rows of each head that are not kept, int64 `[B, K]`, join its centres."""
-        centre_index, is_centre = _packed(centres.flatten(0, 1), centres.sum(dim=-1).flatten())
+    def _clusters(
+        self,
+        keys: torch.Tensor,
+        choice: Choice,
+        ranks: torch.Tensor,
+        most_centres: int,
+        joining: torch.Tensor,
+        most_joining: int,
+    ) -> _Clusters:
+        """Let the best rows of each head that are not kept join its centres.
+
+        Args:
+            keys: of all rows.
+            choice: which are kept.
+            ranks: how many centres there are up to each row, int64 `[N, T]`.
+            most_centres: no head has more of them.
+            joining: candidates of each head, int64 `[B, K]`.
+            most_joining: no head has more of them.
+        """
+        centre_index, no_centre = _packed(ranks, most_centres)
         rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
-        candidate_index, is_candidate = _packed(largest(rest, counts.flatten()), counts.flatten())
+        chosen = largest(rest, joining.flatten(), most=most_joining)
+        candidate_index, no_candidate = _packed(chosen.cumsum(dim=-1), most_joining)
         keys = keys.flatten(0, 1)
-        cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), is_centre, self.threshold)
+        cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), no_centre, self.threshold)
         weights = choice.weights.flatten(0, 1).float()
-        weights = weights.maximum(_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY)
+        weights = weights.maximum((_LEAST_WEIGHT * weights.amax(dim=-1, keepdim=True)).clamp(min=_TINY))
         return _Clusters(
             centre_index,
             candidate_index,
-            is_centre,
-            cluster.masked_fill(~is_candidate, 0),
+            cluster.masked_fill_(no_candidate, 0),
             weights.gather(1, centre_index),
             weights.gather(1, candidate_index),
         )
@@ -220,7 +257,7 @@ class EvictThenMerge(Reduction):
         if self.redundancy:
             share = redundancy(keys, ranked > float("-inf")).clamp(min=0) ** self.redundancy
             counts = (counts * share.double() + 1e-4).long()  # so that rounding loses none where all keys are alike
-        return counts.masked_fill(num_centres == 0, 0)
+        return counts
 
 
 def sparsity(weights: torch.Tensor, ranked: torch.Tensor, coverage: float) -> torch.Tensor:
@@ -231,7 +268,7 @@ def sparsity(weights: torch.Tensor, ranked: torch.Tensor, coverage: float) -> to
         ranked: minus infinity for rows that do not count, `[B, K, T]`.
         coverage: the share, 0 to 1.
     """
-    held = weights.double().masked_fill(ranked == float("-inf"), 0).sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    held = weights.masked_fill(ranked == float("-inf"), 0).sort(dim=-1, descending=True).values.double().cumsum(dim=-1)
     return (held < coverage * held[..., -1:]).sum(dim=-1) + 1
 
 
@@ -249,13 +286,13 @@ def redundancy(keys: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     return mean.square().sum(dim=-1)
 
 
-def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Tensor, threshold: float) -> torch.Tensor:
+def nearest(candidates: torch.Tensor, centres: torch.Tensor, no_centre: torch.Tensor, threshold: float) -> torch.Tensor:
     """The class that each candidate joins: 0 for the zero class, else one more than the number of a centre.
 
     Args:
         candidates: keys, `[N, M, D]`.
         centres: keys, `[N, C, D]`.
-        is_centre: false where a head has fewer than `C` centres, bool `[N, C]`.
+        no_centre: true where a head has fewer than `C` centres, bool `[N, C]`.
         threshold: a cosine; a centre must be more similar than that.
 
     Returns:
@@ -266,10 +303,9 @@ def nearest(candidates: torch.Tensor, centres: torch.Tensor, is_centre: torch.Te
     step = max(1, _SIMILARITIES // max(1, len(centres) * centres.shape[1]))
     for part in candidates.split(step, dim=1):
         similarity = (normalize(part.float(), dim=-1) @ directions).clamp_(max=1.0)
-        similarity.masked_fill_(~is_centre[:, None], -2.0)
-        zero_class = similarity.new_full((*similarity.shape[:2], 1), threshold)
-        classes.append(torch.cat([zero_class, similarity], dim=-1).max(dim=-1).indices)  # of equal ones the first
-    return torch.cat(classes, dim=1)
+        highest, centre = similarity.masked_fill_(no_centre[:, None], -2.0).max(dim=-1)  # of equal ones the first
+        classes.append((centre + 1).masked_fill_(highest <= threshold, 0))
+    return classes[0] if len(classes) == 1 else torch.cat(classes, dim=1)
 
 
 _SIMILARITIES = 1 << 25
@@ -279,11 +315,16 @@ _LEAST_WEIGHT = 1e-6
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def _packed(chosen: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the true entries of each row are, ascending, int64 `[N, C]`, and which of these are real, bool `[N, C]`."""
-    most = int(counts.max())
-    index = chosen.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-    return index, torch.arange(most, device=chosen.device) < counts[:, None]
+def _packed(ranks: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the chosen entries of each row are, ascending, int64 `[N, most]`, and which of these are none, bool.
+
+    Args:
+        ranks: how many have been chosen up to each entry, int64 `[N, T]`.
+        most: no row has more of them.
+    """
+    numbers = torch.arange(1, most + 1, device=ranks.device)
+    index = torch.searchsorted(ranks, numbers.expand(len(ranks), -1).contiguous())
+    return index.clamp_(max=ranks.shape[1] - 1), numbers > ranks[:, -1:]
 
 
 def _at(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -297,14 +338,12 @@ class _Clusters:
 
     Attributes:
         centre_index, candidate_index: their index among a head's rows, int64 `[N, C]` and `[N, M]`.
-        is_centre: false where a head has fewer, bool `[N, C]`.
         cluster: the class that each candidate joins, as `nearest` gives it, int64 `[N, M]`.
         own, joining: weights of centres and candidates, float32 `[N, C]` and `[N, M]`.
     """
 
     centre_index: torch.Tensor
     candidate_index: torch.Tensor
-    is_centre: torch.Tensor
     cluster: torch.Tensor
     own: torch.Tensor
     joining: torch.Tensor
@@ -317,7 +356,12 @@ class _Clusters:
     @cached_property
     def merged(self) -> torch.Tensor:
         """Which centres stand for more than themselves, bool `[N, C]`."""
-        return (self.whole > self.own) & self.is_centre
+        return self.whole > self.own
+
+    @cached_property
+    def mass(self) -> torch.Tensor:
+        """Log of each cluster's weight over that of its centre, float32 `[N, C]`."""
+        return self.whole.log() - self.own.log()
 
     def rows_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`."""
@@ -326,7 +370,7 @@ class _Clusters:
 
     def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""
-        total = torch.cat([torch.zeros_like(centres[:, :1]), centres], dim=1).float()  # the zero class comes first
+        total = pad(centres.float(), (0, 0, 1, 0))  # the zero class comes first
         index = self.cluster[..., None].expand_as(candidates)
         return total.scatter_add_(1, index, candidates.float())[:, 1:]
 

@@ -6,13 +6,17 @@ Shapes: `B` sequences, `K` KV heads, `g` query heads per KV head, `T` rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
+from headprof.compression.kernels.constants import constant
+from headprof.compression.kernels.window_scores import WindowRequest, serves, window_scores
 from headprof.compression.methods.importance import Importance
-from headprof.compression.methods.observation import Observation
+from headprof.compression.methods.observation import Observation, per_head
 from headprof.errors import UsageError
 
 
@@ -74,32 +78,96 @@ class WindowAttention(Importance):
 
     def attention(self, observed: Observation) -> Tensor:
         """Each row's mean attention, before pooling, float32 `[B, K, T]`."""
+        window = min(self.window, observed.keys.shape[2] if observed.is_prompt else observed.queries.shape[2])
+        if 0 < window <= observed.queries.shape[2] and serves(observed.queries):
+            return self._by_kernel(observed, window)
         rows = observed.last_attention(self.window)  # [B, K, g, window, T]
-        window = rows.shape[3]
         if window == 0:
             return rows.sum(dim=(2, 3))
-        weights = _real_queries(observed, window).float()  # [B, window]
+        if observed.whole_and_causal:
+            return self._of_whole(rows)
+        weights, shares = self._weights(observed, window)
+        attention = (rows**self.power * weights[:, None, None, :, None]).sum(dim=3).mean(dim=2)
+        first_query = (observed.positions - observed.positions_of_queries()[-window]).clamp(0, window)
+        share = shares.expand(len(attention), -1).gather(1, first_query.flatten(1)).view(first_query.shape)
+        return (attention / share) ** (1 / self.power)
+
+    def _by_kernel(self, observed: Observation, window: int) -> Tensor:
+        weights, shares = self._weights(observed, window)
+        prompt, layer = observed.is_prompt, observed.layer
+        return window_scores(
+            WindowRequest(
+                observed.queries[:, :, -window:],
+                observed.keys,
+                weights,
+                shares,
+                layer.scaling,
+                layer.softcap,
+                layer.sliding_window,
+                self.power,
+                valid=per_head(observed.valid) if observed.padded else None,
+                positions=None if prompt else observed.positions,
+                query_positions=None if prompt else observed.positions_of_queries()[-window:],
+                bias=observed.rows.columns.get("bias"),
+            )
+        )
+
+    def _weights(self, observed: Observation, window: int) -> tuple[Tensor, Tensor]:
+        """How much each observing query counts, and it and all later ones, as `WindowRequest` has them."""
+        real = _real_queries(observed, window)
+        if real is None:
+            device = observed.queries.device
+            return _weights(window, self.ramp, device)[None], _shares(window, self.ramp, device)[None]
+        weights = real.float()
         if self.ramp:
             weights = weights * weights.cumsum(dim=-1)
-        attention = (rows**self.power * weights[:, None, None, :, None]).sum(dim=3).mean(dim=2)
         # A row counts the weights of the queries from its own on; none if it is newer than all.
-        weight_from = weights.flip(-1).cumsum(-1).flip(-1)
-        weight_from = pad(weight_from, (0, 1)).clamp(min=1e-30)
-        first_query = (observed.positions - observed.positions_of_queries()[-window]).clamp(0, window)
-        weight = weight_from.gather(1, first_query.flatten(1)).view(first_query.shape)
-        return (attention / weight) ** (1 / self.power)
+        return weights, pad(weights.flip(-1).cumsum(-1).flip(-1), (0, 1)).clamp(min=1e-30)
+
+    def _of_whole(self, rows: Tensor) -> Tensor:
+        """`attention` of a prompt without padding, from that of its queries, `[B, K, g, window, T]`, overwritten."""
+        if self.power != 1:
+            rows = rows.pow_(self.power)
+        if self.ramp:
+            rows = rows.mul_(_weights(rows.shape[3], True, rows.device)[:, None])
+        attention = rows.sum(dim=3).mean(dim=2)
+        attention = attention.div_(_shares_of_prompt(rows.shape[4], rows.shape[3], self.ramp, rows.device))
+        return attention if self.power == 1 else attention.pow_(1 / self.power)
 
 
-def _real_queries(observed: Observation, count: int) -> Tensor:
-    """Which of the last `count` queries are no padding, bool `[B, count]`.
+def _ranks(window: int, ramp: bool) -> tuple[float, ...]:
+    return tuple(range(1, window + 1)) if ramp else (1.0,) * window
+
+
+def _weights(window: int, ramp: bool, device: torch.device) -> Tensor:
+    """How much each query of a window counts where none is padding, float32 `[window]`."""
+    return constant(_ranks(window, ramp), device)
+
+
+def _shares(window: int, ramp: bool, device: torch.device) -> Tensor:
+    """What each of these and all later ones count together, and next to nothing for none, float32 `[window + 1]`."""
+    sums = accumulate(reversed(_ranks(window, ramp)))
+    return constant((*reversed(list(sums)), 1e-30), device)
+
+
+@lru_cache(maxsize=16)
+def _shares_of_prompt(num_tokens: int, window: int, ramp: bool, device: torch.device) -> Tensor:
+    """What the queries that see each token of a prompt count together, float32 `[T]`."""
+    with torch.inference_mode(mode=False):
+        shares = _shares(window, ramp, device)
+        return torch.cat([shares[:1].expand(num_tokens - window), shares[:-1]])
+
+
+def _real_queries(observed: Observation, count: int) -> Tensor | None:
+    """Which of the last `count` queries are no padding, bool `[B, count]`; `None` if all are.
 
     In a prompt those before its first token are; tokens after it that are not kept may still be asked.
     """
     if observed.query_valid is not None:
         return observed.query_valid[:, -count:]
-    if observed.is_prompt:
+    if observed.is_prompt and observed.padded:
         return (observed.valid.cumsum(dim=-1) > 0)[:, -count:]
-    return torch.ones(observed.keys.shape[0], count, dtype=torch.bool, device=observed.keys.device)
+    return None
 
 
 @dataclass(frozen=True)
@@ -112,12 +180,21 @@ class LastQuery(Importance):
     queries = 1
 
     def score(self, observed: Observation) -> Tensor:
-        attention = observed.last_attention(1).sum(dim=3).mean(dim=2)  # [B, K, T]
+        attention = _LAST.attention(observed)
         if observed.is_prompt:
             return attention.mean(dim=1, keepdim=True).expand(attention.shape)
-        positions, index = torch.unique(observed.positions.long(), return_inverse=True)
-        index, valid = index.flatten(1), observed.valid_rows().float()
-        total, heads = attention.new_zeros(2, attention.shape[0], len(positions))
+        index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
+        total, heads = attention.new_zeros(2, *index.shape)
         total.scatter_add_(1, index, (attention * valid).flatten(1))
         heads.scatter_add_(1, index, valid.flatten(1))
         return (total / heads.clamp(min=1)).gather(1, index).view(attention.shape)
+
+
+_LAST = WindowAttention(window=1, kernel=1)
+
+
+def _numbered(positions: Tensor) -> Tensor:
+    """The number of each position among those of its sequence, in ascending order, int64; of `[B, N]` as many."""
+    ascending, order = positions.sort(dim=1)
+    number = (ascending.diff(dim=1, prepend=ascending[:, :1]) != 0).cumsum(dim=1)
+    return torch.empty_like(number).scatter_(1, order, number)
