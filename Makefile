@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu test-kill test-slow bench-parts check format profile results wheel clean
+.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -22,6 +22,14 @@ coverage: $(VENV)/.installed
 # Tests that need CUDA; run them on a machine that has it.
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu
+
+# These tests and every figure that takes a GPU, within eight minutes on one H100; PARTS=steps,tests for some of it (see
+# tests/gpu_report.py). GPU_PYTHON=python3 takes that Python as it is, with the required packages, and makes no .venv.
+GPU_PYTHON ?= $(BIN)/python
+GPU_OUT ?= gpu
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed)
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) tests/gpu_report.py $(if $(PARTS),--parts $(PARTS)) \
+		-o "$(GPU_OUT)" $(GPU_OPTIONS)
 
 # A scoring run killed three times at random moments and resumed, again and again.
 test-kill: $(VENV)/.installed

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from support.clock import Clock
 from support.profiles import random_profile
 from support.tiny_models import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation.configuration_utils import CompileConfig
 
 from headprof.bench import generate as bench
 from headprof.bench import measure
@@ -149,6 +151,123 @@ def test_all_cases_do_the_same_work_in_turn(model):
     assert PromptLayer.attended.__qualname__ == "PromptLayer.attended"
 
 
+@pytest.fixture
+def compilations(monkeypatch):
+    """Steps over the static cache are compiled, but not into machine code; yields the batch of each compilation."""
+    seen = []
+
+    def backend(graph, inputs, **_options):
+        seen.append(next(each.shape[0] for each in inputs if each.dtype == torch.int64 and each.ndim == 2))
+        return graph.forward
+
+    def config(device):
+        config = CompileConfig(backend=backend)
+        config._compile_all_devices = True
+        return config
+
+    monkeypatch.setattr(bench.full_cache, "compile_config", config)
+    monkeypatch.setattr(bench.decoding, "compile_config", config)
+    yield seen
+    torch._dynamo.reset()
+
+
+def test_the_static_cache_is_compiled_while_it_warms_up(model, compilations):
+    said, compiled_at, caches = [], [], []
+
+    def note(text, done, total):
+        compiled_at.append(len(compilations))
+        said.append(text)
+
+    def look(_module, _args, kwargs):
+        if not torch.compiler.is_compiling() and kwargs["input_ids"].shape[1] > 1:
+            caches.append(type(kwargs["past_key_values"]))
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), full=("eager", "compiled"), new_tokens=8)
+    result = run(model, request, on_progress=note)
+    hook.remove()
+    cases = [(each.method, each.step, each.length) for each in result.measurements]
+    assert cases == [
+        (*case, length) for length in (24, 40) for case in [("full", "eager"), ("full", "compiled"), ("snapkv", "auto")]
+    ]
+    per_round = ["full cache, eager", "full cache, compiled", "snapkv, budget 12, auto"]
+    warm = {24: per_round, 40: ["full cache, compiled"]}
+    assert said == [
+        f"{text}, {length} tokens"
+        for length in (24, 40)
+        for text in [f"Warming up: {each}" for each in warm[length]] + 2 * per_round
+    ]
+    assert len(compilations) == 2  # once for each length
+    assert compiled_at[said.index("Warming up: full cache, compiled, 40 tokens") + 1 :] == [2] * 6
+    assert caches.count(StaticCache) == 6 and caches.count(DynamicCache) == 5
+    heads = LAYERS * KV_HEADS
+    for each in result.measurements[1::3]:
+        assert each.cache_bytes == each.largest_cache_bytes == heads * (each.length + 8) * ROW_BYTES
+        assert each.overhead_seconds == 0 and not each.failed
+    assert not hasattr(model, "_compiled_call")
+
+
+def test_the_static_cache_says_what_the_growing_one_says(model, compilations):
+    ids = bench.cases.random_ids(model, 2, 24, seed=1)
+    eager, static = (bench.cases.Case("full", "", "sdpa", 24, step=step) for step in ("eager", "compiled"))
+    said = []
+    generate = model.generate
+    model.generate = lambda *args, **options: said.append(generate(*args, **options))
+    for case in (eager, static):
+        bench.decoding.decode_prompts(model, case, ids, 9, None)
+    assert torch.equal(*said) and compilations == [2]
+
+
+def test_on_a_cpu_only_the_growing_cache_is_run_unless_asked_for(model):
+    assert bench.full_cache.default_full_steps(torch.device("cpu")) == ("eager",)
+    assert bench.full_cache.default_full_steps(torch.device("cuda")) == ("eager", "compiled")
+    assert bench.full_cache.compile_config(torch.device("cpu"))._compile_all_devices
+    assert bench.full_cache.compile_config(torch.device("cuda")) == CompileConfig()
+    cases = bench.cases.all_cases(model, 64, random_profile(model), REQUEST)
+    assert {case.step for case in cases if case.method == "full"} == {"eager"}
+
+
+def test_a_steps_way_is_passed_on_where_it_can_be(model, monkeypatch):
+    given = []
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), lengths=(24,), steps=("eager", "graph"), full=())
+    cases = bench.cases.all_cases(model, 64, None, request)
+    assert [case.step for case in cases] == ["eager", "graph"]
+    monkeypatch.setattr(bench.cases, "attending_ragged", lambda model, *, step="auto", **_: given.append(step))
+    for case in cases:
+        case.attending(model, None)
+    monkeypatch.setattr(bench.cases, "attending_ragged", lambda model, *, backend, prefill_chunk: given.append(backend))
+    cases[0].attending(model, None)
+    assert given == ["eager", "graph", "auto"]
+
+
+def test_a_device_is_not_waited_for_between_layers(monkeypatch):
+    """Its own clock says what compression takes: here a second more with each event."""
+    events, waits = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = float(len(events))
+            events.append(self)
+
+        def synchronize(self):
+            waits.append(self)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = bench.decoding._DeviceWatch()
+    assert watch.seconds() == 0
+    done = []
+    for number in range(3):
+        watch.timed(done.append)(number)
+    assert done == [0, 1, 2] and not waits
+    assert watch.seconds() == 3.0 and waits == [events[-1]]
+
+
 def test_decoding_goes_on_past_an_end_token(model):
     model.generation_config.eos_token_id = list(range(512))
     passes = []
@@ -199,6 +318,9 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
         ({"budgets": ()}, "without budgets.*--budgets"),
         ({"lengths": ()}, "without lengths.*--lengths"),
         ({"backends": ("fast",)}, "no attention backend 'fast'"),
+        ({"steps": ("auto", "quick")}, "no 'quick' for --steps: choose one of auto, eager, graph, compiled"),
+        ({"steps": ()}, "without steps.*--steps"),
+        ({"full": ("static",)}, "no 'static' for --full: choose one of eager, compiled"),
         ({"new_tokens": 1}, "--new-tokens 1 is too small: give at least 2"),
         ({"repeats": 0}, "--repeats 0 is too small: give at least 1"),
         ({"batch": 0}, "--batch 0 is too small"),
@@ -260,7 +382,7 @@ def measurement(method, length=1000, batch=1, **numbers):
     return Measurement(method, "" if method == "full" else "64", "x", length, batch, **numbers)
 
 
-def test_comparison_is_with_the_full_cache_of_the_same_length_and_batch():
+def test_comparison_is_with_the_full_caches_of_the_same_length_and_batch():
     full = measurement("full", prefill_seconds=2.0, decode_rate=10.0, cache_bytes=4000, peak_bytes=8000)
     longer = measurement("full", 2000, failed="out of memory")
     other = measurement("full", batch=4, prefill_seconds=5.0, decode_rate=5.0, cache_bytes=10, peak_bytes=0)
@@ -282,6 +404,31 @@ def test_comparison_is_with_the_full_cache_of_the_same_length_and_batch():
     ]
 
 
+def test_comparison_is_with_the_better_of_two_full_caches_in_each_figure():
+    growing = measurement("full", step="eager", prefill_seconds=2.0, decode_rate=10.0, cache_bytes=400, peak_bytes=800)
+    static = measurement(
+        "full", step="compiled", prefill_seconds=4.0, decode_rate=50.0, cache_bytes=500, peak_bytes=700
+    )
+    ours = measurement("snapkv", prefill_seconds=3.0, decode_rate=100.0, cache_bytes=100, peak_bytes=350)
+    for beside in ([growing, static], [static, growing]):
+        *_, row = bench.comparison(BenchResult(1e9, [*beside, ours], {}))
+        assert (row.decode_ratio, row.prefill_ratio, row.cache_ratio, row.peak_ratio) == (2.0, 1.5, 0.25, 0.5)
+    lost = dataclasses.replace(measurement("full", step="compiled", failed="out of memory"))
+    *_, row = bench.comparison(BenchResult(1e9, [growing, lost, ours], {}))
+    assert row.decode_ratio == 10.0
+
+
+def test_a_step_is_compared_with_its_floor():
+    four = measurement("snapkv", batch=4, decode_rate=20.0, floor_rate=80.0, prefill_seconds=1.0, overhead_seconds=0.5)
+    assert (four.step_seconds, four.floor_seconds, four.times_floor) == (0.2, 0.05, 4.0)
+    lost = measurement("snapkv", failed="out of memory")
+    assert lost.step_seconds is lost.floor_seconds is lost.times_floor is None
+    kept = json.loads(json.dumps(bench.figures(BenchResult(1e9, [four, lost], {"device": "a card"}))))
+    assert kept["bandwidth"] == 1e9 and kept["environment"] == {"device": "a card"}
+    assert kept["measurements"][0]["times_floor"] == 4.0 and kept["measurements"][0]["decode_ratio"] is None
+    assert kept["measurements"][0]["overhead_share"] == 0.5 and kept["measurements"][1]["failed"] == "out of memory"
+
+
 def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
     gaps = [9.0] * 6 + [1.0] * 12 + [2.0] * 6
     run = bench.decoding.Run(0.0, 0.0, gaps, 0, [1, 2, 3, 4, 5] + [6] * 19, None)
@@ -293,7 +440,7 @@ def test_steadiness_compares_what_comes_after_the_cache_is_full_with_the_end():
 
 def test_a_long_decoding_holds_what_it_held_when_full(model, clock):
     request = BenchRequest(("ems",), ("12",), (40,), new_tokens=60, repeats=1, decoding={"buffer": 8})
-    alone = dataclasses.replace(request, full=False, new_tokens=3)
+    alone = dataclasses.replace(request, full=(), new_tokens=3)
     (only,) = bench.run_bench(model, 4096, None, alone).measurements
     assert only.method == "ems" and bench.comparison(BenchResult(1.0, [only], {}))[0].decode_ratio is None
     full, ems = bench.run_bench(model, 4096, None, request).measurements
@@ -336,7 +483,7 @@ def test_copies_of_a_prompt_decode_as_the_prompt_does(model, clock, method):
         with compressed(model, profile, method=method, budget=12):
             expected = model.generate(ids, **options)
     model.register_forward_pre_hook(lambda _, args: inputs.append(args[0]) if args[0].shape[0] == 3 else None)
-    decoded = bench.largest_batch._decode_copies(model, case, ids, 3, 6, None)
+    decoded = bench.largest_batch.decode_copies(model, case, ids, 3, 6, None)
     assert decoded.rate == 3 / TOKEN_SECONDS
     rows = 24 * ROW_BYTES if method == "full" else (12 + SLACK) * (ROW_BYTES + 4)
     assert decoded.cache_bytes == 3 * LAYERS * KV_HEADS * rows
@@ -349,14 +496,14 @@ def test_the_largest_batch_needs_cuda(model):
 
 
 def test_the_largest_batch_is_where_memory_ends(model, clock, monkeypatch):
-    decode = bench.largest_batch._decode_copies
+    decode = bench.largest_batch.decode_copies
 
-    def scarce(model, case, ids, batch, new_tokens, chunk):
+    def scarce(model, case, ids, batch, *others):
         if batch > (13 if case.method == "headkv" else 0):
             cuda_is_full()
-        return decode(model, case, ids, batch, new_tokens, chunk)
+        return decode(model, case, ids, batch, *others)
 
-    monkeypatch.setattr(bench.largest_batch, "_decode_copies", scarce)
+    monkeypatch.setattr(bench.largest_batch, "decode_copies", scarce)
     case = bench.cases.all_cases(model, 64, random_profile(model), REQUEST)[2]
     found = bench.largest_batch._largest_batch(model, case, REQUEST, at_most=100)
     assert (found.method, found.budget, found.length, found.batch) == ("headkv", "12", 24, 13)
@@ -366,20 +513,91 @@ def test_the_largest_batch_is_where_memory_ends(model, clock, monkeypatch):
     assert none.batch == 0 and none.decode_rate is none.cache_bytes is None
 
 
-def test_bandwidth_is_that_of_the_copies(monkeypatch):
-    """A byte is read and written in 2 ns here; the first copy, which does not count, and one of the others are slow."""
-    clock, paces, sizes = Clock(), iter([100, 1, 9, 1]), []
+def test_the_static_caches_largest_batch_is_compiled_once(model, compilations, monkeypatch):
+    """Uncompiled 11 fit here, compiled 10: one step for all the batches that are tried, then two that are compiled."""
+    tried, decode = [], bench.largest_batch.decode_copies
 
-    def copy(target, source):
-        clock.pace = next(paces)
-        clock.wait(2e-9 * source.nbytes)
-        sizes.append((target.nbytes, source.nbytes))
-        return target
+    def scarce(model, case, ids, batch, new_tokens, chunk, compiling):
+        tried.append((batch, compiling))
+        if batch > (10 if compiling else 11):
+            cuda_is_full()
+        return decode(model, case, ids, batch, new_tokens, chunk, compiling)
 
-    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(bench.largest_batch, "decode_copies", scarce)
+    case = bench.cases.Case("full", "", "sdpa", 24, step="compiled")
+    found = bench.largest_batch._largest_batch(model, case, REQUEST, at_most=100)
+    assert (found.batch, found.step) == (10, "compiled") and compilations == [10]
+    assert tried[-2:] == [(11, True), (10, True)] and not any(compiling for _, compiling in tried[:-2])
+    room = 24 + REQUEST.new_tokens + bench.full_cache.COMPILED_WARM_UP
+    assert found.cache_bytes == 10 * LAYERS * KV_HEADS * room * ROW_BYTES
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+def test_copies_in_a_static_cache_decode_as_the_prompt_does(model, compilations, compiling):
+    ids, seen = bench.cases.random_ids(model, 1, 24, seed=3), []
+    case = bench.cases.Case("full", "", "sdpa", 24, step="compiled")
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    argmax = torch.Tensor.argmax
+
+    def watched(logits, *args, **options):
+        chosen = argmax(logits, *args, **options)
+        seen.append(chosen)
+        return chosen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "argmax", watched)
+        bench.largest_batch.decode_copies(model, case, ids, 3, 2, None, compiling)
+    steps = bench.full_cache.COMPILED_WARM_UP + 1 if compiling else 1
+    assert len(seen) == 1 + steps and len(compilations) == compiling
+    copies = torch.cat(seen[1:], dim=1)
+    assert torch.equal(copies, expected[:, 25 : 25 + steps].expand(3, -1))
+
+
+def test_largest_batches_beside_the_better_full_cache():
+    sizes = [
+        ("full", 8, 100.0),
+        ("full", 8, 250.0),
+        ("full", 9, None),
+        ("ems", 8, 1000.0),
+        ("ems", 9, 5.0),
+        ("ems", 8, None),
+    ]
+    found = [bench.LargestBatch(method, "", "x", length, 1, rate) for method, length, rate in sizes]
+    assert bench.beside_full(found) == [0.4, 1.0, None, 4.0, None, None]
+
+
+def test_bandwidth_is_that_of_the_fastest_way_through_memory(monkeypatch):
+    """Three ways: 6 bytes in a second, 30 in 3 and 12 in 2; the first time of each and one of the others are slow."""
+    clock, paces = Clock(), iter([100] * 3 + [1] * 3 + [9] * 3 + [1] * 3)
+
+    def going(seconds):
+        def go():
+            clock.pace = next(paces)
+            clock.wait(seconds)
+
+        return go
+
     monkeypatch.setattr(measure, "now", clock)
-    assert measure.measure_bandwidth("cpu", repeats=3) == pytest.approx(1e9)
-    assert sizes == [(256 * 10**6, 256 * 10**6)] * 4
+    monkeypatch.setattr(measure, "_ways_through_memory", lambda device: [(6, going(1)), (30, going(3)), (12, going(2))])
+    assert measure.measure_bandwidth("cpu", repeats=3) == 10
+
+
+def test_the_ways_through_memory_move_what_they_say(monkeypatch):
+    """By the operators that run, and the bytes that these are given and make."""
+    moved = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            given = [each for each in args if isinstance(each, torch.Tensor)]
+            moved.append(sum(each.nbytes for each in given))
+            return operator(*args, **(kwargs or {}))
+
+    for count, go in measure._ways_through_memory(torch.device("cpu")):
+        assert count >= 2 * 128 * 10**6
+        moved.clear()
+        with Watched():
+            go()
+        assert count <= sum(moved) <= 1.001 * count
 
 
 def test_peak_memory_counts_what_was_freed_again():
@@ -480,6 +698,8 @@ def test_on_cuda(monkeypatch):
     result = bench.run_bench(model, 8192, random_scores.random_profile(HeadShape.from_config(model.config)), request)
     for each in result.measurements:
         assert each.failed == "" and each.peak_bytes >= each.cache_bytes > 0 and each.decode_rate > 0
+        assert 0 < each.overhead_share < 1 or each.method == "full"
+    assert [each.step for each in result.measurements] == ["eager", "compiled", "auto"] * 2
     assert result.environment["device"] == torch.cuda.get_device_name()
     for each in bench.largest_batches(
         model, 8192, random_scores.random_profile(HeadShape.from_config(model.config)), request, at_most=4

@@ -6,6 +6,7 @@ import bench_parts
 import pytest
 import torch
 from support.clock import Clock
+from torch.utils.flop_counter import FlopCounterMode
 
 from headprof.bench import importance as bench_importance
 from headprof.bench import measure
@@ -112,6 +113,27 @@ def test_every_time_of_the_score_counts_the_attention_anew(monkeypatch):
     run_importance_bench("smollm2-135m", (64, 128), (0, 4), repeats=3)
     each_time = [(64, 64), (64, 20), (128, 128), (128, 20)]  # a sample has the last 16 queries beside its own
     assert counted == [case for length in (0, 2) for _ in range(4) for case in each_time[length : length + 2]]
+
+
+def test_a_longer_prompt_is_more_work_to_score():
+    """Sixteen times the tokens: as many times the products for a few queries, and 256 times for all of them."""
+    operations = {}
+    for length in (128, 2048):
+        observed = bench_importance._random_layer("smollm2-135m", length, "cpu", torch.float32, 0)
+        for samples in (0, 4):
+            for time in range(2):
+                with FlopCounterMode(display=False) as counter:
+                    bench_importance._score(observed, samples)
+                operations[length, samples, time] = counter.get_total_flops()
+    for time in range(2):
+        assert operations[2048, 0, time] > 100 * operations[128, 0, time] > 0
+        assert 10 < operations[2048, 4, time] / operations[128, 4, time] < 20
+
+
+def test_the_scores_time_grows_with_the_prompt():
+    """256 times the products take more than twice the time on any machine, however busy it is."""
+    short, long = run_importance_bench("smollm2-135m", (128, 2048), (0,), repeats=3)
+    assert long.score > 2 * short.score and long.attention > 2 * short.attention
 
 
 def test_the_score_is_timed_beside_the_attention(monkeypatch, clock):

@@ -206,19 +206,50 @@ def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logi
     assert answers[4].divergence == pytest.approx(0, abs=1e-6) and answers[0].divergence > 1e-4
 
 
+def question_of_different_tokens(loaded):
+    """A question about a document in which no token comes twice.
+
+    The first layer's keys depend on token and position alone. So a row is exactly as similar to the row of the same
+    token so many places before it as to that so many places behind it, and the last digit says which of the two it
+    merges with: rounding alone moves the divergence of `ems` by 0.003 where words repeat at equal distances.
+    """
+    question = invented_question(loaded, reply="It is")
+    tokens = torch.randperm(len(loaded.tokenizer) - 3, generator=torch.Generator().manual_seed(1)) + 3
+    return replace(question, document_ids=tuple(tokens[:240].tolist()))
+
+
+def divergences(loaded, question, known):
+    """Of each candidate, by its name."""
+    asked = Asker(loaded, candidates_for(loaded, *MANY), known).ask(question)
+    return {(each.method, each.budget, each.prompt_tokens): each.divergence for each in asked}
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_hardly_moves_a_divergence(known, seed):
+    """Weights that differ by as much as float32 arithmetic in another order does: no choice hangs on that."""
+    loaded = load_tiny()
+    question = question_of_different_tokens(loaded)
+    before = divergences(loaded, question, known)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in loaded.model.parameters():
+            weight *= 1 + 1e-6 * torch.randn(weight.shape, generator=generator)
+    assert divergences(loaded, question, known) == pytest.approx(before, abs=1e-4)
+    assert before["snapkv", "9", min(before)[2]] > 0.1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("known", [True, False])
 def test_answers_on_a_gpu_are_those_on_the_cpu(known):
+    """To far less than TF32 would move them, which is by 0.002 and more; float32 moves them by less than 1e-5."""
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
     loaded = load_tiny()
-    question = invented_question(loaded, reply="It is")
-    here = Asker(loaded, candidates_for(loaded, *MANY), known).ask(question)
+    question = question_of_different_tokens(loaded)
+    here = divergences(loaded, question, known)
     loaded.model.to("cuda")
-    there = Asker(loaded, candidates_for(loaded, *MANY), known).ask(question)
-    for one, other in zip(here, there, strict=True):
-        assert (one.method, one.budget, one.prompt_tokens) == (other.method, other.budget, other.prompt_tokens)
-        assert one.divergence == pytest.approx(other.divergence, abs=1e-3)
+    assert divergences(loaded, question, known) == pytest.approx(here, abs=1e-4)
 
 
 def test_generation_ends_with_the_models_end_token():

@@ -42,7 +42,7 @@ Figures = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file 
 class CaseOptions:
     """What is timed."""
 
-    methods: Annotated[str, typer.Option(help="Methods, with commas; the full cache is run beside them.")] = "headkv-r2"
+    methods: Annotated[str, typer.Option(help="Methods, with commas; full caches are run beside them.")] = "headkv-r2"
     budgets: Annotated[str, typer.Option(help="Budgets, with commas.")] = "64"
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, such as 4k,8000.")] = "1k,4k"
     new_tokens: Annotated[int, typer.Option(max=MOST, help="Tokens to decode after the prompt.")] = 32
@@ -51,6 +51,17 @@ class CaseOptions:
     ] = 3
     batch: Annotated[int, typer.Option(max=1_000_000, help="Sequences decoded together.")] = 1
     backends: Annotated[str, typer.Option(help="Attentions over the compressed cache, with commas.")] = "auto"
+    step: Annotated[
+        str,
+        typer.Option(help="How a step over the compressed cache is run, with commas: auto, eager, graph, compiled."),
+    ] = "auto"
+    full: Annotated[
+        str | None,
+        typer.Option(
+            help="Transformers' full caches run beside, with commas: eager (DynamicCache), compiled (StaticCache with "
+            "torch.compile). Default: both on CUDA, else eager."
+        ),
+    ] = None
 
 
 @bench.command(name="generate")
@@ -67,7 +78,7 @@ def bench_generate(
     largest_batch: Annotated[
         bool, typer.Option("--largest-batch", help="Also find how many sequences fit (CUDA).")
     ] = False,
-    without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full cache out.")] = False,
+    without_full: Annotated[bool, typer.Option("--without-full", help="Leave the full caches out.")] = False,
     prefill_chunk: PrefillChunk = None,
     seed: Seed = 0,
     output: Figures = None,
@@ -76,16 +87,17 @@ def bench_generate(
     decoding: DecodingOptions,
     loading: LoadOptions,
 ) -> None:
-    """Time decoding with compressed caches beside Transformers' own full cache.
+    """Time decoding with compressed caches beside Transformers' own full caches.
 
-    The floor is what reading weights and cache at the memory's measured bandwidth would allow.
+    These are the growing DynamicCache, run eagerly, and the StaticCache, compiled; all ratios are to the better of
+    them. The floor is what reading weights and cache at the memory's measured bandwidth would take.
 
     [dim]headprof bench generate --budgets 64,128 --lengths 4k,8000
     headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
     """
-    from headprof.bench.generate import largest_batches, run_bench
+    from headprof.bench.generate import figures, largest_batches, run_bench
 
-    request = _case_request(cases, tuning, decoding, prefill_chunk=prefill_chunk, full=not without_full, seed=seed)
+    request = _case_request(cases, tuning, decoding, without_full, prefill_chunk=prefill_chunk, seed=seed)
     request.check()
     _check_output(output, model, profile)
     loaded = _load(model, shape, loading)
@@ -100,8 +112,8 @@ def bench_generate(
     with terminal.progress() as report:
         result = run_bench(*run, report)
         largest = largest_batches(*run, report) if largest_batch else []
-    figures = asdict(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in largest]}
-    _keep(figures, output, json)
+    found = figures(result) | {"model": loaded.name, "largest_batches": [asdict(each) for each in largest]}
+    _keep(found, output, json)
     if not json:
         _show_generation(result, largest)
 
@@ -181,9 +193,12 @@ def _load(model: str | None, shape: str | None, loading: LoadOptions, max_positi
     )
 
 
-def _case_request(cases: CaseOptions, tuning: MethodOptions, decoding: DecodingOptions, **others: Any) -> BenchRequest:
+def _case_request(
+    cases: CaseOptions, tuning: MethodOptions, decoding: DecodingOptions, without_full: bool, **others: Any
+) -> BenchRequest:
     from headprof.bench.generate import BenchRequest
 
+    full = () if without_full else None if cases.full is None else tuple(cases.full.split(","))
     return BenchRequest(
         methods=tuple(cases.methods.split(",")),
         budgets=tuple(cases.budgets.split(",")),
@@ -192,6 +207,8 @@ def _case_request(cases: CaseOptions, tuning: MethodOptions, decoding: DecodingO
         repeats=cases.repeats,
         batch=cases.batch,
         backends=tuple(cases.backends.split(",")),
+        steps=tuple(cases.step.split(",")),
+        full=full,
         options=tuning.chosen(),
         decoding=decoding.chosen(),
         **others,

@@ -24,6 +24,7 @@ from headprof.models.checkpoint import (
 from headprof.models.converted import converted
 from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import find_model, model_name
+from headprof.models.gguf_reader import parsed_once
 from headprof.models.placement import ATTENTIONS, DTYPES, attention_order, choose_device, placement
 from headprof.models.published import find_shape
 from headprof.models.shape import HeadShape
@@ -68,6 +69,7 @@ class LoadedModel:
         return self.shape.cache_bytes_per_token(self.dtype.itemsize) * tokens
 
 
+@parsed_once()
 def load_model(
     model: str | None = None,
     *,
@@ -123,7 +125,7 @@ def load_model(
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
     shape = HeadShape.from_config(loaded.config)
     for note in notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=3)  # the caller's line, past the decorator
     return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer), tuple(notes))
 
 

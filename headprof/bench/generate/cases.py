@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
+from headprof.bench.generate.full_cache import COMPILED, FULL, default_full_steps, new_full_cache
 from headprof.bench.generate.request import BenchRequest
 from headprof.bench.measure import device_of
 from headprof.compression.cache.head_cache import HeadCache
@@ -22,30 +24,53 @@ from headprof.profile.head_profile import HeadProfile
 
 @dataclass(frozen=True)
 class Case:
-    """One way to decode prompts of one length."""
+    """One way to decode prompts of one length.
+
+    Attributes:
+        method, budget, backend, length, step: as in `Measurement`.
+        plan: what the cache is compressed by; `None` for a full cache.
+    """
 
     method: str
     budget: str
     backend: str
     length: int
     plan: CompressionPlan | None = None
+    step: str = "auto"
 
     @property
     def label(self) -> str:
         way = f"{self.method}, budget {self.budget}, {self.backend}" if self.plan else "full cache"
-        return f"{way}, {self.length} tokens"
+        how = "" if self.plan and self.step == "auto" else f", {self.step}"
+        return f"{way}{how}, {self.length} tokens"
 
-    def new_cache(self, model: Any) -> Cache:
-        return DynamicCache(config=model.config) if self.plan is None else HeadCache(self.plan)
+    @property
+    def compiles_full(self) -> bool:
+        """Whether Transformers compiles its steps, over a static cache."""
+        return self.plan is None and self.step == COMPILED
+
+    def new_cache(self, model: Any, new_tokens: int) -> Cache:
+        """A cache for the prompt and so many tokens more."""
+        if self.plan is None:
+            return new_full_cache(model, self.step, self.length + new_tokens)
+        return HeadCache(self.plan)
 
     def attending(self, model: Any, prefill_chunk: int | None) -> AbstractContextManager[None]:
         if self.plan is None:
             return nullcontext()
-        return attending_ragged(model, backend=self.backend, prefill_chunk=prefill_chunk)
+        return attending_ragged(
+            model, backend=self.backend, prefill_chunk=prefill_chunk, **_accepted(attending_ragged, step=self.step)
+        )
+
+
+def _accepted(function: Any, **options: Any) -> dict[str, Any]:
+    """Those of the options that a function has a parameter for."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, request: BenchRequest) -> list[Case]:
-    """All cases, grouped by length, the full cache first, with budgets that are known to suffice.
+    """All cases, grouped by length, the full caches first, with budgets that are known to suffice.
 
     Args: as for `run_bench`, which raises what this raises.
     """
@@ -62,13 +87,17 @@ def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, reque
         if not find_method(name).keeps_everything
         for budget in request.budgets
     ]
+    full_steps = default_full_steps(device_of(model)) if request.full is None else request.full
     cases = []
     for length in request.lengths:
-        if request.full:
-            cases.append(Case("full", "", model.config._attn_implementation, length))
+        cases += [Case(FULL, "", model.config._attn_implementation, length, step=step) for step in full_steps]
         for name, budget, plan in plans:
             plan.check(length)
-            cases += [Case(name, budget, backend, length, plan) for backend in request.backends]
+            cases += [
+                Case(name, budget, backend, length, plan, step)
+                for backend in request.backends
+                for step in request.steps
+            ]
     return cases
 
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.generation.streamers import BaseStreamer
 
 from headprof.bench.generate.cases import Case
+from headprof.bench.generate.full_cache import compile_config
 from headprof.bench.measure import PeakMemory, now
 from headprof.compression.cache.head_cache import PromptLayer
 from headprof.compression.generation import cache_nbytes
@@ -47,10 +48,13 @@ class Run:
         return sum(first) / sum(last) if part else None
 
 
-def decode_prompts(model: Any, case: Case, ids: torch.Tensor, new_tokens: int, prefill_chunk: int | None) -> Run:
-    """Read prompts `[B, T]` and decode, once."""
+def decode_prompts(
+    model: Any, case: Case, ids: torch.Tensor, new_tokens: int, prefill_chunk: int | None, room: int | None = None
+) -> Run:
+    """Read prompts `[B, T]` and decode, once, from a cache with room for so many new tokens, `new_tokens` if `None`."""
     device = ids.device
-    cache = case.new_cache(model)
+    cache = case.new_cache(model, new_tokens if room is None else room)
+    compiling = {"compile_config": compile_config(device)} if case.compiles_full else {}
     clock = _TokenClock(cache, device)
     memory = PeakMemory(device)
     with case.attending(model, prefill_chunk), _timing_compression(cache, device) as compressing:
@@ -67,8 +71,9 @@ def decode_prompts(model: Any, case: Case, ids: torch.Tensor, new_tokens: int, p
             eos_token_id=None,
             pad_token_id=0,
             streamer=clock,
+            **compiling,
         )
-    return Run(clock.prefilled - start, sum(compressing), clock.gaps, clock.cache_bytes, clock.sizes, memory.used())
+    return Run(clock.prefilled - start, compressing(), clock.gaps, clock.cache_bytes, clock.sizes, memory.used())
 
 
 class _TokenClock(BaseStreamer):
@@ -101,23 +106,55 @@ class _TokenClock(BaseStreamer):
 
 
 @contextmanager
-def _timing_compression(cache: Cache, device: torch.device) -> Iterator[list[float]]:
-    """Collect the seconds that each layer of this cache takes to choose and keep a prompt's tokens."""
-    seconds: list[float] = []
-
-    def timed(attended: Callable[..., None]) -> Callable[..., None]:
-        def run(*args, **kwargs) -> None:
-            start = now(device)
-            attended(*args, **kwargs)
-            seconds.append(now(device) - start)
-
-        return run
-
+def _timing_compression(cache: Cache, device: torch.device) -> Iterator[Callable[[], float]]:
+    """Time each layer of this cache while it chooses and keeps a prompt's tokens; yields what tells the seconds."""
+    watch = _DeviceWatch() if device.type == "cuda" else _HostWatch(device)
     changes = Changes()
     try:
         for layer in cache.layers:
             if isinstance(layer, PromptLayer):
-                changes.set(vars(layer), "attended", timed(layer.attended))
-        yield seconds
+                changes.set(vars(layer), "attended", watch.timed(layer.attended))
+        yield watch.seconds
     finally:
         changes.take_back()
+
+
+class _HostWatch:
+    """Seconds of calls by the host's clock, once the device has done all it was given."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seconds = 0.0
+
+    def timed(self, work: Callable[..., None]) -> Callable[..., None]:
+        def run(*args, **kwargs) -> None:
+            start = now(self.device)
+            work(*args, **kwargs)
+            self._seconds += now(self.device) - start
+
+        return run
+
+    def seconds(self) -> float:
+        return self._seconds
+
+
+class _DeviceWatch:
+    """Seconds of calls by a CUDA device's own clock: waiting for it after each would itself slow what is timed."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(self, work: Callable[..., None]) -> Callable[..., None]:
+        def run(*args, **kwargs) -> None:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work(*args, **kwargs)
+            end.record()
+            self._spans.append((start, end))
+
+        return run
+
+    def seconds(self) -> float:
+        if self._spans:
+            self._spans[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3

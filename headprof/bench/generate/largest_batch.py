@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from headprof.bench.generate.cases import Case, all_cases, random_ids
+from headprof.bench.generate.full_cache import (
+    COMPILED_WARM_UP,
+    EAGER,
+    FULL,
+    compiled_call,
+    forget_compiled,
+    free_memory,
+    repeat_sequences,
+)
 from headprof.bench.generate.request import BenchRequest
+from headprof.bench.generate.results import best
 from headprof.bench.measure import Progress, Result, attempt, device_of, now
 from headprof.compression.generation import cache_nbytes
 from headprof.compression.session import prefill
@@ -25,7 +35,7 @@ class LargestBatch:
     """How many sequences fit.
 
     Attributes:
-        method, budget, backend, length: as in `Measurement`.
+        method, budget, backend, length, step: as in `Measurement`.
         batch: the largest batch that was decoded; 0 if not even one sequence could be.
         decode_rate: new tokens per second over all sequences of that batch, at the median time between two tokens.
         cache_bytes: that the cache of that batch holds right after the prompt.
@@ -38,6 +48,18 @@ class LargestBatch:
     batch: int
     decode_rate: float | None = None
     cache_bytes: int | None = None
+    step: str = "auto"
+
+
+def beside_full(found: Iterable[LargestBatch]) -> list[float | None]:
+    """Each one's decode rate as a multiple of the better full cache's of that length; `None` where one is missing."""
+    found = list(found)
+    ratios: list[float | None] = []
+    for each in found:
+        rates = [other.decode_rate for other in found if (other.method, other.length) == (FULL, each.length)]
+        full = best(max, rates)
+        ratios.append(each.decode_rate / full if each.decode_rate and full else None)
+    return ratios
 
 
 def largest_batches(
@@ -51,7 +73,8 @@ def largest_batches(
     """How many sequences of each case can be decoded together, to within two percent, and how fast.
 
     One prompt is read and its cache repeated, so the prefill of a batch need not fit where its decoding does. Every
-    batch that is tried decodes `new_tokens`, the room these take included.
+    batch that is tried decodes `new_tokens`, the room these take included. The full cache whose steps are compiled is
+    compiled for one batch only: the largest that fits without, or a little less if that does not.
 
     Args:
         model, max_positions, profile, request, on_progress: as for `run_bench`; `batch` and `repeats` are not used.
@@ -73,12 +96,34 @@ def largest_batches(
 def _largest_batch(model: Any, case: Case, request: BenchRequest, at_most: int) -> LargestBatch:
     ids = random_ids(model, 1, case.length, request.seed)
 
-    def decoded(batch: int) -> _Decoded | None:
-        return attempt(partial(_decode_copies, model, case, ids, batch, request.new_tokens, request.prefill_chunk))
+    def decoded(batch: int, compiling: bool = True) -> Decoded | None:
+        result = attempt(
+            partial(decode_copies, model, case, ids, batch, request.new_tokens, request.prefill_chunk, compiling)
+        )
+        free_memory()
+        return result
 
-    batch, result = largest_that_works(decoded, at_most)
-    row = LargestBatch(case.method, case.budget, case.backend, case.length, batch)
+    try:
+        find = _largest_compiled if case.compiles_full else largest_that_works
+        batch, result = find(decoded, at_most)
+    finally:
+        if case.step != EAGER:
+            forget_compiled(model)
+    row = LargestBatch(case.method, case.budget, case.backend, case.length, batch, step=case.step)
     return row if result is None else replace(row, decode_rate=result.rate, cache_bytes=result.cache_bytes)
+
+
+_COMPILED_TRIES = (1.0, 0.97, 0.94, 0.9)
+"""Shares of the largest batch that fits uncompiled, for which a step over it is compiled."""
+
+
+def _largest_compiled(decoded: Callable[..., Decoded | None], at_most: int) -> tuple[int, Decoded | None]:
+    """As `largest_that_works`, though compiling for every batch that is tried would take minutes."""
+    fits, _ = largest_that_works(partial(decoded, compiling=False), at_most)
+    for batch in dict.fromkeys(int(fits * share) for share in _COMPILED_TRIES):
+        if batch and (result := decoded(batch)) is not None:
+            return batch, result
+    return 0, None
 
 
 def largest_that_works(
@@ -102,24 +147,51 @@ def largest_that_works(
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class Decoded:
+    """What copies of a prompt took.
+
+    Attributes:
+        rate: new tokens per second over all copies, at the median time between two.
+        cache_bytes: of their cache right after the prompt.
+    """
+
     rate: float
     cache_bytes: int
 
 
 @torch.no_grad()
-def _decode_copies(
-    model: Any, case: Case, ids: torch.Tensor, batch: int, new_tokens: int, prefill_chunk: int | None
-) -> _Decoded:
-    """Read one prompt `[1, T]`, and decode greedily from `batch` copies of its cache."""
+def decode_copies(
+    model: Any,
+    case: Case,
+    ids: torch.Tensor,
+    batch: int,
+    new_tokens: int,
+    prefill_chunk: int | None = None,
+    compiling: bool = True,
+) -> Decoded:
+    """Read one prompt `[1, T]`, and decode greedily from copies of its cache: forward passes alone, without `generate`.
+
+    Args:
+        model: the model.
+        case: how it decodes.
+        ids: the prompt.
+        batch: copies.
+        new_tokens: that each gets; those by which what is compiled is warmed up come on top.
+        prefill_chunk: as for `headprof.compressed`.
+        compiling: if not, a step that the case would compile is run as it is, and once, to see whether it fits.
+    """
+    untimed = COMPILED_WARM_UP if case.compiles_full else 0
+    step = compiled_call(model, ids.device) if untimed and compiling else model
     with case.attending(model, prefill_chunk):
-        cache: Any = case.new_cache(model)
+        cache: Any = case.new_cache(model, untimed + new_tokens)
         token = prefill(model, ids, cache).argmax(dim=-1, keepdim=True).repeat(batch, 1)
-        cache.batch_repeat_interleave(batch)
+        repeat_sequences(cache, batch)
         cache_bytes = cache_nbytes(cache)
+        if not compiling:
+            untimed, new_tokens = 0, 2
         times = [now(ids.device)]
-        for _ in range(new_tokens - 1):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
+        for _ in range(untimed + new_tokens - 1):
+            token = step(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
             times.append(now(ids.device))
-    gaps = [after - before for before, after in pairwise(times)]
-    return _Decoded(batch / median(gaps), cache_bytes)
+    gaps = [after - before for before, after in pairwise(times[untimed:])]
+    return Decoded(batch / median(gaps), cache_bytes)

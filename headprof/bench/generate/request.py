@@ -6,27 +6,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headprof.bench.generate.full_cache import FULL_STEPS
 from headprof.bench.measure import require_at_least
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.errors import UsageError
 
+STEPS = ("auto", "eager", "graph", "compiled")
+"""How a decode step over the compressed cache is run, as for `headprof.compressed`."""
+
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """Methods times budgets times backends times prompt lengths, and the full cache at each length unless left out.
+    """Methods times budgets times backends times steps times prompt lengths, and the full caches at each length.
 
     Attributes:
-        methods: names in the table of methods; `full` adds nothing, since the full cache is always run.
+        methods: names in the table of methods; `full` adds nothing, since `full` below says which full caches are run.
         budgets: as the command line takes them.
         lengths: prompt lengths in tokens.
         new_tokens: tokens to decode after the prompt.
         repeats: timed runs of each case.
         batch: sequences decoded together.
         backends: attentions over the compressed cache, names in `BACKENDS` or `auto`.
+        steps: how a decode step over the compressed cache is run, names in `STEPS`.
         prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
-        full: whether the full cache is run too, with which the others are compared.
+        full: which full caches are run too, with the better of which the others are compared, names in `FULL_STEPS`;
+            `()` for none, `None` for both on a CUDA device and the eager one elsewhere.
+        warm_up: whether each case runs once before its time is taken; what is compiled does in any case.
         seed: of the random prompts.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
@@ -39,8 +46,10 @@ class BenchRequest:
     repeats: int = 3
     batch: int = 1
     backends: tuple[str, ...] = ("auto",)
+    steps: tuple[str, ...] = ("auto",)
     prefill_chunk: int | None = None
-    full: bool = True
+    full: tuple[str, ...] | None = None
+    warm_up: bool = True
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
@@ -49,14 +58,17 @@ class BenchRequest:
         """Find mistakes that need no model.
 
         Raises:
-            UsageError: an unknown method or backend, a budget that cannot be read, or a number that is too small.
+            UsageError: an unknown method, backend or step, a budget that cannot be read, or a number that is too small.
         """
         deal_options(self.methods, self.options)
         for budget in self.budgets:
             Budget.parse(budget)
         for backend in self.backends:
             check_backend(backend)
-        for what in ("budgets", "backends"):
+        for what, names, known in (("steps", self.steps, STEPS), ("full", self.full or (), FULL_STEPS)):
+            if unknown := [name for name in names if name not in known]:
+                raise UsageError(f"There is no {unknown[0]!r} for --{what}: choose one of {', '.join(known)}.")
+        for what in ("budgets", "backends", "steps"):
             if not getattr(self, what):
                 raise UsageError(f"There is nothing to run without {what}: name at least one with --{what}.")
         require_at_least(1, lengths=self.lengths, repeats=self.repeats, batch=self.batch)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from headprof.bench.generate.full_cache import FULL
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Measurement:
         step_bytes: that decoding one token per sequence has to read: weights and cache.
         floor_rate: tokens per second if reading these at the measured bandwidth were all there is to do.
         failed: why the case could not be run; empty if it could.
+        step: how a decode step is run: over the compressed cache as requested; `eager` for Transformers' growing
+            `DynamicCache`, `compiled` for its `StaticCache`.
     """
 
     method: str
@@ -44,6 +49,22 @@ class Measurement:
     step_bytes: int | None = None
     floor_rate: float | None = None
     failed: str = ""
+    step: str = "auto"
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median time between two tokens."""
+        return _ratio(self.batch, self.decode_rate)
+
+    @property
+    def floor_seconds(self) -> float | None:
+        """What reading weights and cache takes at the measured bandwidth."""
+        return _ratio(self.batch, self.floor_rate)
+
+    @property
+    def times_floor(self) -> float | None:
+        """A step's time as a multiple of that; 1 is as fast as memory allows."""
+        return _ratio(self.floor_rate, self.decode_rate)
 
     @property
     def overhead_share(self) -> float | None:
@@ -57,7 +78,7 @@ class BenchResult:
 
     Attributes:
         bandwidth: of the device's memory, bytes per second (see `measure_bandwidth`).
-        measurements: the cases, grouped by length, the full cache first.
+        measurements: the cases, grouped by length, the full caches first.
         environment: device, dtype, versions and date.
     """
 
@@ -68,7 +89,9 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measurement relative to the full cache of the same length and batch; `None` where either number is missing.
+    """A measurement relative to the full caches of the same length and batch; `None` where either number is missing.
+
+    Each ratio is to the better of the full caches in that figure, which may be one in speed and the other in memory.
 
     Attributes:
         decode_ratio: times the full cache's decode rate; above 1 is faster.
@@ -84,21 +107,49 @@ class Comparison:
 
 
 def comparison(result: BenchResult) -> list[Comparison]:
-    """Every measurement, the full cache's own included, beside the full cache's of the same length and batch."""
-    full = {(each.length, each.batch): each for each in result.measurements if each.method == "full"}
+    """Every measurement, the full caches' own included, beside the full caches of the same length and batch."""
     rows = []
     for each in result.measurements:
-        beside = full.get((each.length, each.batch), Measurement("full", "", "", each.length, each.batch))
+        beside = [
+            full
+            for full in result.measurements
+            if (full.method, full.length, full.batch) == (FULL, each.length, each.batch)
+        ]
         rows.append(
             Comparison(
                 each,
-                decode_ratio=_ratio(each.decode_rate, beside.decode_rate),
-                prefill_ratio=_ratio(each.prefill_seconds, beside.prefill_seconds),
-                cache_ratio=_ratio(each.cache_bytes, beside.cache_bytes),
-                peak_ratio=_ratio(each.peak_bytes, beside.peak_bytes),
+                decode_ratio=_ratio(each.decode_rate, best(max, [full.decode_rate for full in beside])),
+                prefill_ratio=_ratio(each.prefill_seconds, best(min, [full.prefill_seconds for full in beside])),
+                cache_ratio=_ratio(each.cache_bytes, best(min, [full.cache_bytes for full in beside])),
+                peak_ratio=_ratio(each.peak_bytes, best(min, [full.peak_bytes for full in beside])),
             )
         )
     return rows
+
+
+def best(choose: Callable[[Sequence[float]], float], values: Sequence[float | None]) -> float | None:
+    """The largest or smallest of the values that are known; `None` where none is."""
+    known = [value for value in values if value is not None]
+    return choose(known) if known else None
+
+
+def figures(result: BenchResult) -> dict[str, Any]:
+    """All that was measured, as plain values for a file: each measurement with what follows from it."""
+    measurements = [
+        asdict(row.measurement)
+        | {
+            "step_seconds": row.measurement.step_seconds,
+            "floor_seconds": row.measurement.floor_seconds,
+            "times_floor": row.measurement.times_floor,
+            "overhead_share": row.measurement.overhead_share,
+            "decode_ratio": row.decode_ratio,
+            "prefill_ratio": row.prefill_ratio,
+            "cache_ratio": row.cache_ratio,
+            "peak_ratio": row.peak_ratio,
+        }
+        for row in comparison(result)
+    ]
+    return {"bandwidth": result.bandwidth, "measurements": measurements, "environment": result.environment}
 
 
 def _ratio(value: float | None, beside: float | None) -> float | None:

@@ -1,7 +1,8 @@
-"""All cases of a request in one run, each repeat of all before the next."""
+"""All cases of a request in one run, length by length, each repeat of all before the next."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -9,6 +10,7 @@ from typing import Any
 
 from headprof.bench.generate.cases import Case, all_cases, random_ids
 from headprof.bench.generate.decoding import Run, decode_prompts
+from headprof.bench.generate.full_cache import COMPILED_WARM_UP, forget_compiled, free_memory
 from headprof.bench.generate.request import BenchRequest
 from headprof.bench.generate.results import BenchResult, Measurement
 from headprof.bench.measure import (
@@ -28,10 +30,12 @@ def run_bench(
     profile: HeadProfile | None,
     request: BenchRequest,
     on_progress: Progress = lambda text, done, total: None,
+    on_result: Callable[[BenchResult], object] = lambda result: None,
 ) -> BenchResult:
-    """Decode the same random prompts with every case, each repeat of all cases before the next.
+    """Decode the same random prompts with every case, length by length, each repeat of all cases before the next.
 
-    A case that runs out of memory is reported as failed, and the others go on.
+    All cases are warmed up at the shortest length, and those that are compiled for their length at each. A case that
+    runs out of memory is reported as failed, and the others go on.
 
     Args:
         model: a Transformers decoder language model.
@@ -39,6 +43,7 @@ def run_bench(
         profile: its head profile, for methods that need one.
         request: what to run.
         on_progress: called before each run.
+        on_result: called after each length with what has been measured so far.
 
     Raises:
         UsageError: the request cannot be met (see `BenchRequest.check`), or is longer than the model's context.
@@ -46,28 +51,53 @@ def run_bench(
     """
     cases = all_cases(model, max_positions, profile, request)
     device = device_of(model)
-    prompts = {length: random_ids(model, request.batch, length, request.seed) for length in request.lengths}
-    bandwidth = measure_bandwidth(device)
-
-    def decode(case: Case, new_tokens: int) -> Run | None:
-        return attempt(partial(decode_prompts, model, case, prompts[case.length], new_tokens, request.prefill_chunk))
-
+    bandwidth, weights, environment = (
+        measure_bandwidth(device),
+        weight_bytes_per_step(model),
+        describe_environment(model),
+    )
+    measured: list[Measurement] = []
     outcomes = [_Outcome(case) for case in cases]
-    warm_ups = [case for case in cases if case.length == min(request.lengths)]
-    total, done = len(warm_ups) + request.repeats * len(cases), 0
-    for case in warm_ups:
-        on_progress(f"Warming up: {case.label}", done, total)
-        decode(case, 2)
-        done += 1
-    for _ in range(request.repeats):
-        for outcome in outcomes:
-            on_progress(outcome.case.label, done, total)
-            if not outcome.failed:
-                outcome.add(decode(outcome.case, request.new_tokens))
+    rounds = [_Round(outcomes, length, request) for length in dict.fromkeys(request.lengths)]
+    total, done = sum(each.total for each in rounds), 0
+    room = max(request.new_tokens, COMPILED_WARM_UP)  # what is compiled serves caches of one size
+    for each in rounds:
+        ids = random_ids(model, request.batch, each.length, request.seed)
+        for outcome, label, new_tokens, counts in each.runs():
+            on_progress(label, done, total)
             done += 1
-    weights = weight_bytes_per_step(model)
-    measurements = [outcome.measured(request.batch, weights, bandwidth) for outcome in outcomes]
-    return BenchResult(bandwidth, measurements, describe_environment(model))
+            if not outcome.failed:
+                work = partial(decode_prompts, model, outcome.case, ids, new_tokens, request.prefill_chunk, room)
+                outcome.add(attempt(work), counts)
+        if any(outcome.case.compiles_full for outcome in each.outcomes):
+            forget_compiled(model)
+        free_memory()
+        measured += [outcome.measured(request.batch, weights, bandwidth) for outcome in each.outcomes]
+        on_result(BenchResult(bandwidth, list(measured), environment))
+    return BenchResult(bandwidth, measured, environment)
+
+
+class _Round:
+    """All runs of the cases of one length."""
+
+    def __init__(self, outcomes: Sequence[_Outcome], length: int, request: BenchRequest):
+        self.length, self.request = length, request
+        self.outcomes = [outcome for outcome in outcomes if outcome.case.length == length]
+        first = request.warm_up and length == min(request.lengths)
+        self.warmed_up = [outcome for outcome in self.outcomes if first or outcome.case.compiles_full]
+
+    @property
+    def total(self) -> int:
+        return len(self.warmed_up) + self.request.repeats * len(self.outcomes)
+
+    def runs(self) -> Iterator[tuple[_Outcome, str, int, bool]]:
+        """Whose turn it is, what to call that, how many tokens it decodes, and whether its time counts."""
+        for outcome in self.warmed_up:
+            case = outcome.case
+            yield outcome, f"Warming up: {case.label}", COMPILED_WARM_UP if case.compiles_full else 2, False
+        for _ in range(self.request.repeats):
+            for outcome in self.outcomes:
+                yield outcome, outcome.case.label, self.request.new_tokens, True
 
 
 def weight_bytes_per_step(model: Any) -> int:
@@ -92,11 +122,11 @@ class _Outcome:
     runs: list[Run] = field(default_factory=list)
     failed: str = ""
 
-    def add(self, run: Run | None) -> None:
-        """Note a run; `None` for one that had not enough memory."""
+    def add(self, run: Run | None, counts: bool = True) -> None:
+        """Note a run, which may be one that does not count; `None` for one that had not enough memory."""
         if run is None:
             self.failed = NO_MEMORY
-        else:
+        elif counts:
             self.runs.append(run)
 
     def measured(self, batch: int, weight_bytes: int, bandwidth: float) -> Measurement:
@@ -108,7 +138,9 @@ class _Outcome:
             bandwidth: of the device's memory, bytes per second.
         """
         case, runs = self.case, self.runs
-        measurement = Measurement(case.method, case.budget, case.backend, case.length, batch, failed=self.failed)
+        measurement = Measurement(
+            case.method, case.budget, case.backend, case.length, batch, failed=self.failed, step=case.step
+        )
         if self.failed:
             return measurement
         peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from headprof.cli.tables.cells import Rows, number, size
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def decoding(result: BenchResult) -> tuple[list[str], Rows]:
-    """Every case beside the full cache of the same length."""
+    """Every case beside the better full cache of the same length."""
     from headprof.bench.generate import comparison
 
     rows = []
@@ -24,12 +24,15 @@ def decoding(result: BenchResult) -> tuple[list[str], Rows]:
             [
                 f"{case.method} {case.budget}".strip(),
                 case.backend,
+                case.step,
                 str(case.length),
                 number(case.prefill_seconds, ".2f", " s") if not case.failed else case.failed,
                 number(case.overhead_share, ".1%"),
+                _milliseconds(case.step_seconds),
+                _milliseconds(case.floor_seconds),
+                number(case.times_floor, ".2f", "x"),
                 number(case.decode_rate, ".1f"),
                 number(compared.decode_ratio, ".2f", "x"),
-                number(case.floor_rate, ".1f"),
                 size(case.cache_bytes),
                 number(compared.cache_ratio, ".1%"),
                 size(case.largest_cache_bytes),
@@ -37,24 +40,33 @@ def decoding(result: BenchResult) -> tuple[list[str], Rows]:
                 size(case.peak_bytes),
             ]
         )
-    columns = ["cache", "attention", "prompt", "prefill", "compressing", "tokens/s", "of full", "floor tokens/s"]
-    return [*columns, "cache bytes", "of full ", "at most", "steadiness", "peak"], rows
+    columns = ["cache", "attention", "step", "prompt", "prefill", "compressing", "a step", "floor", "of floor"]
+    columns += ["tokens/s", "of full", "cache bytes", "of full ", "at most", "steadiness", "peak"]
+    return columns, rows
 
 
-def largest_batches(found: Iterable[LargestBatch]) -> tuple[list[str], Rows]:
-    """How many sequences fit, and how fast they decode together."""
+def _milliseconds(seconds: float | None) -> str:
+    return number(None if seconds is None else 1e3 * seconds, ".2f", " ms")
+
+
+def largest_batches(found: Sequence[LargestBatch]) -> tuple[list[str], Rows]:
+    """How many sequences fit, and how fast they decode together, beside the better full cache."""
+    from headprof.bench.generate import beside_full
+
     rows = [
         [
             f"{each.method} {each.budget}".strip(),
             each.backend,
+            each.step,
             str(each.length),
             str(each.batch),
             number(each.decode_rate, ".0f"),
+            number(ratio, ".2f", "x"),
             size(each.cache_bytes),
         ]
-        for each in found
+        for each, ratio in zip(found, beside_full(found), strict=True)
     ]
-    return ["cache", "attention", "prompt", "largest batch", "tokens/s", "cache bytes"], rows
+    return ["cache", "attention", "step", "prompt", "largest batch", "tokens/s", "of full", "cache bytes"], rows
 
 
 def scoring(result: ScoreBenchResult) -> tuple[list[str], Rows]:
