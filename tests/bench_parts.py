@@ -3,7 +3,7 @@ kept.
 
 python tests/bench_parts.py merge --shape smollm2-135m --lengths 4k --budgets 64,256
 python tests/bench_parts.py importance --shape llama-3-8b --lengths 32k --samples 0,1024 --json
-python tests/bench_parts.py attention --layouts 16x1024,64x1024 --sweep
+python tests/bench_parts.py attention --layouts 16x1024,64x1024 --sweep --output sweep.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from headprof.bench.attention import LAYOUTS, AttentionTimes, run_attention_bench
 from headprof.bench.importance import ImportanceTimes, run_importance_bench
@@ -31,6 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     shared.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     shared.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
     shared.add_argument("--json", action="store_true", help="print JSON")
+    shared.add_argument("--output", type=Path, help="write JSON to this file as well")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     merge = parts.add_parser("merge", parents=[shared], help="evict-then-merge, all heads at once or one by one")
@@ -53,10 +55,13 @@ def main(words: Sequence[str] | None = None) -> None:
         times = measure(given)
     except HeadprofError as error:
         sys.exit(f"Error: {error}")
+    text = json.dumps([asdict(each) | {"ratio": each.ratio} for each in times], indent=2)
+    if given.output is not None:
+        given.output.write_text(text + "\n")
     if given.json:
-        print(json.dumps([asdict(each) | {"ratio": each.ratio} for each in times], indent=2))
+        print(text)
     else:
-        print_table(rows_of(times))
+        print_table(rows_of(fastest(times) if getattr(given, "sweep", False) else times))
 
 
 def measure(given: argparse.Namespace) -> list[MergeTimes] | list[ImportanceTimes] | list[AttentionTimes]:
@@ -69,6 +74,15 @@ def measure(given: argparse.Namespace) -> list[MergeTimes] | list[ImportanceTime
     if given.part == "merge":
         return run_merge_bench(given.shape, lengths, parse_lengths(given.budgets), batch=given.batch, **shared)
     return run_importance_bench(given.shape, lengths, parse_lengths(given.samples, least=0), **shared)
+
+
+def fastest(times: Sequence[AttentionTimes], most: int = 6) -> list[AttentionTimes]:
+    """The best settings for each layout, the best first."""
+    layouts = dict.fromkeys((each.sequences, each.rows) for each in times)
+    ranked = sorted(times, key=lambda each: each.attention)
+    return [
+        each for layout in layouts for each in [one for one in ranked if (one.sequences, one.rows) == layout][:most]
+    ]
 
 
 def parse_layouts(text: str) -> list[tuple[int, int]]:

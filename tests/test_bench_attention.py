@@ -10,7 +10,7 @@ from support.devices import on_cuda
 
 from headprof.bench import attention as bench_attention
 from headprof.bench import measure
-from headprof.bench.attention import run_attention_bench
+from headprof.bench.attention import AttentionTimes, run_attention_bench
 from headprof.errors import UsageError
 
 
@@ -67,10 +67,21 @@ def test_more_sets_of_rows_than_a_cache_holds():
     assert sets.requests[0].rows.bounds.tolist() == [0, 100, 103, 203, 206]
 
 
-def test_on_the_command_line(capsys):
+def test_the_best_settings_of_each_layout_are_shown():
+    times = [
+        AttentionTimes(sequences, 100, False, 1, 1, attention=seconds, append=0.0, item_rows=each)
+        for sequences in (2, 1)
+        for each, seconds in enumerate([3.0, 1.0, 2.0])
+    ]
+    shown = bench_parts.fastest(times, most=2)
+    assert [(each.sequences, each.item_rows) for each in shown] == [(2, 1), (2, 2), (1, 1), (1, 2)]
+
+
+def test_on_the_command_line(tmp_path, capsys):
     words = ["attention", "--shape", "smollm2-135m", "--layouts", "1x20,2x30", "--repeats", "1"]
-    bench_parts.main([*words, "--json"])
+    bench_parts.main([*words, "--json", "--output", str(tmp_path / "times.json")])
     measured = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "times.json").read_text()) == measured
     assert [each["rows"] for each in measured] == [20, 20, 30, 30]
     assert all(each["ratio"] > 0 and each["append"] > 0 for each in measured)
     bench_parts.main(words)

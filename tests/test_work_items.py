@@ -26,8 +26,10 @@ def dealt(items: WorkItems) -> list[tuple[int, int]]:
 
 
 def slowly_dealt(rooms, item_rows) -> list[tuple[int, int]]:
-    """One head after the other, one part after the other."""
-    return [(head, part) for head, room in enumerate(rooms) for part in range(max(1, -(-room // item_rows)))]
+    """One head after the other, those with large parts first, one part after the other."""
+    parts = [max(1, -(-room // item_rows)) for room in rooms]
+    heads = sorted(range(len(rooms)), key=lambda head: -(rooms[head] // parts[head]))
+    return [(head, part) for head in heads for part in range(parts[head])]
 
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=9), st.sampled_from([128, 256, 384]))
@@ -86,10 +88,10 @@ def test_a_plan_made_in_inference_mode_may_be_refreshed_outside():
     ("num_heads", "size", "expected"),
     [
         (8, 150, 128),  # a layer at batch 1
-        (128, 1024, 128),
-        (512, 1024, 256),
-        (2048, 1024, 512),
-        (128, 8192, 512),
+        (128, 1024, 384),
+        (256, 1024, 768),
+        (2048, 1024, 768),
+        (128, 8192, 768),
         (1, 1_000_000, 15744),  # a single head is not cut into more parts than can be joined quickly
     ],
 )

@@ -23,7 +23,7 @@ from headprof.models.published import find_shape
 LAYOUTS = ((1, 160), (16, 1024), (64, 1024), (256, 1024), (16, 8192))
 """Sequences, and rows that a KV head holds on average."""
 
-_ITEM_ROWS = (128, 256, 512, 1024)
+_ITEM_ROWS = (128, 256, 384, 512, 768, 1024)
 _TILES = ((64, 4, 2), (64, 4, 3), (64, 2, 2), (64, 2, 3), (32, 4, 3), (32, 2, 3), (128, 4, 2), (128, 8, 2))
 """Rows, warps and stages."""
 

@@ -16,9 +16,9 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 GRAIN = 128
 """Rows of an item are a multiple of this, so that tiles of any size fill it."""
 
-_MAX_ROWS = 512
+_MAX_ROWS = 768
 _MAX_PARTS = 64
-_ITEMS_PER_PROCESSOR = 16
+_ITEMS_PER_PROCESSOR = 3
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class WorkItems:
 
     Attributes:
         bounds: of the rows (see `RaggedRows`).
-        table: int32 `[2 * M + N]`: the head of each item, then which part of its head it is, those of a head being
-            neighbours; then a count for each head, 0 except while a kernel runs. `M` is the most that rooms of so many
-            rows can need; items that these do not need have the head -1.
+        table: int32 `[2 * M + N]`: the head of each item, then which part of its head it is, then a count for each
+            head, 0 except while a kernel runs. The parts of a head are neighbours, and heads with large ones come
+            first, so that what is begun last is soon done. `M` is the most that rooms of so many rows can need; items
+            that these do not need have the head -1.
         item_rows: a multiple of `GRAIN`.
     """
 
@@ -68,13 +69,16 @@ class WorkItems:
 
     def refresh(self) -> None:
         """Deal out the rooms that the bounds say now."""
-        parts = ((self.bounds[::2].diff() - 1) // self.item_rows + 1).clamp_(min=1)
+        rooms = self.bounds[::2].diff()
+        parts = ((rooms - 1) // self.item_rows + 1).clamp_(min=1)
+        heads = (rooms // parts).argsort(descending=True, stable=True)
+        parts = parts[heads]
         stops = parts.cumsum(0)
         item = torch.arange(self.num_items, device=stops.device)
-        head = torch.searchsorted(stops, item, right=True)
-        part = item - (stops - parts)[head.clamp(max=self.num_heads - 1)]
-        heads_and_parts = torch.stack([head.masked_fill(head == self.num_heads, -1), part])
-        self.table[: 2 * self.num_items].view(2, -1).copy_(heads_and_parts)
+        place = torch.searchsorted(stops, item, right=True)
+        known = place.clamp(max=self.num_heads - 1)
+        of_items = torch.stack([heads[known].masked_fill(place == self.num_heads, -1), item - (stops - parts)[known]])
+        self.table[: 2 * self.num_items].view(2, -1).copy_(of_items)
 
 
 def rows_per_item(rows: RaggedRows) -> int:
