@@ -15,6 +15,7 @@ from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.decode_steps import StepLayer
 from headprof.compression.hook import mark
+from headprof.compression.kernels.backends import make_plans
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
@@ -196,6 +197,7 @@ class HeadCacheLayer(PromptLayer):
     def for_step(self) -> StepLayer:
         """What a step reads and writes."""
         rows = replace(self.storage.in_place(), in_use=None)
+        make_plans(rows)
         return StepLayer(rows, *(self.held.recent.for_writing() if self._observes else (None, None, None)))
 
     def passed(self) -> None:

@@ -127,7 +127,7 @@ def _compiled(request: Request, backend: str) -> Tensor:
         rows.bounds,
         rows.bias,
         request.sinks,
-        plan.table if isinstance(plan, WorkItems) else None,
+        plan.table if isinstance(plan, WorkItems) else rows.bounds.new_empty(0),  # compilers do not take None here
         rows.longest,
         rows.uniform,
         request.num_kv_heads,
@@ -147,7 +147,7 @@ def _ragged_attention(
     bounds: Tensor,
     bias: Tensor | None,
     sinks: Tensor | None,
-    work_items: Tensor | None,
+    work_items: Tensor,
     longest: int,
     uniform: int,
     num_kv_heads: int,
@@ -156,9 +156,9 @@ def _ragged_attention(
     sliding_window: int | None,
     backend: str,
 ) -> Tensor:
-    """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, if these are made."""
+    """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, empty if there are none."""
     rows = RaggedRows(keys, values, positions, bounds, longest, uniform, bias)
-    if work_items is not None:
+    if len(work_items):
         rows.plans[PLAN] = WorkItems(bounds, work_items, rows_per_item(rows))
     if keys.device.type == "cpu":  # where that costs nothing, and plain torch goes by it
         rows = replace(rows, in_use=int((bounds[1::2] - bounds[:-1:2]).max()))
