@@ -189,7 +189,7 @@ def operator_arguments(option: str) -> tuple:
     tensors = (rows.keys.nan_to_num(), rows.values.nan_to_num(), rows.positions, rows.bounds)
     columns = (None if rows.bias is None else rows.bias.nan_to_num(neginf=-float("inf")), request.sinks)
     numbers = (rows.longest, rows.uniform, 2, request.scaling, request.softcap, request.sliding_window)
-    return (request.query, *tensors, *columns, None, *numbers, "auto")
+    return (request.query, *tensors, *columns, rows.bounds.new_empty(0), *numbers, "auto")
 
 
 @pytest.mark.parametrize("option", ["plain", "all"])

@@ -127,7 +127,7 @@ def _compiled(request: Request, backend: str) -> Tensor:
         rows.bounds,
         rows.bias,
         request.sinks,
-        plan.table if isinstance(plan, WorkItems) else rows.bounds.new_empty(0),  # compilers do not take None here
+        plan.table if isinstance(plan, WorkItems) else rows.bounds.new_empty(0),
         rows.longest,
         rows.uniform,
         request.num_kv_heads,
@@ -156,7 +156,7 @@ def _ragged_attention(
     sliding_window: int | None,
     backend: str,
 ) -> Tensor:
-    """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, empty if there are none."""
+    """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, empty if not made."""
     rows = RaggedRows(keys, values, positions, bounds, longest, uniform, bias)
     if len(work_items):
         rows.plans[PLAN] = WorkItems(bounds, work_items, rows_per_item(rows))
