@@ -1,5 +1,6 @@
 """One command for a GPU machine: what one part finds stays when another fails, and without a GPU it says so."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -33,7 +34,9 @@ def small(monkeypatch):
     monkeypatch.setitem(SHAPES, "smollm2-135m", SHAPES["smollm2-135m"] | SMALL)
     monkeypatch.setattr(bench.run, "measure_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench.decoding, "compile_config", config)
+    gc.freeze()  # each run collects garbage; what was there before need not be looked at again and again
     yield
+    gc.unfreeze()
     torch._dynamo.reset()
 
 
