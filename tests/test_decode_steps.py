@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+from support.devices import on_cuda
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.recording import record
@@ -104,17 +105,12 @@ def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monke
     """A number that the host put into the recording is right in the recorded step alone."""
     model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
     plain = type(model.model).forward
-    steps = 0
 
     def counting(self, *args, **kwargs):
-        nonlocal steps
-        steps += 1
         output = plain(self, *args, **kwargs)
         output.last_hidden_state = output.last_hidden_state * (1 + 0.01 * kwargs["past_key_values"].told)
         return output
 
-    with compressed(model, method="snapkv", budget=12, buffer=16, step="eager") as plan:
-        cache = HeadCache(plan)
     monkeypatch.setattr(HeadCache, "told", property(lambda self: self.get_seq_length()), raising=False)
     monkeypatch.setattr(
         decode_steps.StepCache, "told", property(lambda self: int(self.get_seq_length())), raising=False
@@ -159,7 +155,9 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     """300 steps with several compressions: the whole step is one graph, compiled once or twice."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiling = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph))
+    monkeypatch.setattr(
+        torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph)
+    )
     monkeypatch.setattr(decode_steps, "_compared", {})
     model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 40)
     made = {}
@@ -171,3 +169,49 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     torch.testing.assert_close(made["compiled"], made["eager"])
     assert 1 <= counter.frame_count <= 2
     assert len({tuple(each) for each in addresses[5:]}) == 1
+
+
+@on_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_graphs_are_the_plain_steps(arch, method, dtype, caplog):
+    model = tiny_model(arch, num_kv_heads=2, layers=2).to("cuda", dtype)
+    ids, made = random_ids(2, 40).cuda(), {}
+    for step in ("eager", "graph"):
+        with compressed(model, random_profile(model), method=method, budget=12, buffer=16, step=step) as plan:
+            made[step], addresses = decoded(model, ids, 70, HeadCache(plan))
+    assert torch.equal(made["graph"], made["eager"])
+    assert len({tuple(each) for each in addresses[5:]}) == 1
+    assert not caplog.text
+
+
+@on_cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_waits_for_the_device(method):
+    """Neither fifty steps, nor the compressions between them, nor reading a prompt."""
+    model = tiny_model(num_kv_heads=2, layers=2).to("cuda", torch.bfloat16)
+    ids = random_ids(1, 40).cuda()
+    with compressed(model, random_profile(model), method=method, budget=12, buffer=16) as plan:
+        for mode in ("default", "error"):  # the first run prepares kernels, and compares
+            cache = HeadCache(plan)
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                prefill(model, ids, cache)
+                for i in range(60):
+                    model(ids[:, i % 40, None], past_key_values=cache)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@on_cuda
+@pytest.mark.gpu
+def test_compiled_steps_are_the_plain_ones_on_a_gpu():
+    model = tiny_model(num_kv_heads=2, layers=2).to("cuda")
+    ids, made = random_ids(1, 40).cuda(), {}
+    for step in ("eager", "compiled"):
+        with compressed(model, random_profile(model), method="headkv-r2", budget=12, buffer=16, step=step) as plan:
+            made[step], _ = decoded(model, ids, 60, HeadCache(plan))
+    torch.testing.assert_close(made["compiled"], made["eager"], atol=2e-3, rtol=2e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,11 +74,11 @@ def compress(
             document,
             plan,
             observe=observe,
-            **asdict(reading),
+            **reading.how(),
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
         )
     save_document(cache, target, loaded, {"document": file.name})
-    answers = answer_questions(loaded, cache, questions, max_new_tokens, reading.backend)
+    answers = answer_questions(loaded, cache, questions, max_new_tokens, reading.backend, request.step)
     answered = [(each, answer.strip()) for each, answer in zip(questions, answers, strict=True)]
     _show(document_figures(loaded, cache, target), answered, json)
 

@@ -15,6 +15,7 @@ from headprof.cli.options import (
     MOST,
     MOST_PROBES,
     DecodingOptions,
+    Eager,
     JsonFlag,
     LoadOptions,
     MethodOptions,
@@ -22,6 +23,7 @@ from headprof.cli.options import (
     Observe,
     Profile,
     Seed,
+    step_of,
 )
 from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
 from headprof.cli.tables.evaluate import evaluation, sharing
@@ -114,6 +116,7 @@ class ComparisonOptions:
     without_full: Annotated[
         bool, typer.Option("--without-full", help="Do not run the full cache, nor compare with it.")
     ] = False
+    eager: Eager = False
 
 
 @command
@@ -203,6 +206,7 @@ def _request(
         **asdict(data) | {"max_prompt": parse_length(data.max_prompt) if data.max_prompt else None},
         options=tuning.chosen(),
         decoding=decoding.chosen(),
+        step=step_of(caches.eager),
     )
 
 

@@ -78,10 +78,10 @@ def generate(
         asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
     else:
         asked = new_prompt(loaded, document, question, request, max_new_tokens)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | asdict(reading)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | reading.how()
     beside = {}
     compares = compare and asked.plan is not None
-    asked.warm_up(loaded, **asdict(reading), full=compares)
+    asked.warm_up(loaded, **reading.how(), full=compares)
     if compares:
         beside["full"] = _answer(loaded, asked.with_full_cache(), options)
     made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)

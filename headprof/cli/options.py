@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headprof.compression.methods.names import method_names
+from headprof.errors import UsageError
 
 if TYPE_CHECKING:
     from headprof.compression.request import CompressionRequest
@@ -41,6 +42,14 @@ PrefillChunk = Annotated[
     int | None,
     typer.Option(
         min=1, max=MOST, help="Read the prompt in chunks of this many tokens, to save memory.", rich_help_panel="Model"
+    ),
+]
+Eager = Annotated[
+    bool,
+    typer.Option(
+        "--eager",
+        help="Issue each decode step anew. Default on a GPU: it is captured once and replayed, with the same numbers.",
+        rich_help_panel="Model",
     ),
 ]
 Observe = Annotated[
@@ -88,6 +97,34 @@ class ReadOptions:
         ),
     ] = "auto"
     prefill_chunk: PrefillChunk = None
+    eager: Eager = False
+    compiles: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile decode steps, which takes a minute and rounds otherwise.",
+            rich_help_panel="Model",
+        ),
+    ] = False
+
+    def how(self) -> dict[str, Any]:
+        """The same as arguments of `headprof.compressed`."""
+        return {
+            "backend": self.backend,
+            "prefill_chunk": self.prefill_chunk,
+            "step": step_of(self.eager, self.compiles),
+        }
+
+
+def step_of(eager: bool, compiles: bool = False) -> str:
+    """How decode steps are run, as `headprof.compressed` takes it.
+
+    Raises:
+        UsageError: both ways are asked for.
+    """
+    if eager and compiles:
+        raise UsageError("Steps are either compiled or issued one by one: leave --eager or --compile away.")
+    return "eager" if eager else "compiled" if compiles else "auto"
 
 
 @dataclass(frozen=True)
@@ -184,8 +221,6 @@ def compression_request(
     """What these groups ask for together, checked."""
     from headprof.compression.request import CompressionRequest
 
-    request = CompressionRequest(
-        **asdict(compress), **asdict(read), options=method.chosen(), decoding=decoding.chosen()
-    )
+    request = CompressionRequest(**asdict(compress), **read.how(), options=method.chosen(), decoding=decoding.chosen())
     request.check()
     return request

@@ -1,9 +1,9 @@
 """Decode steps that the device runs by itself: captured once as a CUDA graph, then replayed.
 
 A step of a large model is a thousand and more launches, each of which takes a CPU longer than the GPU. Where a step
-over a `HeadCache` writes to the same addresses as the one before it, which is nearly always (see `RowStorage`), it need not
-be issued anew: the launches are captured, with the ids and positions of the newest tokens in buffers of their own, and
-replayed at once. What the host has to do between steps (compressing again, counting) it does before and after.
+over a `HeadCache` writes to the same addresses as the one before it, which is nearly always (see `RowStorage`), it need
+not be issued anew: the launches are captured, with the ids and positions of the newest tokens in buffers of their own,
+and replayed at once. What the host has to do between steps (compressing again, counting) it does before and after.
 
 A graph of the very kernels that would have been launched gives the very numbers, takes a second to make, and holds for
 every model that the cache serves; `torch.compile` takes a minute, rounds otherwise, and is there for whoever asks for
@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -107,7 +107,7 @@ class StepCache(Cache):
     layers: list[Any]  # of StepLayer
 
     def __init__(self, layers: list[StepLayer], backend: str):
-        super().__init__(layers=list(layers))
+        super().__init__(layers=cast(Any, list(layers)))
         self.current: StepLayer | None = None
         self._backend = backend
 

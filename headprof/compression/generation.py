@@ -223,6 +223,7 @@ def generate_text(
     seed: int = 0,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    step: str = "auto",
     on_text: Callable[[str], None] = lambda _: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generation:
@@ -236,7 +237,7 @@ def generate_text(
         max_new_tokens: most tokens to write.
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
-        backend, prefill_chunk: as for `headprof.compressed`.
+        backend, prefill_chunk, step: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
 
@@ -251,7 +252,8 @@ def generate_text(
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
-    attending = attending_ragged(model, backend=backend, prefill_chunk=prefill_chunk) if ours else nullcontext()
+    how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
+    attending = attending_ragged(model, **how) if ours else nullcontext()
     forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
     with attending, forked, _layer_by_layer(loaded, on_layer):
         torch.manual_seed(seed)

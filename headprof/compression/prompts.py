@@ -45,7 +45,7 @@ class Prompt:
     def warm_up(self, loaded: LoadedModel, *, full: bool, **reading: Any) -> None:
         """Have what is done once in a process done before times are taken, of the full cache too if it is used beside.
 
-        Options are `backend` and `prefill_chunk`.
+        Options are `backend`, `prefill_chunk` and `step`.
         """
         plan = self.plan if self.cache is None else self.cache.plan
         warm_up(loaded, self.ids, [None, plan] if full else [plan], **reading)
@@ -91,7 +91,12 @@ def prompt_about(
 
 
 def answer_questions(
-    loaded: LoadedModel, cache: HeadCache, questions: Sequence[str], max_new_tokens: int, backend: str = "auto"
+    loaded: LoadedModel,
+    cache: HeadCache,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    backend: str = "auto",
+    step: str = "auto",
 ) -> list[str]:
     """The answer to each question about a document, in order, every one from a copy of its cache.
 
@@ -100,7 +105,7 @@ def answer_questions(
     """
     for question in questions:
         question_ids(loaded, cache, question, max_new_tokens)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend, "step": step}
     answers = {question: ask(loaded, cache, question, **options).text for question in dict.fromkeys(questions)}
     return [answers[question] for question in questions]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import find_method
@@ -26,7 +27,7 @@ class CompressionRequest:
         profile: file of the head profile; `None` to find the model's own, for methods that need one.
         options: parameters of the method's parts, `None` for their defaults.
         decoding: `decode_budget` and `buffer`, as for `make_plan`; what is missing keeps its default.
-        backend, prefill_chunk: as for `attending_ragged`.
+        backend, prefill_chunk, step: as for `attending_ragged`.
     """
 
     method: str
@@ -36,6 +37,7 @@ class CompressionRequest:
     decoding: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "auto"
     prefill_chunk: int | None = None
+    step: str = "auto"
 
     def check(self) -> None:
         """Find mistakes that need no model.
@@ -45,6 +47,7 @@ class CompressionRequest:
                 read.
         """
         check_backend(self.backend)
+        check_step(self.step)
         find_method(self.method).with_options(**self.options)
         Budget.parse(self.budget)
 

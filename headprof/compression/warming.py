@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -22,12 +23,12 @@ def warm_up(
     *,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    step: str = "auto",
 ) -> None:
     """Continue the end of a prompt, int64 `[1, T]`, by a few tokens under each plan; `None` is the full cache."""
     for plan in plans:
-        generate_text(
-            loaded, ids[:, -_PROMPT:], _small(plan), max_new_tokens=_NEW, backend=backend, prefill_chunk=prefill_chunk
-        )
+        reading: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
+        generate_text(loaded, ids[:, -_PROMPT:], _small(plan), max_new_tokens=_NEW, **reading)
 
 
 def _small(plan: CompressionPlan | None) -> CompressionPlan | None:

@@ -64,6 +64,7 @@ class Asker:
         candidates: methods at budgets; the divergence is taken from the one with the method `full`, if there is one.
         question_known: whether the question is part of what is compressed.
         observer_ids: if not, tokens after the document that observe it and are not kept.
+        step: how decode steps are run, as for `headprof.compressed`.
         sharing: what reading the prompts took.
     """
 
@@ -71,6 +72,7 @@ class Asker:
     candidates: Sequence[Candidate]
     question_known: bool = True
     observer_ids: Sequence[int] = ()
+    step: str = "auto"
     sharing: Sharing = field(default_factory=Sharing)
     _sampled: set[tuple[str, str]] = field(default_factory=set)
 
@@ -78,7 +80,7 @@ class Asker:
     def ask(self, question: Question) -> list[Answer]:
         """The answers under each candidate, in order."""
         prompt, tail = self._split(question)
-        with attending_ragged(self.loaded.model):
+        with attending_ragged(self.loaded.model, step=self.step):
             caches = self._read(prompt, (question.task, question.group))
             reference = self._reference(stack_caches(caches), tail, question.reference_ids)
             if question.grading is None:

@@ -123,6 +123,7 @@ class EvalRequest:
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default. They
             matter to perplexity alone: what a model answers is kept.
+        step: how decode steps are run, as for `headprof.compressed`; answers are the same.
     """
 
     tasks: tuple[str, ...]
@@ -143,6 +144,7 @@ class EvalRequest:
     continuation: int = 512
     options: dict[str, Any] = field(default_factory=dict)
     decoding: dict[str, Any] = field(default_factory=dict)
+    step: str = "auto"
 
     def check(self) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.

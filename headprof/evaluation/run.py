@@ -113,7 +113,8 @@ class EvalRun:
     ):
         self.loaded, self.profile, self.request = loaded, profile, request
         self.team, self.on_progress = team or Team(), on_progress
-        self.asker = Asker(loaded, self._candidates(), request.question_known, request.observer_ids(loaded))
+        observers = request.observer_ids(loaded)
+        self.asker = Asker(loaded, self._candidates(), request.question_known, observers, request.step)
         self.tasks = {name: self._task(name) for name in request.all_tasks}
         candidates = [(candidate.method, candidate.budget) for candidate in self.asker.candidates]
         journal = None

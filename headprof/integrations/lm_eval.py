@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import METHODS, find_method
@@ -72,7 +73,7 @@ class HeadprofLM(HFLM):
         method: a name in `METHODS`; parameters may follow (`ems:mass=false`) or be given as arguments of their own.
         budget, decode_budget, buffer: as for `headprof.make_plan`; a buffer of 0 is none.
         profile: the head profile or its file; by default the one that is found for the model.
-        attention_backend, prefill_chunk: the `backend` and `prefill_chunk` of `headprof.compressed`.
+        attention_backend, prefill_chunk, step: the `backend`, `prefill_chunk` and `step` of `headprof.compressed`.
         options: parameters of the method's parts, such as `window` or `pool_factor`; all others are `HFLM`'s.
 
     Raises:
@@ -92,10 +93,12 @@ class HeadprofLM(HFLM):
         buffer: int | None = BUFFER,
         attention_backend: str = "auto",
         prefill_chunk: int | None = None,
+        step: str = "auto",
         **options: Any,
     ):
         settings = {name: options.pop(name) for name in _SETTINGS & options.keys()}
         check_backend(attention_backend)
+        check_step(step)
         name = model_name(pretrained if isinstance(pretrained, str) else pretrained.name_or_path)
         chosen = find_method(method).with_options(**settings)  # complaints come before the weights
         if not isinstance(profile, HeadProfile):
@@ -121,7 +124,8 @@ class HeadprofLM(HFLM):
             **settings,
         )
         self.plan.check(self.max_length)
-        self._attention_options: dict[str, Any] = {"backend": attention_backend, "prefill_chunk": prefill_chunk}
+        reading = {"backend": attention_backend, "prefill_chunk": prefill_chunk, "step": step}
+        self._attention_options: dict[str, Any] = reading
 
     def get_model_info(self) -> dict:
         """What the harness writes beside the results, with the profile that the budgets came from."""

@@ -1,4 +1,4 @@
-"""A CUDA graph for the CPU: what a function does is recorded, operator by operator, and done again on the same memory."""
+"""A CUDA graph for the CPU: a function is recorded, operator by operator, and done again on the same memory."""
 
 from __future__ import annotations
 

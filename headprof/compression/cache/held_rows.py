@@ -119,14 +119,18 @@ class HeldRows:
         """Those of these sequences of the batch, in this order; one may come more than once."""
         heads = [b * self.num_kv_heads + head for b in chosen for head in range(self.num_kv_heads)]
         self.recent.select(chosen)
-        storage = RowStorage(self.storage.compact().of_heads(heads), seen, slack, self.storage.appended, hides=self.storage.hides)
+        storage = RowStorage(
+            self.storage.compact().of_heads(heads), seen, slack, self.storage.appended, hides=self.storage.hides
+        )
         return HeldRows(storage, self.num_kv_heads, self.recent, self.settled)
 
     @classmethod
     def stacked(cls, parts: Sequence[HeldRows], batch_sizes: Sequence[int], seen: int, slack: int = SLACK) -> HeldRows:
         """Copies of several as a batch."""
         appended, hides = min(part.storage.appended for part in parts), any(part.storage.hides for part in parts)
-        storage = RowStorage(Rows.joined([part.storage.compact() for part in parts]), seen, slack, appended, hides=hides)
+        storage = RowStorage(
+            Rows.joined([part.storage.compact() for part in parts]), seen, slack, appended, hides=hides
+        )
         recent = RecentQueries.stacked([part.recent for part in parts], batch_sizes)
         settled = appended - min(part.removable for part in parts)
         return cls(storage, parts[0].num_kv_heads, recent, settled)

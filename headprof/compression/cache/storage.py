@@ -71,7 +71,7 @@ class RowStorage:
         self._put(rows, counts, appended)
 
     def _put(self, rows: Rows, counts: Tensor, appended: int) -> None:
-        """Write rows, flat and without gaps, over what is held; where rooms are not known, they get equal free space."""
+        """Write rows, flat and without gaps, over what is held; rooms that are not known get equal free space."""
         heads, before = len(counts), counts.cumsum(0) - counts
         slack = (len(self.rows.keys) - len(rows.keys)) // heads
         if self._rooms is None:
