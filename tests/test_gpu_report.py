@@ -76,7 +76,7 @@ def test_make_gpu_runs_up_to_where_it_needs_the_device(tmp_path):
         (("--lengths", "long"), "A length of 'long' cannot be read"),
         (("--shape", "gpt-5"), "no model shape 'gpt-5'"),
         (("--budget", "many"), "budget of 'many'"),
-        (("--step", "quick"), "no 'quick' for --steps"),
+        (("--step", "quick"), "no way 'quick' to run"),
     ],
 )
 def test_what_cannot_be_meant_is_said_before_a_device_is_looked_for(words, message, tmp_path):
