@@ -24,16 +24,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import bench_parts
 import torch
+from bench_compress import run_compress_bench
 from support.gpu_tables import markdown
 
+from headprof.bench.attention import LAYOUTS, run_attention_bench
 from headprof.bench.generate import BenchRequest, BenchResult, beside_full, figures, largest_batches, run_bench
 from headprof.bench.generate.cases import all_cases, random_ids
 from headprof.bench.generate.full_cache import free_memory
 from headprof.bench.generate.largest_batch import LargestBatch, decode_copies
 from headprof.bench.measure import describe_device, median_seconds
-from headprof.errors import HeadprofError, UsageError
+from headprof.errors import HeadprofError
 from headprof.models.loading import LoadedModel
 from headprof.models.published import find_shape
 from headprof.models.random_weights import device_and_dtype, load_random
@@ -73,6 +74,12 @@ class Report:
     def run(self) -> tuple[Any, ...]:
         loaded = self.loaded
         return loaded.model, loaded.max_positions, random_profile(loaded.shape)
+
+    @property
+    def device_and_dtype(self) -> dict[str, Any]:
+        """Where parts without a model are measured, and in what."""
+        device, dtype = device_and_dtype(self.given.device, "auto")
+        return {"device": device, "dtype": dtype}
 
     def request(self, methods: str, lengths: Sequence[int], **others: Any) -> BenchRequest:
         given = self.given
@@ -136,21 +143,20 @@ def prefill(report: Report) -> Iterator[dict[str, Any]]:
 
 def attention(report: Report) -> Iterator[dict[str, Any]]:
     """The attention kernel alone, at the share of the bandwidth at which it reads."""
-    yield {"times": _part_alone(report, "attention")}
+    times: list[dict[str, Any]] = []
+    for layout in LAYOUTS:
+        found = run_attention_bench(report.given.shape, [layout], **report.device_and_dtype)
+        times += [asdict(each) | {"ratio": each.ratio} for each in found]
+        yield {"times": times}
 
 
 def layer(report: Report) -> Iterator[dict[str, Any]]:
     """Compressing one layer by each method."""
-    yield {"times": _part_alone(report, "compress")}
-
-
-def _part_alone(report: Report, name: str) -> list[dict[str, Any]]:
-    words = [name, "--shape", report.given.shape, "--device", report.given.device]
-    try:
-        given = bench_parts.arguments().parse_args(words)
-    except SystemExit:
-        raise UsageError(f"There is no part {name!r} in tests/bench_parts.py: leave it out with --parts.") from None
-    return [asdict(each) | {"ratio": each.ratio} for each in bench_parts.measure(given)]
+    times: list[dict[str, Any]] = []
+    for length in report.given.lengths:
+        if length <= report.given.longest_static:
+            times += map(asdict, run_compress_bench(report.given.shape, [length], **report.device_and_dtype))
+            yield {"times": times}
 
 
 def batch(report: Report) -> Iterator[dict[str, Any]]:

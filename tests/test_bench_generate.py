@@ -227,17 +227,14 @@ def test_on_a_cpu_only_the_growing_cache_is_run_unless_asked_for(model):
     assert {case.step for case in cases if case.method == "full"} == {"eager"}
 
 
-def test_a_steps_way_is_passed_on_where_it_can_be(model, monkeypatch):
+def test_a_steps_way_is_passed_on(model, monkeypatch):
     given = []
-    request = dataclasses.replace(REQUEST, methods=("snapkv",), lengths=(24,), steps=("eager", "graph"), full=())
+    request = dataclasses.replace(REQUEST, methods=("snapkv",), lengths=(24,), steps=("eager", "auto"), full=())
     cases = bench.cases.all_cases(model, 64, None, request)
-    assert [case.step for case in cases] == ["eager", "graph"]
-    monkeypatch.setattr(bench.cases, "attending_ragged", lambda model, *, step="auto", **_: given.append(step))
+    monkeypatch.setattr(bench.cases, "attending_ragged", lambda model, *, step, **_: given.append(step))
     for case in cases:
         case.attending(model, None)
-    monkeypatch.setattr(bench.cases, "attending_ragged", lambda model, *, backend, prefill_chunk: given.append(backend))
-    cases[0].attending(model, None)
-    assert given == ["eager", "graph", "auto"]
+    assert given == [case.step for case in cases] == ["eager", "auto"]
 
 
 def test_a_device_is_not_waited_for_between_layers(monkeypatch):
@@ -318,7 +315,8 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
         ({"budgets": ()}, "without budgets.*--budgets"),
         ({"lengths": ()}, "without lengths.*--lengths"),
         ({"backends": ("fast",)}, "no attention backend 'fast'"),
-        ({"steps": ("auto", "quick")}, "no 'quick' for --steps: choose one of auto, eager, graph, compiled"),
+        ({"steps": ("auto", "quick")}, "no way 'quick' to run a decode step"),
+        ({"steps": ("eager", "graph")}, "Only a CUDA device can replay a captured step"),
         ({"steps": ()}, "without steps.*--steps"),
         ({"full": ("static",)}, "no 'static' for --full: choose one of eager, compiled"),
         ({"new_tokens": 1}, "--new-tokens 1 is too small: give at least 2"),

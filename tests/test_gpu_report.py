@@ -1,5 +1,6 @@
 """One command for a GPU machine: what one part finds stays when another fails, and without a GPU it says so."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -9,13 +10,12 @@ import time
 import gpu_report
 import pytest
 import torch
+from bench_compress import TIMED
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.generation.configuration_utils import CompileConfig
 
 from headprof.bench import generate as bench
 from headprof.bench.generate import LargestBatch
-from headprof.bench.merge import MergeTimes
-from headprof.errors import UsageError
 from headprof.models.published import SHAPES
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 288, "intermediate_size": 96, "vocab_size": 128}
@@ -34,7 +34,9 @@ def small(monkeypatch):
     monkeypatch.setitem(SHAPES, "smollm2-135m", SHAPES["smollm2-135m"] | SMALL)
     monkeypatch.setattr(bench.run, "measure_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench.decoding, "compile_config", config)
+    gc.freeze()  # each run collects garbage; what was there before need not be looked at again and again
     yield
+    gc.unfreeze()
     torch._dynamo.reset()
 
 
@@ -74,7 +76,7 @@ def test_make_gpu_runs_up_to_where_it_needs_the_device(tmp_path):
         (("--lengths", "long"), "A length of 'long' cannot be read"),
         (("--shape", "gpt-5"), "no model shape 'gpt-5'"),
         (("--budget", "many"), "budget of 'many'"),
-        (("--step", "quick"), "no 'quick' for --steps"),
+        (("--step", "quick"), "no way 'quick' to run"),
     ],
 )
 def test_what_cannot_be_meant_is_said_before_a_device_is_looked_for(words, message, tmp_path):
@@ -117,7 +119,7 @@ def test_what_was_found_stays_when_time_is_over_or_something_breaks(tmp_path, mo
     monkeypatch.setattr(gpu_report, "LIMITS", gpu_report.LIMITS | {"attention": 1.5})
     monkeypatch.setattr(gpu_report, "PARTS", gpu_report.PARTS | {"attention": slow, "batch": broken})
     started = time.monotonic()
-    found, shown, ended = run(tmp_path, "--parts", "attention,batch,layer")
+    found, shown, ended = run(tmp_path, "--lengths", "64", "--parts", "attention,batch,layer")
     assert time.monotonic() - started < 20
     parts = found["parts"]
     assert parts["attention"]["failed"] == "not done after 2 s" and parts["attention"]["times"][0]["seconds"] == 0.25
@@ -196,16 +198,15 @@ def test_gpu_tests_are_counted(tmp_path, monkeypatch, capsys):
     assert "one / two" in shown and "tests" in ended
 
 
-def test_parts_that_bench_parts_has_are_run(tmp_path, monkeypatch, capsys):
-    report = gpu_report.Report(gpu_report.read([*WORDS, "--lengths", "64", "-o", str(tmp_path)]))
-    asked = []
-
-    def measure(given):
-        asked.append((given.part, given.shape, given.device))
-        return [MergeTimes("smollm2-135m", 64, 16, 1, 0.5, 2.0, True)]
-
-    monkeypatch.setattr(gpu_report.bench_parts, "measure", measure)
-    (times,) = gpu_report._part_alone(report, "merge")
-    assert asked == [("merge", "smollm2-135m", "cpu")] and times["together"] == 0.5 and times["ratio"] == 4.0
-    with pytest.raises(UsageError, match="no part 'nothing'"):
-        gpu_report._part_alone(report, "nothing")
+def test_attention_and_compression_of_a_layer_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "LAYOUTS", ((1, 40), (2, 30)))
+    words = ("--lengths", "64,128,192", "--longest-static", "128", "--parts", "attention,layer")
+    found, shown, ended = run(tmp_path, *words)
+    attention, layer = (found["parts"][name]["times"] for name in ("attention", "layer"))
+    assert [(each["sequences"], each["rows"], each["even"]) for each in attention] == [
+        (*layout, even) for layout in ((1, 40), (2, 30)) for even in (True, False)
+    ]
+    assert [(each["length"], each["method"]) for each in layer] == [
+        (length, method) for length in (64, 128) for method in TIMED
+    ]
+    assert not ended and all(each["ratio"] > 0 for each in attention) and "| headkv-ems | 128 |" in shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from headprof.bench.generate.full_cache import COMPILED, FULL, default_full_step
 from headprof.bench.generate.request import BenchRequest
 from headprof.bench.measure import device_of
 from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.decode_steps import check_step
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan
@@ -58,15 +58,7 @@ class Case:
     def attending(self, model: Any, prefill_chunk: int | None) -> AbstractContextManager[None]:
         if self.plan is None:
             return nullcontext()
-        return attending_ragged(
-            model, backend=self.backend, prefill_chunk=prefill_chunk, **_accepted(attending_ragged, step=self.step)
-        )
-
-
-def _accepted(function: Any, **options: Any) -> dict[str, Any]:
-    """Those of the options that a function has a parameter for."""
-    known = inspect.signature(function).parameters
-    return {name: value for name, value in options.items() if name in known}
+        return attending_ragged(model, backend=self.backend, prefill_chunk=prefill_chunk, step=self.step)
 
 
 def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, request: BenchRequest) -> list[Case]:
@@ -75,6 +67,8 @@ def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, reque
     Args: as for `run_bench`, which raises what this raises.
     """
     request.check()
+    for step in request.steps:
+        check_step(step, device_of(model))
     if max(request.lengths) + request.new_tokens > max_positions:
         raise UsageError(
             f"Prompts of {max(request.lengths)} tokens and {request.new_tokens} new ones exceed the {max_positions} "

@@ -8,13 +8,11 @@ from typing import Any
 
 from headprof.bench.generate.full_cache import FULL_STEPS
 from headprof.bench.measure import require_at_least
+from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.errors import UsageError
-
-STEPS = ("auto", "eager", "graph", "compiled")
-"""How a decode step over the compressed cache is run, as for `headprof.compressed`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class BenchRequest:
         repeats: timed runs of each case.
         batch: sequences decoded together.
         backends: attentions over the compressed cache, names in `BACKENDS` or `auto`.
-        steps: how a decode step over the compressed cache is run, names in `STEPS`.
+        steps: how a decode step over the compressed cache is run, as for `headprof.compressed`.
         prefill_chunk: as for `headprof.compressed`; the full cache's prompt is read as Transformers does.
         full: which full caches are run too, with the better of which the others are compared, names in `FULL_STEPS`;
             `()` for none, `None` for both on a CUDA device and the eager one elsewhere.
@@ -65,9 +63,10 @@ class BenchRequest:
             Budget.parse(budget)
         for backend in self.backends:
             check_backend(backend)
-        for what, names, known in (("steps", self.steps, STEPS), ("full", self.full or (), FULL_STEPS)):
-            if unknown := [name for name in names if name not in known]:
-                raise UsageError(f"There is no {unknown[0]!r} for --{what}: choose one of {', '.join(known)}.")
+        for step in self.steps:
+            check_step(step)
+        if unknown := [step for step in self.full or () if step not in FULL_STEPS]:
+            raise UsageError(f"There is no {unknown[0]!r} for --full: choose one of {', '.join(FULL_STEPS)}.")
         for what in ("budgets", "backends", "steps"):
             if not getattr(self, what):
                 raise UsageError(f"There is nothing to run without {what}: name at least one with --{what}.")
