@@ -39,11 +39,12 @@ test-kill: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
-# Merging the rows of a layer, and the importance of its prompt, each timed alone.
+# Merging the rows of a layer, the importance of its prompt, and compressing all of it, each timed alone.
 bench-parts: $(VENV)/.installed
 	$(BIN)/python tests/bench_parts.py merge --shape smollm2-135m
 	$(BIN)/python tests/bench_parts.py merge --shape llama-3-8b
 	$(BIN)/python tests/bench_parts.py importance --shape llama-3-8b
+	$(BIN)/python tests/bench_compress.py --shape llama-3-8b
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

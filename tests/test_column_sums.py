@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.devices import has_triton, interpreted, on_cuda
 
 from headprof.compression.kernels import column_sums as entrance
+from headprof.compression.kernels import looking
 from headprof.compression.kernels import torch_column_sums as plain
 from headprof.compression.kernels.column_sums import column_sums
 from headprof.errors import UsageError
@@ -300,6 +301,24 @@ def test_what_triton_serves(changes, served):
     assert_like_slow(arguments)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("padding", PADDING)
+def test_where_nobody_may_look_for_padding(option, padding, monkeypatch):
+    monkeypatch.setattr(looking, "is_free", lambda device: False)
+    arguments = make_arguments(batch=3, num_queries=21, num_tokens=40, option=option, padding=padding)
+    torch.testing.assert_close(column_sums(**arguments, backend="torch"), slow_column_sums(**arguments).float())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_padding_need_not_be_said(backend):
+    arguments = make_arguments(batch=2, num_queries=21, num_tokens=40, option="weights")
+    sums = column_sums(**arguments, backend=backend)
+    plans = {}
+    for _ in range(2):  # made, and found again
+        known = arguments | {"valid": None, "on_host": arguments["positions"].tolist(), "plans": plans}
+        torch.testing.assert_close(column_sums(**known, backend=backend), sums)
+
+
 def test_triton_needs_a_gpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UsageError, match="GPU"):
@@ -357,7 +376,7 @@ for kernel in kernels:
         fixed |= dict(BLOCK_QUERIES=blocks[0], BLOCK_KEYS=blocks[1])
         fixed |= dict(DOT_DTYPE=getattr(module.tl, str(dtypes[dtype]).removeprefix("torch.")))
         if not options:
-            fixed |= dict.fromkeys(["softcap", "sliding_window", "weights"])
+            fixed |= dict.fromkeys(["softcap", "sliding_window", "weights", "valid", "spans"])
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in fixed else signature.get(name, "i32") for name in kernel.arg_names}
         compiled = triton.compile(

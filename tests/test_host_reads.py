@@ -9,7 +9,8 @@ import bench_compress
 import pytest
 import torch
 from support import observations
-from support.host_reads import device_watched
+from support.devices import interpreted, on_cuda
+from support.host_reads import device_watched, serve_by_kernels
 from support.observations import as_held_rows, compress, observed_prompt, with_rows
 
 from headprof.compression.methods import reduction
@@ -48,6 +49,21 @@ def test_no_method_waits_for_the_device(name, kind):
     assert watched.waits == []
     assert len(rows.keys) == 2 * KV_HEADS * BUDGET == int(rows.counts.sum())
     assert rows.lengths is None if method.budget.spreads else rows.counts.tolist() == list(rows.lengths)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["prompt", "padded", "held"])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_waits_for_its_kernels(name, kind, monkeypatch):
+    method = METHODS[name]
+    observed, counts = layer(method, kind)
+    plain = compress(method, replace(observed, shared={}), counts)
+    serve_by_kernels(monkeypatch)
+    with device_watched() as watched:
+        rows = compress(method, replace(observed, shared={}), counts)
+    assert watched.waits == []
+    assert torch.equal(rows.positions, plain.positions)
+    torch.testing.assert_close(rows.values, plain.values)
 
 
 @pytest.mark.parametrize("name", ["headkv-r2", "adakv", "ems"])
@@ -152,6 +168,16 @@ def operators(name):
     return watched.operators
 
 
+AT_MOST_BY_KERNELS = {"headkv-r2": 12, "snapkv": 12, "headkv-ems": 125, "ems": 125, "adakv": 27, "h2o": 25, "tova": 12}
+
+
+@interpreted
+@pytest.mark.parametrize("name", AT_MOST_BY_KERNELS)
+def test_by_its_kernels_it_takes_fewer(name, monkeypatch):
+    serve_by_kernels(monkeypatch)
+    assert len(operators(name)) <= AT_MOST_BY_KERNELS[name]
+
+
 AT_MOST = {"headkv-r2": 34, "snapkv": 31, "adakv": 72, "tova": 30}
 
 
@@ -184,3 +210,47 @@ def test_the_bench_prints_a_row_for_each_method(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
     with pytest.raises(SystemExit, match="llama-9"):
         bench_compress.main(["--shape", "llama-9", "--device", "cpu"])
+
+
+# On a real device.
+
+
+def on_device(observed):
+    return replace(
+        observed,
+        queries=observed.queries.cuda(),
+        rows=observed.rows.map(lambda each: each.cuda()),
+        valid=observed.valid.cuda(),
+        query_positions=None if observed.query_positions is None else observed.query_positions.cuda(),
+        query_valid=None if observed.query_valid is None else observed.query_valid.cuda(),
+        shared={},
+    )
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("kind", ["prompt", "padded", "held"])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_waits_on_cuda(name, kind):
+    method = METHODS[name]
+    observed, counts = layer(method, kind)
+    plain = compress(method, observed, counts)
+    observed, counts = on_device(observed), replace(counts, counts=counts.counts.cuda())
+    compress(method, observed, counts)  # compiles, and makes what is made once
+    observed.shared.clear()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rows = compress(method, observed, counts)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    same = (rows.positions.cpu() == plain.positions).float().mean()
+    assert same > 0.98  # but for what is all but equal
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_a_layer_of_an_8b_model_is_compressed_in_little_time():
+    for each in bench_compress.run_compress_bench(
+        "llama-3-8b", [8192], methods=["headkv-r2", "headkv-ems"], device="cuda", dtype=torch.bfloat16
+    ):
+        assert each.waits == 0 and each.launches is not None and each.launches < 200

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support.observations import observed_prompt
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.kernels import looking
 from headprof.compression.kernels.backends import ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.budget import Budget, UniformBudget
@@ -382,6 +383,21 @@ def test_sparsity_and_redundancy_equal_their_slow_twins(case, coverage):
         head = Head(rows, b, k)
         assert int(counts[b, k]) == slow_sparsity([head.attention[t] for t in head.valid], coverage)
         assert float(similar[b, k]) == pytest.approx(slow_redundancy(head.keys[head.valid]), abs=1e-5)
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_bounds_serve_where_nobody_may_look(data):
+    rows, kept, merge = data.draw(cases(ties=data.draw(st.booleans())))
+    known = reduce(merge, rows, kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(looking, "is_free", lambda device: False)
+        bounded = reduce(merge, rows, kept)
+    if known.bias is None and bounded.bias is not None:  # nothing has been merged
+        assert not bounded.bias.any()
+        bounded.bias = None
+    for name in ("keys", "values", "bias", "received"):
+        torch.testing.assert_close(getattr(bounded, name), getattr(known, name))
 
 
 def test_classes_are_the_same_however_many_similarities_are_held_at_once(monkeypatch):

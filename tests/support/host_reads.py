@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from headprof.compression.kernels import looking
+from headprof.compression.kernels import column_sums, looking, marking, triton_column_sums, window_scores
+from headprof.compression.methods import window_attention
 
 aten = torch.ops.aten
 _WAITING = {
@@ -169,6 +170,9 @@ def _repeats_unknown(func: Any, args: tuple, kwargs: dict) -> bool:
     return func.overloadpacket is aten.repeat_interleave and kwargs.get("output_size") is None
 
 
+_watching: list[_Ledger] = []
+
+
 @contextmanager
 def device_watched(hosts: Iterable[Tensor] = ()) -> Iterator[_Ledger]:
     """Within, `waits` lists where the host would have waited for a device, and `operators` what was issued to it.
@@ -179,5 +183,40 @@ def device_watched(hosts: Iterable[Tensor] = ()) -> Iterator[_Ledger]:
     ledger = _Ledger(hosts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(looking, "is_free", lambda device: False)
-        with _Functions(ledger), _Dispatch(ledger):
-            yield ledger
+        _watching.append(ledger)
+        try:
+            with _Functions(ledger), _Dispatch(ledger):
+                yield ledger
+        finally:
+            _watching.pop()
+
+
+class _Launched:
+    """A kernel of Triton whose launches count as operators; what its interpreter does is not watched."""
+
+    def __init__(self, kernel: Any, name: str):
+        self.kernel, self.name = kernel, name
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args, **options):
+            if _watching:
+                _watching[-1].operators.append(self.name)
+            with _disable_current_modes():
+                return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def serve_by_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Let importances and the marking of the largest go by Triton's kernels, as on a GPU; on a CPU, interpreted."""
+    patch.setattr(window_attention, "serves", lambda queries: True)
+    patch.setattr(marking, "serves", lambda values: values.dtype == torch.float32)
+    patch.setattr(column_sums, "_chosen_backend", lambda *arguments: "triton")
+    for module, names in (
+        (window_scores, ("window log sums", "window scores")),
+        (triton_column_sums, ("column log sums", "column sums")),
+    ):
+        kernels = tuple(map(_Launched, module._kernels(), names))
+        patch.setattr(module, "_kernels", lambda kernels=kernels: kernels)
+    mark = _Launched(marking._kernel(), "mark")
+    patch.setattr(marking, "_kernel", lambda: mark)
