@@ -16,6 +16,13 @@ def constant(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtyp
 
 
 @lru_cache(maxsize=64)
+def numbers_to(last: int, device: torch.device) -> Tensor:
+    """1, 2, ... `last`, int64."""
+    with torch.inference_mode(mode=False):
+        return torch.arange(1, last + 1, device=device)
+
+
+@lru_cache(maxsize=64)
 def newer_queries(count: int, device: torch.device) -> Tensor:
     """Of the last `count` tokens, which ones each of them cannot see, bool `[count, count]`, a row for each query."""
     with torch.inference_mode(mode=False):

@@ -169,7 +169,7 @@ class GlobalLocal(WindowAttention):
         received = received_attention(observed, self.samples, self.window)
         valid = observed.valid_rows() if observed.padded else None
         seen = observed.num_seen
-        seen_from = (seen - observed.positions).clamp(min=1).float()
+        seen_from = _seen_from(observed)
         whole = received / seen_from
         local = self.attention(observed)
         recent = whole * (seen_from / seen) ** self.recency if self.recency else whole
@@ -187,6 +187,19 @@ class GlobalLocal(WindowAttention):
         if self.combine == "max":
             return torch.maximum(whole, local)
         return whole + local if self.combine == "sum" else (whole * local).sqrt()
+
+
+def _seen_from(observed: Observation) -> Tensor:
+    """Of how many tokens each row has been seen, float32 `[B, K, T]`, or `[T]` for a prompt."""
+    if observed.is_prompt and observed.num_seen == observed.keys.shape[2]:
+        return _seen_in_prompt(observed.num_seen, observed.keys.device)
+    return (observed.num_seen - observed.positions).clamp(min=1).float()
+
+
+@lru_cache(maxsize=16)
+def _seen_in_prompt(num_tokens: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.arange(num_tokens, 0, -1, device=device).float()
 
 
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:

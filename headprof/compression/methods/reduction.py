@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize, pad
 
 from headprof.compression.kernels import looking, marking
-from headprof.compression.kernels.constants import constant
+from headprof.compression.kernels.constants import constant, numbers_to
 from headprof.compression.methods.observation import NOISE, per_head
 from headprof.compression.rows import COLUMNS, HeadCounts, Rows, marked
 from headprof.errors import UsageError
@@ -97,7 +97,12 @@ class Choice:
     weights: torch.Tensor
     counts: HeadCounts | None = None
 
-    @property
+    @cached_property
+    def rest(self) -> torch.Tensor:
+        """Importance of the rows that are not kept, minus infinity for those that are."""
+        return self.ranked.masked_fill(self.kept, float("-inf"))
+
+    @cached_property
     def head_counts(self) -> HeadCounts:
         """How many rows each head keeps."""
         return HeadCounts.looked_up(self.kept.sum(dim=-1)) if self.counts is None else self.counts
@@ -173,7 +178,7 @@ class EvictThenMerge(Reduction):
         most = min(left, math.ceil(counts.most * self.candidates))
         if self.threshold >= 1 or most == 0:
             return reduced
-        centres = choice.kept & (choice.ranked.abs() < float("inf"))
+        centres = choice.kept & (choice.ranked < float("inf"))
         joining = self.count_candidates(rows.keys, choice, centres)
         if looking.is_free(joining.device) and (most := int(joining.max())) == 0:
             return reduced
@@ -224,8 +229,7 @@ class EvictThenMerge(Reduction):
             most_joining: no head has more of them.
         """
         centre_index, no_centre = _packed(ranks, most_centres)
-        rest = choice.ranked.masked_fill(choice.kept, float("-inf")).flatten(0, 1)
-        chosen = largest(rest, joining.flatten(), most=most_joining)
+        chosen = largest(choice.rest.flatten(0, 1), joining.flatten(), most=most_joining)
         candidate_index, no_candidate = _packed(chosen.cumsum(dim=-1), most_joining)
         keys = keys.flatten(0, 1)
         cluster = nearest(_at(keys, candidate_index), _at(keys, centre_index), no_centre, self.threshold)
@@ -247,13 +251,12 @@ class EvictThenMerge(Reduction):
             choice: which are kept.
             centres: which of these others may join, bool `[B, K, T]`.
         """
-        kept, ranked = choice.kept, choice.ranked
-        num_centres = centres.sum(dim=-1)
-        free = (~kept & (ranked > float("-inf"))).sum(dim=-1)
+        ranked, num_centres = choice.ranked, centres.sum(dim=-1)
+        free = (choice.rest > float("-inf")).sum(dim=-1)
         counts = free.minimum((num_centres * self.candidates).long())
         if self.coverage < 1:
             needed = sparsity(choice.weights, ranked, self.coverage)
-            counts = counts.minimum((needed - kept.sum(dim=-1)).clamp(min=0))
+            counts = counts.minimum((needed - choice.head_counts.counts).clamp(min=0))
         if self.redundancy:
             share = redundancy(keys, ranked > float("-inf")).clamp(min=0) ** self.redundancy
             counts = (counts * share.double() + 1e-4).long()  # so that rounding loses none where all keys are alike
@@ -322,7 +325,7 @@ def _packed(ranks: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]
         ranks: how many have been chosen up to each entry, int64 `[N, T]`.
         most: no row has more of them.
     """
-    numbers = torch.arange(1, most + 1, device=ranks.device)
+    numbers = numbers_to(most, ranks.device)
     index = torch.searchsorted(ranks, numbers.expand(len(ranks), -1).contiguous())
     return index.clamp_(max=ranks.shape[1] - 1), numbers > ranks[:, -1:]
 
