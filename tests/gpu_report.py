@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -202,6 +203,8 @@ def tests(report: Report) -> Iterator[dict[str, Any]]:
     marked = sorted(str(file) for file in HERE.glob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={notes}"]
     command += ["-p", "no:cacheprovider", *marked]
+    if importlib.util.find_spec("xdist"):  # tests wait for Triton's compiler most of their time
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     with log.open("w", encoding="utf-8") as said:
         limit = max(1.0, report.given.limit - 1)
         ended = subprocess.run(command, cwd=HERE.parent, stdout=said, stderr=subprocess.STDOUT, timeout=limit)

@@ -171,6 +171,19 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     assert len({tuple(each) for each in addresses[5:]}) == 1
 
 
+def test_compiled_steps_are_captured_too(recordings, monkeypatch):
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: compiling(model, backend="eager"))
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
+    made = {}
+    for step in ("eager", "compiled"):
+        torch._dynamo.reset()
+        with compressed(model, random_profile(model), method="headkv-r2", budget=12, buffer=16, step=step) as plan:
+            made[step], _ = decoded(model, ids, 60, HeadCache(plan))
+    torch.testing.assert_close(made["compiled"], made["eager"])
+    assert recordings.count == 1
+
+
 @on_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

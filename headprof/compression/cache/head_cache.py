@@ -147,9 +147,17 @@ class HeadCache(PromptCache):
         """What a step writes to: while these are the same objects, no address has changed."""
         return tuple(each for layer in self.head_layers for each in layer.in_place)
 
-    def step_layers(self) -> list[StepLayer]:
-        """What a step reads and writes of each layer."""
-        return [layer.for_step() for layer in self.head_layers]
+    def step_parts(self) -> tuple[list[StepLayer], torch.Tensor | None]:
+        """What a step reads and writes of each layer, and where each layer's next query goes, int64 `[L]`, if any."""
+        layers = [layer.for_step() for layer in self.head_layers]
+        if layers[0].slot is None:
+            return layers, None
+        with torch.inference_mode(False):
+            slots = torch.cat([each.slot.to(layers[0].slot.device) for each in layers if each.slot is not None])
+        for each, layer, slot in zip(layers, self.head_layers, slots.split(1), strict=True):
+            each.slot = slot
+            layer.held.recent.goes_by(slot)
+        return layers, slots
 
     def step_passed(self) -> None:
         """Note that the device has run a step."""

@@ -111,6 +111,10 @@ class RecentQueries:
         """The ring, where the next query goes in it, int64 `[1]`, and which are no padding; for `write` by hand."""
         return self._ring, None if self._ring is None else self._slot, self._valid
 
+    def goes_by(self, slot: Tensor) -> None:
+        """Look for the place of the next query here from now on, where it is the same."""
+        self._slot = slot
+
     def note(self, count: int, needed: int | None) -> None:
         """Count queries that have been written."""
         self._count = min(self._count + count, self.room if needed is None else needed)
