@@ -153,6 +153,18 @@ def test_an_interrupt_while_libraries_load_is_one_sentence(place, raised):
     assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
 
 
+def test_an_interrupt_while_arguments_are_read_is_one_sentence(place):
+    code = (
+        "import signal, typer.core; from headprof.__main__ import run\n"
+        "typer.core.TyperCommand.parse_args = lambda *rest: signal.raise_signal(signal.SIGINT)\n"
+        "run()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "profile", "list"], capture_output=True, cwd=place, check=False
+    )
+    assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
+
+
 def test_a_signal_at_any_moment_of_starting_is_one_sentence(place):
     for wait in (0.15, 0.5, 1.2):
         code = "from headprof.__main__ import run; run()"

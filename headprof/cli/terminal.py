@@ -29,6 +29,7 @@ class Terminal:
     Attributes:
         quiet: no progress, no tables, no remarks; results and errors only.
         debug: let errors through with their traceback.
+        has_failed: whether an error has been said.
     """
 
     def __init__(self, *, quiet: bool = False, debug: bool = False):
@@ -38,6 +39,7 @@ class Terminal:
         """Begin anew with these."""
         self.quiet = quiet
         self.debug = debug
+        self.has_failed = False
         self.stderr = _console(stderr=True, quiet=quiet)
 
     @contextmanager
@@ -90,6 +92,7 @@ class Terminal:
 
     def error(self, message: str) -> None:
         """One sentence on stderr, also when quiet."""
+        self.has_failed = True
         words = [_cut(word) for word in printable(message).split(" ")]
         _console(stderr=True).print(f"Error: {' '.join(words)}", markup=False)
 
