@@ -28,6 +28,24 @@ NEEDLE = {
 TEXT = "A caf\u00e9 stands by the sea. " * 12
 
 
+class Endless:
+    """A stream of which all cannot be read."""
+
+    buffer = property(lambda self: self)
+
+    def isatty(self):
+        return False
+
+    def read(self, most=-1):
+        assert 0 <= most < 10**9
+        return b"a" * most
+
+
+def test_a_stream_without_end_is_refused():
+    with pytest.raises(UsageError, match="standard input has more than"):
+        what_to_ask(None, None, Endless())
+
+
 def readers(folder, content: bytes):
     """What each reader of files makes of these bytes."""
     for name in ("a.txt", "b.jsonl"):

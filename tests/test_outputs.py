@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from support.commands import headprof
 from support.profiles import random_profile
-from support.tiny_models import save_tiny, tiny_model
+from support.tiny_models import CHAT_TEMPLATE, save_tiny, tiny_model
 
 from headprof.errors import UsageError
 from headprof.utils.files import PROBES_FORMAT, check_output
@@ -34,6 +34,7 @@ def place(tmp_path) -> Path:
     (tmp_path / "heads.csv").write_text("layer,head,retrieval\n")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign.safetensors")
     save_file({"x": torch.zeros(3)}, tmp_path / "foreign.png")
+    (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "report.html").write_text(TEXT)
     (tmp_path / "data" / "texts.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
@@ -44,6 +45,7 @@ COMPRESS = ("compress", "-m", "tiny", "-f", "in.txt")
 SCORE = ("score", "-m", "tiny", "--probes", "2", "--lengths", "1k")
 EVAL = ("eval", "-m", "tiny", "--methods", "snapkv", "--budgets", "16", "--tasks", "perplexity")
 VALIDATE = ("validate", "-m", "tiny", "--probes", "2", "--per-head")
+TEMPLATE = ("--chat-template", "chat.jinja")
 BENCH = ("bench", "generate", "-m", "tiny", "--lengths", "64", "--methods", "snapkv")
 
 
@@ -71,6 +73,12 @@ BENCH = ("bench", "generate", "-m", "tiny", "--lengths", "64", "--methods", "sna
         ((*BENCH, "-o", "foreign.safetensors"), "foreign.safetensors", FOREIGN),
         (("bench", "score", "-m", "tiny", "-o", "tiny/config.json"), "tiny/config.json", LOST),
         ((*EVAL, "--data-dir", "data", "-o", "data"), "data/report.html", LOST),
+        ((*COMPRESS, *TEMPLATE, "-o", "chat.jinja"), "chat.jinja", LOST),
+        ((*SCORE, *TEMPLATE, "-o", "chat.jinja"), "chat.jinja", LOST),
+        ((*VALIDATE, *TEMPLATE, "--csv", "data/../chat.jinja"), "chat.jinja", LOST),
+        ((*BENCH, *TEMPLATE, "-o", "chat.jinja"), "chat.jinja", LOST),
+        (("bench", "score", "-m", "tiny", *TEMPLATE, "-o", "chat.jinja"), "chat.jinja", LOST),
+        ((*EVAL[:-1], "niah", "--chat-template", "data/report.html", "-o", "data"), "data/report.html", LOST),
         (("profile", "export", "profiles/tiny.safetensors", "hard.safetensors"), "profiles/tiny.safetensors", LOST),
         (("profile", "export", "profiles/tiny.safetensors", "foreign.safetensors"), "foreign.safetensors", FOREIGN),
         (("profile", "import", "heads.csv", "-m", "tiny", "-o", "tiny/model.safetensors"), "in.txt", LOST),

@@ -543,7 +543,7 @@ MISTAKES = {
     "a malformed table": (
         ["import", "broken.csv"],
         1,
-        "broken.csv has 'high' as retrieval of head 0-0: give a finite number, zero or more.",
+        "broken.csv has 'high' as retrieval of head 0-0: give a number from 0 to 1e+30.",
     ),
     "another model's heads": (
         ["import", "--retrieval", "heads.json", "--model", "x/y", "--shape", "llama-3-8b"],

@@ -32,6 +32,7 @@ from headprof.plots.page import escape, with_policy
 from headprof.utils.printable import printable
 from headprof.utils.units import parse_lengths
 
+LONG = "9" * 5000
 HOSTILE = "org/\x1b]0;owned\x07M\x9b31model\x00\u202e\x7f"
 
 
@@ -152,6 +153,18 @@ def test_an_interrupt_while_libraries_load_is_one_sentence(place, raised):
     assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
 
 
+def test_an_interrupt_while_arguments_are_read_is_one_sentence(place):
+    code = (
+        "import signal, typer.core; from headprof.__main__ import run\n"
+        "typer.core.TyperCommand.parse_args = lambda *rest: signal.raise_signal(signal.SIGINT)\n"
+        "run()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "profile", "list"], capture_output=True, cwd=place, check=False
+    )
+    assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
+
+
 def test_a_signal_at_any_moment_of_starting_is_one_sentence(place):
     for wait in (0.15, 0.5, 1.2):
         code = "from headprof.__main__ import run; run()"
@@ -191,6 +204,9 @@ def test_every_number_has_bounds():
         ("generate", "--prompt", "x", "--seed", str(2**64)),
         ("generate", "--prompt", "x", "--temperature", "inf"),
         ("generate", "--prompt", "x", "--temperature", "nan"),
+        ("generate", "--prompt", "x", "--temperature", "1e-320"),
+        ("generate", "--prompt", "x", "--temperature", "1e-5"),
+        ("generate", "--prompt", "x", "--set", "self=1"),
         ("generate", "--prompt", "x", "--keep-last", "100000000000000000000"),
         ("generate", "--prompt", "x", "--pool-factor", "nan"),
         ("generate", "--prompt", "x", "--budget", "9" * 400),
@@ -205,6 +221,50 @@ def test_every_number_has_bounds():
 def test_numbers_beyond_all_use_are_refused_at_once(place, arguments):
     result = headprof(place, *arguments, "-m", "tiny")
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--prompt", "x", "--profile", LONG),
+        ("generate", "--prompt", "x", "--chat-template", LONG),
+        ("generate", "--prompt", "x", "--cache", LONG),
+        ("generate", "--prompt", "x", "--backend", LONG),
+        ("generate", "--prompt", "x", "--decode-budget", LONG),
+        ("generate", "--prompt", "x", "--file", LONG),
+        ("compress", "--file", LONG),
+        ("heatmap", LONG),
+        ("profile", "show", LONG),
+        ("profile", "import", LONG),
+        ("profile", "import", "--retrieval", LONG),
+        ("profile", "export", "tiny", f"{LONG}.csv"),
+        ("score", "--needles", LONG),
+        ("score", "--haystack", LONG),
+        ("validate", LONG),
+        ("eval", "--tasks", "perplexity", "--data-dir", LONG),
+        ("eval", "--profile", LONG),
+        ("eval", "--prompts", LONG),
+        ("bench", "generate", "--profile", LONG),
+    ],
+)
+def test_a_text_that_is_too_long_for_a_name_is_one_sentence(place, arguments):
+    result = headprof(place, *arguments, *(() if arguments[0] == "profile" else ("-m", "tiny")))
+    assert result.returncode in (1, 2) and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1 and len(result.stderr) < 1500
+
+
+def test_a_link_to_itself_is_one_sentence(place):
+    (place / "loop").symlink_to("loop")
+    (place / "in.txt").write_text("The keeper counted boats.")
+    for arguments in (
+        ("compress", "-f", "in.txt", "-o", "loop"),
+        ("compress", "-f", "loop"),
+        ("generate", "-f", "in.txt", "--prompt", "x", "-p", "loop"),
+        ("heatmap", "-o", "loop/heads.png"),
+    ):
+        result = headprof(place, *arguments, "-m", "tiny")
+        assert result.returncode in (1, 2) and result.stdout == "", result.stderr
+        assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_lengths_have_bounds():

@@ -21,7 +21,7 @@ from headprof.cli.lm_eval import PASS_ON, lm_eval
 from headprof.cli.profile import profiles
 from headprof.cli.score import score
 from headprof.cli.validate import validate
-from headprof.errors import UsageError
+from headprof.errors import InterruptedRun, UsageError
 
 app = typer.Typer(
     name="headprof",
@@ -72,4 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     terminal.configure(quiet="--quiet" in given, debug="--debug" in given)
     _check_surroundings()
-    app(args=[argument for argument in given if argument not in ("--quiet", "--debug")], prog_name="headprof")
+    try:
+        app(args=[argument for argument in given if argument not in ("--quiet", "--debug")], prog_name="headprof")
+    except SystemExit as ended:
+        if ended.code == InterruptedRun.exit_code and not terminal.has_failed:  # typer ends without a word
+            terminal.error("Interrupted.")
+        raise

@@ -99,7 +99,7 @@ def bench_generate(
 
     request = _case_request(cases, tuning, decoding, without_full, prefill_chunk=prefill_chunk, seed=seed)
     request.check()
-    _check_output(output, model, profile)
+    _check_output(output, model, loading, profile)
     loaded = _load(model, shape, loading)
     head_profile: Any
     if shape is not None:
@@ -172,7 +172,7 @@ def bench_score(
 
     request = _side_request(asked, seed, random_weights=shape is not None)
     request.check()
-    _check_output(output, model)
+    _check_output(output, model, loading)
     loaded = _load(model, shape, loading, max_positions=max(request.lengths))
     with terminal.progress() as report:
         result = run_score_bench(loaded, request, report)
@@ -231,12 +231,12 @@ def _side_request(asked: SideOptions, seed: int, random_weights: bool) -> ScoreB
     )
 
 
-def _check_output(output: Path | None, model: str | None, profile: Path | None = None) -> None:
+def _check_output(output: Path | None, model: str | None, loading: LoadOptions, profile: Path | None = None) -> None:
     """Find out before any work that the figures cannot be written, or would replace what is read."""
     from headprof.utils.files import check_writable
 
     if output is not None:
-        check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
+        check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model, loading)))
         check_writable(output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -73,11 +74,25 @@ def _guarded(function: Callable[..., None], arguments: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         terminal.error("Interrupted.")
         raise typer.Exit(130) from None
-    except RuntimeError as error:
-        if terminal.debug or "home directory" not in str(error):  # how `pathlib` says it
+    except (RuntimeError, OSError) as error:
+        fault = _fault_of_path(error)
+        if terminal.debug or fault is None:
             raise
-        terminal.error("This account has no home folder to look in: set HOME to a folder, or give paths without ~.")
+        terminal.error(fault)
         raise typer.Exit(UsageError.exit_code) from None
+
+
+def _fault_of_path(error: RuntimeError | OSError) -> str | None:
+    """What is wrong with a path that could not even be looked for; `None` when the error is about something else."""
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP):
+            return None
+        return f"{error.filename} cannot be looked for ({error.strerror}): check the path, and its permissions."
+    if "home directory" in str(error):  # how `pathlib` says it
+        return "This account has no home folder to look in: set HOME to a folder, or give paths without ~."
+    if "Symlink loop" in str(error):
+        return f"A path cannot be followed ({error}): check its symbolic links."
+    return None
 
 
 def _check_arguments(values: Iterable[Any]) -> None:

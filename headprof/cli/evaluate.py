@@ -152,7 +152,7 @@ def evaluate(
 
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     needs_profile = request.check()
-    _check_outputs(output, model, profile, data)
+    _check_outputs(output, model, profile, data, loading)
     team = join_team()
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile) if needs_profile else None
@@ -174,9 +174,11 @@ def evaluate(
         _show(found, output, json)
 
 
-def _check_outputs(output: Path, model: str | None, profile: Path | None, data: DataOptions) -> None:
+def _check_outputs(
+    output: Path, model: str | None, profile: Path | None, data: DataOptions, loading: LoadOptions
+) -> None:
     prompts = [] if data.prompts is None else [data.prompts]
-    read = (prompts, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model))
+    read = (prompts, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model, loading))
     check_outputs(outputs_of_eval(output), chain.from_iterable(read))
 
 

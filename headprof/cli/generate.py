@@ -47,7 +47,9 @@ def generate(
         str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
-    temperature: Annotated[float, typer.Option(min=0, max=1000, help="0 for greedy decoding.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=1000, help="0 for greedy decoding, else 0.0001 or more.")
+    ] = 0.0,
     seed: Seed = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Answer with the full cache too.")] = False,
     json: JsonFlag = False,
@@ -65,10 +67,12 @@ def generate(
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
     headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
     """
+    from headprof.compression.generation import check_temperature
     from headprof.compression.inputs import check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
     check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
+    check_temperature(temperature)
     request = compression_request(compressing, tuning, decoding, reading)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:

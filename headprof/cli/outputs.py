@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from headprof.cli.options import LoadOptions
 from headprof.errors import HeadprofError, UsageError
 
 
@@ -33,11 +34,13 @@ def check_outputs(targets: Mapping[Path, str | None], inputs: Iterable[Path]) ->
         check_output(target, read, file_format)
 
 
-def model_inputs(model: str | None) -> Iterator[Path]:
-    """The files of a model, as far as they are on this machine."""
+def model_inputs(model: str | None, loading: LoadOptions | None = None) -> Iterator[Path]:
+    """The files of a model, as far as they are on this machine, and what it is loaded with."""
     from headprof.models.finding import model_files
 
     yield from model_files(model)
+    if loading is not None and loading.chat_template is not None:
+        yield Path(loading.chat_template).expanduser()
 
 
 def profile_input(model: str | None, profile: Path | None) -> Iterator[Path]:

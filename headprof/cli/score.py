@@ -92,7 +92,7 @@ def score(
 
     request = _request(asked, counting, seed)
     request.check()
-    _check_outputs(output, model, asked)
+    _check_outputs(output, model, asked, loading)
     team = join_team()
     loaded = load(model, loading)
     builder = build_probes(loaded, request)
@@ -115,7 +115,7 @@ def score(
         _show(profile, target, stopping=request.stop is not None)
 
 
-def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions) -> None:
+def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
     from headprof.profile.head_profile import FORMAT
@@ -124,7 +124,8 @@ def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions) 
 
     target = output or default_output(model_name(model))
     given = [path for path in (asked.needles, asked.haystack) if path is not None]
-    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, chain(given, model_inputs(model)))
+    read = chain(given, model_inputs(model, loading))
+    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, read)
 
 
 def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> ScoreRequest:

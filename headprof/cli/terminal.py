@@ -20,6 +20,8 @@ from headprof.utils.printable import printable, printable_json
 Report = Callable[[str, int, int], None]
 """Takes a description, the work done and the work in all."""
 
+_LONGEST_WORD, _END_OF_WORD = 300, 20
+
 
 class Terminal:
     """Where the command line writes.
@@ -27,6 +29,7 @@ class Terminal:
     Attributes:
         quiet: no progress, no tables, no remarks; results and errors only.
         debug: let errors through with their traceback.
+        has_failed: whether an error has been said.
     """
 
     def __init__(self, *, quiet: bool = False, debug: bool = False):
@@ -36,6 +39,7 @@ class Terminal:
         """Begin anew with these."""
         self.quiet = quiet
         self.debug = debug
+        self.has_failed = False
         self.stderr = _console(stderr=True, quiet=quiet)
 
     @contextmanager
@@ -88,7 +92,14 @@ class Terminal:
 
     def error(self, message: str) -> None:
         """One sentence on stderr, also when quiet."""
-        _console(stderr=True).print(f"Error: {printable(message)}", markup=False)
+        self.has_failed = True
+        words = [_cut(word) for word in printable(message).split(" ")]
+        _console(stderr=True).print(f"Error: {' '.join(words)}", markup=False)
+
+
+def _cut(word: str) -> str:
+    """A word of a message; what somebody gave as an argument, or wrote into a file, may be as long as a book."""
+    return word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}...{word[-_END_OF_WORD:]}"
 
 
 @contextmanager

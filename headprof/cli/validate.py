@@ -80,7 +80,7 @@ def validate(
         raise UsageError("The figures for --csv are those of --per-head: give both.")
     check_picture(output)
     targets = {path: None for path in (output, csv) if path is not None}
-    check_outputs(targets, chain(profile_input(model, profile), model_inputs(model)))
+    check_outputs(targets, chain(profile_input(model, profile), model_inputs(model, loading)))
     _check_settings(settings, model, profile)
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile)

@@ -17,6 +17,7 @@ from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method, find_method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
+from headprof.profile.head_profile import LARGEST_SCORE
 from headprof.utils.memory import free_bytes
 from headprof.utils.records import is_whole, make_record, parse_json, parse_object, plain
 from headprof.utils.tensor_files import Stored, TensorFile
@@ -28,6 +29,8 @@ _MOST_TOKENS = 2**31 - 1
 _MOST_HEADS = 2**22
 _LONGEST_NAME = 200
 _MOST_BYTES = 2.0**63
+_LARGEST = 1e15
+"""Of numbers that go into products; what a model comes to is far below."""
 _UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "bytes": _MOST_BYTES}
 
 
@@ -216,8 +219,8 @@ def _check_lengths(prefix: str, lengths: torch.Tensor, rows: int, seen: int) -> 
 def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> None:
     """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
     scores = tensors["scores"]
-    if not torch.isfinite(scores).all() or (scores < 0).any():
-        raise ValueError("its scores are not all finite, zero or more")
+    if not ((scores >= 0) & (scores <= LARGEST_SCORE)).all():
+        raise ValueError("its scores are not all numbers that heads can have")
     parts = ("keys", "values", "queries", "received", "positions", "bias")
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:
@@ -231,5 +234,5 @@ def _is_sound(part: str, numbers: torch.Tensor, seen: int) -> bool:
     if part == "positions":
         return int(numbers.min()) >= 0 and int(numbers.max()) < seen
     if part == "bias":  # a row that is hidden has minus infinity
-        return bool((numbers < math.inf).all())
-    return bool(torch.isfinite(numbers).all())
+        return bool((numbers < _LARGEST).all())
+    return bool((numbers.abs() < _LARGEST).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,9 @@ from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel, require_finite
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
+
+LOWEST_TEMPERATURE = 1e-4
+"""But for 0, which is greedy decoding; divided by less, logits overflow."""
 
 
 @dataclass(frozen=True)
@@ -285,6 +289,16 @@ def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: C
     )
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise `UsageError` for a temperature that logits cannot be divided by."""
+    if temperature != 0 and not LOWEST_TEMPERATURE <= temperature < math.inf:
+        raise UsageError(
+            f"A temperature of {temperature:g} cannot be sampled with: give 0 for greedy decoding, or a number from "
+            f"{LOWEST_TEMPERATURE:g} on."
+        )
+
+
 def _sampling(temperature: float) -> dict[str, Any]:
     """Greedy decoding at 0, else sampling from the whole distribution, whatever the model's own settings."""
+    check_temperature(temperature)
     return {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}

@@ -9,6 +9,9 @@ from typing import TextIO
 from headprof.errors import UsageError
 from headprof.utils.assets import asset_dir
 from headprof.utils.files import decode_text, read_text
+from headprof.utils.units import human_bytes
+
+_LARGEST_INPUT = 2**28  # bytes
 
 
 def demo_document() -> tuple[str, str]:
@@ -48,7 +51,12 @@ def checked_prompt(text: str, option: str = "--prompt") -> str:
 
 def _read_stream(stream: TextIO) -> str:
     """All of standard input, read as a file is, whatever encoding the system is set to."""
-    data = stream.buffer.read() if hasattr(stream, "buffer") else stream.read().encode("utf-8", "surrogateescape")
+    if hasattr(stream, "buffer"):
+        data = stream.buffer.read(_LARGEST_INPUT + 1)
+    else:
+        data = stream.read(_LARGEST_INPUT + 1).encode("utf-8", "surrogateescape")
+    if len(data) > _LARGEST_INPUT:
+        raise UsageError(f"The standard input has more than {human_bytes(_LARGEST_INPUT)}: give a shorter text.")
     return decode_text(data, "The standard input")
 
 

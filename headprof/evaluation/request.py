@@ -159,6 +159,10 @@ class EvalRequest:
         own = [task for task in self.all_tasks if task in PROBE_TASKS]
         if self.probes < len(own):
             raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
+        if self.families and not own:
+            raise UsageError(
+                f"Families are those of {' and '.join(PROBE_TASKS)}: add one of these tasks, or leave --families away."
+            )
         if self.prompts is not None and not self.prompts.is_file():
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
         if self.observe != self.observe.encode("utf-8", "replace").decode("utf-8"):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from headprof.errors import ModelError
-from headprof.utils.records import is_text, make_record, shortened
+from headprof.utils.records import make_record, shortened
 
 _MOST = 10**9
 _LONGEST_NAME = 200
@@ -84,7 +84,7 @@ class HeadShape:
         """Inverse of `to_dict`; raises `ValueError` when a field is missing, of the wrong type or beyond any model."""
         numbers = [field.name for field in fields(cls) if field.name != "architecture"]
         shape = make_record(cls, values, dict.fromkeys(numbers, (0, _MOST)))
-        if not is_text(shape.architecture) or len(shape.architecture) > _LONGEST_NAME:
+        if not shape.architecture.isprintable() or len(shape.architecture) > _LONGEST_NAME:
             raise ValueError(f"its architecture cannot be {shortened(shape.architecture)}")
         return shape
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
+from headprof.profile.head_profile import KINDS, LARGEST_SCORE, HeadProfile
+from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.utils.files import atomic_write
 from headprof.utils.records import shortened
 
@@ -115,8 +115,9 @@ def _parse_cell(path: Path, column: str, head: tuple[int, int], cell: str) -> fl
         value = float(cell)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= LARGEST:
+    if not 0 <= value <= LARGEST_SCORE:
         raise ProfileError(
-            f"{path} has {shortened(cell)} as {column} of head {head[0]}-{head[1]}: give a finite number, zero or more."
+            f"{path} has {shortened(cell)} as {column} of head {head[0]}-{head[1]}: give a number from 0 to "
+            f"{LARGEST_SCORE:g}."
         )
     return value

@@ -26,6 +26,8 @@ FORMAT_VERSION = "2"
 """Version 1 had no intervals; it is still read."""
 _READABLE = ("1", FORMAT_VERSION)
 _RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
+LARGEST_SCORE = 1e30
+"""Beyond all scores; sums of as many as there can be are finite still."""
 _LARGEST_FILE = 2**26
 _LONGEST_NAME, _LONGEST_NOTE, _MOST_NOTES = 1000, 2**16, 1000
 _MOST_PROBES = 2**53
@@ -299,6 +301,8 @@ def _tensor_fault(tensor: Tensor, shape: HeadShape) -> str | None:
         return "are not all finite"
     if (tensor < 0).any():
         return "are not all zero or more"
+    if (tensor > LARGEST_SCORE).any():
+        return f"are not all below {LARGEST_SCORE:g}"
     return None
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from headprof.models.shape import HeadShape
 
-LARGEST = 3.4e38
-"""About the largest float32; also keeps out infinity and, since it compares false, NaN."""
 _LARGEST_FILE = 2**28
 _HEAD_KEY = re.compile(r"(\d{1,5})-(\d{1,5})")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import HeadProfile
-from headprof.profile.head_table import LARGEST, check_grid, grid_size, parse_head_key, read_text, short_floats
+from headprof.profile.head_profile import LARGEST_SCORE, HeadProfile
+from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_samples(path: Path, key: str, values: Any) -> list[float]:
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or not values or not all(0 <= v <= LARGEST for v in values):
-        raise ProfileError(f"{path} has no usable scores for head {key}: give a list of finite numbers, zero or more.")
+    if not numbers or not values or not all(0 <= v <= LARGEST_SCORE for v in values):
+        raise ProfileError(
+            f"{path} has no usable scores for head {key}: give a list of numbers from 0 to {LARGEST_SCORE:g}."
+        )
     return values

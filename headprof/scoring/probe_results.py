@@ -14,6 +14,7 @@ from safetensors.torch import save
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.probes.needles import KINDS
+from headprof.profile.head_profile import LARGEST_SCORE
 from headprof.scoring.prober import ProbeResult
 from headprof.utils.files import atomic_write, remove_leftovers
 from headprof.utils.records import parse_object
@@ -143,7 +144,7 @@ def _check_stored(file: TensorFile, key: dict[str, Any]) -> None:
 def _check_numbers(tensors: dict[str, torch.Tensor], names: list[str], key: dict[str, Any]) -> None:
     """Look at the numbers; raises `ValueError` when they are not those of a run with this key."""
     scores, context = tensors["scores"], tensors["context"]
-    if not torch.isfinite(scores).all() or (scores < 0).any() or (context < 0).any():
+    if not ((scores >= 0) & (scores <= LARGEST_SCORE)).all() or (context < 0).any():
         raise ValueError("its scores or contexts are no such numbers")
     for part in ("kind", "family"):
         if ((tensors[part] < 0) | (tensors[part] >= len(names))).any():

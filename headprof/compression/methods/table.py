@@ -124,7 +124,7 @@ class Method:
         """Whether a part of this method has a parameter of this name."""
         return self._holder(name) is not None
 
-    def with_options(self, **options: Any) -> Method:
+    def with_options(self, /, **options: Any) -> Method:
         """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
 
         Raises:
