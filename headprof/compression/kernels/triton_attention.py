@@ -104,7 +104,7 @@ class Tile:
     def of(cls, query: Tensor, num_queries: int) -> Tile:
         """For so many queries a head. A tile of keys is 16 KiB, so that those under way fit in any card."""
         dim = max(16, 1 << (query.shape[-1] - 1).bit_length())
-        queries = min(max(16, triton.next_power_of_2(num_queries)), 64 if dim <= 128 else 32)
+        queries = min(max(16, 1 << (num_queries - 1).bit_length()), 64 if dim <= 128 else 32)
         rows = min(max(16, 16384 // (dim * query.element_size())), 128)
         few = queries == 16
         return cls(queries, rows, dim, warps=4 if few else 8, stages=3 if few else 2)
