@@ -57,7 +57,9 @@ class MarkedLayer(Protocol):
     """Whether it holds rows."""
     batch_size: int
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: AttentionLayer) -> None:
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, own: Tensor, layer: AttentionLayer
+    ) -> None:
         """A part of the prompt, or all of it, has been attended over."""
         ...
 
@@ -274,7 +276,8 @@ def _linked(base: AttentionFunction, backend: str, rotaries: _Rotaries, check: L
         )
         if not cache_layer.is_initialized:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
-            cache_layer.attended(query, key, value, _valid_tokens(attention_mask, key), layer)
+            own = _own_tokens(attention_mask, query)
+            cache_layer.attended(query, key, value, _valid_tokens(attention_mask, key), own, layer)
             return output, weights
         valid = None
         if attention_mask is not None and query.shape[2] > 1:
@@ -322,10 +325,23 @@ def _valid_tokens(mask: Tensor | None, key: Tensor) -> Tensor:
     return _visible(last_row).expand(batch, num_tokens)
 
 
+def _own_tokens(mask: Tensor | None, query: Tensor) -> Tensor:
+    """Which tokens of a prompt's newest chunk are no padding, bool `[B, Q]`."""
+    batch, _, num_new, _ = query.shape
+    if mask is None:
+        return torch.ones(batch, num_new, dtype=torch.bool, device=query.device)
+    return _seeing_themselves(mask, num_new).expand(batch, num_new)
+
+
+def _seeing_themselves(mask: Tensor, num_new: int) -> Tensor:
+    """Which of the newest tokens are no padding, bool `[B or 1, Q]`: padding does not even see itself."""
+    newest = mask[..., -num_new:]
+    return newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
+
+
 def _hide_padding(layer: MarkedLayer, mask: Tensor, num_new: int) -> Tensor | None:
     """Hide padding among the newest tokens: what does not even see itself; bool `[B, Q]`, `None` if there is none."""
-    newest = mask[..., -num_new:]
-    own = newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
+    own = _seeing_themselves(mask, num_new)
     if bool(own.all()):
         return None
     own = own.expand(layer.batch_size, num_new)

@@ -165,7 +165,7 @@ class HeadprofLM(HFLM):
 
     def _loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all of a prompt of so many tokens."""
-        return prompt_length > 0 and int(self.plan.allocation(prompt_length).min()) < prompt_length
+        return prompt_length > 0 and self.plan.loses(prompt_length)
 
     def _compressed_loglikelihoods(
         self, requests: Sequence[Request], groups: dict[tuple[int, ...], list[int]], disable_tqdm: bool

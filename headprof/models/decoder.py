@@ -88,6 +88,18 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
     return layers
 
 
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Tokens that each of the `L` layers can see at most, itself included, by a model's configuration; `None` for all.
+
+    Args:
+        config: of the model, or of its text part.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return tuple((window or None) if kind == "sliding_attention" else None for kind in kinds)
+
+
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:
     """Where a layer's attention runs, layers may lie on several devices; the embedding's where that is not told."""
     embedding: Any = model.get_input_embeddings()

@@ -43,7 +43,7 @@ class FanOutLayer(PromptLayer):
             if importance not in said:
                 said[importance] = assessed(importance, observed)
             layer.lazy_initialization(observed.keys, observed.values)
-            layer.seen, layer.observers = self.seen, self.observers
+            layer.seen, layer.observers, layer.prompt_lengths = self.seen, self.observers, self.prompt_lengths
             layer.compress(observed, said[importance])
             layer.forget_prompt()
         self.is_initialized = True

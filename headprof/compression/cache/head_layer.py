@@ -101,7 +101,8 @@ class HeadCacheLayer(PromptLayer):
 
     def compress(self, observed: Observation, assessment: Assessment) -> None:
         """Keep of the prompt what the plan allots, by what the importance says of it."""
-        counts = self.schedule.prompt_counts(observed.valid)
+        lengths = observed.valid.sum(dim=-1) if self.prompt_lengths is None else self.prompt_lengths
+        counts = self.schedule.prompt_counts(lengths)
         self.hold(self.schedule.compressed(observed, assessment, counts), RecentQueries(layer=observed.layer))
         if self.schedule.goes_on and not self.observers:
             self._remember(observed)

@@ -39,6 +39,8 @@ class PromptLayer(CacheLayerMixin):
         self.observers = 0
         self._whole: list[Tensor] = []  # room for the keys and the values of a prompt in chunks
         self._queries: list[Tensor] = []
+        self._own: list[Tensor] = []
+        self.prompt_lengths: Tensor | None = None  # [B], without padding; `None` where all that is valid counts
 
     def queries_needed(self) -> int | None:
         """How many of the prompt's last queries `filled` wants; `None` for all."""
@@ -77,17 +79,22 @@ class PromptLayer(CacheLayerMixin):
         keys, values = self._whole
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, layer: AttentionLayer) -> None:
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor, own: Tensor, layer: AttentionLayer
+    ) -> None:
         """Compress the layer once the attention over its whole prompt is done.
 
         Args:
             query: of the newest chunk, `[B, H, Q, D]`.
             key, value: of the prompt so far, `[B, K, tokens, D]`.
-            valid: which of these tokens are no padding, bool `[B, tokens]`.
+            valid: which of these tokens are no padding, bool `[B, tokens]`; a layer with a sliding window need not mark
+                those that no later query can see.
+            own: which of the newest chunk's are no padding, bool `[B, Q]`.
             layer: how it attended.
         """
         needed = self.queries_needed()
         newest = _last(query, needed)
+        self._own.append(own)
         if self.seen < self.expected:
             self._queries.append(newest.clone())
             return
@@ -96,6 +103,7 @@ class PromptLayer(CacheLayerMixin):
             valid = valid.clone()
             valid[:, -self.observers :] = False
             self.seen -= self.observers
+        self.prompt_lengths = torch.cat(self._own, dim=1)[:, : self.seen].sum(dim=-1)
         self.filled(Observation(queries, Rows.of_prompt(key, value), valid, layer))
         self.forget_prompt()
 

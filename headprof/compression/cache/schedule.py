@@ -62,10 +62,10 @@ class LayerSchedule:
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         return method.reduction.reduce(rows, Choice(largest(ranked, counts, self.importance.noise), ranked, weights))
 
-    def prompt_counts(self, valid: torch.Tensor) -> torch.Tensor:
-        """Tokens allotted to each head of a prompt whose valid tokens are marked, bool `[B, T]`: int64 `[B, K]`."""
-        lengths = valid.sum(dim=-1).tolist()
-        return torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths]).to(valid.device)
+    def prompt_counts(self, lengths: torch.Tensor) -> torch.Tensor:
+        """Tokens allotted to each head of prompts of so many tokens, padding not counted, `[B]`: int64 `[B, K]`."""
+        rows = [self.plan.allocation(length)[self.layer_idx] for length in lengths.tolist()]
+        return torch.stack(rows).to(lengths.device)
 
     def targets(self, seen: int) -> torch.Tensor:
         """Rows that each head is compressed to after so many tokens, int64 `[K]`."""
