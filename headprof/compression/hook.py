@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
-from headprof.compression.generate_call import takes_tokens, with_our_caches
+from headprof.compression.generate_call import refuse_continuous_batching, takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.link_check import LinkCheck
@@ -167,6 +167,8 @@ def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] |
         if own_kind is not None:
             changes.set(vars(model.generation_config), "cache_implementation", None)
         changes.set(vars(model), "generate", with_our_caches(model, model.generate, new_cache, own_kind))
+    if hasattr(model, "init_continuous_batching"):
+        changes.set(vars(model), "init_continuous_batching", refuse_continuous_batching)
     hook = model.register_forward_pre_hook(_starting_with(model, new_cache), with_kwargs=True)
     changes.hook(hook)
 

@@ -38,12 +38,7 @@ def running_model(model: Any) -> PreTrainedModel:
 
 def _inside(wrapper: Any) -> Any:
     """What a wrapper runs, or `None` if it is none that is known."""
-    adapter = getattr(wrapper, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ModelError(
-            f"The adapter {type(adapter).__name__} feeds the model tokens or keys of its own, which cannot be "
-            "compressed: choose one that changes weights, such as LoRA."
-        )
+    require_plain_prompts(wrapper)
     if callable(getattr(wrapper, "get_base_model", None)):  # peft
         return wrapper.get_base_model()
     if isinstance(wrapper, torch.nn.DataParallel) and len(wrapper.device_ids) > 1:
@@ -55,6 +50,19 @@ def _inside(wrapper: Any) -> Any:
     if hasattr(wrapper, "base_model"):
         return getattr(wrapper.base_model, "model", wrapper.base_model)
     return None if isinstance(wrapper, torch.nn.Module) else getattr(wrapper, "model", None)  # a pipeline
+
+
+def require_plain_prompts(wrapper: Any) -> None:
+    """
+    Raises:
+        ModelError: it is an adapter of PEFT that puts something before the tokens that it is given.
+    """
+    adapter = getattr(wrapper, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ModelError(
+            f"The adapter {type(adapter).__name__} feeds the model tokens or keys of its own, which cannot be "
+            "compressed: choose one that changes weights, such as LoRA."
+        )
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
