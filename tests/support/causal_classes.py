@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from headprof import compressed
+from headprof import HeadCache, compressed
 from headprof.errors import HeadprofError
 from headprof.models.checkpoint import quiet
 
@@ -22,8 +22,8 @@ CLASSES: dict[str, Any] = {
 }
 """Configuration classes by name."""
 
-PROMPT, NEW_TOKENS, WINDOW = 13, 6, 4
-_MOST_PARAMETERS = 60_000_000
+PROMPT, NEW_TOKENS, WINDOW, BUDGET = 13, 6, 4, 5
+_MOST_PARAMETERS = 200_000_000
 
 _NUMBERS: dict[str, Any] = {
     "vocab_size": 128,
@@ -121,7 +121,10 @@ class Outcome:
 
 
 def try_class(name: str) -> Outcome:
-    """Generate with the full cache and with a compressed one that could hold it all, and compare the logits."""
+    """Generate with the full cache and with a compressed one that could hold it all, and compare the logits.
+
+    Then once more with one that holds little, to see that it does.
+    """
     torch.manual_seed(0)
     with silence():
         try:
@@ -133,12 +136,16 @@ def try_class(name: str) -> Outcome:
         try:
             with compressed(model, method="snapkv", budget=4096):
                 ours = _logits(model, ids)
+            with compressed(model, method="snapkv", budget=BUDGET):
+                held = _held(model, ids)
         except HeadprofError as error:
             return Outcome("refused", str(error))
         except Exception as error:
             return Outcome("wrong", _brief(error))
         if not torch.allclose(_logits(model, ids), full, atol=1e-5):
             return Outcome("not built", "its own logits are not the same twice")
+    if held > BUDGET + NEW_TOKENS - 1:
+        return Outcome("wrong", f"holds {held} rows with a budget of {BUDGET}")
     difference = float((ours - full).abs().max())
     return (
         Outcome("equal")
@@ -151,21 +158,30 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+def _held(model: Any, ids: torch.Tensor) -> float:
+    """The most rows that a KV head of a compressed cache holds after generating; infinite if it was another cache."""
+    cache = _generated(model, ids).past_key_values
+    return int(cache.lengths.max()) if isinstance(cache, HeadCache) else float("inf")
+
+
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the tokens generated greedily, `[N, vocabulary]`."""
+    logits = torch.cat(_generated(model, ids).logits).float()
+    assert logits.isfinite().all(), "logits are not finite"
+    assert len(logits) == NEW_TOKENS, "ends early"
+    return logits
+
+
+def _generated(model: Any, ids: torch.Tensor) -> Any:
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2)
     model.generation_config.eos_token_id = None  # so that it does not end early
-    made = model.generate(
+    return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=settings,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = torch.cat(made.logits).float()
-    assert logits.isfinite().all(), "logits are not finite"
-    assert len(logits) == NEW_TOKENS, "ends early"
-    return logits
 
 
 def tiny_causal(config_class: Any) -> Any:
