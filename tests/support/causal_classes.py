@@ -83,8 +83,18 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         _MLA,
     ),
     **dict.fromkeys(["GlmMoeDsaConfig", "LongcatFlashConfig", "MiniCPM3Config", "YoutuConfig"], _MLA),
-    **dict.fromkeys(["Dots3NoteTextConfig", "KimiLinearConfig"], _MLA),
-    "BailingHybridConfig": _HYBRID | _MLA,
+    "Dots3NoteTextConfig": _MLA,
+    **dict.fromkeys(["BailingHybridConfig", "KimiLinearConfig"], _HYBRID | _MLA),
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "DbrxConfig": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 128,
+        "vocab_size": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 64},
+    },
     "GraniteMoeHybridConfig": _HYBRID,
     **dict.fromkeys(["Lfm2Config", "Lfm2MoeConfig"], _CONVOLUTIONS),
     "BambaConfig": {"attn_layer_indices": [1, 3]},
@@ -100,7 +110,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "XLNetConfig": {"d_head": 16},
     "ZayaConfig": {"num_experts_per_tok": 1},
-    "MptConfig": {"d_model": 64, "n_heads": 4, "n_layers": 4},
+    "MptConfig": {"d_model": 64, "n_heads": 4, "n_layers": 4, "vocab_size": 128, "max_seq_len": 128},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16},
     "ReformerConfig": {"axial_pos_embds": False},
     "xLSTMConfig": {"num_heads": 4},
@@ -216,7 +226,7 @@ def tiny_config(config_class: Any) -> Any:
     for name, part in parts.items():
         if hasattr(part, "model_type") and part.__name__ != "AutoConfig":
             made[name] = tiny_config(part).to_dict()
-    return config_class(**made)
+    return config_class(**made | _OVERRIDES.get(config_class.__name__, {}))
 
 
 @contextmanager
