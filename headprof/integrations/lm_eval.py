@@ -100,7 +100,8 @@ class HeadprofLM(HFLM):
         chosen = find_method(method).with_options(**settings)  # complaints come before the weights
         if not isinstance(profile, HeadProfile):
             needed = chosen.budget.profile_scores is not None
-            profile = find_profile(name, Path(profile) if profile else None) if needed else None
+            given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
+            profile = find_profile(name, Path(profile) if profile else None, given) if needed else None
         if isinstance(pretrained, str) and name == EMBEDDED:
             pretrained = find_model(pretrained, no_progress).location
 
