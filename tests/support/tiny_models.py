@@ -156,7 +156,7 @@ def save_tiny(path: Path, arch: str = "llama", *, chat: bool = False, **options:
 def save_tiny_gguf(
     path: Path, *, arch: str = "llama", pre_tokenizer: str = "default", chat: bool = True, **options: Any
 ) -> PreTrainedModel:
-    """Write a tiny llama, or another `arch`, with its tokenizer to the file `path` as an unquantized GGUF, and return the model.
+    """Write a tiny llama, or another `arch`, with its tokenizer to the file `path` as a GGUF, and return the model.
 
     Args:
         arch: `llama` or `qwen2`.
