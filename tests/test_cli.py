@@ -676,3 +676,23 @@ def test_no_space_on_the_disk_leaves_nothing(place, tmp_path):
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert result.stderr.startswith("Error: ") and len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "--prompt", "x"),
+        ("heatmap",),
+        ("validate", "--probes", "4"),
+        ("eval", "--methods", "headkv", "--probes", "4"),
+        ("compress", "--file", "text.txt"),
+    ],
+)
+def test_a_missing_profile_of_a_local_model_names_the_command_that_finds_the_model(tiny_folder, tmp_path, words):
+    (tmp_path / "text.txt").write_text("The code is 42.")
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "model").symlink_to(tiny_folder)
+    for given in (str(tiny_folder), "my/model"):
+        made = headprof(tmp_path, *words, "--model", given)
+        assert made.returncode == 1
+        assert made.stderr.strip().endswith(f"run `headprof score --model {given}`.")

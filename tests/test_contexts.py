@@ -357,3 +357,46 @@ def test_an_assistants_own_cache_works_inside():
     with compressed(model, **BUDGET):
         made = model.generate(ids, past_key_values=DynamicCache(), prompt_lookup_num_tokens=3, **GREEDY)
     assert torch.equal(made, expected)
+
+
+# Other ways to read a prompt.
+
+
+@pytest.mark.parametrize("enter", ["compressed", "ragged"])
+@pytest.mark.parametrize("how", ["generate_batch", "continuous_batching_context_manager", "paged"])
+def test_continuous_batching_is_refused_and_works_again_afterwards(how, enter):
+    model, ids = tiny_model(), random_ids(1, 30)
+    if not hasattr(model, "init_continuous_batching"):
+        pytest.skip("the installed Transformers has no continuous batching")
+    before = state(model)
+    with contexts(model)[enter](), pytest.raises(UsageError, match=r"(Continuous batching|'paged').*: (call|leave)"):
+        if how == "paged":
+            model.generate(ids, cache_implementation="paged", max_new_tokens=2)
+            pytest.fail("it went on")
+        elif how == "generate_batch":
+            model.generate_batch(ids.tolist(), max_new_tokens=2)
+        else:
+            with model.continuous_batching_context_manager():
+                pytest.fail("it went on")
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("given", ["argument", "config", "model"])
+def test_chunks_of_generate_are_refused_where_the_first_alone_would_be_compressed(given, own):
+    model, ids = tiny_model(), random_ids(1, 30)
+    options = {"prefill_chunk_size": 8} if given == "argument" else {}
+    if given == "config":
+        options = {"generation_config": GenerationConfig(prefill_chunk_size=8)}
+    elif given == "model":
+        model.generation_config.prefill_chunk_size = 8
+    with compressed(model, **BUDGET) as plan:
+        if own:
+            options["past_key_values"] = HeadCache(plan)
+        with pytest.raises(UsageError, match=r"prefill_chunk_size=8 lets .* give `compressed` prefill_chunk=8"):
+            model.generate(ids, max_new_tokens=2, **options)
+        cache = HeadCache(plan)
+        model(ids, past_key_values=cache)
+        options["past_key_values"] = cache  # what follows a prompt may come in pieces
+        assert model.generate(ids[:, :3], **GREEDY, **options).shape == (1, 3 + 6)
+        assert cache.lengths[0, 0, 0] == 8 + 3 + 5

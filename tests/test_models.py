@@ -306,10 +306,13 @@ def test_a_chosen_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
     assert "cannot be read" in failure(tiny_folder, chat_template=str(tmp_path / "latin.jinja"))
 
 
-def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("arch", "pre_tokenizer"), [("llama", "smollm"), ("qwen2", "qwen2")])
+def test_a_gguf_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, pre_tokenizer: str
+) -> None:
     monkeypatch.setattr(converted, "cache_dir", lambda: tmp_path / "cache")
     path = tmp_path / "tiny.gguf"
-    original = save_tiny_gguf(path, pre_tokenizer="smollm")
+    original = save_tiny_gguf(path, arch=arch, pre_tokenizer=pre_tokenizer)
     direct = read_tokenizer(Source(str(tmp_path), "tiny", {"gguf_file": path.name}), trust_remote_code=False)
     told: list[str] = []
 
@@ -325,7 +328,7 @@ def test_a_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert torch.allclose(loaded.model(ids).logits, original(ids).logits, atol=1e-4)
         assert loaded.tokenizer(TEXT).input_ids == direct(TEXT).input_ids
         assert loaded.tokenizer.chat_template == direct.chat_template
-    other = save_tiny_gguf(path, seed=1)
+    other = save_tiny_gguf(path, arch=arch, seed=1)
     assert torch.allclose(load().model(ids).logits, other(ids).logits, atol=1e-4)
     assert told == ["Converting tiny once"]
     assert len([each for each in (tmp_path / "cache" / "gguf").iterdir() if each.is_dir()]) == 1

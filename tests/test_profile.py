@@ -385,6 +385,8 @@ def test_profiles_are_found_in_the_documented_order(tmp_path, monkeypatch):
         find_profile("org/model")
     with pytest.raises(ProfileError, match=r"at gone\.st: .*`headprof score --model org/model -o gone\.st`"):
         find_profile("org/model", Path("gone.st"))
+    with pytest.raises(ProfileError, match=r"for Q4: run `headprof score --model /my/Q4\.gguf`\.$"):
+        find_profile("Q4", given="/my/Q4.gguf")
 
 
 def test_the_users_folder_without_the_variable(monkeypatch):

@@ -219,3 +219,24 @@ def test_tokens_of_the_template_that_are_not_special_are_its_own_too():
     ids = encoder.prompt_ids("I am <|model|>, said <|user|>")
     assert [i for i in ids if i in control] == control and (ids[0], ids[-1]) == tuple(control)
     assert tokenizer.decode(ids) == "<|user|>I am <|model|>, said <|user|><|model|>"
+
+
+def test_tokens_that_the_template_writes_in_other_turns_are_its_own_too():
+    tokenizer = chat_tokenizer(special=False)
+    tokenizer.add_tokens(["<tool>", "<table>"])
+    tokenizer.chat_template += "{% if tools %}<tool>{{ tools }}{% endif %}"
+    tool, table = tokenizer.convert_tokens_to_ids(["<tool>", "<table>"])
+    ids = PromptEncoder(tokenizer).prompt_ids("A <tool> on a <table>")
+    assert tool not in ids and table in ids  # which the template does not know
+    assert tokenizer.decode(ids) == "<|user|>A <tool> on a <table><|model|>"
+
+
+def test_words_and_white_space_of_the_template_are_ordinary_text():
+    """Some tokenizers have added tokens for line breaks and runs of blanks, and templates write them."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.add_tokens(["\n", "\n\n", "  ", "user"])
+    tokenizer.chat_template += "{% if false %}  {% endif %}"
+    text = "A user's\n\nline\nand  a blank\n\n\nuser"
+    encoder = PromptEncoder(tokenizer)
+    assert not encoder.texts.has_control(text)
+    assert encoder.texts.ids(text) == tokenizer(text, add_special_tokens=False).input_ids

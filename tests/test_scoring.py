@@ -9,6 +9,7 @@ from support.tiny_models import ARCHITECTURES, load_tiny
 
 from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.profile.head_profile import HeadProfile
 from headprof.scoring import run
 from headprof.scoring import shared_context as asking
 from headprof.scoring.estimators import reasoning_score, retrieval_score
@@ -275,6 +276,17 @@ def test_profile_averages_the_answered_probes_and_counts_the_others():
     assert profile.metadata["seed"] == "5"
     everything = make_profile(loaded, settings, results, include_failed=True)
     assert everything.probes_used == {"retrieval": 10} and everything.retrieval[0, 0] == pytest.approx(23.6)
+
+
+def test_how_sure_a_score_is_stays_unknown_with_one_context(tmp_path):
+    loaded, values = load_tiny(), [1, 2, 3, 4, 5, 6, 7, 8]
+    results = results_of("retrieval", values, [True] * 8)
+    one = make_profile(loaded, ProbeSettings(probes=8), results, clusters=[0] * 8)
+    two = make_profile(loaded, ProbeSettings(probes=8), results, clusters=[0] * 4 + [1] * 4)
+    assert not one.standard_errors and not one.intervals and one.retrieval[0, 0] == 4.5
+    assert two.standard_errors["retrieval"].min() > 0 and "retrieval" in two.intervals
+    one.save(tmp_path / "one.safetensors")
+    assert not HeadProfile.load(tmp_path / "one.safetensors").intervals
 
 
 @pytest.mark.parametrize("answered", [0, 7])

@@ -36,7 +36,7 @@ def load_profile(loaded: LoadedModel, file: Path | None) -> HeadProfile:
     """The profile of a model, from this file or where it is found."""
     from headprof.profile import finding
 
-    return finding.load_profile(loaded.name, file, loaded.shape)
+    return finding.load_profile(loaded.name, file, loaded.shape, loaded.given)
 
 
 def join_team() -> Team:

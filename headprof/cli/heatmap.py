@@ -39,6 +39,6 @@ def heatmap(
     from headprof.profile.finding import load_profile
 
     check_outputs({output: None}, chain(profile_input(model, profile), model_inputs(model)))
-    loaded = load_profile(model_name(model), profile)
+    loaded = load_profile(model_name(model), profile, given=model)
     plots.heatmap(loaded, path=output, which=which, top=top, uncertainty=uncertainty)
     terminal.result(str(output))

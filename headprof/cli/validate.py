@@ -100,7 +100,7 @@ def _check_settings(settings: ValidationSettings, model: str | None, profile: Pa
     from headprof.models.finding import model_name
     from headprof.profile import finding
 
-    shape = finding.load_profile(model_name(model), profile).shape
+    shape = finding.load_profile(model_name(model), profile, given=model).shape
     settings.check(shape.num_layers * shape.num_heads)
 
 

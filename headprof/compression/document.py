@@ -29,7 +29,7 @@ from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
-from headprof.models.decoder import layer_device
+from headprof.models.decoder import layer_device, sliding_windows
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write
@@ -210,6 +210,7 @@ def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor)
         profile_digest=facts.profile_digest,
         decode_budget=facts.decode_budget,
         buffer=buffer,
+        windows=sliding_windows(loaded.model.config),
     )
 
 

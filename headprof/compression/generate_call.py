@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headprof.errors import CacheError, UsageError
+from headprof.models.decoder import require_plain_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,8 @@ def with_our_caches(
     @wraps(generate)
     def run(*args, **arguments):
         arguments |= dict(zip(names, args, strict=False))
+        # An adapter whose `generate` this runs in takes the place of this method.
+        require_plain_prompts(getattr(model.prepare_inputs_for_generation, "__self__", None))
         cache: Any = arguments.get("past_key_values")
         if cache is None and new_cache is not None and setting(model, arguments, "use_cache") is not False:
             cache = arguments["past_key_values"] = new_cache()
@@ -74,6 +77,7 @@ def with_our_caches(
                 arguments["cache_implementation"] = own_kind
             return generate(**arguments)
         _refuse_assistance(model, arguments)
+        _refuse_chunks(model, arguments, cache)
         _leave_kind_away(arguments, own_kind)
         return _continued(model, generate, cache, arguments) if cache.get_seq_length() else generate(**arguments)
 
@@ -92,6 +96,31 @@ def _refuse_assistance(model: PreTrainedModel, arguments: dict[str, Any]) -> Non
                 f"{name} lets the first pass read guessed tokens together with the prompt, which cannot be compressed "
                 "by itself then: leave it away."
             )
+
+
+def _refuse_chunks(model: PreTrainedModel, arguments: dict[str, Any], cache: Any) -> None:
+    """
+    Raises:
+        UsageError: a prompt is to be read in several passes, of which the first would be compressed as if it were all.
+    """
+    chunk = setting(model, arguments, "prefill_chunk_size")
+    if chunk is not None and not cache.get_seq_length():
+        raise UsageError(
+            f"prefill_chunk_size={chunk!r} lets only the prompt's first chunk be compressed: leave it away, and give "
+            f"`compressed` prefill_chunk={chunk!r}."
+        )
+
+
+def refuse_continuous_batching(*_args: Any, **_kwargs: Any) -> None:
+    """What a model's `init_continuous_batching` is while this package's caches are in use.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError(
+        "Continuous batching (generate_batch) holds a paged cache of its own, which cannot be compressed: call "
+        "`generate` with a batch, or leave `compressed` first."
+    )
 
 
 def _leave_kind_away(arguments: dict[str, Any], own_kind: str | None) -> None:

@@ -36,7 +36,7 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
 from headprof.compression.decode_steps import StepCache, check_step, with_decode_steps
-from headprof.compression.generate_call import takes_tokens, with_our_caches
+from headprof.compression.generate_call import refuse_continuous_batching, takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.link_check import LinkCheck
@@ -189,28 +189,19 @@ class _Pass:
     def ends(self, *_: Any) -> None:
         self.real, self._read = None, (None, ())
 
-    def tokens(self, mask: Tensor | None, key: Tensor, sliding_window: int | None) -> Tokens:
+    def tokens(self, mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None) -> Tokens:
         """Which of a prompt's tokens so far are no padding, from the mask that the attention function got."""
         valid, count = _valid_tokens(mask, key), key.shape[2]
-        lengths = self._lengths(mask, count, sliding_window)
-        if lengths is None:
-            if self._read[0] is not mask:
-                self._read = (mask, valid.sum(dim=-1).tolist())
-            lengths = self._read[1]
-        elif self.check.looking and count == self.length:
-            self.check.masks(valid, lengths)
-        return Tokens(valid, lengths)
-
-    def _lengths(self, mask: Tensor | None, count: int, sliding_window: int | None) -> Sequence[int] | None:
-        """How many of a prompt's first `count` tokens each sequence has that are not hidden, if nobody has to look."""
-        if self.real is None:
-            return None
-        full = min(self.real) == self.length
-        if mask is None or count < self.length:  # of a part of the prompt nobody asks
-            return [count] * len(self.real)
-        if mask.ndim == 4 and sliding_window is not None and sliding_window < count:
-            return [sliding_window] * len(self.real) if full else None
-        return self.real
+        if self.real is None:  # a mask of the user's own
+            return Tokens(valid, own=_own_tokens(mask, query))
+        windowed = mask is not None and mask.ndim == 4 and sliding_window is not None and sliding_window < count
+        if not windowed or count < self.length:  # of a part of the prompt nobody asks
+            return Tokens(valid, self.real, self.real)
+        if min(self.real) == self.length:
+            return Tokens(valid, self.real, [sliding_window or count] * len(valid))
+        if self._read[0] is not mask:
+            self._read = (mask, valid.sum(dim=-1).tolist())
+        return Tokens(valid, self.real, self._read[1])
 
 
 def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> None:
@@ -236,6 +227,8 @@ def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] |
         if own_kind is not None:
             changes.set(vars(model.generation_config), "cache_implementation", None)
         changes.set(vars(model), "generate", with_our_caches(model, model.generate, new_cache, own_kind))
+    if hasattr(model, "init_continuous_batching"):
+        changes.set(vars(model), "init_continuous_batching", refuse_continuous_batching)
     changes.hook(model.register_forward_pre_hook(_starting_with(model, new_cache, now), with_kwargs=True))
     changes.hook(model.register_forward_hook(now.ends, always_call=True))
 
@@ -353,7 +346,7 @@ def _linked(
         )
         if not cache_layer.is_initialized:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
-            tokens = now.tokens(attention_mask, key, layer.sliding_window)
+            tokens = now.tokens(attention_mask, query, key, layer.sliding_window)
             cache_layer.attended(query, key, value, tokens, layer)
             return output, weights
         valid = None
@@ -402,10 +395,23 @@ def _valid_tokens(mask: Tensor | None, key: Tensor) -> Tensor:
     return _visible(last_row).expand(batch, num_tokens)
 
 
+def _own_tokens(mask: Tensor | None, query: Tensor) -> Tensor:
+    """Which tokens of a prompt's newest chunk are no padding, bool `[B, Q]`."""
+    batch, _, num_new, _ = query.shape
+    if mask is None:
+        return torch.ones(batch, num_new, dtype=torch.bool, device=query.device)
+    return _seeing_themselves(mask, num_new).expand(batch, num_new)
+
+
+def _seeing_themselves(mask: Tensor, num_new: int) -> Tensor:
+    """Which of the newest tokens are no padding, bool `[B or 1, Q]`: padding does not even see itself."""
+    newest = mask[..., -num_new:]
+    return newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
+
+
 def _hide_padding(layer: MarkedLayer, mask: Tensor, num_new: int) -> Tensor | None:
     """Hide padding among the newest tokens: what does not even see itself; bool `[B, Q]`, `None` if there is none."""
-    newest = mask[..., -num_new:]
-    own = newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
+    own = _seeing_themselves(mask, num_new)
     if bool(own.all()):
         return None
     own = own.expand(layer.batch_size, num_new)

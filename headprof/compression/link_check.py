@@ -7,6 +7,7 @@ one layer's keys to others; the text would be wrong, in silence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import local
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headprof.errors import ModelError
-from headprof.models.decoder import decoder_of
+from headprof.models.decoder import decoder_of, sliding_windows
 from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class LinkCheck:
     def __init__(self, model: PreTrainedModel, in_chunks: bool):
         self._name = type(model).__name__
         self._decoder = decoder_of(model)
-        self._config = model.config.get_text_config(decoder=True)
+        self._windows = sliding_windows(model.config)
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._longest = longest or math.inf
         self._shape = HeadShape.from_config(model.config)
         self._in_chunks = in_chunks
         self._left = {True, False}
@@ -156,15 +159,6 @@ class LinkCheck:
         now.given = None
         now.layers[layer] = now.layers.get(layer, 0) + 1
 
-    def masks(self, valid: Tensor, lengths: Sequence[int]) -> None:
-        """Look at which of a prompt's tokens are not hidden, bool `[B, T]`, beside how many there should be.
-
-        Raises:
-            ModelError: there are others.
-        """
-        if valid.sum(dim=-1).tolist() != list(lengths):
-            raise self._refused("hides other tokens of a prompt than padding, and what is outside its sliding window")
-
     def _check_taken(self, now: _Pass) -> None:
         if now.given is not None:
             raise self._refused(
@@ -192,11 +186,8 @@ class LinkCheck:
 
     def _check_window(self, layer: int, options: dict[str, Any]) -> None:
         """Some models tell their mask alone of a window that all their layers have."""
-        config = self._config
-        window, longest = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", None)
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * self._shape.num_layers
-        used = window and getattr(config, "use_sliding_window", True) and window < (longest or window + 1)
-        if used and options.get("sliding_window") is None and kinds[layer] == "sliding_attention":
+        window = self._windows[layer]
+        if window is not None and window < self._longest and options.get("sliding_window") is None:
             raise self._refused(f"does not tell its attention of its sliding window of {window} tokens (layer {layer})")
 
     def _check_bias(self, now: _Pass, layer: int, mask: Any, options: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class CompressionPlan:
             tokens seen so far, so that memory grows with them; tokens and bytes hold it constant.
         buffer: new tokens that every head takes beyond its budget before it is compressed again; `None` to keep
             all that come after the prompt.
+        windows: tokens that each layer can see at most, `L` numbers, `None` for all; empty if every layer sees all.
     """
 
     method: Method
@@ -42,6 +43,7 @@ class CompressionPlan:
     profile_digest: str = ""
     decode_budget: Budget | None = None
     buffer: int | None = BUFFER
+    windows: tuple[int | None, ...] = ()
     _known: list[_Allocation] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -69,10 +71,17 @@ class CompressionPlan:
     def allocation(self, prompt_length: int) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
 
+        No head gets more than its layer can see. What that leaves is not handed on: the other layers' heads hold what
+        they would in a model without windows.
+
         Raises:
             UsageError: the budget is below what every head keeps.
         """
         return self._allocation(self.budget, prompt_length)
+
+    def loses(self, prompt_length: int) -> bool:
+        """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
+        return bool((self.allocation(prompt_length) < self._visible(prompt_length)).any())
 
     def decode_allocation(self, seen: int) -> torch.Tensor:
         """Rows that each KV head is compressed to when the sequence has this many tokens, int64 `[L, K]`.
@@ -96,13 +105,20 @@ class CompressionPlan:
         tokens = self.method.budget.allocate(
             self.scores, budget=budget, context_length=length, always_kept=self.method.always_kept
         )
-        self._known = [_Allocation(budget, length, int(tokens.max()), tokens), *self._known[:15]]
-        return tokens
+        known = _Allocation(budget, length, int(tokens.max()), tokens.minimum(self._visible(length)))
+        self._known = [known, *self._known[:15]]
+        return known.tokens
+
+    def _visible(self, length: int) -> torch.Tensor:
+        """Tokens that each head can see of so many, int64 `[L, K]`."""
+        windows = self.windows or (None,) * self.shape.num_layers
+        seen = torch.tensor([length if window is None else min(window, length) for window in windows])
+        return seen[:, None].expand(-1, self.shape.num_kv_heads)
 
 
 @dataclass(frozen=True)
 class _Allocation:
-    """Tokens per head, `[L, K]`, for a budget and a length, and the most that one head gets."""
+    """Tokens per head, `[L, K]`, for a budget and a length, and the most that one head got before windows counted."""
 
     budget: int
     length: int

@@ -69,5 +69,5 @@ class CompressionRequest:
         """
         profile = None
         if find_method(self.method).budget.profile_scores:
-            profile = load_profile(loaded.name, self.profile, loaded.shape)
+            profile = load_profile(loaded.name, self.profile, loaded.shape, loaded.given)
         return make_plan(loaded.model, profile, method=self.method, budget=self.budget, **self.options, **self.decoding)

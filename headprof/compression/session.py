@@ -16,7 +16,7 @@ from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError, UsageError
-from headprof.models.decoder import running_model
+from headprof.models.decoder import running_model, sliding_windows
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
@@ -72,6 +72,7 @@ def make_plan(
         profile_digest=digest,
         decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
         buffer=buffer,
+        windows=sliding_windows(model.config),
     )
 
 

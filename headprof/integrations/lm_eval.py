@@ -103,7 +103,8 @@ class HeadprofLM(HFLM):
         chosen = find_method(method).with_options(**settings)  # complaints come before the weights
         if not isinstance(profile, HeadProfile):
             needed = chosen.budget.profile_scores is not None
-            profile = find_profile(name, Path(profile) if profile else None) if needed else None
+            given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
+            profile = find_profile(name, Path(profile) if profile else None, given) if needed else None
         if isinstance(pretrained, str) and name == EMBEDDED:
             pretrained = find_model(pretrained, no_progress).location
 
@@ -169,7 +170,7 @@ class HeadprofLM(HFLM):
 
     def _loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all of a prompt of so many tokens."""
-        return prompt_length > 0 and int(self.plan.allocation(prompt_length).min()) < prompt_length
+        return prompt_length > 0 and self.plan.loses(prompt_length)
 
     def _compressed_loglikelihoods(
         self, requests: Sequence[Request], groups: dict[tuple[int, ...], list[int]], disable_tqdm: bool

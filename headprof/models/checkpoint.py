@@ -45,11 +45,14 @@ class Source:
         location: a folder, or a hub id.
         name: what a profile records.
         options: further arguments of `from_pretrained`, such as `gguf_file` or `revision`.
+        tokenizer_as_saved: whether its `tokenizer.json` counts alone, where the class that belongs to the model would
+            make another tokenizer of it: Qwen's adds a normalizer.
     """
 
     location: str
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    tokenizer_as_saved: bool = False
 
     @property
     def is_gguf(self) -> bool:
@@ -165,12 +168,11 @@ def outline(config: Any, attn: Sequence[str], trust_remote_code: bool) -> tuple[
 
 def read_tokenizer(source: Source, trust_remote_code: bool) -> Any:
     """The fast tokenizer of a checkpoint; raises `ModelError` when there is none or only a slow one."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    reader: Any = PreTrainedTokenizerFast if source.tokenizer_as_saved else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, **source.options
-        )
+        tokenizer = reader.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.options)
     except Exception as error:
         raise _reading_error(source, "tokenizer", error) from error
     if not tokenizer.is_fast:

@@ -29,7 +29,7 @@ def converted(source: Source, progress: Progress) -> Source:
     stamp = _stamp(path)
     folder = cache_dir() / "gguf" / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     if _reads(folder / _STAMP) == stamp:
-        return Source(str(folder), source.name)
+        return _copy(source, folder)
     if path.stat().st_size > _MOST_BYTES:
         return source
     try:
@@ -41,12 +41,16 @@ def converted(source: Source, progress: Progress) -> Source:
         return source
 
 
+def _copy(source: Source, folder: Path) -> Source:
+    return Source(str(folder), source.name, tokenizer_as_saved=True)
+
+
 def _keep(source: Source, folder: Path, stamp: dict[str, Any], progress: Progress) -> Source:
     from filelock import FileLock
 
     with FileLock(folder.with_suffix(".lock")):
         if _reads(folder / _STAMP) == stamp:
-            return Source(str(folder), source.name)
+            return _copy(source, folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as work:
             made = Path(work) / "made"
             if not _convert(source, made, progress):
@@ -54,7 +58,7 @@ def _keep(source: Source, folder: Path, stamp: dict[str, Any], progress: Progres
             (made / _STAMP).write_text(json.dumps(stamp))
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    return Source(str(folder), source.name)
+    return _copy(source, folder)
 
 
 def _convert(source: Source, folder: Path, progress: Progress) -> bool:
@@ -67,7 +71,7 @@ def _convert(source: Source, folder: Path, progress: Progress) -> bool:
         config = read_config(source, trust_remote_code=False)
         model, _ = read_model(source, config, trust_remote_code=False, dtype=torch.float32)
         save_checkpoint(model, tokenizer, folder)
-        again = read_tokenizer(Source(str(folder), source.name), trust_remote_code=False)
+        again = read_tokenizer(_copy(source, folder), trust_remote_code=False)
     return _says(again) == _says(tokenizer)
 
 

@@ -38,12 +38,7 @@ def running_model(model: Any) -> PreTrainedModel:
 
 def _inside(wrapper: Any) -> Any:
     """What a wrapper runs, or `None` if it is none that is known."""
-    adapter = getattr(wrapper, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise ModelError(
-            f"The adapter {type(adapter).__name__} feeds the model tokens or keys of its own, which cannot be "
-            "compressed: choose one that changes weights, such as LoRA."
-        )
+    require_plain_prompts(wrapper)
     if callable(getattr(wrapper, "get_base_model", None)):  # peft
         return wrapper.get_base_model()
     if isinstance(wrapper, torch.nn.DataParallel) and len(wrapper.device_ids) > 1:
@@ -55,6 +50,19 @@ def _inside(wrapper: Any) -> Any:
     if hasattr(wrapper, "base_model"):
         return getattr(wrapper.base_model, "model", wrapper.base_model)
     return None if isinstance(wrapper, torch.nn.Module) else getattr(wrapper, "model", None)  # a pipeline
+
+
+def require_plain_prompts(wrapper: Any) -> None:
+    """
+    Raises:
+        ModelError: it is an adapter of PEFT that puts something before the tokens that it is given.
+    """
+    adapter = getattr(wrapper, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ModelError(
+            f"The adapter {type(adapter).__name__} feeds the model tokens or keys of its own, which cannot be "
+            "compressed: choose one that changes weights, such as LoRA."
+        )
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -86,6 +94,18 @@ def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
             "Transformers code does."
         )
     return layers
+
+
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Tokens that each of the `L` layers can see at most, itself included, by a model's configuration; `None` for all.
+
+    Args:
+        config: of the model, or of its text part.
+    """
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return tuple((window or None) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def layer_device(model: PreTrainedModel, index: int) -> torch.device:

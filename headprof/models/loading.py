@@ -46,6 +46,7 @@ class LoadedModel:
         name: what a profile records: the hub id, or the stem of the folder or file.
         max_positions: longest sequence it was made for, in tokens.
         notes: what its user should know, such as weights of the checkpoint that were left out.
+        given: how the user named it, with which it is found again; empty where it was made otherwise.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class LoadedModel:
     name: str
     max_positions: int
     notes: tuple[str, ...] = ()
+    given: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -126,7 +128,8 @@ def load_model(
     shape = HeadShape.from_config(loaded.config)
     for note in notes:
         warnings.warn(note, stacklevel=3)  # the caller's line, past the decorator
-    return LoadedModel(loaded, tokenizer, shape, source.name, _max_positions(config, tokenizer), tuple(notes))
+    longest = _max_positions(config, tokenizer)
+    return LoadedModel(loaded, tokenizer, shape, source.name, longest, tuple(notes), model or "")
 
 
 def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:

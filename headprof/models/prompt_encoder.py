@@ -104,7 +104,8 @@ class PromptEncoder:
         self._templated = not raw and bool(getattr(tokenizer, "chat_template", None))
         self._plain = not raw and not self._templated
         self._before, self._after = _template_parts(tokenizer) if self._templated else ("", "")
-        self.texts = TextEncoder(tokenizer, self._before + self._after)
+        source = str(tokenizer.chat_template) if self._templated else ""  # which may name tokens of other turns
+        self.texts = TextEncoder(tokenizer, self._before + self._after + source)
         self._first = [] if self._templated else _first_ids(tokenizer)
 
     def encode_context(self, body: str) -> EncodedContext:

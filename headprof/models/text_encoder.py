@@ -21,7 +21,8 @@ class TextEncoder:
 
     Args:
         tokenizer: the model's.
-        template: all that the chat template writes; tokens that it uses are control tokens, special or not.
+        template: all that the chat template may write; tokens that it uses are control tokens, special or not, unless
+            they are words or white space, of which any text is made.
 
     Attributes:
         gives_offsets: whether the tokenizer is a fast one, so that there is `with_offsets`.
@@ -31,7 +32,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self.gives_offsets = bool(getattr(tokenizer, "is_fast", False))
         added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-        found = {str(token): number for number, token in added if token.special or str(token) in template}
+        found = {str(token): number for number, token in added if token.special or _is_marker(str(token), template)}
         self._control_ids = set(found.values())
         # Of several that begin at one place, tokenizers take the longest.
         names = sorted(filter(None, found), key=len, reverse=True)
@@ -112,3 +113,8 @@ class TextEncoder:
 
     def _encode(self, text: Any, **options: Any) -> Any:
         return self._tokenizer(text, **{"add_special_tokens": False, "verbose": False} | options)
+
+
+def _is_marker(token: str, template: str) -> bool:
+    bare = token.strip()
+    return token in template and not (bare.isalnum() or bare == "")

@@ -39,8 +39,13 @@ def profile_dirs() -> list[Path]:
     return [Path("profiles"), user_profile_dir(), asset_dir("profiles")]
 
 
-def find_profile(model_name: str, explicit: Path | None = None) -> Path:
+def find_profile(model_name: str, explicit: Path | None = None, given: str | None = None) -> Path:
     """The file of a model's profile: `explicit` when given, else the first match in `profile_dirs()`.
+
+    Args:
+        model_name: the model's name, as its profile records it.
+        explicit: the file, if the user named one.
+        given: how the user named the model, for the command in the message: a file or folder is not found by its name.
 
     Raises:
         ProfileError: there is none; the message names the command that makes it.
@@ -48,26 +53,28 @@ def find_profile(model_name: str, explicit: Path | None = None) -> Path:
     if explicit is not None:
         if explicit.is_file():
             return explicit
-        command = f"{score_command(model_name)} -o {shlex.quote(str(explicit))}"
+        command = f"{score_command(given or model_name)} -o {shlex.quote(str(explicit))}"
         raise ProfileError(f"There is no profile file at {explicit}: check the path, or run `{command}`.")
     for folder in profile_dirs():
         if (path := folder / profile_filename(model_name)).is_file():
             return path
-    raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(model_name)}`.")
+    raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(given or model_name)}`.")
 
 
-def load_profile(model_name: str, explicit: Path | None = None, shape: HeadShape | None = None) -> HeadProfile:
+def load_profile(
+    model_name: str, explicit: Path | None = None, shape: HeadShape | None = None, given: str | None = None
+) -> HeadProfile:
     """The profile that `find_profile` finds.
 
     Args:
-        model_name, explicit: as for `find_profile`.
+        model_name, explicit, given: as for `find_profile`.
         shape: of the model; `None` to take the profile as it is, whatever model it is for.
 
     Raises:
         ProfileError: there is none, it is damaged, or it is for another model.
     """
-    path = find_profile(model_name, explicit)
-    return HeadProfile.load(path, shape, model_name=None if shape is None else model_name)
+    path = find_profile(model_name, explicit, given)
+    return HeadProfile.load(path, shape, model_name=None if shape is None else given or model_name)
 
 
 def locate_profile(name: str | None) -> Path:
@@ -81,7 +88,7 @@ def locate_profile(name: str | None) -> Path:
     path = Path(name or "").expanduser()
     if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf"):
         return path
-    return find_profile(model_name(name))
+    return find_profile(model_name(name), given=name)
 
 
 @dataclass(frozen=True)

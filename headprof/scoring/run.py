@@ -270,6 +270,8 @@ def make_profile(
 ) -> HeadProfile:
     """Average the counted probes of each kind into a profile, with standard errors and intervals of the mean.
 
+    These stay unknown where all probes share one context, which says nothing of others.
+
     Args:
         loaded, settings, decode, stop, command: noted in the profile.
         results: of all probes.
@@ -294,9 +296,10 @@ def make_profile(
                 "--lengths, more --probes or easier needles, or count failed ones too with --resume --include-failed."
             )
         scores[kind] = values.mean(dim=0).view(grid)
-        errors[kind] = standard_error(values, of_values).view(grid)
-        low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
-        intervals[kind] = (low.view(grid), high.view(grid))
+        if len(set(of_values)) > 1:
+            errors[kind] = standard_error(values, of_values).view(grid)
+            low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
+            intervals[kind] = (low.view(grid), high.view(grid))
         counted_probes[kind] = len(values)
     noted = {"decode": decode, "include_failed": include_failed, "asked": len(results)}
     return HeadProfile(

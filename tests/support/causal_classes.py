@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from headprof import compressed
+from headprof import HeadCache, compressed
 from headprof.errors import HeadprofError
 from headprof.models.checkpoint import quiet
 
@@ -22,8 +22,8 @@ CLASSES: dict[str, Any] = {
 }
 """Configuration classes by name."""
 
-PROMPT, NEW_TOKENS, WINDOW = 13, 6, 4
-_MOST_PARAMETERS = 60_000_000
+PROMPT, NEW_TOKENS, WINDOW, BUDGET = 13, 6, 4, 5
+_MOST_PARAMETERS = 200_000_000
 
 _NUMBERS: dict[str, Any] = {
     "vocab_size": 128,
@@ -83,8 +83,18 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         _MLA,
     ),
     **dict.fromkeys(["GlmMoeDsaConfig", "LongcatFlashConfig", "MiniCPM3Config", "YoutuConfig"], _MLA),
-    **dict.fromkeys(["Dots3NoteTextConfig", "KimiLinearConfig"], _MLA),
-    "BailingHybridConfig": _HYBRID | _MLA,
+    "Dots3NoteTextConfig": _MLA,
+    **dict.fromkeys(["BailingHybridConfig", "KimiLinearConfig"], _HYBRID | _MLA),
+    "CohereCompassTextConfig": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "DbrxConfig": {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 4,
+        "max_seq_len": 128,
+        "vocab_size": 128,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1, "hidden_size": 64},
+    },
     "GraniteMoeHybridConfig": _HYBRID,
     **dict.fromkeys(["Lfm2Config", "Lfm2MoeConfig"], _CONVOLUTIONS),
     "BambaConfig": {"attn_layer_indices": [1, 3]},
@@ -100,7 +110,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "XLNetConfig": {"d_head": 16},
     "ZayaConfig": {"num_experts_per_tok": 1},
-    "MptConfig": {"d_model": 64, "n_heads": 4, "n_layers": 4},
+    "MptConfig": {"d_model": 64, "n_heads": 4, "n_layers": 4, "vocab_size": 128, "max_seq_len": 128},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16},
     "ReformerConfig": {"axial_pos_embds": False},
     "xLSTMConfig": {"num_heads": 4},
@@ -121,7 +131,10 @@ class Outcome:
 
 
 def try_class(name: str) -> Outcome:
-    """Generate with the full cache and with a compressed one that could hold it all, and compare the logits."""
+    """Generate with the full cache and with a compressed one that could hold it all, and compare the logits.
+
+    Then once more with one that holds little, to see that it does.
+    """
     torch.manual_seed(0)
     with silence():
         try:
@@ -133,12 +146,16 @@ def try_class(name: str) -> Outcome:
         try:
             with compressed(model, method="snapkv", budget=4096):
                 ours = _logits(model, ids)
+            with compressed(model, method="snapkv", budget=BUDGET):
+                held = _held(model, ids)
         except HeadprofError as error:
             return Outcome("refused", str(error))
         except Exception as error:
             return Outcome("wrong", _brief(error))
         if not torch.allclose(_logits(model, ids), full, atol=1e-5):
             return Outcome("not built", "its own logits are not the same twice")
+    if held > BUDGET + NEW_TOKENS - 1:
+        return Outcome("wrong", f"holds {held} rows with a budget of {BUDGET}")
     difference = float((ours - full).abs().max())
     return (
         Outcome("equal")
@@ -151,21 +168,30 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
+def _held(model: Any, ids: torch.Tensor) -> float:
+    """The most rows that a KV head of a compressed cache holds after generating; infinite if it was another cache."""
+    cache = _generated(model, ids).past_key_values
+    return int(cache.lengths.max()) if isinstance(cache, HeadCache) else float("inf")
+
+
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the tokens generated greedily, `[N, vocabulary]`."""
+    logits = torch.cat(_generated(model, ids).logits).float()
+    assert logits.isfinite().all(), "logits are not finite"
+    assert len(logits) == NEW_TOKENS, "ends early"
+    return logits
+
+
+def _generated(model: Any, ids: torch.Tensor) -> Any:
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=2)
     model.generation_config.eos_token_id = None  # so that it does not end early
-    made = model.generate(
+    return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=settings,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = torch.cat(made.logits).float()
-    assert logits.isfinite().all(), "logits are not finite"
-    assert len(logits) == NEW_TOKENS, "ends early"
-    return logits
 
 
 def tiny_causal(config_class: Any) -> Any:
@@ -200,7 +226,7 @@ def tiny_config(config_class: Any) -> Any:
     for name, part in parts.items():
         if hasattr(part, "model_type") and part.__name__ != "AutoConfig":
             made[name] = tiny_config(part).to_dict()
-    return config_class(**made)
+    return config_class(**made | _OVERRIDES.get(config_class.__name__, {}))
 
 
 @contextmanager

@@ -153,23 +153,27 @@ def save_tiny(path: Path, arch: str = "llama", *, chat: bool = False, **options:
     return path
 
 
-def save_tiny_gguf(path: Path, *, pre_tokenizer: str = "default", chat: bool = True, **options: Any) -> PreTrainedModel:
-    """Write a tiny llama with its tokenizer to the file `path` as an unquantized GGUF, and return the model.
+def save_tiny_gguf(
+    path: Path, *, arch: str = "llama", pre_tokenizer: str = "default", chat: bool = True, **options: Any
+) -> PreTrainedModel:
+    """Write a tiny llama, or another `arch`, with its tokenizer to the file `path` as a GGUF, and return the model.
 
     Args:
+        arch: `llama` or `qwen2`.
         pre_tokenizer: the file's `tokenizer.ggml.pre`, such as `smollm`.
         options: those of `tiny_model`.
     """
     from gguf import GGUFWriter
 
-    model = tiny_model("llama", **options)
-    writer = GGUFWriter(path, "llama")
+    model = tiny_model(arch, **options)
+    writer = GGUFWriter(path, arch)
     _write_header(writer, model.config)
     _write_tokenizer(writer, tiny_tokenizer(vocab_size=model.config.vocab_size), pre_tokenizer)
     if chat:
         writer.add_chat_template(CHAT_TEMPLATE)
     for name, weight in model.state_dict().items():
-        writer.add_tensor(_gguf_name(name), _gguf_layout(name, weight, model.config).numpy())
+        laid_out = _gguf_layout(name, weight, model.config) if arch == "llama" else weight
+        writer.add_tensor(_gguf_name(name), laid_out.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -184,11 +188,12 @@ def _write_header(writer: Any, config: Any) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(config.vocab_size)
 
 
@@ -222,7 +227,8 @@ def _gguf_name(name: str) -> str:
         "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     }
-    return f"blk.{layer}.{names[part.removesuffix('.weight')]}.weight"
+    part, kind = part.rsplit(".", maxsplit=1)
+    return f"blk.{layer}.{names[part]}.{kind}"
 
 
 def _gguf_layout(name: str, weight: torch.Tensor, config: Any) -> torch.Tensor:

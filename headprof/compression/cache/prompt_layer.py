@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -39,6 +41,7 @@ class PromptLayer(CacheLayerMixin):
         self.observers = 0
         self._whole: list[Tensor] = []  # room for the keys and the values of a prompt in chunks
         self._queries: list[Tensor] = []
+        self._own: list[Tensor] = []
 
     def queries_needed(self) -> int | None:
         """How many of the prompt's last queries `filled` wants; `None` for all."""
@@ -88,14 +91,16 @@ class PromptLayer(CacheLayerMixin):
         """
         needed = self.queries_needed()
         newest = _last(query, needed)
+        if tokens.own is not None:
+            self._own.append(tokens.own)
         if self.seen < self.expected:
             self._queries.append(newest.clone())
             return
         queries = _last(torch.cat([*self._queries, newest], dim=2), needed)
-        tokens = tokens.without_last(self.observers)
+        known = tokens.counted(self._own).without_last(self.observers)
         self.seen -= self.observers
-        rows, lengths = Rows.of_prompt(key, value), tokens.lengths
-        self.filled(Observation(queries, rows, tokens.valid, layer, padded=tokens.padded, lengths=lengths))
+        observed = Observation(queries, Rows.of_prompt(key, value), known.valid, layer, padded=known.padded)
+        self.filled(replace(observed, lengths=known.lengths, visible=known.visible))
         self.forget_prompt()
 
     def get_seq_length(self) -> int:

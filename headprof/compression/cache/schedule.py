@@ -84,11 +84,10 @@ class LayerSchedule:
 
     def prompt_counts(self, observed: Observation) -> HeadCounts:
         """Tokens allotted to each head of a prompt."""
-        lengths = observed.lengths
-        if lengths is None:
-            lengths = observed.valid.sum(dim=-1).tolist()
-        counts = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
-        return HeadCounts.of(counts, observed.valid.device)
+        visible = observed.valid.sum(dim=-1).tolist() if observed.visible is None else observed.visible
+        lengths = visible if observed.lengths is None else observed.lengths
+        allotted = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
+        return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
     def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
         """Rows that each head keeps of those it holds."""

@@ -45,25 +45,40 @@ class Tokens:
     """Which of a prompt's tokens so far are no padding.
 
     Attributes:
-        valid: bool `[B, T]`.
-        lengths: how many each sequence has, `B` numbers, so that nobody has to ask the device.
+        valid: bool `[B, T]`; a layer with a sliding window need not mark those that no later query can see.
+        lengths: how many each sequence has, also those that nobody can see any more, `B` numbers; `None` where the host
+            does not know.
+        visible: how many of each sequence are marked, `B` numbers; `None` where the host does not know.
+        own: which of the newest chunk's are no padding, bool `[B, Q]`, where the host does not know `lengths`.
     """
 
     valid: Tensor
-    lengths: Sequence[int]
+    lengths: Sequence[int] | None = None
+    visible: Sequence[int] | None = None
+    own: Tensor | None = None
 
     @property
     def padded(self) -> bool:
-        """Whether there is padding."""
-        return min(self.lengths) < self.valid.shape[1]
+        """Whether some tokens may not be marked."""
+        return self.visible is None or min(self.visible) < self.valid.shape[1]
+
+    def counted(self, own: Sequence[Tensor]) -> Tokens:
+        """The same with all numbers, for which the host waits where it does not know them.
+
+        Args:
+            own: of all chunks, where that is not known.
+        """
+        if self.lengths is not None and self.visible is not None:
+            return self
+        return Tokens(self.valid, torch.cat(list(own), dim=1).sum(dim=-1).tolist(), self.valid.sum(dim=-1).tolist())
 
     def without_last(self, count: int) -> Tokens:
         """The same tokens, but for the last of all sequences, which none of them counts."""
-        if not count:
+        if not count or self.lengths is None or self.visible is None:
             return self
-        end = self.valid.shape[1] - count
-        hidden = torch.arange(self.valid.shape[1], device=self.valid.device) >= end
-        return Tokens(self.valid & ~hidden, [length - count for length in self.lengths])
+        kept = torch.arange(self.valid.shape[1], device=self.valid.device) < self.valid.shape[1] - count
+        lengths, visible = ([max(0, each - count) for each in known] for known in (self.lengths, self.visible))
+        return Tokens(self.valid & kept, lengths, visible)
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Observation:
         query_valid: false for queries that do not count (padding), bool `[B, N]`; `None` if all do.
         seen: tokens of the sequence so far; `None` for `T`.
         padded: whether some rows may be padding, as far as the host knows.
-        lengths: tokens of a prompt's sequences that are no padding, `B` numbers; `None` where the host does not know.
+        lengths, visible: of a prompt's sequences, as in `Tokens`; `None` where the host does not know.
         shared: what several importances need of this, computed once.
     """
 
@@ -95,6 +110,7 @@ class Observation:
     seen: int | None = None
     padded: bool = True
     lengths: Sequence[int] | None = None
+    visible: Sequence[int] | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
