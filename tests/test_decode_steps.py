@@ -63,6 +63,11 @@ def addressed(layer):
     return [*layer.storage.rows.tensors, rows.bounds, rows.next_positions, *layer.held.recent.tensors]
 
 
+def layouts_of(method):
+    """On a CPU, rows of which none has merged yet have no column for what merged rows stand for."""
+    return 2 if "ems" in method else 1
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("method", METHODS)
 def test_replayed_steps_are_the_plain_ones(arch, method, recordings):
@@ -73,10 +78,8 @@ def test_replayed_steps_are_the_plain_ones(arch, method, recordings):
         with compressed(model, random_profile(model), method=method, budget=12, buffer=16, step=step) as plan:
             made[step], addresses = decoded(model, ids, 70, HeadCache(plan))
     assert torch.equal(made["auto"], made["eager"])
-    # On a CPU, rows of which none has merged yet have no column for what merged rows stand for.
-    layouts = 2 if method == "headkv-ems" else 1
-    assert recordings.count <= layouts
-    assert len({tuple(each) for each in addresses[5:]}) <= layouts
+    assert recordings.count <= layouts_of(method)
+    assert len({tuple(each) for each in addresses[5:]}) <= layouts_of(method)
 
 
 def test_all_of_a_method_may_move_and_is_recorded_anew(recordings):
@@ -170,7 +173,7 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     assert torch.equal(made["compiled"].argmax(-1), made["eager"].argmax(-1))
     torch.testing.assert_close(made["compiled"], made["eager"])
     assert 1 <= counter.frame_count <= 2
-    assert len({tuple(each) for each in addresses[5:]}) == 1
+    assert len({tuple(each) for each in addresses[5:]}) <= layouts_of(method)
 
 
 def test_compiled_steps_are_captured_too(recordings, monkeypatch):
