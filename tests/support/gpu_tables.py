@@ -54,6 +54,8 @@ def _decoding(part: dict[str, Any], card: str) -> Iterator[Table]:
         ]
         for each in measurements
     ]
+    if all(each.get("step_seconds") is None for each in measurements):
+        head, rows = head[:3] + head[8:], [row[:3] + row[8:] for row in rows]
     yield [head, *rows]
     yield [["card", "bandwidth, GB/s"], [card, _shown(part["bandwidth"], ".0f", 1e-9)]]
     if alone := part.get("forward_alone"):
