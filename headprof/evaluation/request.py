@@ -266,7 +266,7 @@ class EvalRequest:
         settings = {
             name: str(value) if isinstance(value, Path | Budget) else value
             for name, value in asdict(self).items()
-            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts")
+            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step")
         }
         return {
             "version": __version__,
