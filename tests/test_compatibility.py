@@ -289,7 +289,9 @@ def test_questions_asked_anew_have_the_same_answers(which, tasks, place):
     assert same_settings == settings
     assert len(anew) == tasks
     for question, line in anew.items():
-        for answer, before in zip(line.get("answers", ()), kept[question].get("answers", ()), strict=True):
-            assert before["cache_bytes"] <= answer["cache_bytes"] < 1.05 * before["cache_bytes"]  # room for queries
-            answer["cache_bytes"] = before["cache_bytes"]
+        for part in [part for part in line if isinstance(line[part], list)]:
+            for answer, before in zip(line[part], kept[question][part], strict=True):
+                # Room for queries is had at once, and rows that are compressed again need no more room than before.
+                assert 0.7 * before["cache_bytes"] < answer["cache_bytes"] < 1.05 * before["cache_bytes"]
+                answer["cache_bytes"] = before["cache_bytes"]
         assert_alike(line, kept[question])
