@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support.devices import on_cuda
+from support.host_reads import device_watched
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.recording import record
@@ -152,6 +153,47 @@ def test_the_model_is_as_it_was(recordings):
     assert vars(model) == before
 
 
+def waits_of_ours(watched):
+    """Where code of this package waited; Transformers looks once whether a mask hides anything."""
+    return [place for place in watched.waits if "/headprof/" in place]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("method", ["headkv-r2", "headkv-ems", "h2o", "adakv", "tova"])
+def test_a_prompt_is_compressed_with_one_look_and_steps_without(arch, method, masked, monkeypatch):
+    """Fifty steps, with several compressions."""
+    monkeypatch.setattr(RowStorage, "in_use", property(lambda self: None))
+    model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 60)
+    mask = torch.ones_like(ids) if masked else None
+    with compressed(model, random_profile(model), method=method, budget=12, buffer=16, step="eager") as plan:
+        decoded(model, ids, 50, HeadCache(plan))  # the first passes are looked at, and plans are made
+        cache, hosts = HeadCache(plan), [plan.scores, *(each.tokens for each in plan._known)]
+        with device_watched(hosts) as watched:
+            model(ids, past_key_values=cache, attention_mask=mask, logits_to_keep=1)
+        assert len(waits_of_ours(watched)) <= masked
+        with device_watched(hosts) as watched:
+            for i in range(50):
+                model(ids[:, i : i + 1], past_key_values=cache)
+        assert watched.waits == []
+
+
+def test_a_step_that_waits_is_seen(monkeypatch):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 60)
+    plain = RowStorage.append
+
+    def waiting(self, key_states, value_states):
+        plain(self, key_states, value_states)
+        self.in_place().next_positions[0].item()
+
+    monkeypatch.setattr(RowStorage, "append", waiting)
+    with compressed(model, method="snapkv", budget=12, step="eager") as plan:
+        decoded(model, ids, 2, cache := HeadCache(plan))
+        with device_watched([plan.scores]) as watched:
+            model(ids[:, :1], past_key_values=cache)
+    assert len(watched.waits) == 2
+
+
 COMPILED = {"llama": "headkv-ems", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "snapkv"}
 
 
@@ -234,3 +276,21 @@ def test_compiled_steps_are_the_plain_ones_on_a_gpu():
         with compressed(model, random_profile(model), method="headkv-r2", budget=12, buffer=16, step=step) as plan:
             made[step], _ = decoded(model, ids, 60, HeadCache(plan))
     torch.testing.assert_close(made["compiled"], made["eager"], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_real_models_steps_compile_and_replay(smollm2, recordings, monkeypatch):
+    """300 steps of SmolLM2 with several compressions, by the compiler that a user gets."""
+    model, made = smollm2.model, {}
+    ids = torch.randint(0, 40_000, (1, 200), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    for step in ("eager", "auto", "compiled"):
+        if step == "compiled":  # which a CPU does not capture
+            monkeypatch.setattr(decode_steps, "recording_for", lambda model: None)
+        with compressed(model, random_profile(model), method="headkv-r2", budget=64, buffer=64, step=step) as plan:
+            made[step], addresses = decoded(model, ids, 300, HeadCache(plan))
+        assert step == "eager" or len({tuple(each) for each in addresses[5:]}) == 1
+    assert torch.equal(made["auto"], made["eager"])
+    assert torch.equal(made["compiled"].argmax(-1), made["eager"].argmax(-1))
+    torch.testing.assert_close(made["compiled"], made["eager"], atol=1e-3, rtol=1e-3)
