@@ -364,7 +364,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 cases = [(80, "fp32", 80, True), (90, "bf16", 128, False), (80, "fp16", 256, True)]
-for kernel in kernels:
+kinds = [(kernels[0], False), (kernels[1], False), (kernels[1], True)]
+for kernel, largest in kinds:
     for capability, dtype, head_dim, options in cases:
         tile = module._Tile.of(torch.empty(1, head_dim, dtype=dtypes[dtype]))
         blocks = [tile.held, tile.passing] if kernel is kernels[0] else [tile.passing, tile.held]
@@ -373,7 +374,7 @@ for kernel in kernels:
         signature |= dict.fromkeys(["log_sums", "weights", "sums"], "*fp32") | {"valid": "*u8"}
         signature |= dict.fromkeys(["scaling", "softcap"], "fp32")
         fixed = dict(NUM_HEADS=32, GROUP_SIZE=4, HEAD_DIM=head_dim, BLOCK_DIM=tile.dim)
-        fixed |= dict(BLOCK_QUERIES=blocks[0], BLOCK_KEYS=blocks[1])
+        fixed |= dict(BLOCK_QUERIES=blocks[0], BLOCK_KEYS=blocks[1], LARGEST=largest)
         fixed |= dict(DOT_DTYPE=getattr(module.tl, str(dtypes[dtype]).removeprefix("torch.")))
         if not options:
             fixed |= dict.fromkeys(["softcap", "sliding_window", "weights", "valid", "spans"])

@@ -1,4 +1,4 @@
-"""What column sums are asked.
+"""What column sums and column maxima are asked.
 
 Shapes: `B` sequences, `H` query heads, `K` KV heads, `g = H // K` query heads in a group, `N` chosen queries, `T`
 tokens of the prompt, `D` head dimension.
@@ -19,7 +19,7 @@ from headprof.compression.kernels.constants import constant
 
 @dataclass(frozen=True)
 class ColumnRequest:
-    """The arguments of one call of `column_sums`.
+    """The arguments of one call of `column_sums`, or of `column_maxima`, which is `largest`.
 
     `valid` is `None` where all keys are; `on_host` has the positions for the host, or is `None` where it must look.
     `plans` has what a backend makes of the positions, for the next request with the same ones.
@@ -35,6 +35,7 @@ class ColumnRequest:
     weights: Tensor | None
     on_host: Sequence[int] | None = None
     plans: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    largest: bool = False
 
     @property
     def group_size(self) -> int:

@@ -1,4 +1,5 @@
-"""How much attention each key of a prompt received from chosen queries, without ever holding the `T x T` matrix.
+"""How much attention each key of a prompt received from chosen queries, in all or at most, without ever holding the
+`T x T` matrix.
 
 Shapes as in `column_request`.
 """
@@ -72,8 +73,41 @@ def column_sums(
         on_host,
         {} if plans is None else plans,
     )
+    return _answered(request, backend, block)
+
+
+@torch.no_grad()
+def column_maxima(
+    query: Tensor,
+    key: Tensor,
+    positions: Tensor,
+    valid: Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    backend: str = "auto",
+    block: int | None = None,
+    on_host: Sequence[int] | None = None,
+    plans: dict[Any, Tensor] | None = None,
+) -> Tensor:
+    """The largest softmax attention that any query pays to a key: KVzip's score (Kim et al. 2025).
+
+    Arguments, visibility, memory and errors are those of `column_sums`.
+
+    Returns:
+        Maximum over the queries and a group's query heads, 0 where no query sees the key, float32 `[B, K, T]`.
+    """
+    plans = {} if plans is None else plans
+    request = ColumnRequest(
+        query, key, positions, valid, scaling, softcap, sliding_window, None, on_host, plans, largest=True
+    )
+    return _answered(request, backend, block)
+
+
+def _answered(request: ColumnRequest, backend: str, block: int | None) -> Tensor:
     request.check()
-    if _chosen_backend(backend, query) == "torch":
+    if _chosen_backend(backend, request.query) == "torch":
         return torch_column_sums(request, block)
     return triton_column_sums(request)
 

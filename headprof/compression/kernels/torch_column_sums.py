@@ -1,4 +1,4 @@
-"""Column sums in plain torch, on any device."""
+"""Column sums and column maxima in plain torch, on any device."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ def torch_column_sums(request: ColumnRequest, block: int | None) -> Tensor:
                 logits = _base_2_logits(request, group[:, queries], keys[seen])  # [g, n, cols]
                 valid = request.valid[b] if gaps and request.valid is not None else None
                 _hide(request, logits, queries, seen, positions[queries.start], valid)
-                weights = None if request.weights is None else request.weights[queries].repeat(group_size)
-                sums[b, k, seen] += _softmax_column_sums(logits.flatten(0, 1), weights)
-    return sums.div_(group_size)
+                if request.largest:
+                    maxima = _softmax_column_maxima(logits.flatten(0, 1))
+                    torch.maximum(sums[b, k, seen], maxima, out=sums[b, k, seen])
+                else:
+                    weights = None if request.weights is None else request.weights[queries].repeat(group_size)
+                    sums[b, k, seen] += _softmax_column_sums(logits.flatten(0, 1), weights)
+    return sums if request.largest else sums.div_(group_size)
 
 
 def _queries_per_block(request: ColumnRequest) -> int:
@@ -113,10 +117,21 @@ def _hide(
     logits[:, :, start - seen.start :].masked_fill_(hidden, float("-inf"))
 
 
-def _softmax_column_sums(logits: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted sum over the rows' softmax to the base 2, `[cols]`, from `[rows, cols]`, which it overwrites."""
+def _softmax_column_maxima(logits: Tensor) -> Tensor:
+    """Maximum over the rows' softmax to the base 2, `[cols]`, from `[rows, cols]`, which it overwrites."""
+    powers, totals = _powers(logits)
+    return powers.div_(totals[:, None]).amax(dim=0)
+
+
+def _powers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of 2 in proportion to the softmax, in place of `[rows, cols]`, and each row's sum of them, `[rows]`."""
     highest = logits.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)  # -inf if it sees nothing
     powers = logits.sub_(highest).exp2_()
-    totals = powers.sum(dim=1).clamp_(min=1.0)  # the highest alone makes 1, unless it sees nothing
+    return powers, powers.sum(dim=1).clamp_(min=1.0)  # the highest alone makes 1, unless it sees nothing
+
+
+def _softmax_column_sums(logits: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted sum over the rows' softmax to the base 2, `[cols]`, from `[rows, cols]`, which it overwrites."""
+    powers, totals = _powers(logits)
     shares = totals.reciprocal_() if weights is None else weights / totals
     return shares @ powers

@@ -1,5 +1,5 @@
-"""Column sums by Triton, in two passes: each query's log sum of exponentials, then each key's sum over the queries that
-see it."""
+"""Column sums and column maxima by Triton, in two passes: each query's log sum of exponentials, then each key's sum or
+maximum over the queries that see it."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def triton_column_sums(request: ColumnRequest) -> Tensor:
             *sizes,
             BLOCK_QUERIES=tile.passing,
             BLOCK_KEYS=tile.held,
+            LARGEST=request.largest,
             **options,
         )
-    return sums.unflatten(1, (-1, request.group_size)).mean(dim=2)
+    of_groups = sums.unflatten(1, (-1, request.group_size))
+    return of_groups.amax(dim=2) if request.largest else of_groups.mean(dim=2)
 
 
 @dataclass(frozen=True)
@@ -227,8 +229,12 @@ def _column_sums_kernel(
     DOT_DTYPE: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """What one head's queries pay to a block of keys. Tiles are `[keys, queries]`, so that a sum stays in a row."""
+    """What one head's queries pay to a block of keys, in all or, if `LARGEST`, at most.
+
+    Tiles are `[keys, queries]`, so that a sum stays in a row.
+    """
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     held = row < num_tokens
@@ -267,6 +273,9 @@ def _column_sums_kernel(
                 attention = tl.where(visible, attention, 0.0)
             if weights is not None:
                 attention *= tl.load(weights + index, mask=real, other=0.0)[None, :]
-            total += tl.sum(attention, 1)
+            if LARGEST:
+                total = tl.maximum(total, tl.max(attention, 1))
+            else:
+                total += tl.sum(attention, 1)
     # What lies under padding is not attention, and may be anything.
     tl.store(sums + head * num_tokens + row, tl.where(real_key, total, 0.0), mask=held)
