@@ -27,7 +27,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -57,6 +57,8 @@ class MarkedLayer(Protocol):
     is_initialized: bool
     """Whether it holds rows."""
     batch_size: int
+    observers: int
+    """Last tokens of the prompt that only observe the others."""
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer) -> None:
         """A part of the prompt, or all of it, has been attended over."""
@@ -347,6 +349,8 @@ def _linked(
         if not cache_layer.is_initialized:
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
             tokens = now.tokens(attention_mask, query, key, layer.sliding_window)
+            if cache_layer.observers and layer.sliding_window is not None:
+                tokens = replace(tokens, own=_own_tokens(attention_mask, query))
             cache_layer.attended(query, key, value, tokens, layer)
             return output, weights
         valid = None

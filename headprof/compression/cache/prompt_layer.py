@@ -97,11 +97,24 @@ class PromptLayer(CacheLayerMixin):
             self._queries.append(newest.clone())
             return
         queries = _last(torch.cat([*self._queries, newest], dim=2), needed)
-        known = tokens.counted(self._own).without_last(self.observers)
+        whole, known = self._known_tokens(tokens, layer.sliding_window)
         self.seen -= self.observers
         observed = Observation(queries, Rows.of_prompt(key, value), known.valid, layer, padded=known.padded)
-        self.filled(replace(observed, lengths=known.lengths, visible=known.visible))
+        attended = whole if self.observers else None
+        self.filled(replace(observed, lengths=known.lengths, visible=known.visible, attended=attended))
         self.forget_prompt()
+
+    def _known_tokens(self, tokens: Tokens, window: int | None) -> tuple[Tokens, Tokens]:
+        """A whole prompt's tokens, and those of them that may be kept: what the first token after it can see.
+
+        The mask of a layer with a sliding window hides what the last observer cannot see, which that token can.
+        """
+        if not self.observers or window is None:
+            whole = tokens.counted(self._own)
+            return whole, whole.without_last(self.observers)
+        own = torch.cat(self._own, dim=1)
+        whole = Tokens(own, tokens.lengths, tokens.lengths).counted(self._own)
+        return whole, whole.without_last(self.observers).last(self.seen - self.observers, window)
 
     def get_seq_length(self) -> int:
         """Tokens seen, kept or not: the position of the next one."""

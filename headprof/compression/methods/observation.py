@@ -49,7 +49,8 @@ class Tokens:
         lengths: how many each sequence has, also those that nobody can see any more, `B` numbers; `None` where the host
             does not know.
         visible: how many of each sequence are marked, `B` numbers; `None` where the host does not know.
-        own: which of the newest chunk's are no padding, bool `[B, Q]`, where the host does not know `lengths`.
+        own: which of the newest chunk's are no padding, bool `[B, Q]`, where the host does not know `lengths`, or the
+            layer has a sliding window and the prompt ends with observers.
     """
 
     valid: Tensor
@@ -80,6 +81,14 @@ class Tokens:
         lengths, visible = ([max(0, each - count) for each in known] for known in (self.lengths, self.visible))
         return Tokens(self.valid & kept, lengths, visible)
 
+    def last(self, end: int, window: int) -> Tokens:
+        """Of these tokens, those among the last `window` before token `end`."""
+        if window >= end:
+            return self
+        marked = torch.arange(self.valid.shape[1], device=self.valid.device) >= end - window
+        whole = self.lengths is not None and min(self.lengths) == end
+        return Tokens(self.valid & marked, self.lengths, [window] * len(self.valid) if whole else None)
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -97,6 +106,8 @@ class Observation:
         seen: tokens of the sequence so far; `None` for `T`.
         padded: whether some rows may be padding, as far as the host knows.
         lengths, visible: of a prompt's sequences, as in `Tokens`; `None` where the host does not know.
+        attended: which of a prompt's tokens are no padding, with the last ones that only observe and are not `valid`;
+            `None` if there are none of these. A sliding window is left out of account.
         shared: what several importances need of this, computed once.
     """
 
@@ -111,6 +122,7 @@ class Observation:
     padded: bool = True
     lengths: Sequence[int] | None = None
     visible: Sequence[int] | None = None
+    attended: Tokens | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
