@@ -17,6 +17,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.importance import KeyDiff, KeyNorm, Recency
 from headprof.compression.methods.received_attention import Accumulated
+from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import largest, ranking
 from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
@@ -28,6 +29,7 @@ IMPORTANCES = [
     WindowAttention(5, 3),
     LastQuery(),
     Accumulated(),
+    Reconstruction(5),
     KeyNorm(),
     KeyDiff(),
     Recency(),

@@ -24,7 +24,6 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.compress import document_table
-from headprof.models.prompt_encoder import OBSERVATION
 
 
 @command
@@ -42,7 +41,7 @@ def compress(
     compressing: CompressOptions = CompressOptions(budget="256"),
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
-    observe: Observe = OBSERVATION,
+    observe: Observe = None,
     tuning: MethodOptions,
     decoding: DecodingOptions,
     reading: ReadOptions,

@@ -53,9 +53,10 @@ Eager = Annotated[
     ),
 ]
 Observe = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Text that judges a document while the question is not known; empty: its own end.",
+        help="Text that judges a document while the question is not known; empty: its own end. Default: general "
+        "questions, or the document's own repetition for kvzip and headkv-kvzip.",
         rich_help_panel="Method",
     ),
 ]

@@ -14,13 +14,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.observers import repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel, require_finite
-from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
+from headprof.models.prompt_encoder import PromptEncoder
 
 LOWEST_TEMPERATURE = 1e-4
 """But for 0, which is greedy decoding; divided by less, logits overflow."""
@@ -124,7 +125,7 @@ def compress_document(
     document: str,
     plan: CompressionPlan,
     *,
-    observe: str = OBSERVATION,
+    observe: str | None = None,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -136,18 +137,25 @@ def compress_document(
         document: the text.
         plan: how to compress it.
         observe: text in the place of the question, which is not known yet: methods that judge by the last queries judge
-            by its tokens. They are not kept. If empty, the end of the document judges.
+            by its tokens. They are not kept. If empty, the end of the document judges. `None` for what the method asks
+            for: the document's own repetition, or `OBSERVATION`.
         backend, prefill_chunk: as for `headprof.compressed`.
         on_layer: called with the number of layers that are compressed, and of all.
 
     Raises:
-        UsageError: the document is longer than the model's context, or the budget cannot be met.
+        UsageError: the document, or the document and its repetition, is longer than the model's context, or the budget
+            cannot be met.
         ModelError: the model's numbers overflow.
     """
     encoder = PromptEncoder(loaded.tokenizer)
-    for text in (document, observe):
+    for text in (document, observe or ""):
         _check_length(loaded, encoder, text)
-    document_ids, observers = encoder.document_ids(document), encoder.question_ids(observe) if observe else []
+    document_ids = encoder.document_ids(document)
+    if repeats(plan.method, observe):
+        _fitting(loaded, document_ids, 0, 0)
+        observers = repeating_observers(loaded, encoder, document_ids)
+    else:
+        observers = text_observers(encoder, observe)
     ids = _fitting(loaded, document_ids + observers, 0, 0)
     plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))

@@ -8,6 +8,7 @@ once and asked about many times.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ OBSERVATION = (
     "Who, what, where, when, which, how many, how much? Give the name, the place, the number, the code, the date."
 )
 """What stands in for the question while a document is compressed, when the question is not known yet."""
+
+REPETITION = "Repeat the previous context exactly."
+"""What a document's own repetition follows."""
 
 _MARK = "HEADPROF-CONTENT"
 # Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
@@ -136,6 +140,17 @@ class PromptEncoder:
         if self._plain and self.texts.gives_offsets:
             return [*self._encode_together(GAP, question, "", "").asked]
         return self._framed(*self._asked(question))
+
+    def repetition_ids(self, document_ids: Sequence[int]) -> list[int]:
+        """Token ids that follow a document when the model repeats it: the demand, then the document without its frame.
+
+        Args:
+            document_ids: of the document, as `document_ids` or `encode_context` gives them.
+        """
+        frame = self.start_ids(f"{INSTRUCTION}{GAP}" if self._plain else "")
+        pairs = zip(frame, document_ids, strict=False)
+        framing = next((number for number, (own, its) in enumerate(pairs) if own != its), len(frame))
+        return [*self.question_ids(REPETITION), *document_ids[framing:]]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without a document: in the chat template, or as it was written."""

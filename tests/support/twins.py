@@ -7,6 +7,7 @@ import torch
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.importance import KeepAll, KeyDiff, KeyNorm, Recency
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
+from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 
 
@@ -115,6 +116,10 @@ def slow_score(importance, observed):
                     scores = slow_local(importance, observed, attention, b, k)
                 case Accumulated():
                     scores = slow_received(observed, attention, b, k)
+                case Reconstruction():
+                    asking = range(max(0, attention.shape[2] - importance.window), attention.shape[2])
+                    paid = [attention[b, k * group + h, i] for h in range(group) for i in asking]
+                    scores = [max((float(each[j]) for each in paid), default=0.0) for j in range(num_rows)]
                 case KeyNorm():
                     scores = [-math.sqrt(sum(float(x) ** 2 for x in key)) for key in observed.keys[b, k]]
                 case KeyDiff():

@@ -26,6 +26,9 @@ class Importance(Protocol):
     needs_rotary: bool = False
     """Whether it turns queries or keys to other positions (`Observation.layer.rotary`)."""
 
+    asks_for_repetition: bool = False
+    """Whether a document that is compressed before there is a question is to be judged by its own repetition."""
+
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 

@@ -29,6 +29,7 @@ from headprof.compression.methods.importance import (
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
+from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.rows import HeadCounts
@@ -180,6 +181,9 @@ METHODS: dict[str, Method] = {
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
     "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
     "expected-attention": Method(ExpectedAttention(), UniformBudget(), Evict(), sinks=4),
+    # KVzip ranks the tokens of all heads of all layers together; a layer that is compressed at once knows but its own.
+    "kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
+    "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
