@@ -320,9 +320,9 @@ def test_sharing_is_added_up():
     sharing = asker.sharing
     tokens = len(question.document_ids) + len(question.asked_ids) - 1
     assert (sharing.questions, sharing.prompt_tokens, sharing.sampled_tokens) == (2, 2 * tokens, tokens)
-    assert sharing.seconds_apart(2) == pytest.approx(4 * sharing.sampled_seconds)
+    assert sharing.seconds_apart() == pytest.approx(4 * sharing.sampled_seconds)
     total = sharing + Sharing(1, 10, 1.0, 0, 0.0)
-    assert (total.questions, total.prompt_tokens) == (3, 2 * tokens + 10) and Sharing().seconds_apart(3) == 0
+    assert (total.questions, total.prompt_tokens) == (3, 2 * tokens + 10) and Sharing().seconds_apart() == 0
 
 
 def evaluated(loaded, *, profile=None, **options):

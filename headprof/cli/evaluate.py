@@ -27,7 +27,6 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
 from headprof.cli.tables.evaluate import evaluation, sharing
-from headprof.models.prompt_encoder import OBSERVATION
 from headprof.utils.units import parse_length, parse_lengths
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def evaluate(
     ] = Path("results"),
     resume: Annotated[bool, typer.Option("--resume", help="Begin with the answers kept there from before.")] = False,
     json: JsonFlag = False,
-    observe: Observe = OBSERVATION,
+    observe: Observe = None,
     tuning: MethodOptions,
     decoding: DecodingOptions,
     loading: LoadOptions,
@@ -187,7 +186,7 @@ def _request(
     caches: ComparisonOptions,
     data: DataOptions,
     seed: int,
-    observe: str,
+    observe: str | None,
     tuning: MethodOptions,
     decoding: DecodingOptions,
 ) -> EvalRequest:

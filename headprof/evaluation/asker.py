@@ -1,4 +1,4 @@
-"""Questions under many methods and budgets, from one prefill each."""
+"""Questions under many methods and budgets, from one prefill each, or one for each kind of observers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 import torch
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.observers import repeating_observers, repeats
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Grading, Question
 from headprof.evaluation.results import Answer
 from headprof.models.decoder import end_tokens
 from headprof.models.loading import LoadedModel, require_finite
+from headprof.models.prompt_encoder import PromptEncoder
 
 MOST_LOGITS = 2**25
 """Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""
@@ -23,14 +26,15 @@ MOST_LOGITS = 2**25
 
 @dataclass
 class Sharing:
-    """What it saved that all candidates share one prefill.
+    """What it saved that candidates share prefills.
 
     Attributes:
         questions: how many were asked.
-        prompt_tokens: of all their prompts.
+        prompt_tokens: of all their prompts; those that are read with several kinds of observers count as often.
         seconds: that reading the prompts took, all compressions included.
         sampled_tokens, sampled_seconds: of the prompts that were read once more, by themselves, to have something to
             compare with.
+        candidate_tokens: of all prompts, each as often as caches were filled from it.
     """
 
     questions: int = 0
@@ -38,15 +42,16 @@ class Sharing:
     seconds: float = 0.0
     sampled_tokens: int = 0
     sampled_seconds: float = 0.0
+    candidate_tokens: int = 0
 
     def __add__(self, other: Sharing) -> Sharing:
         return Sharing(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
-    def seconds_apart(self, candidates: int) -> float:
+    def seconds_apart(self) -> float:
         """What the prefills would have taken, one for each candidate, without any compression."""
         if not self.sampled_tokens:
             return 0.0
-        return candidates * self.prompt_tokens * self.sampled_seconds / self.sampled_tokens
+        return self.candidate_tokens * self.sampled_seconds / self.sampled_tokens
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Asker:
         question_known: whether the question is part of what is compressed.
         observer_ids: if not, tokens after the document that observe it and are not kept.
         step: how decode steps are run, as for `headprof.compressed`.
+        repeat: whether methods that ask for it are judged by the document's repetition in place of `observer_ids`.
         sharing: what reading the prompts took.
     """
 
@@ -73,15 +79,17 @@ class Asker:
     question_known: bool = True
     observer_ids: Sequence[int] = ()
     step: str = "auto"
+    repeat: bool = False
     sharing: Sharing = field(default_factory=Sharing)
     _sampled: set[tuple[str, str]] = field(default_factory=set)
+    _plans: dict[tuple[int, int], CompressionPlan] = field(default_factory=dict)
 
     @torch.inference_mode()
     def ask(self, question: Question) -> list[Answer]:
         """The answers under each candidate, in order."""
         prompt, tail = self._split(question)
         with attending_ragged(self.loaded.model, step=self.step):
-            caches = self._read(prompt, (question.task, question.group))
+            caches = self._read(prompt, question)
             reference = self._reference(stack_caches(caches), tail, question.reference_ids)
             if question.grading is None:
                 texts, scores = [""] * len(caches), [float(right) for right in reference.right]
@@ -108,34 +116,66 @@ class Asker:
         ]
 
     def _split(self, question: Question) -> tuple[list[int], list[int]]:
-        """What is compressed (with the observers after it), and what is read from then on, up to the answer."""
+        """What is compressed, and what is read from then on, up to the answer."""
         prompt, tail = [*question.document_ids], [*question.asked_ids, *question.reply_ids]
         if self.question_known:
             prompt, tail = [*prompt, *question.asked_ids], [*question.reply_ids]
         if not tail:
             prompt, tail = prompt[:-1], prompt[-1:]
-        return prompt if self.question_known else [*prompt, *self.observer_ids], tail
+        return prompt, tail
 
     def compressed_length(self, question: Question) -> int:
         """Tokens of a question that are compressed."""
-        prompt, _ = self._split(question)
-        return len(prompt) if self.question_known else len(prompt) - len(self.observer_ids)
+        return len(self._split(question)[0])
 
-    def _read(self, prompt: list[int], kind: tuple[str, str]) -> list[HeadCache]:
-        """A filled cache for each candidate; one prompt of each kind is read alone, too, to see how long that takes."""
-        ids = torch.tensor([prompt], device=self.loaded.device)
-        observers = 0 if self.question_known else len(self.observer_ids)
-        caches = [HeadCache(candidate.plan) for candidate in self.candidates]
-        together = FanOutCache(caches)
-        together.expect_observers(observers)
-        self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
-        self.sharing.prompt_tokens += len(prompt)
+    def check(self, question: Question) -> None:
+        """
+        Raises:
+            UsageError: a method is to be judged by the repetition of a document that is too long for it.
+        """
+        if any(self._repeats(candidate) for candidate in self.candidates):
+            self._repetition(self._split(question)[0])
+
+    def _repeats(self, candidate: Candidate) -> bool:
+        return self.repeat and not self.question_known and repeats(candidate.plan.method, None)
+
+    def _repetition(self, prompt: list[int]) -> list[int]:
+        return repeating_observers(self.loaded, PromptEncoder(self.loaded.tokenizer), prompt)
+
+    def _read(self, prompt: list[int], question: Question) -> list[HeadCache]:
+        """A filled cache for each candidate; those that have the same observers are filled together."""
+        repeated = [self._repeats(candidate) for candidate in self.candidates]
+        caches: dict[int, HeadCache] = {}
+        for repeat in dict.fromkeys(repeated):
+            observers = self._repetition(prompt) if repeat else [] if self.question_known else [*self.observer_ids]
+            numbers = [number for number, its in enumerate(repeated) if its == repeat]
+            plans = [self._plan(number, len(observers)) for number in numbers]
+            kind = (question.task, f"{question.group}, repeated" if repeat else question.group)
+            caches |= zip(numbers, self._filled(plans, prompt, observers, kind), strict=True)
         self.sharing.questions += 1
+        return [caches[number] for number in range(len(repeated))]
+
+    def _plan(self, number: int, observers: int) -> CompressionPlan:
+        """A candidate's plan for so many observers, made once, since it remembers what it has allotted."""
+        if (number, observers) not in self._plans:
+            self._plans[number, observers] = self.candidates[number].plan.for_observers(observers)
+        return self._plans[number, observers]
+
+    def _filled(
+        self, plans: list[CompressionPlan], prompt: list[int], observers: list[int], kind: tuple[str, str]
+    ) -> list[HeadCache]:
+        """A cache for each plan, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
+        ids = torch.tensor([[*prompt, *observers]], device=self.loaded.device)
+        together = FanOutCache([HeadCache(plan) for plan in plans])
+        together.expect_observers(len(observers))
+        self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
+        self.sharing.prompt_tokens += ids.shape[1]
+        self.sharing.candidate_tokens += len(plans) * ids.shape[1]
         if kind not in self._sampled:
             self._sampled.add(kind)
             self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids))
-            self.sharing.sampled_tokens += len(prompt)
-        return caches
+            self.sharing.sampled_tokens += ids.shape[1]
+        return together.caches
 
     def _prefill_alone(self, ids: torch.Tensor) -> None:
         self.loaded.model(ids, use_cache=True, logits_to_keep=1)

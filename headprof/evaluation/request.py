@@ -11,6 +11,7 @@ from headprof._version import __version__
 from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
+from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -115,7 +116,8 @@ class EvalRequest:
             the model can read.
         prompts: a JSON file of templates in place of LongBench's.
         question_known: whether the question is part of the prompt that is compressed; if not, the document alone is.
-        observe: if not, the text in the question's place that observes the document; empty for the document's own end.
+        observe: if not, the text in the question's place that observes the document; empty for the document's own end;
+            `None` for what a method asks for: the document's own repetition, or `OBSERVATION`.
         data_dir: a folder with the benchmarks' files; for perplexity, a text file or a folder of them.
         documents: how many texts; `None` for all that are long enough.
         skip: how many of those to leave out first.
@@ -137,7 +139,7 @@ class EvalRequest:
     max_prompt: int | None = None
     prompts: Path | None = None
     question_known: bool = True
-    observe: str = OBSERVATION
+    observe: str | None = None
     data_dir: Path | None = None
     documents: int | None = 20
     skip: int = 0
@@ -165,7 +167,8 @@ class EvalRequest:
             )
         if self.prompts is not None and not self.prompts.is_file():
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
-        if self.observe != self.observe.encode("utf-8", "replace").decode("utf-8"):
+        observe = self.observe or ""
+        if observe != observe.encode("utf-8", "replace").decode("utf-8"):
             raise UsageError("The text to observe with is not UTF-8: give another with --observe.")
         for budget in self.budgets:
             Budget.parse(budget)
@@ -235,10 +238,16 @@ class EvalRequest:
         )
 
     def observer_ids(self, loaded: LoadedModel) -> list[int]:
-        """Tokens that observe the document in the question's place; empty if the question is known."""
-        if self.question_known or not self.observe:
-            return []
-        return PromptEncoder(loaded.tokenizer).question_ids(self.observe)
+        """Tokens that observe the document in the question's place; empty if the question is known.
+
+        Documents that are judged by their own repetition have others (`Asker.repeat`).
+        """
+        return [] if self.question_known else text_observers(PromptEncoder(loaded.tokenizer), self.observe)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether some document is judged by its own repetition."""
+        return not self.question_known and any(repeats(find_method(name), self.observe) for name in self.methods)
 
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
@@ -278,6 +287,7 @@ class EvalRequest:
             "profile": profile.digest() if profile is not None else "",
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
+            "observe": OBSERVATION if self.observe is None and not self.repeats else self.observe,
             "decoding": {name: str(value) for name, value in self.decoding.items()},
             # What goes around prompts without a chat template, which the tokenizer's fingerprint does not tell.
             **({} if loaded.tokenizer.chat_template else {"frame": "question and answer"}),

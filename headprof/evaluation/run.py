@@ -15,7 +15,7 @@ from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.journal import Journal, QuestionKey, Results
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
-from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, digest_of
+from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, Question, digest_of
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulate
 from headprof.evaluation.tasks import TASKS, Example
@@ -114,21 +114,17 @@ class EvalRun:
         self.loaded, self.profile, self.request = loaded, profile, request
         self.team, self.on_progress = team or Team(), on_progress
         observers = request.observer_ids(loaded)
-        self.asker = Asker(loaded, self._candidates(), request.question_known, observers, request.step)
+        candidates = request.candidates(loaded, profile)
+        self.asker = Asker(
+            loaded, candidates, request.question_known, observers, request.step, repeat=request.observe is None
+        )
         self.tasks = {name: self._task(name) for name in request.all_tasks}
-        candidates = [(candidate.method, candidate.budget) for candidate in self.asker.candidates]
+        results = [(candidate.method, candidate.budget) for candidate in candidates]
         journal = None
         if output is not None and self.team.rank == 0:
-            journal = Journal(output / "answers.jsonl", self._digest, candidates)
+            journal = Journal(output / "answers.jsonl", self._digest, results)
         self.kept: KeptResults[QuestionKey, Results] = KeptResults(request.key(loaded, profile), journal)
         self._resume = resume
-
-    def _candidates(self) -> list[Candidate]:
-        observers = len(self.request.observer_ids(self.loaded))
-        return [
-            replace(candidate, plan=candidate.plan.for_observers(observers))
-            for candidate in self.request.candidates(self.loaded, self.profile)
-        ]
 
     def _task(self, name: str) -> RunnableTask:
         request, loaded = self.request, self.loaded
@@ -152,10 +148,18 @@ class EvalRun:
     def _checked(self, name: str, questions: AnyQuestions) -> AnyQuestions:
         """The questions, once the first one can be asked and the budgets can be met; raises `UsageError`."""
         shares = self.request.has_shares  # of what is compressed: the shortest has the smallest budget
-        numbers = range(len(questions) if shares else 1)
-        shortest = min(self.asker.compressed_length(questions[number]) for number in numbers)
+        numbers = range(len(questions) if shares or self.request.repeats else 1)
+        shortest = min(self._checked_length(name, questions[number]) for number in numbers)
         self._check(shortest, f"The shortest text of {name} to be compressed has {shortest} tokens: " if shares else "")
         return questions
+
+    def _checked_length(self, name: str, question: Question) -> int:
+        """Tokens of a question that are compressed, if they can be repeated where they have to; raises `UsageError`."""
+        try:
+            self.asker.check(question)
+        except UsageError as error:
+            raise UsageError(f"A text of {name} is too long for --query-agnostic: {error}") from None
+        return self.asker.compressed_length(question)
 
     def _check(self, length: int, where: str = "") -> None:
         """Budgets that cannot be met are errors before any work; raises `UsageError`."""
@@ -237,7 +241,7 @@ class EvalRun:
             "profile": key["profile"],
             "questions": {name: len(task) for name, task in self.tasks.items()},
             "settings": key,
-            "sharing": asdict(sharing) | {"candidates": candidates, "seconds_apart": sharing.seconds_apart(candidates)},
+            "sharing": asdict(sharing) | {"candidates": candidates, "seconds_apart": sharing.seconds_apart()},
         }
 
 

@@ -81,8 +81,10 @@ def sharing(found: Evaluation) -> str:
     saved = found.about["sharing"]
     if not saved["questions"]:
         return "Nothing was left to ask."
+    alike = saved["candidate_tokens"] == saved["candidates"] * saved["prompt_tokens"]
+    served = "One prefill" if alike else "A prefill with the repetition, and one without,"
     return (
-        f"One prefill served {saved['candidates']} caches: {saved['questions']} prompts were read and compressed in "
+        f"{served} served {saved['candidates']} caches: {saved['questions']} prompts were read and compressed in "
         f"{saved['seconds']:.0f} s; reading them once for each cache would have taken {saved['seconds_apart']:.0f} s."
     )
 
