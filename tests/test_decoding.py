@@ -28,7 +28,7 @@ from headprof.errors import CacheError, UsageError
 from headprof.models.shape import HeadShape
 
 LOSSY = [name for name in METHODS if name != "full"]
-SHARING = ("adakv",)  # methods whose heads share a layer's rows anew each time
+SHARING = ("adakv", "kvzip")  # methods whose heads share a layer's rows anew each time
 MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
