@@ -472,3 +472,17 @@ def test_two_prefills_can_be_stacked():
     plans = [make_plan(loaded.model, method=name, budget=12) for name in ("kvzip", "snapkv")]
     caches = [compress_document(loaded, TEXT, plan) for plan in plans]
     assert stack_caches(caches).token_ids is not None
+
+
+def test_of_a_prompt_in_chunks_only_the_queries_that_judge_are_held():
+    model = tiny_model()
+    plan = make_plan(model, method="kvzip", budget=10).for_observers(20)
+    cache = HeadCache(plan)
+    cache.expect_observers(20)
+    held = []
+    layer = cache.head_layers[0]
+    filled = layer.filled
+    layer.filled = lambda observed: (held.append([each.shape[2] for each in layer._queries]), filled(observed))
+    with attending_ragged(model, prefill_chunk=8), torch.no_grad():
+        prefill(model, random_ids(1, 60), cache)
+    assert held == [[0, 0, 0, 0, 0, 8, 8]]

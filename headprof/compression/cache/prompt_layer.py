@@ -90,7 +90,8 @@ class PromptLayer(CacheLayerMixin):
             layer: how it attended.
         """
         needed = self.queries_needed()
-        newest = _last(query, needed)
+        to_come = max(0, self.expected - self.seen)
+        newest = _last(query, None if needed is None else max(0, needed - to_come))
         if tokens.own is not None:
             self._own.append(tokens.own)
         if self.seen < self.expected:
