@@ -142,6 +142,24 @@ def test_a_cache_that_goes_on_by_another_plan_is_recorded_anew(first, then, reco
     assert recordings.count >= 2
 
 
+def test_rings_of_unequal_rooms_are_each_gone_round(recordings):
+    """A window makes the first layer's budget smaller, so its queries are forgotten sooner than the other layer's."""
+    model, ids = tiny_model("gemma2", layers=2, sliding_window=8), random_ids(1, 20)
+    made = {}
+    for step in ("eager", "auto"):
+        with compressed(model, method="expected-attention", budget=100, buffer=40, step=step) as plan:
+            cache, made[step] = HeadCache(plan), []
+            prefill(model, ids, cache)
+            for i in range(150):
+                model(ids[:, i % 20, None], past_key_values=cache)
+                made[step].append([layer.held.recent.joined()[0] for layer in cache.head_layers])
+                made[step][-1] = [None if each is None else each.clone() for each in made[step][-1]]
+    rooms = [layer.held.recent.room for layer in cache.head_layers]
+    assert rooms[0] != rooms[1]
+    for one, other in zip(made["auto"], made["eager"], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monkeypatch, caplog):
     """A number that the host put into the recording is right in the recorded step alone."""
     model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
