@@ -115,6 +115,11 @@ class StepCache(Cache):
     def __init__(self, layers: list[StepLayer], slots: Tensor | None, backend: str):
         super().__init__(layers=cast(Any, list(layers)))
         self.slots = slots
+        self._rooms: Tensor | None = None
+        if slots is not None:  # layers that are compressed at other times may have grown other rings
+            with torch.inference_mode(False):
+                rooms = [slots.new_full((1,), layer.ring.shape[2]) for layer in layers if layer.ring is not None]
+                self._rooms = torch.cat(rooms)
         self.current: StepLayer | None = None
         self._backend = backend
 
@@ -144,8 +149,8 @@ class StepCache(Cache):
 
     def finish(self) -> None:
         """Move on all layers' slots, in one go."""
-        if self.slots is not None:
-            self.slots.add_(1).remainder_(self.layers[0].ring.shape[2])
+        if self.slots is not None and self._rooms is not None:
+            self.slots.add_(1).remainder_(self._rooms)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, int32 `[]` on the device: a number on the host would be the same in every step."""
