@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from weakref import ref
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -159,6 +162,32 @@ def test_rings_of_unequal_rooms_are_each_gone_round(recordings):
     assert rooms[0] != rooms[1]
     for one, other in zip(made["auto"], made["eager"], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_cache_that_is_gone_is_not_kept_for_its_recording(recordings):
+    """From the next pass on, so that a prompt is not read beside the last one's cache."""
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 40)
+    with compressed(model, method="snapkv", budget=12, buffer=16) as plan:
+        cache = HeadCache(plan)
+        decoded(model, ids, 20, cache)
+        cache_there, rows_there = ref(cache), ref(cache.head_layers[0].storage.rows.keys)
+        del cache
+        gc.collect()
+        assert cache_there() is None
+        model(ids, past_key_values=HeadCache(plan))
+        gc.collect()
+        assert rows_there() is None
+    assert recordings.count == 1
+
+
+def test_too_few_ids_are_refused_as_in_a_plain_step(recordings):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(3, 40)
+    with compressed(model, method="snapkv", budget=12, buffer=16) as plan:
+        cache = HeadCache(plan)
+        decoded(model, ids, 20, cache)
+        with pytest.raises(RuntimeError):
+            model(ids[:1, :1], past_key_values=cache)
+    assert recordings.count == 1
 
 
 def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monkeypatch, caplog):

@@ -216,7 +216,7 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def in_place(self) -> tuple[object, ...]:
-        """What a captured step goes by: while these are the same objects, it writes what is needed, to where it lies."""
+        """What a captured step goes by: while these are the same objects, it writes all that is needed, in place."""
         return (self.schedule, self.storage, self.storage.rows, *self.held.recent.tensors)
 
     def continue_with(self, plan: CompressionPlan) -> None:
