@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Protocol, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -115,6 +115,11 @@ class StepCache(Cache):
     def __init__(self, layers: list[StepLayer], slots: Tensor | None, backend: str):
         super().__init__(layers=cast(Any, list(layers)))
         self.slots = slots
+        self._rooms: Tensor | None = None
+        if slots is not None:  # layers that are compressed at other times may have grown other rings
+            with torch.inference_mode(False):
+                rooms = [slots.new_full((1,), layer.ring.shape[2]) for layer in layers if layer.ring is not None]
+                self._rooms = torch.cat(rooms)
         self.current: StepLayer | None = None
         self._backend = backend
 
@@ -144,8 +149,8 @@ class StepCache(Cache):
 
     def finish(self) -> None:
         """Move on all layers' slots, in one go."""
-        if self.slots is not None:
-            self.slots.add_(1).remainder_(self.layers[0].ring.shape[2])
+        if self.slots is not None and self._rooms is not None:
+            self.slots.add_(1).remainder_(self._rooms)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Tokens seen, int32 `[]` on the device: a number on the host would be the same in every step."""
@@ -213,19 +218,22 @@ class DecodeSteps:
         self._layout: tuple[object, ...] = ()
         self._steady = 0
         self._step: _Step | None = None
-        self._made: Any = None  # how the plain pass answers
+        self._made: Any = None  # kind of answer that the plain pass gives
+        self._cache: Callable[[], Any] = _nothing  # whose layout it is, as long as it is there
         self.refused = ""
         """Why steps are run plainly, if they are; empty if not."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs | dict(zip(self._names, args, strict=False))
         cache: Any = given.get("past_key_values")
+        if self._cache() is None:
+            self._forget()
         if self.refused or not self._serves(given, cache):
             return self._plain(*args, **kwargs)
         cache.prepare_step()
         if not self._is_steady(cache):
             answer = self._plain(*args, **kwargs)
-            self._made = answer if _is_plain(answer) else None
+            self._made = type(answer) if _is_plain(answer) else None
             return answer
         try:
             return self._by_the_device(given, cache, partial(self._plain, *args, **kwargs))
@@ -235,6 +243,10 @@ class DecodeSteps:
             self._step = None
             return self._plain(*args, **kwargs)
 
+    def _forget(self) -> None:
+        """Keep nothing of a layout, so that the memory of a cache that is gone can be used by another."""
+        self._layout, self._steady, self._step, self._cache = (), 0, None, _nothing
+
     def _serves(self, given: dict[str, Any], cache: Any) -> bool:
         """Whether this is the pass of one new token over a compressed cache, and nothing else is asked for."""
         ids, positions = given.get("input_ids"), given.get("position_ids")
@@ -242,7 +254,7 @@ class DecodeSteps:
             getattr(cache, "runs_steps", False)
             and isinstance(ids, Tensor)
             and ids.ndim == 2
-            and ids.shape[1] == 1
+            and ids.shape == (cache.batch_size, 1)
             and (positions is None or (positions.ndim == 2 and positions.shape[1] == 1))
             and "position_ids" in self._names
             and _is_flat(given.get("attention_mask"))
@@ -258,7 +270,8 @@ class DecodeSteps:
         """Whether this layout has been seen often enough to be captured, if it has not been."""
         layout = cache.layout()
         if not _same(layout, self._layout):
-            self._layout, self._steady, self._step = layout, 0, None
+            self._forget()
+            self._layout, self._cache = layout, ref(cache)
         self._steady += 1
         if self._step is not None:
             return True
@@ -278,7 +291,7 @@ class DecodeSteps:
         cache.step_passed()
         if self._record is not None and step.replay is not None:
             self._compare(step, cache, plain, logits)
-        return type(self._made)(logits=logits, past_key_values=cache)
+        return self._made(logits=logits, past_key_values=cache)
 
     def _logits(self, step: _Step) -> Tensor:
         if step.replay is not None:
@@ -374,6 +387,10 @@ class _Step:
             self.positions.fill_(seen)
         else:
             self.positions.copy_(positions.expand_as(self.positions))
+
+
+def _nothing() -> None:
+    """What a reference to nothing says."""
 
 
 def _is_flat(mask: Any) -> bool:

@@ -131,7 +131,10 @@ class HeadCache(PromptCache):
 
     # Decode steps that the device runs by itself (see `decode_steps`).
 
-    runs_steps = True
+    @property
+    def runs_steps(self) -> bool:
+        """Whether it holds a prompt, so that a new token is a decode step."""
+        return bool(self.head_layers[-1].is_initialized)
 
     def prepare_step(self) -> None:
         """Get ready for one more token of every sequence: afterwards nothing moves while it comes."""

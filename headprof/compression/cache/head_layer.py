@@ -216,8 +216,8 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def in_place(self) -> tuple[object, ...]:
-        """What a captured step writes to: while these are the same objects, no address has changed."""
-        return (self.storage, self.storage.rows, *self.held.recent.tensors)
+        """What a captured step goes by: while these are the same objects, it writes all that is needed, in place."""
+        return (self.schedule, self.storage, self.storage.rows, *self.held.recent.tensors)
 
     def continue_with(self, plan: CompressionPlan) -> None:
         """Compress by another plan from now on."""
