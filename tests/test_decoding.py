@@ -135,6 +135,20 @@ def test_the_whole_cache_keeps_all_that_is_generated():
     assert (cache.lengths == 100).all()
 
 
+@pytest.mark.parametrize(("name", "needed"), [("tova", 1), ("snapkv", 16)])
+def test_queries_are_left_to_judge_by_where_most_of_a_pass_is_taken_out(name, needed):
+    model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 80)
+    with attending_ragged(model):
+        cache = filled(model, name, ids[:, :30], 24, 64)
+        for i in range(30, 50):
+            step(model, cache, ids[:, i : i + 1])
+        step(model, cache, ids[:, 50:59])
+        cache.crop(-6)
+        assert remembered(cache) >= needed
+        step(model, cache, ids[:, 59:60])
+        assert remembered(cache) == needed
+
+
 @pytest.mark.parametrize("name", ["ems", "snapkv", "adakv"])
 @pytest.mark.parametrize("size", [1, 30])
 def test_a_huge_buffer_costs_nothing_before_it_is_used(name, size):

@@ -72,7 +72,7 @@ def check_step(step: str, device: torch.device | None = None) -> None:
         raise UsageError(f"There is no way {step!r} to run a decode step: use {', '.join(STEPS)}.")
     if step == "graph" and device is not None and device.type != "cuda":
         raise UsageError(
-            f"Only a CUDA device can replay a captured step, not {device.type!r}: leave step='graph' away."
+            f"Only a CUDA device replays captured steps, not {device.type!r}: leave step='graph' (--step graph) away."
         )
 
 
@@ -189,6 +189,11 @@ class Linked(Protocol):
         """Whether the link between the model and its cache is still being looked at."""
         ...
 
+    @property
+    def own_hooks(self) -> int:
+        """Hooks inside the model by which that is done."""
+        ...
+
 
 class DecodeSteps:
     """Runs a model's forward pass, and by itself the device's part of a decode step where that can be.
@@ -215,6 +220,7 @@ class DecodeSteps:
         self._compiles, self._record, self._backend = step == "compiled", record, backend
         self._names = list(signature(forward).parameters)
         self._run = torch.compile(self._forward, fullgraph=True) if self._compiles else self._forward
+        self._inside = [module for module in model.modules() if module is not model]
         self._layout: tuple[object, ...] = ()
         self._steady = 0
         self._step: _Step | None = None
@@ -264,7 +270,13 @@ class DecodeSteps:
             and not torch.is_grad_enabled()
             and not self._model.training
             and not self._link.is_looking
+            and not self._is_hooked()
         )
+
+    def _is_hooked(self) -> bool:
+        """Whether someone has hooks inside the model, which would not run in a captured step."""
+        found = sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in self._inside)
+        return found > self._link.own_hooks
 
     def _is_steady(self, cache: Any) -> bool:
         """Whether this layout has been seen often enough to be captured, if it has not been."""

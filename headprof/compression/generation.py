@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -25,6 +25,10 @@ from headprof.models.prompt_encoder import PromptEncoder
 
 LOWEST_TEMPERATURE = 1e-4
 """But for 0, which is greedy decoding; divided by less, logits overflow."""
+
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -178,19 +182,20 @@ def compress_document(
 def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -> Iterator[None]:
     """Report each decoder layer when it has run for the first time; nothing of a model that does not list them."""
     layers = find_decoder_layers(loaded.model) or ()
+    hooks: dict[Any, RemovableHandle] = {}
     done = 0
 
-    def count(*_: Any) -> None:
+    def count(layer: Any, *_: Any) -> None:
         nonlocal done
         done += 1
-        if done <= len(layers):
-            on_layer(done, len(layers))
+        hooks[layer].remove()
+        on_layer(done, len(layers))
 
-    hooks = [layer.register_forward_hook(count) for layer in layers]
+    hooks |= {layer: layer.register_forward_hook(count) for layer in layers}
     try:
         yield
     finally:
-        for hook in hooks:
+        for hook in hooks.values():
             hook.remove()
 
 

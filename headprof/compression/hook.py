@@ -173,6 +173,10 @@ class _Pass:
     def is_looking(self) -> bool:
         return self.check.looks_at_steps
 
+    @property
+    def own_hooks(self) -> int:
+        return self.check.hooks_left
+
     def begins(self, ids: Any, mask: Any) -> None:
         """Note how long the sequences of a prompt are; this is the one thing that is asked of the device.
 

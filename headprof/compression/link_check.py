@@ -73,6 +73,11 @@ class LinkCheck:
         """Whether a pass that continues a cache is still to be looked at."""
         return False in self._left
 
+    @property
+    def hooks_left(self) -> int:
+        """Hooks of the decoder by which passes are looked at."""
+        return len(self._hooks) if self._left else 0
+
     def install(self) -> Sequence[RemovableHandle]:
         """Look at the passes of the model's decoder until these hooks are removed, or there is nothing left to see."""
         before = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)

@@ -36,7 +36,7 @@ class RecentQueries:
         self._valid: Tensor | None = None  # bool [B, room], once there has been padding
         self._count = self._next = 0
         if query is not None and query.shape[2]:
-            self.add(query, valid, query.shape[2])
+            self.add(query, valid, 1)
 
     def __len__(self) -> int:
         return self._count
@@ -57,22 +57,22 @@ class RecentQueries:
         Args:
             query: `[B, H, Q, D]`.
             valid: false for padding, bool `[B, Q]`; `None` if there is none.
-            needed: how many are remembered at most; `None` for all.
+            needed: how many are remembered at most when the last of these has been taken; `None` for all.
             usual: how many there is room for at least, where all are remembered.
         """
-        if needed is not None and query.shape[2] > needed:
-            query, valid = query[:, :, -needed:], None if valid is None else valid[:, -needed:]
         count = query.shape[2]
-        room = max(usual, self._count + count) if needed is None else needed
+        kept = None if needed is None else needed + count - 1  # since all but one of these may be taken out again
         if self._ring is None:
-            self._lay_out(query, room)
-        else:
-            self.reserve(room)
+            self._lay_out(query, max(usual, count) if kept is None else kept)
+        elif kept is None:
+            self.reserve(self._count + count)
+        elif self.room != kept:
+            self._resize(kept)
         if valid is not None and self._valid is None:
             with torch.inference_mode(False):
                 self._valid = torch.ones(len(query), self.room, dtype=torch.bool, device=query.device)
         self.write(query, valid)
-        self.note(count, needed)
+        self.note(count, kept)
 
     def _lay_out(self, like: Tensor, room: int) -> None:
         batch, heads, _, head_dim = like.shape
@@ -83,15 +83,17 @@ class RecentQueries:
 
     def reserve(self, room: int) -> None:
         """Have room for so many queries, if there are any; all move if there was less."""
-        if self._ring is None or self.room >= room:
-            return
-        query, valid = self.joined()
-        like, count = self._ring, self._count
-        self._lay_out(like, max(room, self.room + self.room // 2))
+        if self._ring is not None and self.room < room:
+            self._resize(max(room, self.room + self.room // 2))
+
+    def _resize(self, room: int) -> None:
+        """Have room for so many queries, and keep as many of the newest."""
+        query, valid = self.part(max(0, self._count - room), self._count)
+        assert self._ring is not None
+        self._lay_out(self._ring, room)
         self._valid, self._count = None, 0
         if query is not None:
-            self.add(query, valid, None, 0)
-            assert self._count == count
+            self.add(query, valid, room - query.shape[2] + 1)
 
     def write(self, query: Tensor, valid: Tensor | None = None) -> None:
         """Write queries `[B, H, Q, D]` where the next ones go, for which there must be room; `note` must follow.
