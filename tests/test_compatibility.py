@@ -291,7 +291,7 @@ def test_questions_asked_anew_have_the_same_answers(which, tasks, place):
     for question, line in anew.items():
         for part in [part for part in line if isinstance(line[part], list)]:
             for answer, before in zip(line[part], kept[question][part], strict=True):
-                # Room for queries is had at once, and rows that are compressed again need no more room than before.
-                assert 0.7 < answer["cache_bytes"] / before["cache_bytes"] < 1.3
+                # Room for queries, which weigh as much as rows in a model this small, is had at once.
+                assert 0.7 < answer["cache_bytes"] / before["cache_bytes"] < 1.7
                 answer["cache_bytes"] = before["cache_bytes"]
         assert_alike(line, kept[question])

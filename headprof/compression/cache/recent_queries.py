@@ -61,18 +61,24 @@ class RecentQueries:
             usual: how many there is room for at least, where all are remembered.
         """
         count = query.shape[2]
-        kept = None if needed is None else needed + count - 1  # since all but one of these may be taken out again
+        kept = needed
+        if needed is not None and count > 1:  # of these, some may be taken out again
+            kept = count if count >= needed else needed + count - 1
         if self._ring is None:
             self._lay_out(query, max(usual, count) if kept is None else kept)
         elif kept is None:
             self.reserve(self._count + count)
         elif self.room != kept:
             self._resize(kept)
+        self._fill(query, valid, kept)
+
+    def _fill(self, query: Tensor, valid: Tensor | None, kept: int | None = None) -> None:
+        """Write queries for which there is room, and count them; at most `kept` are remembered then."""
         if valid is not None and self._valid is None:
             with torch.inference_mode(False):
                 self._valid = torch.ones(len(query), self.room, dtype=torch.bool, device=query.device)
         self.write(query, valid)
-        self.note(count, kept)
+        self.note(query.shape[2], kept)
 
     def _lay_out(self, like: Tensor, room: int) -> None:
         batch, heads, _, head_dim = like.shape
@@ -93,7 +99,7 @@ class RecentQueries:
         self._lay_out(self._ring, room)
         self._valid, self._count = None, 0
         if query is not None:
-            self.add(query, valid, room - query.shape[2] + 1)
+            self._fill(query, valid)
 
     def write(self, query: Tensor, valid: Tensor | None = None) -> None:
         """Write queries `[B, H, Q, D]` where the next ones go, for which there must be room; `note` must follow.
