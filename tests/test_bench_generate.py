@@ -316,7 +316,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model, monkeypatch):
         ({"lengths": ()}, "without lengths.*--lengths"),
         ({"backends": ("fast",)}, "no attention backend 'fast'"),
         ({"steps": ("auto", "quick")}, "no way 'quick' to run a decode step"),
-        ({"steps": ("eager", "graph")}, "Only a CUDA device can replay a captured step"),
+        ({"steps": ("eager", "graph")}, "Only a CUDA device replays captured steps"),
         ({"steps": ()}, "without steps.*--steps"),
         ({"full": ("static",)}, "no 'static' for --full: choose one of eager, compiled"),
         ({"new_tokens": 1}, "--new-tokens 1 is too small: give at least 2"),
