@@ -20,6 +20,7 @@ from headprof.compression import decode_steps
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.storage import RowStorage
 from headprof.compression.session import make_plan, prefill
+from headprof.errors import ModelError
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
 METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm"]
@@ -46,7 +47,7 @@ class Recordings:
 def recordings(monkeypatch):
     made = Recordings()
     monkeypatch.setattr(decode_steps, "recording_for", lambda model: made)
-    monkeypatch.setattr(decode_steps, "_compared", {})
+    monkeypatch.setattr(decode_steps, "_trusted", {})
     # As on a GPU, where attention goes by what the device knows.
     monkeypatch.setattr(RowStorage, "in_use", property(lambda self: None))
     return made
@@ -224,13 +225,18 @@ def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monke
         decode_steps.StepCache, "told", property(lambda self: int(self.get_seq_length())), raising=False
     )
     monkeypatch.setattr(type(model.model), "forward", counting)
-    made = {}
-    for step in ("eager", "auto"):
+
+    def made(step, count):
         with compressed(model, method="snapkv", budget=12, buffer=16, step=step) as plan:
-            made[step], _ = decoded(model, ids, 20, HeadCache(plan))
-    assert torch.equal(made["auto"], made["eager"])
-    assert recordings.count == 1
-    assert "they answer otherwise" in caplog.text
+            return decoded(model, ids, count, HeadCache(plan))[0]
+
+    for count in (4, 4, 20, 20, 20):  # a step that is run once tells nothing, nor is a model ever trusted that was not
+        assert torch.equal(made("auto", count), made("eager", count))
+    assert recordings.count == 5
+    assert caplog.text.count("they answer otherwise") == 3
+    with pytest.raises(ModelError, match=r"cannot be run as step='compiled' asks \(captured, they answer otherwise\)"):
+        monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
+        made("compiled", 20)
 
 
 def test_what_cannot_be_captured_runs_plainly(monkeypatch, caplog):
@@ -307,7 +313,7 @@ def test_compiled_steps_are_the_plain_ones(arch, method, monkeypatch):
     monkeypatch.setattr(
         torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph)
     )
-    monkeypatch.setattr(decode_steps, "_compared", {})
+    monkeypatch.setattr(decode_steps, "_trusted", {})
     model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 40)
     made = {}
     for step in ("eager", "compiled"):

@@ -42,7 +42,7 @@ STEPS = ("auto", "eager", "graph", "compiled")
 _STEADY = 2
 """Steps over one layout before it is captured: the first may have to prepare kernels."""
 _COMPARED = 2
-"""Captured steps of a model that are compared with plain ones, of which the second shows what is no longer true."""
+"""Runs of a captured step that are compared with plain ones: the second shows what was true of the first alone."""
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Distance of a compiled step's logits from plain ones, as a share of these, that rounding explains, by their type."""
 _ROUNDING_OF_HALF = 0.25
@@ -59,8 +59,8 @@ _PASSED_ON = {
 }
 """Arguments of a model's forward pass with which a step can be captured; others that are given have it run plainly."""
 
-_compared: WeakKeyDictionary[Any, dict[bool, int]] = WeakKeyDictionary()
-"""Of each model, by whether steps are compiled: how many of its captured steps have been compared."""
+_trusted: WeakKeyDictionary[Any, set[bool]] = WeakKeyDictionary()
+"""Models of which a captured step was right when it was compared, by whether steps are compiled."""
 
 
 def check_step(step: str, device: torch.device | None = None) -> None:
@@ -217,7 +217,7 @@ class DecodeSteps:
         record: Recording | None,
     ):
         self._model, self._plain, self._link = model, forward, link
-        self._compiles, self._record, self._backend = step == "compiled", record, backend
+        self._asked, self._compiles, self._record, self._backend = step, step == "compiled", record, backend
         self._names = list(signature(forward).parameters)
         self._run = torch.compile(self._forward, fullgraph=True) if self._compiles else self._forward
         self._inside = [module for module in model.modules() if module is not model]
@@ -245,6 +245,11 @@ class DecodeSteps:
             return self._by_the_device(given, cache, partial(self._plain, *args, **kwargs))
         except _Refusal as refusal:
             self.refused = str(refusal)
+            if self._asked != "auto":
+                raise ModelError(
+                    f"Decode steps of this {type(self._model).__name__} cannot be run as step={self._asked!r} asks "
+                    f"({refusal}): leave it, or --compile, away."
+                ) from None
             _log.warning("Decode steps of this %s are run one by one: %s.", type(self._model).__name__, refusal)
             self._step = None
             return self._plain(*args, **kwargs)
@@ -356,10 +361,9 @@ class DecodeSteps:
         Raises:
             _Refusal: it answers otherwise.
         """
-        compared = _compared.setdefault(self._model, {})
-        if compared.get(self._compiles, 0) >= _COMPARED:
+        trusted = _trusted.setdefault(self._model, set())
+        if self._compiles in trusted:
             return
-        compared[self._compiles] = compared.get(self._compiles, 0) + 1
         cache.take_step_back()
         if self._compiles:  # what was compiled looks again whether all that it went by still holds
             again = self._compiled(partial(self._in_step, step))
@@ -371,6 +375,9 @@ class DecodeSteps:
         if not (_are_close(logits, expected) if self._compiles else torch.equal(logits, expected)):
             cache.take_step_back()
             raise _Refusal("compiled, they answer otherwise" if self._compiles else "captured, they answer otherwise")
+        step.compared += 1
+        if step.compared == _COMPARED:
+            trusted.add(self._compiles)
 
 
 class _Refusal(Exception):
@@ -391,6 +398,7 @@ class _Step:
         self.replay: Callable[[], object] | None = None
         self.logits: Tensor = self.ids
         self.warm = False
+        self.compared = 0
 
     def take(self, ids: Tensor, positions: Tensor | None, seen: int) -> None:
         """Put what the model is given into the buffers."""
@@ -434,10 +442,18 @@ def recording_for(model: PreTrainedModel) -> Recording | None:
 def with_decode_steps(
     model: PreTrainedModel, forward: Callable[..., Any], link: Linked, step: str, backend: str
 ) -> Callable[..., Any] | None:
-    """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly."""
+    """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly.
+
+    Raises:
+        ModelError: steps are to be captured and cannot be.
+    """
     if step == "eager":
         return None
     record = recording_for(model)
+    if record is None and step == "graph":
+        raise ModelError(
+            "Steps of a model on several devices cannot be captured: leave step='graph' (--step graph) away."
+        )
     if record is None and step != "compiled":
         return None
     steps = DecodeSteps(model, forward, link, step, backend, record)

@@ -93,17 +93,13 @@ class LayerSchedule:
         """Rows that each head keeps of those it holds."""
         batch, heads = observed.keys.shape[:2]
         targets, device = self.targets(observed.num_seen).expand(batch, heads), observed.valid.device
-        if held.hides:  # of padding nobody has counted
-            real = observed.valid_rows().sum(dim=-1).cpu()
-            sums = real.sum(dim=-1)
-        elif self.plan.method.budget.spreads:
-            real, sums = targets, torch.tensor(held.sums(heads))
-        else:
-            real, sums = torch.tensor(held.lengths).view(batch, heads), torch.zeros(batch)
-        if not self.plan.method.budget.spreads:
-            return HeadCounts.of(targets.minimum(real), device)
-        total = int(targets.sum(dim=-1).minimum(sums).sum())
-        return replace(HeadCounts.of(targets, device), total=total, lengths=None)
+        real = observed.valid_rows().sum(dim=-1).cpu() if held.hides else None  # of padding nobody has counted
+        if self.plan.method.budget.spreads:
+            sums = torch.tensor(held.sums(heads)) if real is None else real.sum(dim=-1)
+            total = int(targets.sum(dim=-1).minimum(sums).sum())
+            return replace(HeadCounts.of(targets, device), total=total, lengths=None)
+        held_now = torch.tensor(held.lengths).view(batch, heads) if real is None else real
+        return HeadCounts.of(targets.minimum(held_now), device)
 
     def targets(self, seen: int) -> torch.Tensor:
         """Rows that each head is compressed to after so many tokens, int64 `[K]`."""
