@@ -16,7 +16,7 @@ from support.recording import record
 from support.tiny_models import tiny_model
 
 from headprof import compressed
-from headprof.compression import decode_steps
+from headprof.compression import decode_steps, step_cache
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.storage import RowStorage
 from headprof.compression.session import make_plan, prefill
@@ -221,9 +221,7 @@ def test_a_model_that_takes_numbers_from_the_host_is_found_out(recordings, monke
         return output
 
     monkeypatch.setattr(HeadCache, "told", property(lambda self: self.get_seq_length()), raising=False)
-    monkeypatch.setattr(
-        decode_steps.StepCache, "told", property(lambda self: int(self.get_seq_length())), raising=False
-    )
+    monkeypatch.setattr(step_cache.StepCache, "told", property(lambda self: int(self.get_seq_length())), raising=False)
     monkeypatch.setattr(type(model.model), "forward", counting)
 
     def made(step, count):

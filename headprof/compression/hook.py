@@ -30,12 +30,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from headprof.compression.chunks import PendingMask, joined, sliced
-from headprof.compression.decode_steps import StepCache, check_step, with_decode_steps
+from headprof.compression.decode_steps import check_step, with_decode_steps
+from headprof.compression.forward_pass import ForwardPass, own_tokens, seeing_themselves
 from headprof.compression.generate_call import refuse_continuous_batching, takes_tokens, with_our_caches
 from headprof.compression.kernels.backends import check_backend, ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
@@ -142,7 +142,7 @@ class _Link:
             _run_uncompiled(changes, link.given, self.model)
         wrap_mask = _same if self.prefill_chunk is None else _chunk_layers(changes, self.model, self.prefill_chunk)
         rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
-        now = _Pass(check)
+        now = ForwardPass(check)
         wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check, now), wrap_mask)
         new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
         if forward := with_decode_steps(self.model, self.model.forward, now, self.run_step, self.backend):
@@ -150,64 +150,6 @@ class _Link:
         _watch_starts(changes, self.model, new_cache, now)
         for hook in check.install():
             changes.hook(hook)
-
-
-@dataclass
-class _Pass:
-    """What is known of the forward pass that is under way.
-
-    Attributes:
-        check: what looks at the first passes.
-        step: what stands for the cache in a decode step that the device runs by itself; `None` in any other pass.
-        length: tokens of the prompt, padding included.
-        real: of each sequence, those that are no padding; `None` where it is not known.
-    """
-
-    check: LinkCheck
-    step: StepCache | None = None
-    length: int = 0
-    real: Sequence[int] | None = None
-    _read: tuple[Any, Sequence[int]] = (None, ())
-
-    @property
-    def is_looking(self) -> bool:
-        return self.check.looks_at_steps
-
-    @property
-    def own_hooks(self) -> int:
-        return self.check.hooks_left
-
-    def begins(self, ids: Any, mask: Any) -> None:
-        """Note how long the sequences of a prompt are; this is the one thing that is asked of the device.
-
-        Args:
-            ids: the prompt's tokens, `[B, T]`, or their embeddings, `[B, T, hidden size]`.
-            mask: that the model is given, if any.
-        """
-        self.length = ids.shape[1]
-        if mask is None:
-            self.real = [self.length] * len(ids)
-        elif isinstance(mask, Tensor) and mask.shape == ids.shape[:2]:
-            self.real = mask.ne(0).sum(dim=-1).tolist()
-        else:
-            self.real = None
-
-    def ends(self, *_: Any) -> None:
-        self.real, self._read = None, (None, ())
-
-    def tokens(self, mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None) -> Tokens:
-        """Which of a prompt's tokens so far are no padding, from the mask that the attention function got."""
-        valid, count = _valid_tokens(mask, key), key.shape[2]
-        if self.real is None:  # a mask of the user's own
-            return Tokens(valid, own=_own_tokens(mask, query))
-        windowed = mask is not None and mask.ndim == 4 and sliding_window is not None and sliding_window < count
-        if not windowed or count < self.length:  # of a part of the prompt nobody asks
-            return Tokens(valid, self.real, self.real)
-        if min(self.real) == self.length:
-            return Tokens(valid, self.real, [sliding_window or count] * len(valid))
-        if self._read[0] is not mask:
-            self._read = (mask, valid.sum(dim=-1).tolist())
-        return Tokens(valid, self.real, self._read[1])
 
 
 def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> None:
@@ -226,7 +168,7 @@ def _run_uncompiled(changes: Changes, given: Any, running: PreTrainedModel) -> N
 # Step 1.
 
 
-def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None, now: _Pass) -> None:
+def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] | None, now: ForwardPass) -> None:
     """Let `generate` and `forward` begin with our caches, and these note the tokens they are given."""
     if hasattr(model, "generate"):
         own_kind = getattr(model.generation_config, "cache_implementation", None)
@@ -239,7 +181,7 @@ def _watch_starts(changes: Changes, model: Any, new_cache: Callable[[], Cache] |
     changes.hook(model.register_forward_hook(now.ends, always_call=True))
 
 
-def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None, now: _Pass) -> Callable:
+def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None, now: ForwardPass) -> Callable:
     names = list(inspect.signature(model.forward).parameters)
 
     def start(_module, args, kwargs):
@@ -330,7 +272,7 @@ def _same(make: Callable) -> Callable:
 
 
 def _linked(
-    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: _Pass
+    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: ForwardPass
 ) -> AttentionFunction:
     """The model's attention function `base`, linked to the cache layer whose mark the keys carry."""
 
@@ -354,7 +296,7 @@ def _linked(
             output, weights = base(module, query, key, value, attention_mask, **kwargs)
             tokens = now.tokens(attention_mask, query, key, layer.sliding_window)
             if cache_layer.observers and layer.sliding_window is not None:
-                tokens = replace(tokens, own=_own_tokens(attention_mask, query))
+                tokens = replace(tokens, own=own_tokens(attention_mask, query))
             cache_layer.attended(query, key, value, tokens, layer)
             return output, weights
         valid = None
@@ -389,44 +331,11 @@ class _Rotaries:
         return self._found[layer_idx]
 
 
-def _valid_tokens(mask: Tensor | None, key: Tensor) -> Tensor:
-    """Which prompt tokens are no padding, bool `[B, T]`, from the mask that the attention function got.
-
-    A sliding layer's mask hides what its last query cannot see; later queries cannot see that either.
-    """
-    batch, _, num_tokens, _ = key.shape
-    if mask is None:
-        return torch.ones(batch, num_tokens, dtype=torch.bool, device=key.device)
-    if mask.ndim == 2:
-        return mask[:, :num_tokens].bool()
-    last_row = mask[:, 0, -1, :num_tokens]
-    return _visible(last_row).expand(batch, num_tokens)
-
-
-def _own_tokens(mask: Tensor | None, query: Tensor) -> Tensor:
-    """Which tokens of a prompt's newest chunk are no padding, bool `[B, Q]`."""
-    batch, _, num_new, _ = query.shape
-    if mask is None:
-        return torch.ones(batch, num_new, dtype=torch.bool, device=query.device)
-    return _seeing_themselves(mask, num_new).expand(batch, num_new)
-
-
-def _seeing_themselves(mask: Tensor, num_new: int) -> Tensor:
-    """Which of the newest tokens are no padding, bool `[B or 1, Q]`: padding does not even see itself."""
-    newest = mask[..., -num_new:]
-    return newest.bool() if mask.ndim == 2 else _visible(newest[:, 0].diagonal(dim1=1, dim2=2))
-
-
 def _hide_padding(layer: MarkedLayer, mask: Tensor, num_new: int) -> Tensor | None:
     """Hide padding among the newest tokens: what does not even see itself; bool `[B, Q]`, `None` if there is none."""
-    own = _seeing_themselves(mask, num_new)
+    own = seeing_themselves(mask, num_new)
     if bool(own.all()):
         return None
     own = own.expand(layer.batch_size, num_new)
     layer.hide_newest(own)
     return own
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """Boolean from a boolean mask, or from one that is added to the logits."""
-    return mask if mask.dtype == torch.bool else mask == 0

@@ -11,10 +11,10 @@ from transformers.cache_utils import Cache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.storage import SLACK
-from headprof.compression.decode_steps import StepLayer
 from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
 _MOST_PARTS = 256

@@ -13,7 +13,6 @@ from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
-from headprof.compression.decode_steps import StepLayer
 from headprof.compression.hook import mark
 from headprof.compression.kernels.backends import make_plans
 from headprof.compression.kernels.ragged_rows import RaggedRows
@@ -21,6 +20,7 @@ from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.rows import Rows
+from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
 
