@@ -21,9 +21,11 @@ from headprof.bench import generate as bench
 from headprof.bench import measure
 from headprof.bench.generate import BenchRequest, BenchResult, Measurement
 from headprof.cli import main
+from headprof.cli.tables.bench import decoding, decoding_remarks
 from headprof.compression.cache.head_cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.decode_steps import DecodeSteps
 from headprof.compression.session import compressed
-from headprof.errors import ProfileError, UsageError
+from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models import random_weights as random_models
 from headprof.models.published import SHAPES
 from headprof.models.shape import HeadShape
@@ -149,6 +151,23 @@ def test_all_cases_do_the_same_work_in_turn(model):
     assert [(done, total) for _, done, total in progress] == [(done, 6) for done in range(6)]
     assert progress[-1][0] == "snapkv, budget 12, auto, 24 tokens"
     assert PromptLayer.attended.__qualname__ == "PromptLayer.attended"
+
+
+def test_steps_that_cannot_be_run_as_asked_cost_their_row_alone(model, monkeypatch):
+    def refuse(steps, run):
+        raise ModelError("A decode step of this LlamaForCausalLM cannot be compiled as a whole: leave it away.")
+
+    monkeypatch.setattr(DecodeSteps, "_compiled", refuse)
+    asked = {"methods": ("snapkv",), "lengths": (24,), "steps": ("eager", "compiled"), "new_tokens": 8}
+    result = run(model, dataclasses.replace(REQUEST, **asked))
+    assert [(each.method, each.step, bool(each.failed)) for each in result.measurements] == [
+        ("full", "eager", False),
+        ("snapkv", "eager", False),
+        ("snapkv", "compiled", True),
+    ]
+    cells = decoding(result)[1]
+    assert [row[4] == "refused" for row in cells] == [False, False, True]
+    assert decoding_remarks(result) == [result.measurements[2].failed]
 
 
 @pytest.fixture

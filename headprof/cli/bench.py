@@ -254,6 +254,8 @@ def _show_generation(result: BenchResult, largest: list[LargestBatch]) -> None:
     environment = ", ".join(f"{name} {value}" for name, value in result.environment.items())
     terminal.remark(f"{environment}; memory {result.bandwidth / 1e9:.1f} GB/s")
     terminal.result_table(*tables.decoding(result))
+    for remark in tables.decoding_remarks(result):
+        terminal.remark(remark)
     if largest:
         terminal.result_table(*tables.largest_batches(largest))
 

@@ -21,6 +21,7 @@ from headprof.bench.measure import (
     device_of,
     measure_bandwidth,
 )
+from headprof.errors import ModelError
 from headprof.profile.head_profile import HeadProfile
 
 
@@ -35,7 +36,7 @@ def run_bench(
     """Decode the same random prompts with every case, length by length, each repeat of all cases before the next.
 
     All cases are warmed up at the shortest length, and those that are compiled for their length at each. A case that
-    runs out of memory is reported as failed, and the others go on.
+    runs out of memory, or whose steps cannot be run as asked, is reported as failed, and the others go on.
 
     Args:
         model: a Transformers decoder language model.
@@ -68,7 +69,7 @@ def run_bench(
             done += 1
             if not outcome.failed:
                 work = partial(decode_prompts, model, outcome.case, ids, new_tokens, request.prefill_chunk, room)
-                outcome.add(attempt(work), counts)
+                outcome.run(work, counts)
         if any(outcome.case.compiles_full for outcome in each.outcomes):
             forget_compiled(model)
         free_memory()
@@ -122,12 +123,17 @@ class _Outcome:
     runs: list[Run] = field(default_factory=list)
     failed: str = ""
 
-    def add(self, run: Run | None, counts: bool = True) -> None:
-        """Note a run, which may be one that does not count; `None` for one that had not enough memory."""
-        if run is None:
+    def run(self, work: Callable[[], Run], counts: bool = True) -> None:
+        """Run the case, whose time may not count; note why, if it cannot be run."""
+        try:
+            done = attempt(work)
+        except ModelError as error:  # steps that cannot be run as they were asked for
+            self.failed = str(error)
+            return
+        if done is None:
             self.failed = NO_MEMORY
         elif counts:
-            self.runs.append(run)
+            self.runs.append(done)
 
     def measured(self, batch: int, weight_bytes: int, bandwidth: float) -> Measurement:
         """Medians over the runs.

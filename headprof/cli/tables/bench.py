@@ -26,7 +26,7 @@ def decoding(result: BenchResult) -> tuple[list[str], Rows]:
                 case.backend,
                 case.step,
                 str(case.length),
-                number(case.prefill_seconds, ".2f", " s") if not case.failed else case.failed,
+                number(case.prefill_seconds, ".2f", " s") if not case.failed else _in_short(case.failed),
                 number(case.overhead_share, ".1%"),
                 _milliseconds(case.step_seconds),
                 _milliseconds(case.floor_seconds),
@@ -43,6 +43,20 @@ def decoding(result: BenchResult) -> tuple[list[str], Rows]:
     columns = ["cache", "attention", "step", "prompt", "prefill", "compressing", "a step", "floor", "of floor"]
     columns += ["tokens/s", "of full", "cache bytes", "of full ", "at most", "steadiness", "peak"]
     return columns, rows
+
+
+def decoding_remarks(result: BenchResult) -> list[str]:
+    """Why cases could not be run, where a cell of the table is too narrow to say it."""
+    said = [case.failed for case in result.measurements if case.failed]
+    return list(dict.fromkeys(why for why in said if _in_short(why) != why))
+
+
+def _in_short(failed: str) -> str:
+    return failed if len(failed) <= _WIDEST else "refused"
+
+
+_WIDEST = 20
+"""Characters of a reason that stands in a cell."""
 
 
 def _milliseconds(seconds: float | None) -> str:
