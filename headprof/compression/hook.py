@@ -215,7 +215,7 @@ def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None
             if read is not None and not cache.get_seq_length():
                 now.begins(read, kwargs.get("attention_mask"), cache.segments)
                 if cache.segments:
-                    require_positions(type(model).__name__, names)
+                    require_positions(model)
                     require_no_padding(kwargs.get("attention_mask"))
                     kwargs["position_ids"] = segment_positions(now.length, cache.segments, read.device)
                 if cache.weighs_norms:

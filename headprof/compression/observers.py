@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -71,7 +70,7 @@ def repeating_observers(
             "judges in place of the repetition with --observe."
         )
     if observers.segments:
-        require_positions(type(loaded.model).__name__, list(inspect.signature(loaded.model.forward).parameters))
+        require_positions(loaded.model)
     return observers
 
 

@@ -7,6 +7,7 @@ by layer, and a document needs room in the model's context for itself and its lo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from headprof.compression.chunks import PendingMask, sliced
 from headprof.errors import CacheError, ModelError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from headprof.models.attention_hook import AttentionFunction
 
 
@@ -79,19 +82,17 @@ def segment_positions(tokens: int, segments: Sequence[int], device: torch.device
     return torch.cat(parts)[None].to(device)
 
 
-def require_positions(name: str, parameters: Sequence[str]) -> None:
+def require_positions(model: PreTrainedModel) -> None:
     """
-    Args:
-        name: of a model's class.
-        parameters: names of what its `forward` takes.
-
     Raises:
-        ModelError: it does not take positions.
+        ModelError: the model cannot be told positions, or numbers them otherwise than from 0.
     """
-    if "position_ids" not in parameters:
+    taken = "position_ids" in inspect.signature(model.forward).parameters
+    embeddings = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    if not taken or any(getattr(each, "padding_idx", None) is not None for each in embeddings):  # RoBERTa begins later
         raise ModelError(
-            f"{name} takes no position_ids, so it cannot repeat a document in segments: set segment to the document's "
-            "length, so that it is repeated at once (--set segment=...)."
+            f"{type(model).__name__} takes no position_ids from 0 on, so it cannot repeat a document in segments: "
+            "set segment to the document's length, so that it is repeated at once (--set segment=...)."
         )
 
 

@@ -17,7 +17,7 @@ from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.decoder import running_model, sliding_windows
-from headprof.models.output_projection import attention_modules, has_projection
+from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
@@ -61,7 +61,8 @@ def make_plan(
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
-    _check_projection(model, chosen, name, shape)
+    if chosen.importance.norms:
+        projecting_modules(model, shape, f"{_called(name)} with norms")
     scores, digest = _budget_scores(profile, chosen, name, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(
@@ -108,21 +109,6 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
         raise ModelError(
             f"{_called(name)} needs rotary embeddings as Transformers' Llama has them, which {type(model).__name__} "
             "has not: choose another method."
-        )
-
-
-def _check_projection(model: PreTrainedModel, method: Method, name: str, shape: HeadShape) -> None:
-    """
-    Raises:
-        ModelError: the method weighs values by the output projection, and some layer's cannot be found.
-    """
-    if not method.importance.norms:
-        return
-    found = attention_modules(model)
-    if not all(has_projection(found.get(layer), shape.num_heads, shape.head_dim) for layer in range(shape.num_layers)):
-        raise ModelError(
-            f"{_called(name)} with norms needs the output projection of each layer's attention, which "
-            f"{type(model).__name__} has not where Transformers' Llama has it: leave norms away."
         )
 
 

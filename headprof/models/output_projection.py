@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headprof.errors import ModelError
 from headprof.models.decoder import decoder_of
+from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +35,25 @@ def _projection(attention: torch.nn.Module) -> Any:
     return next((part for name in _NAMES if (part := attention._modules.get(name)) is not None), None)
 
 
-def has_projection(attention: torch.nn.Module | None, num_heads: int, head_dim: int) -> bool:
-    """Whether an attention module projects the outputs of so many heads, laid side by side."""
-    projection = None if attention is None else _projection(attention)
-    return projection is not None and _width(projection) == num_heads * head_dim
+def projecting_modules(model: PreTrainedModel, shape: HeadShape, what: str) -> list[torch.nn.Module]:
+    """The attention module of each of the `L` layers.
+
+    Args:
+        model, shape: the model, and its shape.
+        what: who needs their output projections, for a message.
+
+    Raises:
+        ModelError: some layer has none that takes the outputs of all heads, side by side.
+    """
+    found = attention_modules(model)
+    modules = [found[layer] for layer in range(shape.num_layers) if layer in found]
+    width = shape.num_heads * shape.head_dim
+    if len(modules) < shape.num_layers or any(_width(_projection(module)) != width for module in modules):
+        raise ModelError(
+            f"{what} needs the output projection of each layer's attention, which {type(model).__name__} has not where "
+            "Transformers' Llama has it: leave norms away."
+        )
+    return modules
 
 
 def _width(projection: Any) -> int | None:

@@ -30,7 +30,8 @@ class AttentionLayer:
         softcap: bound on the logits (Gemma-2), or `None`.
         sliding_window: tokens that a query sees, or `None` for all.
         rotary: the layer's rotary embedding, or `None` where it cannot be had.
-        module: the attention module; `None` before the first forward pass over a document that was loaded.
+        module: the attention module; `None` before the first forward pass over a document that was loaded, unless its
+            method judges with norms.
     """
 
     scaling: float
