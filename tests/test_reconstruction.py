@@ -44,7 +44,7 @@ BACKENDS = ("torch", pytest.param("triton", marks=interpreted))
 # The largest attention, in blocks.
 
 
-def whole_matrix(query, key, positions, valid, *, scaling, softcap=None, sliding_window=None):
+def whole_matrix(query, key, positions, valid, *, scaling, softcap=None, sliding_window=None, weights=None):
     """The maximum over a dense softmax in float64, `[B, K, T]`."""
     group = query.shape[1] // key.shape[1]
     logits = query.double() @ key.double().repeat_interleave(group, dim=1).transpose(2, 3) * scaling
@@ -56,13 +56,9 @@ def whole_matrix(query, key, positions, valid, *, scaling, softcap=None, sliding
         hidden |= keys <= positions[:, None] - sliding_window
     hidden = hidden | ~valid[:, None, None]
     attention = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1).nan_to_num(nan=0.0)
+    if weights is not None:
+        attention = attention * weights.double()[:, None]
     return attention.unflatten(1, (-1, group)).amax(dim=(2, 3))
-
-
-def maxima_arguments(**options):
-    arguments = make_arguments(**options)
-    arguments.pop("weights", None)
-    return arguments
 
 
 def assert_like_the_whole_matrix(arguments, **how):
@@ -100,7 +96,7 @@ def test_whole_matrix_by_hand():
 )
 def test_torch_in_blocks_of_any_size(num_tokens, share, block, **rest):
     num_queries = max(1, round(share * num_tokens))
-    arguments = maxima_arguments(num_queries=num_queries, num_tokens=num_tokens, head_dim=8, **rest)
+    arguments = make_arguments(num_queries=num_queries, num_tokens=num_tokens, head_dim=8, **rest)
     assert_like_the_whole_matrix(arguments, backend="torch", block=block)
 
 
@@ -117,7 +113,7 @@ def test_torch_in_blocks_of_any_size(num_tokens, share, block, **rest):
 )
 def test_triton_on_prompts_of_any_size(num_tokens, share, **rest):
     num_queries = max(1, round(share * num_tokens))
-    arguments = maxima_arguments(batch=2, num_kv_heads=1, num_queries=num_queries, num_tokens=num_tokens, **rest)
+    arguments = make_arguments(batch=2, num_kv_heads=1, num_queries=num_queries, num_tokens=num_tokens, **rest)
     assert_like_the_whole_matrix(arguments, backend="triton")
 
 
@@ -126,7 +122,7 @@ def test_triton_on_prompts_of_any_size(num_tokens, share, **rest):
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("padding", ["none", "left", "gaps"])
 def test_triton_on_a_device(padding, option, dtype):
-    arguments = maxima_arguments(
+    arguments = make_arguments(
         batch=3,
         group_size=4,
         num_queries=700,
@@ -143,7 +139,7 @@ def test_triton_on_a_device(padding, option, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_queries_pay_nothing(backend):
-    assert column_maxima(**maxima_arguments(num_queries=0), backend=backend).abs().max() == 0
+    assert column_maxima(**make_arguments(num_queries=0), backend=backend).abs().max() == 0
 
 
 def test_never_the_whole_matrix(monkeypatch):
@@ -154,7 +150,7 @@ def test_never_the_whole_matrix(monkeypatch):
         return products(query, keys)
 
     monkeypatch.setattr(plain, "_products", watched)
-    column_maxima(**maxima_arguments(num_queries=3000, num_tokens=3000, head_dim=8), backend="torch")
+    column_maxima(**make_arguments(num_queries=3000, num_tokens=3000, head_dim=8), backend="torch")
     assert max(held) <= 256 * 3000
 
 

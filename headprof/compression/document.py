@@ -30,6 +30,7 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
+from headprof.models.output_projection import projecting_modules
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write
@@ -135,15 +136,21 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     Raises:
         CacheError: the file is missing, damaged, altered, no compressed cache, of another version, or made with
             another model, tokenizer or dtype.
+        ModelError: it was judged with norms, for which the model's output projections cannot be had.
     """
     path = Path(path)
     tensors, metadata, facts = _read(path, loaded)
     plan = _saved_plan(loaded, facts, tensors["scores"])
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
+    weighs = plan.method.importance.norms
+    modules = (
+        projecting_modules(loaded.model, loaded.shape, f"The document {path}, judged with norms,") if weighs else ()
+    )
     for layer, logits in zip(layers, facts.logits, strict=True):
         prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
-        how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx))
+        module = modules[layer.layer_idx] if modules else None
+        how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx), module=module)
         _restore(layer, own, facts.seen, how)
         layer.schedule.resume(facts.left[layer.layer_idx])
     cache = HeadCache.of_layers(layers)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from headprof.compression.link_check import LinkCheck
 from headprof.compression.methods.observation import Tokens
 from headprof.compression.step_cache import StepCache
+from headprof.models.output_projection import attention_modules
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -23,13 +28,19 @@ class ForwardPass:
         step: what stands for the cache in a decode step that the device runs by itself; `None` in any other pass.
         length: tokens of the prompt, padding included.
         real: of each sequence, those that are no padding; `None` where it is not known.
+        segments: tokens of each segment that the prompt ends with, if it does (see `segments`).
+        norms: of the hidden states that the attention module under way was given, float32 `[B, Q]`; `None` where
+            nobody asks.
     """
 
     check: LinkCheck
     step: StepCache | None = None
     length: int = 0
     real: Sequence[int] | None = None
+    segments: tuple[int, ...] = ()
+    norms: Tensor | None = None
     _read: tuple[Any, Sequence[int]] = (None, ())
+    _watching: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def is_looking(self) -> bool:
@@ -39,14 +50,15 @@ class ForwardPass:
     def own_hooks(self) -> int:
         return self.check.hooks_left
 
-    def begins(self, ids: Any, mask: Any) -> None:
+    def begins(self, ids: Any, mask: Any, segments: tuple[int, ...] = ()) -> None:
         """Note how long the sequences of a prompt are; this is the one thing that is asked of the device.
 
         Args:
             ids: the prompt's tokens, `[B, T]`, or their embeddings, `[B, T, hidden size]`.
             mask: that the model is given, if any.
+            segments: tokens of each segment that the prompt ends with.
         """
-        self.length = ids.shape[1]
+        self.length, self.segments = ids.shape[1], segments
         if mask is None:
             self.real = [self.length] * len(ids)
         elif isinstance(mask, Tensor) and mask.shape == ids.shape[:2]:
@@ -54,8 +66,21 @@ class ForwardPass:
         else:
             self.real = None
 
+    def watch(self, model: PreTrainedModel) -> None:
+        """Note the norms of what each attention module is given, until the pass ends."""
+
+        def note(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            self.norms = hidden.float().norm(dim=-1)
+
+        modules = attention_modules(model).values()
+        self._watching = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
+
     def ends(self, *_: Any) -> None:
-        self.real, self._read = None, (None, ())
+        self.real, self._read, self.segments, self.norms = None, (None, ()), (), None
+        for hook in self._watching:
+            hook.remove()
+        self._watching = []
 
     def tokens(self, mask: Tensor | None, query: Tensor, key: Tensor, sliding_window: int | None) -> Tokens:
         """Which of a prompt's tokens so far are no padding, from the mask that the attention function got."""

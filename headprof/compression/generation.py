@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
-from headprof.compression.observers import repeating_observers, repeats, text_observers
+from headprof.compression.observers import Observers, repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.compression.streaming import TimedStreamer
@@ -157,13 +157,14 @@ def compress_document(
     document_ids = encoder.document_ids(document)
     if repeats(plan.method, observe):
         _fitting(loaded, document_ids, 0, 0)
-        observers = repeating_observers(loaded, encoder, document_ids)
+        observers = repeating_observers(loaded, encoder, document_ids, plan.method)
     else:
-        observers = text_observers(encoder, observe)
-    ids = _fitting(loaded, document_ids + observers, 0, 0)
+        observers = Observers(tuple(text_observers(encoder, observe)))
+        _fitting(loaded, document_ids, len(observers), 0)
+    ids = torch.tensor([[*document_ids, *observers.ids]])
     plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))
-    cache.expect_observers(len(observers))
+    cache.expect_observers(len(observers), observers.segments)
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
         _layer_by_layer(loaded, on_layer),

@@ -13,7 +13,8 @@ Inside `attending(model)` this happens to each layer in a forward pass, in this 
    the keys it finds the layer:
    - none: another cache; the model's function does it all.
    - a layer on its way through a prompt: the model's function attends; then `layer.attended(...)` is given queries,
-     keys, values, padding, and the attention layer, and once the prompt is whole it keeps what its method keeps.
+     keys, values, padding, and the attention layer, and once the prompt is whole it keeps what its method keeps. Where
+     the prompt ends with segments that do not see one another, it attends in parts (`segments`).
    - a layer that holds rows: `ragged_attention` over them; then `layer.observe(...)` is given the queries.
 
 In the first passes `LinkCheck` looks whether the model does so in every layer.
@@ -41,6 +42,13 @@ from headprof.compression.kernels.backends import check_backend, ragged_attentio
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.link_check import LinkCheck
 from headprof.compression.methods.observation import AttentionLayer, Tokens
+from headprof.compression.segments import (
+    SegmentMask,
+    attend_in_parts,
+    require_no_padding,
+    require_positions,
+    segment_positions,
+)
 from headprof.errors import CacheError, ModelError, UsageError
 from headprof.models.attention_hook import AttentionFunction, wrap_attention
 from headprof.models.changing import Change, Changes, changed
@@ -59,8 +67,12 @@ class MarkedLayer(Protocol):
     batch_size: int
     observers: int
     """Last tokens of the prompt that only observe the others."""
+    segments: tuple[int, ...]
+    """Tokens of each segment of these, if they are in segments that do not see one another."""
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer) -> None:
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer, norms: Tensor | None
+    ) -> None:
         """A part of the prompt, or all of it, has been attended over."""
         ...
 
@@ -140,10 +152,16 @@ class _Link:
             return
         for link in links:
             _run_uncompiled(changes, link.given, self.model)
-        wrap_mask = _same if self.prefill_chunk is None else _chunk_layers(changes, self.model, self.prefill_chunk)
+        if self.prefill_chunk is not None:
+            _chunk_layers(changes, self.model, self.prefill_chunk)
         rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
         now = ForwardPass(check)
-        wrap_attention(changes, self.model, lambda base: _linked(base, self.backend, rotaries, check, now), wrap_mask)
+        wrap_attention(
+            changes,
+            self.model,
+            lambda base: _linked(base, self.backend, rotaries, check, now),
+            lambda make: _pending(make, now, self.prefill_chunk),
+        )
         new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
         if forward := with_decode_steps(self.model, self.model.forward, now, self.run_step, self.backend):
             changes.set(vars(self.model), "forward", forward)
@@ -195,7 +213,13 @@ def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None
             cache.note_tokens(ids)
             read = kwargs.get("inputs_embeds") if ids is None else ids
             if read is not None and not cache.get_seq_length():
-                now.begins(read, kwargs.get("attention_mask"))
+                now.begins(read, kwargs.get("attention_mask"), cache.segments)
+                if cache.segments:
+                    require_positions(model)
+                    require_no_padding(kwargs.get("attention_mask"))
+                    kwargs["position_ids"] = segment_positions(now.length, cache.segments, read.device)
+                if cache.weighs_norms:
+                    now.watch(model)
         return args, kwargs
 
     return start
@@ -224,8 +248,8 @@ def _begins_anew(cache: Any) -> bool:
 # Step 2.
 
 
-def _chunk_layers(changes: Changes, model: PreTrainedModel, chunk: int) -> Callable[[Callable], Callable]:
-    """Run `model`'s decoder layers over at most `chunk` tokens at a time; what to wrap its mask function in."""
+def _chunk_layers(changes: Changes, model: PreTrainedModel, chunk: int) -> None:
+    """Run `model`'s decoder layers over at most `chunk` tokens at a time."""
     layers = find_decoder_layers(model)
     if layers is None:
         raise ModelError(
@@ -235,13 +259,18 @@ def _chunk_layers(changes: Changes, model: PreTrainedModel, chunk: int) -> Calla
     for layer in layers:
         changes.set(vars(layer), "forward", _in_chunks(layer.forward, chunk))
 
-    def wrap_mask(make: Callable) -> Callable:
-        def pending(**arguments):
-            return PendingMask(make, arguments) if arguments["q_length"] > chunk else make(**arguments)
 
-        return pending
+def _pending(make: Callable, now: ForwardPass, chunk: int | None) -> Callable:
+    """What makes a model's masks, where these are made for slices or parts of a prompt."""
 
-    return wrap_mask
+    def pending(**arguments):
+        if now.segments:
+            return SegmentMask(PendingMask(make, arguments))
+        if chunk is not None and arguments["q_length"] > chunk:
+            return PendingMask(make, arguments)
+        return make(**arguments)
+
+    return pending
 
 
 def _in_chunks(forward: Callable, chunk: int) -> Callable:
@@ -262,10 +291,6 @@ def _in_chunks(forward: Callable, chunk: int) -> Callable:
         return joined(outputs)
 
     return run
-
-
-def _same(make: Callable) -> Callable:
-    return make
 
 
 # Step 4; step 3 is the cache's.
@@ -293,11 +318,16 @@ def _linked(
             module=module,
         )
         if not cache_layer.is_initialized:
-            output, weights = base(module, query, key, value, attention_mask, **kwargs)
+            if cache_layer.segments:
+                parts = now.length - sum(cache_layer.segments), cache_layer.segments
+                output = attend_in_parts(base, module, (query, key, value), attention_mask, parts, kwargs)
+                weights = attention_mask = None  # there is no padding
+            else:
+                output, weights = base(module, query, key, value, attention_mask, **kwargs)
             tokens = now.tokens(attention_mask, query, key, layer.sliding_window)
             if cache_layer.observers and layer.sliding_window is not None:
                 tokens = replace(tokens, own=own_tokens(attention_mask, query))
-            cache_layer.attended(query, key, value, tokens, layer)
+            cache_layer.attended(query, key, value, tokens, layer, now.norms)
             return output, weights
         valid = None
         if attention_mask is not None and query.shape[2] > 1:

@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 
 from headprof.compression.methods.table import Method
+from headprof.compression.segments import require_positions
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Tokens that observe a document.
+
+    Attributes:
+        ids: their token ids.
+        segments: how many are in each segment, where they are in several that do not see one another; else empty.
+    """
+
+    ids: tuple[int, ...]
+    segments: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens for which the model's context must have room after the document."""
+        return max(self.segments, default=len(self.ids))
 
 
 def repeats(method: Method, observe: str | None) -> bool:
@@ -26,18 +50,42 @@ def text_observers(encoder: PromptEncoder, observe: str | None) -> list[int]:
     return encoder.question_ids(text) if text else []
 
 
-def repeating_observers(loaded: LoadedModel, encoder: PromptEncoder, document_ids: Sequence[int]) -> list[int]:
-    """Token ids of the demand to repeat a document, and of its repetition.
+def repeating_observers(
+    loaded: LoadedModel, encoder: PromptEncoder, document_ids: Sequence[int], method: Method
+) -> Observers:
+    """The demand to repeat a document and its repetition, in segments if it is longer than the method's `segment`.
 
     Raises:
         UsageError: the model's context is too short for it.
+        ModelError: the model cannot read segments.
     """
-    ids = encoder.repetition_ids(document_ids)
-    beyond = len(document_ids) + len(ids) - loaded.max_positions
-    if beyond > 0:
+    tokens, segment = len(document_ids), method.importance.segment or len(document_ids)
+    parts = encoder.repetition_parts(document_ids, segment)
+    lengths = tuple(len(part) for part in parts)
+    observers = Observers(tuple(token for part in parts for token in part), lengths if len(parts) > 1 else ())
+    if tokens + observers.longest > loaded.max_positions:
         raise UsageError(
-            f"The document of {len(document_ids)} tokens cannot be repeated within the {loaded.max_positions} that "
-            f"{loaded.name} can read: shorten it by {-(-beyond // 2)} tokens, choose another method, or give a text "
-            "that judges in place of the repetition with --observe."
+            f"The document of {tokens} tokens cannot be repeated within the {loaded.max_positions} that {loaded.name} "
+            f"can read: {_mend(loaded, encoder, document_ids, method)}choose another method, or give a text that "
+            "judges in place of the repetition with --observe."
         )
-    return ids
+    if observers.segments:
+        require_positions(loaded.model)
+    return observers
+
+
+def _mend(loaded: LoadedModel, encoder: PromptEncoder, document_ids: Sequence[int], method: Method) -> str:
+    """How the document can be repeated after all: in smaller segments, else if it is shorter."""
+    tokens, segment = len(document_ids), method.importance.segment
+    repeated, (first, later) = len(encoder.repeated_ids(document_ids)), encoder.demand_lengths()
+    demand = max(first, later)
+    room = loaded.max_positions - tokens - demand
+    if segment is not None and demand <= room < segment:
+        return f"repeat it in smaller segments (--set segment={room}), "
+
+    def fits(cut: int) -> bool:
+        left = max(1, repeated - cut)
+        parts = 1 if segment is None else -(-left // segment)
+        return tokens - cut + (first if parts == 1 else demand) + -(-left // parts) <= loaded.max_positions
+
+    return f"shorten it by {next(filter(fits, count(1)))} tokens, "

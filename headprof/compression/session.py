@@ -17,6 +17,7 @@ from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.decoder import running_model, sliding_windows
+from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
@@ -60,6 +61,8 @@ def make_plan(
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
+    if chosen.importance.norms:
+        projecting_modules(model, shape, f"{_called(name)} with norms")
     scores, digest = _budget_scores(profile, chosen, name, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(

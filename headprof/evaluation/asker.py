@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
-from headprof.compression.observers import repeating_observers, repeats
+from headprof.compression.observers import Observers, repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.session import attending_ragged, prefill
+from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Grading, Question
 from headprof.evaluation.results import Answer
@@ -134,26 +134,39 @@ class Asker:
             UsageError: a method is to be judged by the repetition of a document that is too long for it.
         """
         if any(self._repeats(candidate) for candidate in self.candidates):
-            self._repetition(self._split(question)[0])
+            self._observers(self._split(question)[0])
 
     def _repeats(self, candidate: Candidate) -> bool:
         return self.repeat and not self.question_known and repeats(candidate.plan.method, None)
 
-    def _repetition(self, prompt: list[int]) -> list[int]:
-        return repeating_observers(self.loaded, PromptEncoder(self.loaded.tokenizer), prompt)
+    def _observers(self, prompt: list[int]) -> list[Observers]:
+        """Those of each candidate; the same object for candidates that have the same."""
+        text = Observers(() if self.question_known else tuple(self.observer_ids))
+        repeating: dict[int | None, Observers] = {}
+        for candidate in filter(self._repeats, self.candidates):
+            method = candidate.plan.method
+            if method.importance.segment not in repeating:
+                encoder = PromptEncoder(self.loaded.tokenizer)
+                made = repeating_observers(self.loaded, encoder, prompt, method)
+                same = (each for each in repeating.values() if each == made)
+                repeating[method.importance.segment] = next(same, made)
+        return [
+            repeating[candidate.plan.method.importance.segment] if self._repeats(candidate) else text
+            for candidate in self.candidates
+        ]
 
     def _read(self, prompt: list[int], question: Question) -> list[HeadCache]:
         """A filled cache for each candidate; those that have the same observers are filled together."""
-        repeated = [self._repeats(candidate) for candidate in self.candidates]
+        every = self._observers(prompt)
         caches: dict[int, HeadCache] = {}
-        for repeat in dict.fromkeys(repeated):
-            observers = self._repetition(prompt) if repeat else [] if self.question_known else [*self.observer_ids]
-            numbers = [number for number, its in enumerate(repeated) if its == repeat]
+        for observers in {id(each): each for each in every}.values():
+            numbers = [number for number, its in enumerate(every) if its is observers]
             plans = [self._plan(number, len(observers)) for number in numbers]
-            kind = (question.task, f"{question.group}, repeated" if repeat else question.group)
+            how = f", repeated in {len(observers.segments) or 1}" if self._repeats(self.candidates[numbers[0]]) else ""
+            kind = (question.task, f"{question.group}{how}")
             caches |= zip(numbers, self._filled(plans, prompt, observers, kind), strict=True)
         self.sharing.questions += 1
-        return [caches[number] for number in range(len(repeated))]
+        return [caches[number] for number in range(len(every))]
 
     def _plan(self, number: int, observers: int) -> CompressionPlan:
         """A candidate's plan for so many observers, made once, since it remembers what it has allotted."""
@@ -162,23 +175,27 @@ class Asker:
         return self._plans[number, observers]
 
     def _filled(
-        self, plans: list[CompressionPlan], prompt: list[int], observers: list[int], kind: tuple[str, str]
+        self, plans: list[CompressionPlan], prompt: list[int], observers: Observers, kind: tuple[str, str]
     ) -> list[HeadCache]:
         """A cache for each plan, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
-        ids = torch.tensor([[*prompt, *observers]], device=self.loaded.device)
+        ids = torch.tensor([[*prompt, *observers.ids]], device=self.loaded.device)
         together = FanOutCache([HeadCache(plan) for plan in plans])
-        together.expect_observers(len(observers))
+        together.expect_observers(len(observers), observers.segments)
         self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
         self.sharing.prompt_tokens += ids.shape[1]
         self.sharing.candidate_tokens += len(plans) * ids.shape[1]
         if kind not in self._sampled:
             self._sampled.add(kind)
-            self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids))
+            self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids, observers))
             self.sharing.sampled_tokens += ids.shape[1]
         return together.caches
 
-    def _prefill_alone(self, ids: torch.Tensor) -> None:
-        self.loaded.model(ids, use_cache=True, logits_to_keep=1)
+    def _prefill_alone(self, ids: torch.Tensor, observers: Observers) -> None:
+        cache = None
+        if observers.segments:  # which no other cache knows; this one keeps all of the document
+            cache = HeadCache(make_plan(self.loaded.model, method="full"))
+            cache.expect_observers(len(observers), observers.segments)
+        self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     def _timed(self, work: Callable[[], Any]) -> float:
         start = time.perf_counter()

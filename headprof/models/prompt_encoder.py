@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from headprof.errors import ModelError, ProbeError
@@ -31,6 +32,12 @@ OBSERVATION = (
 
 REPETITION = "Repeat the previous context exactly."
 """What a document's own repetition follows."""
+
+RESUMPTION = "Repeat the part of the previous context that begins with:"
+"""What a later part of the repetition follows, after the tokens before it."""
+
+_CUE = 8
+"""How many of these there are."""
 
 _MARK = "HEADPROF-CONTENT"
 # Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
@@ -147,10 +154,39 @@ class PromptEncoder:
         Args:
             document_ids: of the document, as `document_ids` or `encode_context` gives them.
         """
+        return [*self.question_ids(REPETITION), *self.repeated_ids(document_ids)]
+
+    def repetition_parts(self, document_ids: Sequence[int], longest: int) -> list[list[int]]:
+        """Token ids of a document's repetition in parts of about one length, each with a demand of its own before it.
+
+        The first is demanded as the whole is; a later one by the tokens before it, which are no part of it.
+
+        Args:
+            document_ids: as for `repetition_ids`, which this gives where one part will do.
+            longest: most tokens of a part, the demand not counted.
+        """
+        repeated = self.repeated_ids(document_ids)
+        count = max(1, -(-len(repeated) // longest))
+        ends = [len(repeated) * number // count for number in range(count + 1)]
+        parts = [[*self.question_ids(REPETITION), *repeated[: ends[1]]]]
+        for start, stop in pairwise(ends[1:]):
+            demand = self._resumption_ids(repeated[max(0, start - _CUE) : start])
+            parts.append([*demand, *repeated[start:stop]])
+        return parts
+
+    def demand_lengths(self) -> tuple[int, int]:
+        """Most tokens of the demand before the first part of a repetition, and of those before later ones."""
+        return len(self.question_ids(REPETITION)), len(self._resumption_ids([])) + _CUE
+
+    def _resumption_ids(self, cue: Sequence[int]) -> list[int]:
+        before, _, after = self._asked("")
+        return [*self._framed(f"{before}{RESUMPTION}", ""), *cue, *self._framed("", "", after)]
+
+    def repeated_ids(self, document_ids: Sequence[int]) -> Sequence[int]:
+        """What of a document is not the beginning of the chat template, or the instruction."""
         frame = self.start_ids(f"{INSTRUCTION}{GAP}" if self._plain else "")
         pairs = zip(frame, document_ids, strict=False)
-        framing = next((number for number, (own, its) in enumerate(pairs) if own != its), len(frame))
-        return [*self.question_ids(REPETITION), *document_ids[framing:]]
+        return document_ids[next((number for number, (own, its) in enumerate(pairs) if own != its), len(frame)) :]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without a document: in the chat template, or as it was written."""

@@ -33,6 +33,10 @@ class FanOutLayer(PromptLayer):
             raise CacheError("A fan-out cache takes one prompt: continue with one of the caches it filled.")
         return self.gather(key_states, value_states)
 
+    @property
+    def weighs_norms(self) -> bool:
+        return any(layer.weighs_norms for layer in self.layers)
+
     def queries_needed(self) -> int | None:
         needed = [layer.queries_needed() for layer in self.layers]
         return None if None in needed else max(count for count in needed if count is not None)
@@ -85,14 +89,34 @@ class PromptCache(Cache):
             if not layer.is_initialized:
                 layer.expected = prompt_tokens
 
-    def expect_observers(self, tokens: int) -> None:
+    def expect_observers(self, tokens: int, segments: Sequence[int] = ()) -> None:
         """Announce that the last tokens of the coming prompt only observe those before them.
 
         So a document can be compressed by what questions about it would look at, before there is a question: let the
         model read the document and a stand-in for a question, and keep the document's tokens only.
+
+        Args:
+            tokens: how many observe.
+            segments: tokens of each segment of these, if they are in segments that do not see one another; the
+                positions of each then begin right after the document.
+
+        Raises:
+            ValueError: the segments are of another number of tokens.
         """
+        if segments and sum(segments) != tokens:
+            raise ValueError(f"segments of {sum(segments)} tokens are not the {tokens} that observe")
         for layer in self.layers:
-            layer.observers = tokens
+            layer.observers, layer.segments = tokens, tuple(segments)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Tokens of each segment in which the coming prompt's observers are, if they are in segments."""
+        return self.layers[0].segments
+
+    @property
+    def weighs_norms(self) -> bool:
+        """Whether a prompt is judged by norms of hidden states too."""
+        return any(layer.weighs_norms for layer in self.layers)
 
 
 class HeadCache(PromptCache):

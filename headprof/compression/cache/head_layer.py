@@ -99,6 +99,10 @@ class HeadCacheLayer(PromptLayer):
 
     # The prompt.
 
+    @property
+    def weighs_norms(self) -> bool:
+        return self.schedule.importance.norms
+
     def queries_needed(self) -> int | None:
         return self.schedule.importance.queries
 

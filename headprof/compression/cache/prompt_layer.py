@@ -24,7 +24,7 @@ class PromptLayer(CacheLayerMixin):
 
     A prompt may come in several chunks, one after the other through this layer before the next layer begins; then
     `expected` says how many tokens belong to it. Of these the last `observers` only observe the others: they are not
-    kept, and do not count as seen.
+    kept, and do not count as seen. They may be in `segments`, which do not see one another.
     """
 
     is_sliding = False
@@ -39,9 +39,16 @@ class PromptLayer(CacheLayerMixin):
     def forget_prompt(self) -> None:
         self.expected = 0
         self.observers = 0
+        self.segments: tuple[int, ...] = ()
         self._whole: list[Tensor] = []  # room for the keys and the values of a prompt in chunks
         self._queries: list[Tensor] = []
         self._own: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    @property
+    def weighs_norms(self) -> bool:
+        """Whether `filled` wants the norms of the hidden states from which the queries were made."""
+        return False
 
     def queries_needed(self) -> int | None:
         """How many of the prompt's last queries `filled` wants; `None` for all."""
@@ -80,7 +87,15 @@ class PromptLayer(CacheLayerMixin):
         keys, values = self._whole
         return keys[:, :, :stop], values[:, :, :stop]
 
-    def attended(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, layer: AttentionLayer) -> None:
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: Tokens,
+        layer: AttentionLayer,
+        norms: Tensor | None = None,
+    ) -> None:
         """Compress the layer once the attention over its whole prompt is done.
 
         Args:
@@ -88,21 +103,33 @@ class PromptLayer(CacheLayerMixin):
             key, value: of the prompt so far, `[B, K, tokens, D]`.
             tokens: which of these tokens are no padding.
             layer: how it attended.
+            norms: of the hidden states from which the newest chunk's queries were made, `[B, Q]`.
         """
         needed = self.queries_needed()
         to_come = max(0, self.expected - self.seen)
         newest = _last(query, None if needed is None else max(0, needed - to_come))
+        if norms is not None:
+            self._norms.append(norms)
         if tokens.own is not None:
             self._own.append(tokens.own)
         if self.seen < self.expected:
             self._queries.append(newest.clone())
             return
         queries = _last(torch.cat([*self._queries, newest], dim=2), needed)
+        norms = torch.cat(self._norms, dim=1) if self._norms else None
         whole, known = self._known_tokens(tokens, layer.sliding_window)
         self.seen -= self.observers
         observed = Observation(queries, Rows.of_prompt(key, value), known.valid, layer, padded=known.padded)
-        attended = whole if self.observers else None
-        self.filled(replace(observed, lengths=known.lengths, visible=known.visible, attended=attended))
+        self.filled(
+            replace(
+                observed,
+                lengths=known.lengths,
+                visible=known.visible,
+                attended=whole if self.observers else None,
+                segments=self.segments,
+                query_norms=None if norms is None else norms[:, norms.shape[1] - queries.shape[2] :],
+            )
+        )
         self.forget_prompt()
 
     def _known_tokens(self, tokens: Tokens, window: int | None) -> tuple[Tokens, Tokens]:

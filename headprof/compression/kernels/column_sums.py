@@ -86,6 +86,7 @@ def column_maxima(
     scaling: float,
     softcap: float | None = None,
     sliding_window: int | None = None,
+    weights: Tensor | None = None,
     backend: str = "auto",
     block: int | None = None,
     on_host: Sequence[int] | None = None,
@@ -93,14 +94,14 @@ def column_maxima(
 ) -> Tensor:
     """The largest softmax attention that any query pays to a key: KVzip's score (Kim et al. 2025).
 
-    Arguments, visibility, memory and errors are those of `column_sums`.
+    Arguments, visibility, memory and errors are those of `column_sums`; weights are each query's factor, at least 0.
 
     Returns:
         Maximum over the queries and a group's query heads, 0 where no query sees the key, float32 `[B, K, T]`.
     """
     plans = {} if plans is None else plans
     request = ColumnRequest(
-        query, key, positions, valid, scaling, softcap, sliding_window, None, on_host, plans, largest=True
+        query, key, positions, valid, scaling, softcap, sliding_window, weights, on_host, plans, largest=True
     )
     return _answered(request, backend, block)
 

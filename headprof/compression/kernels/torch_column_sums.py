@@ -36,11 +36,11 @@ def torch_column_sums(request: ColumnRequest, block: int | None) -> Tensor:
                 logits = _base_2_logits(request, group[:, queries], keys[seen])  # [g, n, cols]
                 valid = request.valid[b] if gaps and request.valid is not None else None
                 _hide(request, logits, queries, seen, positions[queries.start], valid)
+                weights = None if request.weights is None else request.weights[queries].repeat(group_size)
                 if request.largest:
-                    maxima = _softmax_column_maxima(logits.flatten(0, 1))
+                    maxima = _softmax_column_maxima(logits.flatten(0, 1), weights)
                     torch.maximum(sums[b, k, seen], maxima, out=sums[b, k, seen])
                 else:
-                    weights = None if request.weights is None else request.weights[queries].repeat(group_size)
                     sums[b, k, seen] += _softmax_column_sums(logits.flatten(0, 1), weights)
     return sums if request.largest else sums.div_(group_size)
 
@@ -117,10 +117,10 @@ def _hide(
     logits[:, :, start - seen.start :].masked_fill_(hidden, float("-inf"))
 
 
-def _softmax_column_maxima(logits: Tensor) -> Tensor:
-    """Maximum over the rows' softmax to the base 2, `[cols]`, from `[rows, cols]`, which it overwrites."""
+def _softmax_column_maxima(logits: Tensor, weights: Tensor | None) -> Tensor:
+    """Maximum over the rows' weighted softmax to the base 2, `[cols]`, from `[rows, cols]`, which it overwrites."""
     powers, totals = _powers(logits)
-    return powers.div_(totals[:, None]).amax(dim=0)
+    return powers.div_((totals if weights is None else totals / weights)[:, None]).amax(dim=0)
 
 
 def _powers(logits: Tensor) -> tuple[Tensor, Tensor]:

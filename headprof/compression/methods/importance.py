@@ -29,6 +29,12 @@ class Importance(Protocol):
     asks_for_repetition: bool = False
     """Whether a document that is compressed before there is a question is to be judged by its own repetition."""
 
+    segment: int | None = None
+    """In parts of how many tokens a long document is repeated, for who takes account of `Observation.segments`."""
+
+    norms: bool = False
+    """Whether it wants `Observation.query_norms`, and the output projection of each layer's attention."""
+
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 

@@ -30,7 +30,8 @@ class AttentionLayer:
         softcap: bound on the logits (Gemma-2), or `None`.
         sliding_window: tokens that a query sees, or `None` for all.
         rotary: the layer's rotary embedding, or `None` where it cannot be had.
-        module: the attention module; `None` before the first forward pass over a document that was loaded.
+        module: the attention module; `None` before the first forward pass over a document that was loaded, unless its
+            method judges with norms.
     """
 
     scaling: float
@@ -108,6 +109,11 @@ class Observation:
         lengths, visible: of a prompt's sequences, as in `Tokens`; `None` where the host does not know.
         attended: which of a prompt's tokens are no padding, with the last ones that only observe and are not `valid`;
             `None` if there are none of these. A sliding window is left out of account.
+        segments: tokens of each segment of a prompt's last ones, which only observe: a segment's queries see what is
+            before all segments, and their own segment up to themselves. Their positions follow what is before all
+            segments, and nothing is padding. Empty where each query sees all before it.
+        query_norms: norm of the hidden state that each query of a prompt was made from, as the attention module was
+            given it, float32 `[B, N]`; `None` where nobody has asked, and for rows that are held.
         shared: what several importances need of this, computed once.
     """
 
@@ -123,6 +129,8 @@ class Observation:
     lengths: Sequence[int] | None = None
     visible: Sequence[int] | None = None
     attended: Tokens | None = None
+    segments: tuple[int, ...] = ()
+    query_norms: Tensor | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
