@@ -170,11 +170,15 @@ class Fit(Reduction):
             whole: what it paid in all, `[..., N]`.
         """
         gram = paid.transpose(-1, -2) @ paid
+        return self._weights(gram, (paid.transpose(-1, -2) @ whole[..., None])[..., 0])
+
+    def _weights(self, gram: Tensor, wanted: Tensor) -> Tensor:
+        """The same by the normal equations, `[..., C, C]` and `[..., C]`; a row without entries keeps a weight of 1."""
         pull = (self.ridge * _mean_diagonal(gram)).clamp(min=_TINY)[..., None]
-        gram.diagonal(dim1=-2, dim2=-1).add_(pull)
-        wanted = (paid.transpose(-1, -2) @ whole[..., None])[..., 0] + pull
-        scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()  # each weight in its own unit: all squares are 1 then
-        gram, wanted = gram * scale[..., None] * scale[..., None, :], wanted * scale
+        squares = gram.diagonal(dim1=-2, dim2=-1) + pull
+        scale = squares.rsqrt()  # each weight in its own unit: all squares are 1 then
+        gram = (gram + torch.diag_embed(pull.expand_as(squares))) * scale[..., None] * scale[..., None, :]
+        wanted = (wanted + pull) * scale
         low, high = (math.exp(sign * self.bound) / scale for sign in (-1, 1))
         step = 1 / gram.sum(dim=-1).amax(dim=-1, keepdim=True)  # no entry is below 0: an upper bound on the norm
         now = ahead = 1 / scale
@@ -212,22 +216,16 @@ class Fit(Reduction):
         index, own = _slots(largest(choice.ranked, pooled, most=most), most)
         seen = _seen(judges, index, own)
         always = (choice.ranked.gather(2, index) == float("inf")) & own
-        paid, missing = seen.paid, seen.whole
-        chosen = always
-        free = counts.counts - always.sum(dim=-1)
+        gram = seen.paid.transpose(-1, -2) @ seen.paid
+        wanted = (seen.paid.transpose(-1, -2) @ seen.whole[..., None])[..., 0]
+        chosen, free = always, counts.counts - always.sum(dim=-1)
         for number in range(1, self.rounds + 1):
-            if number > 1 or self.rounds == 1:
-                missing = self._missing(paid, seen.whole, chosen)
-            worth = (paid.transpose(-1, -2) @ missing[..., None])[..., 0]
+            among = gram * chosen[..., None] * chosen[..., None, :]
+            drawn = self._weights(among, wanted * chosen) * chosen
+            worth = wanted - (gram @ drawn[..., None])[..., 0]
             worth = worth.masked_fill(~own, float("-inf")).masked_fill(chosen, float("inf"))
-            wanted = always.sum(dim=-1) + free * number // self.rounds
-            chosen = largest(worth, wanted, most=counts.most)
+            chosen = largest(worth, always.sum(dim=-1) + free * number // self.rounds, most=counts.most)
         return torch.zeros_like(choice.kept).scatter_(2, index, chosen & own)
-
-    def _missing(self, paid: Tensor, whole: Tensor, chosen: Tensor) -> Tensor:
-        """What the chosen rows do not draw of each query's attention, `[..., N]`."""
-        held = paid * chosen[..., None, :]
-        return whole - (held @ self.weights(held, whole)[..., None])[..., 0]
 
 
 @dataclass(frozen=True)
