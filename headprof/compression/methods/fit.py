@@ -225,7 +225,8 @@ class Fit(Reduction):
             worth = wanted - (gram @ drawn[..., None])[..., 0]
             worth = worth.masked_fill(~own, float("-inf")).masked_fill(chosen, float("inf"))
             chosen = largest(worth, always.sum(dim=-1) + free * number // self.rounds, most=counts.most)
-        return torch.zeros_like(choice.kept).scatter_(2, index, chosen & own)
+        found = torch.zeros_like(choice.kept, dtype=torch.int32)
+        return found.scatter_add_(2, index, (chosen & own).int()) > 0  # slots that are none may repeat a row
 
 
 @dataclass(frozen=True)
