@@ -56,7 +56,7 @@ Observe = Annotated[
     str | None,
     typer.Option(
         help="Text that judges a document while the question is not known; empty: its own end. Default: general "
-        "questions, or the document's own repetition for kvzip and headkv-kvzip.",
+        "questions, or the document's own repetition for kvzip, headkv-kvzip and headkv-fit.",
         rich_help_panel="Method",
     ),
 ]

@@ -1,13 +1,13 @@
 """A compressed document on disk: compress once, ask in later processes, many times.
 
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
-`[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
-next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
-padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and, where they
-are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
-name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
-tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
-not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
+`[B, K]`; where rows carry them `.bias` (merged or fitted rows) and `.received` (attention so far), float32 `[rows]`;
+where the next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`,
+false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and,
+where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its
+metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
+profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and
+tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations

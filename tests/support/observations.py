@@ -59,4 +59,4 @@ def compress(method, observed, counts):
     kept = largest(ranked, counts.counts, method.importance.noise, most=counts.most)
     weights = assessment.importance if assessment.weights is None else assessment.weights
     rows = observed.rows.with_columns(assessment.columns)
-    return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
+    return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))

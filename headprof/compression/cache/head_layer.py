@@ -104,7 +104,7 @@ class HeadCacheLayer(PromptLayer):
         return self.schedule.importance.norms
 
     def queries_needed(self) -> int | None:
-        return self.schedule.importance.queries
+        return self.schedule.prompt_queries
 
     def filled(self, observed: Observation) -> None:
         self.compress(observed, assessed(self.schedule.importance, observed))
@@ -118,7 +118,7 @@ class HeadCacheLayer(PromptLayer):
 
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""
-        needed = self.queries_needed() or 0
+        needed = self.schedule.recent_queries or 0
         until_due = self.schedule.until_due(self.seen, self.storage)
         short = needed - max(0, until_due)
         if short > 0:
@@ -143,7 +143,7 @@ class HeadCacheLayer(PromptLayer):
         """Do what has to be done before `count` more tokens come: compress again, add up, make room."""
         if self.schedule.goes_on:
             self._make_room(count)
-            if (at_hand := self.schedule.importance.at_hand) is not None:
+            if (at_hand := self.schedule.at_hand) is not None:
                 self.held.fold(at_hand, self.seen)
         if count > self.storage.free:
             self._widen(count)
@@ -172,24 +172,24 @@ class HeadCacheLayer(PromptLayer):
             layer: how they attended.
         """
         if self._observes:
-            self.held.recent.add(query, valid, self.queries_needed(), self._usual_queries)
+            self.held.recent.add(query, valid, self.schedule.recent_queries, self._usual_queries)
             self.held.recent.layer = layer
 
     @property
     def _observes(self) -> bool:
-        return self.schedule.goes_on and self.queries_needed() != 0
+        return self.schedule.goes_on and self.schedule.recent_queries != 0
 
     @property
     def _usual_queries(self) -> int:
         """How many are remembered where all are: then they are folded."""
-        return (self.schedule.importance.at_hand or 0) + FOLD
+        return (self.schedule.at_hand or 0) + FOLD
 
     # A decode step that is run by the device alone: `prepare`, then the step over what `for_step` says, then `passed`.
 
     def prepare(self) -> None:
         """Get ready for one more token, so that nothing moves while it comes."""
         self.make_ready(1)
-        if self._observes and self.queries_needed() is None:
+        if self._observes and self.schedule.recent_queries is None:
             self.held.recent.reserve(len(self.held.recent) + 1)
 
     def settle(self) -> None:
@@ -208,7 +208,7 @@ class HeadCacheLayer(PromptLayer):
         """Note that the token has come."""
         self._count_rows(1)
         if self._observes:
-            self.held.recent.note(1, self.queries_needed())
+            self.held.recent.note(1, self.schedule.recent_queries)
 
     def take_back(self) -> None:
         """Undo a step, so that the same one can be run once more."""

@@ -57,6 +57,21 @@ class LayerSchedule:
         return self.plan.method.importance
 
     @property
+    def prompt_queries(self) -> int | None:
+        """How many of a prompt's last queries importance and reduction need; `None` for all."""
+        return _most(self.importance.queries, self.plan.method.reduction.prompt_queries)
+
+    @property
+    def recent_queries(self) -> int | None:
+        """How many of the newest queries they need while text is generated; `None` for all since they were last."""
+        return _most(self.importance.queries, self.plan.method.reduction.recent_queries)
+
+    @property
+    def at_hand(self) -> int | None:
+        """Of all queries, how many of the last must be at hand; `None` for all that are remembered."""
+        return _most(self.importance.at_hand, self.plan.method.reduction.recent_queries)
+
+    @property
     def goes_on(self) -> bool:
         """Whether the layer is compressed again while text is generated."""
         return self.plan.compresses_while_generating
@@ -80,7 +95,7 @@ class LayerSchedule:
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
-        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
+        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
 
     def prompt_counts(self, observed: Observation) -> HeadCounts:
         """Tokens allotted to each head of a prompt."""
@@ -170,3 +185,8 @@ class LayerSchedule:
         lengths = held.lengths
         allowed = (targets + buffer).tolist() * (len(lengths) // heads)
         return min(most - length for most, length in zip(allowed, lengths, strict=True))
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    """The larger of two numbers of queries, of which `None` stands for all."""
+    return None if one is None or other is None else max(one, other)

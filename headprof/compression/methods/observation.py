@@ -7,7 +7,7 @@ tokens or held rows, `D` head dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -200,6 +200,33 @@ class Observation:
         if self.is_prompt:
             return self.attention(num_rows - min(count, num_rows), num_rows)
         return self._attention(held - min(count, held), held, num_rows)
+
+    def of_queries(self, index: Tensor) -> Observation:
+        """The same with some of the held queries only, in their order.
+
+        Args:
+            index: which of them, int64 `[n]`, on their device.
+        """
+        positions = self.positions_of_queries()[index]
+        valid = None if self.query_valid is None else self.query_valid[:, index]
+        if self.is_prompt and self.padded:
+            tokens = self.valid if self.attended is None else self.attended.valid
+            valid = tokens[:, positions]
+        return replace(
+            self,
+            queries=self.queries[:, :, index],
+            query_positions=positions,
+            query_valid=valid,
+            padded=True,  # they are no longer the last ones, one after the other
+            shared={},
+        )
+
+    def attention_of(self, first: int, last: int) -> Tensor:
+        """Softmax attention of the held queries `first` to before `last`, float32 `[B, K, g, last - first, T]`.
+
+        A query that sees nothing but padding has a row of zeros.
+        """
+        return self._attention(first, last, self.keys.shape[2])
 
     def _attention(self, first: int, last: int, num_keys: int) -> Tensor:
         """Softmax attention of held queries `first` to before `last` over the first `num_keys` rows."""

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from headprof.compression.kernels import looking, marking
 from headprof.compression.kernels.constants import constant, numbers_to
-from headprof.compression.methods.observation import NOISE, per_head
+from headprof.compression.methods.observation import NOISE, Observation, per_head
 from headprof.compression.rows import COLUMNS, HeadCounts, Rows, marked
 from headprof.errors import UsageError
 
@@ -90,12 +90,14 @@ class Choice:
         ranked: importance, infinite for rows that every head keeps as they are (see `ranking`).
         weights: attention that each row can expect.
         counts: how many rows each head keeps; `None` if the host must look.
+        observed: the rows with the queries at hand; `None` where nobody has them.
     """
 
     kept: torch.Tensor
     ranked: torch.Tensor
     weights: torch.Tensor
     counts: HeadCounts | None = None
+    observed: Observation | None = None
 
     @cached_property
     def rest(self) -> torch.Tensor:
@@ -110,6 +112,12 @@ class Choice:
 
 class Reduction(Protocol):
     """Shortens a layer's rows to those that its heads keep."""
+
+    prompt_queries: int | None = 0
+    """How many of a prompt's last queries it needs (all, if there are fewer); `None` for all."""
+
+    recent_queries: int = 0
+    """How many of the newest queries it needs while text is generated, as far as there are so many."""
 
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
         """What the heads hold from now on, flat.

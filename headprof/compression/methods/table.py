@@ -18,6 +18,7 @@ from headprof.compression.methods.budget import (
     UniformBudget,
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
+from headprof.compression.methods.fit import Fit
 from headprof.compression.methods.importance import (
     Importance,
     KeepAll,
@@ -110,7 +111,7 @@ class Method:
 
     def for_observers(self, count: int) -> Method:
         """This method for a prompt whose last `count` tokens only observe: a window is they, counting alike."""
-        options = {"window": count, "ramp": False}
+        options = {"window": count, "ramp": False, "observers": count}
         return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
 
     @property
@@ -184,6 +185,7 @@ METHODS: dict[str, Method] = {
     # KVzip ranks the tokens of all heads of all layers together; a layer that is compressed at once knows but its own.
     "kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
+    "headkv-fit": Method(Reconstruction(), ProfileBudget("reasoning"), Fit()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
