@@ -263,7 +263,6 @@ def generate_text(
         CacheError: a setting of the model looks at the tokens that the cache has seen, and they are not known.
     """
     model: Any = loaded.model
-    filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
@@ -279,13 +278,20 @@ def generate_text(
             ids,
             attention_mask=ids.new_ones(1, seen + ids.shape[1]),  # so it is known that these ids follow the cache's
             past_key_values=used,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=filler,
             streamer=streamer,
-            logits_processor=LogitsProcessorList([_FiniteLogits()]),
-            **_sampling(temperature),
+            **token_choice(loaded, max_new_tokens, temperature),
         )
     return _made(streamer, start, seen, ids.shape[1], used)
+
+
+def token_choice(loaded: LoadedModel, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that say how tokens are chosen, and how many."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
+        "logits_processor": LogitsProcessorList([_FiniteLogits()]),
+        **_sampling(temperature),
+    }
 
 
 def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: Cache) -> Generation:
