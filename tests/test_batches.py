@@ -142,7 +142,7 @@ def test_one_question_twice_is_answered_once(tiny, monkeypatch):
 
 def test_a_question_that_is_too_long_is_named_before_any_is_answered(tiny):
     cache = document(tiny)
-    with pytest.raises(UsageError, match="^Question 2 is too long: "):
+    with pytest.raises(UsageError, match=r"^Question 2 is too long: "):
         answer_each(tiny, cache, ["Who?", "word " * 5000])
     with pytest.raises(UsageError, match="--batch"):
         answer_each(tiny, cache, ["Who?"], batch=0)

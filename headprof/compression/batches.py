@@ -1,15 +1,15 @@
 """Many questions to one document, several of them answered at a time.
 
-Each is read from a copy of the document's cache, by itself, and then takes its tokens in the same forward passes as the
-others (`TogetherCache`). When one is answered, the next one takes its place. An answer is the one that the question gets
-alone: its cache is compressed again when it would be alone, and its tokens are chosen by the same settings of the model.
-What remains is rounding: the same sums over a batch may be taken in another order.
+Each is read from a copy of the document's cache, by itself, and then takes its tokens in the same forward passes as
+the others (`TogetherCache`). When one is answered, the next one takes its place. An answer is the one that the question
+gets alone: its cache is compressed again when it would be alone, and its tokens are chosen by the same settings of the
+model. What remains is rounding: the same sums over a batch may be taken in another order.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -22,6 +22,7 @@ from headprof.compression.cache.together import TogetherCache
 from headprof.compression.generation import Generation, ask, question_ids, token_choice
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
+from headprof.models.decoder import running_model
 from headprof.models.loading import LoadedModel
 
 BATCH = 8
@@ -81,6 +82,8 @@ def answer_each(
     *,
     max_new_tokens: int = 128,
     batch: int = BATCH,
+    temperature: float = 0.0,
+    seed: int = 0,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     step: str = "auto",
@@ -95,6 +98,7 @@ def answer_each(
         questions: the texts; one that comes again is answered once.
         max_new_tokens: most tokens to write for each.
         batch: how many are answered at a time; 1 for one after the other.
+        temperature, seed: of the sampling, as for `generate_text`; answers that are sampled come one after the other.
         backend, prefill_chunk, step: as for `headprof.compressed`. The steps of a batch are issued one by one, also
             where those of a single answer are captured.
 
@@ -106,13 +110,12 @@ def answer_each(
     distinct = list(dict.fromkeys(questions))
     encoded = [_encoded(loaded, cache, each, max_new_tokens, questions) for each in distinct]
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
-    if min(batch, len(distinct)) > 1 and "position_ids" in signature(loaded.model.forward).parameters:
+    takes_positions = "position_ids" in signature(running_model(loaded.model).forward).parameters
+    if min(batch, len(distinct)) > 1 and temperature == 0 and takes_positions:
         made = _Batches(loaded, cache, encoded, max_new_tokens, batch, how).answers()
     else:
-        made = (
-            (number, ask(loaded, cache, each, max_new_tokens=max_new_tokens, **how))
-            for number, each in enumerate(distinct)
-        )
+        how |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        made = ((number, ask(loaded, cache, each, **how)) for number, each in enumerate(distinct))
     return _in_order(made, distinct, questions)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -243,6 +243,7 @@ def generate_text(
     step: str = "auto",
     on_text: Callable[[str], None] = lambda _: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_ids: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -257,6 +258,7 @@ def generate_text(
         backend, prefill_chunk, step: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
+        on_ids: called at the end, with the new tokens.
 
     Raises:
         ModelError: the model's numbers overflow.
@@ -281,6 +283,7 @@ def generate_text(
             streamer=streamer,
             **token_choice(loaded, max_new_tokens, temperature),
         )
+    on_ids(streamer.new_ids)
     return _made(streamer, start, seen, ids.shape[1], used)
 
 

@@ -1,8 +1,8 @@
 """Several caches that take their next tokens in one forward pass, each of which goes on exactly as it would alone.
 
 The sequences of a `HeadCache` have one length and are compressed again at the same time. Here each has its own: its
-rows lie beside those of the others while nothing but new tokens comes, and when it is due it is taken out, compressed by
-itself, and put back. So no answer depends on what else is answered beside it.
+rows lie beside those of the others while nothing but new tokens comes, and when it is due it is taken out, compressed
+by itself, and put back. So no answer depends on what else is answered beside it.
 """
 
 from __future__ import annotations
