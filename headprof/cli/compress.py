@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from headprof.cli.asking import one_line
 from headprof.cli.command import command
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
+    Batch,
     CompressOptions,
     DecodingOptions,
     JsonFlag,
@@ -19,6 +22,7 @@ from headprof.cli.options import (
     MethodOptions,
     Model,
     Observe,
+    Questions,
     ReadOptions,
     compression_request,
 )
@@ -37,6 +41,8 @@ def compress(
     question: Annotated[
         list[str] | None, typer.Option("--question", "-q", help="Ask this at once; may be repeated.")
     ] = None,
+    questions: Questions = None,
+    batch: Batch = 8,
     model: Model = None,
     compressing: CompressOptions = CompressOptions(budget="256"),
     max_new_tokens: MaxNewTokens = 128,
@@ -49,22 +55,26 @@ def compress(
 ) -> None:
     """Compress a document's cache to a file that answers questions in later processes.
 
-    The answers to --question go to stdout, one a line; without questions, the path of the file. The questions do not
-    change the file: any other can be asked of it.
+    The answers to --question and --questions go to stdout, one a line; without questions, the path of the file. The
+    questions do not change the file: any other can be asked of it.
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
-    headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
+    headprof compress --file report.txt --question "Who signed it?" --question "When?"
+    headprof compress --file report.txt --questions questions.txt[/]
     """
+    from headprof.compression.batches import answer_each
     from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
-    from headprof.compression.inputs import checked_prompt, read_document
-    from headprof.compression.prompts import answer_questions, document_figures
+    from headprof.compression.inputs import checked_prompt, read_document, read_questions
+    from headprof.compression.prompts import document_figures
 
     request = compression_request(compressing, tuning, decoding, reading)
     document = read_document(file)
-    questions = [checked_prompt(each, "--question") for each in question or []]
+    asked = [checked_prompt(each, "--question") for each in question or []]
+    asked += read_questions(questions, sys.stdin) if questions is not None else []
     target = output or Path(f"{file.stem}.kv.safetensors")
-    check_outputs({target: FORMAT}, chain([file], model_inputs(model, loading), profile_input(model, request.profile)))
+    read = [file] if questions is None else [file, questions]
+    check_outputs({target: FORMAT}, chain(read, model_inputs(model, loading), profile_input(model, request.profile)))
     loaded = load(model, loading)
     plan = request.plan(loaded)
     with terminal.progress() as report:
@@ -78,8 +88,8 @@ def compress(
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
         )
     save_document(cache, target, loaded, {"document": file.name})
-    answers = answer_questions(loaded, cache, questions, max_new_tokens, reading.backend, request.step)
-    answered = [(each, answer.strip()) for each, answer in zip(questions, answers, strict=True)]
+    answers = answer_each(loaded, cache, asked, max_new_tokens=max_new_tokens, batch=batch, **reading.how())
+    answered = [(each, answer.text.strip()) for each, answer in zip(asked, answers, strict=True)]
     _show(document_figures(loaded, cache, target), answered, json)
 
 
@@ -90,7 +100,7 @@ def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) 
         terminal.json(figures | {"answers": dict(answered), "questions": in_order})
         return
     for _, answer in answered:
-        terminal.write(" ".join(answer.split()) + "\n")
+        terminal.write(one_line(answer) + "\n")
     if answered:
         terminal.remark(f"\nThe compressed document is {figures['file']}.")
     else:

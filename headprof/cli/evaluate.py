@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from headprof.evaluation.results import Evaluation
 
 _TASKS = (
-    "niah (retrieval probes), reasoning, babilong, longbench, loogle, ruler, perplexity; with commas. "
-    "One of a benchmark's tasks: longbench/hotpotqa."
+    "niah (retrieval probes), reasoning, multi (many to one document), babilong, longbench, loogle, ruler, perplexity; "
+    "with commas. One of a benchmark's tasks: longbench/hotpotqa."
 )
 
 
@@ -58,7 +58,12 @@ class WhatOptions:
     ] = None
     probes: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_PROBES, help="Number of probes, over niah and reasoning.", rich_help_panel="What"),
+        typer.Option(
+            min=1,
+            max=MOST_PROBES,
+            help="Number of probes, over niah, reasoning and multi, of which documents are whole.",
+            rich_help_panel="What",
+        ),
     ] = None
     families: Annotated[
         str | None, typer.Option(help="Only these probe families, with commas.", rich_help_panel="What")
@@ -145,6 +150,7 @@ def evaluate(
     [dim]headprof eval
     headprof eval --tasks longbench/hotpotqa,babilong --lengths 1k,2k --limit 50 --budgets 64,128
     headprof eval --preset standard --query-agnostic --budgets 128,256
+    headprof eval --tasks multi --query-agnostic --budgets 128,256
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
     from headprof.evaluation.run import EvalRun

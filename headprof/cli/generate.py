@@ -6,14 +6,17 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headprof.cli.asking import converse, show_answers, show_conversation
 from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
+    Batch,
     CompressOptions,
     DecodingOptions,
     JsonFlag,
@@ -21,15 +24,18 @@ from headprof.cli.options import (
     MaxNewTokens,
     MethodOptions,
     Model,
+    Questions,
     ReadOptions,
     Seed,
     compression_request,
 )
+from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.generate import runs
 
 if TYPE_CHECKING:
     from headprof.compression.generation import Generation
     from headprof.compression.prompts import Prompt
+    from headprof.compression.request import CompressionRequest
     from headprof.models.loading import LoadedModel
 
 
@@ -45,6 +51,14 @@ def generate(
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question, or the whole prompt. Default: standard input.")
+    ] = None,
+    questions: Questions = None,
+    batch: Batch = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer standard input line by line; each turn sees those before it.")
+    ] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="With --chat: file to keep the conversation in, as a compressed document.")
     ] = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[
@@ -65,15 +79,25 @@ def generate(
 
     [dim]headprof generate --budget 64
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
-    headprof generate --cache report.kv.safetensors --prompt "Who signed it?"[/]
+    headprof generate --cache report.kv.safetensors --prompt "Who signed it?"
+    headprof generate --cache report.kv.safetensors --questions questions.txt
+    headprof generate --cache report.kv.safetensors --chat[/]
     """
     from headprof.compression.generation import check_temperature
-    from headprof.compression.inputs import check_sources, what_to_ask
+    from headprof.compression.inputs import check_asking, check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
     check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
+    check_asking(prompt, questions, chat, cache, save)
     check_temperature(temperature)
     request = compression_request(compressing, tuning, decoding, reading)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if cache is not None and questions is not None:
+        _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading)
+        return
+    if cache is not None and chat:
+        _converse(cache, save, request, options, reading, json, model, loading)
+        return
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
@@ -82,7 +106,7 @@ def generate(
         asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
     else:
         asked = new_prompt(loaded, document, question, request, max_new_tokens)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed} | reading.how()
+    options |= reading.how()
     beside = {}
     compares = compare and asked.plan is not None
     asked.warm_up(loaded, **reading.how(), full=compares)
@@ -91,6 +115,52 @@ def generate(
     made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)
     full_bytes = full_cache_bytes(loaded, made, beside.get("full"))
     _show(question, {asked.label: made} | beside, full_bytes, json)
+
+
+def _answer_all(
+    cache: Path,
+    questions: Path,
+    request: CompressionRequest,
+    options: dict[str, Any],
+    json: bool,
+    model: str | None,
+    loading: LoadOptions,
+) -> None:
+    """Answer a file of questions, each from a copy of the document."""
+    from headprof.compression.batches import answer_each
+    from headprof.compression.inputs import read_questions
+    from headprof.compression.prompts import document_cache
+
+    asked = read_questions(questions, sys.stdin)
+    loaded = load(model, loading)
+    document, label = document_cache(loaded, cache, request.decoding)
+    show_answers(label, asked, answer_each(loaded, document, asked, **options), json)
+
+
+def _converse(
+    cache: Path,
+    save: Path | None,
+    request: CompressionRequest,
+    options: dict[str, Any],
+    reading: ReadOptions,
+    json: bool,
+    model: str | None,
+    loading: LoadOptions,
+) -> None:
+    """Answer standard input line by line, and keep the conversation where that is asked for."""
+    from headprof.compression.conversation import Conversation
+    from headprof.compression.document import FORMAT, save_document
+    from headprof.compression.prompts import document_cache
+
+    if save is not None:
+        check_outputs({save: FORMAT}, chain([cache], model_inputs(model, loading)))
+    loaded = load(model, loading)
+    document, label = document_cache(loaded, cache, request.decoding)
+    conversation = Conversation(loaded, document, **reading.how())
+    turns = converse(conversation, options, json)
+    if save is not None:
+        save_document(conversation.document(), save, loaded, {"document": cache.name})
+    show_conversation(label, turns, save, json)
 
 
 def _answer(

@@ -35,6 +35,16 @@ ProfileOutput = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens to write.")]
+Questions = Annotated[
+    Path | None,
+    typer.Option(
+        help='File of questions, one a line, or .jsonl with {"question": ...}; - for standard input. Each is answered '
+        "from a copy of the document.",
+    ),
+]
+Batch = Annotated[
+    int, typer.Option(min=1, max=1024, help="Questions that are answered at a time; answers are the same.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -244,6 +244,7 @@ def generate_text(
     step: str = "auto",
     on_text: Callable[[str], None] = lambda _: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_ids: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> Generation:
     """Continue a prompt.
 
@@ -258,13 +259,13 @@ def generate_text(
         backend, prefill_chunk, step: as for `headprof.compressed`.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
+        on_ids: called at the end, with the new tokens.
 
     Raises:
         ModelError: the model's numbers overflow.
         CacheError: a setting of the model looks at the tokens that the cache has seen, and they are not known.
     """
     model: Any = loaded.model
-    filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
@@ -280,13 +281,21 @@ def generate_text(
             ids,
             attention_mask=ids.new_ones(1, seen + ids.shape[1]),  # so it is known that these ids follow the cache's
             past_key_values=used,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=filler,
             streamer=streamer,
-            logits_processor=LogitsProcessorList([_FiniteLogits()]),
-            **_sampling(temperature),
+            **token_choice(loaded, max_new_tokens, temperature),
         )
+    on_ids(streamer.new_ids)
     return _made(streamer, start, seen, ids.shape[1], used)
+
+
+def token_choice(loaded: LoadedModel, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """Arguments of `generate` that say how tokens are chosen, and how many."""
+    return {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
+        "logits_processor": LogitsProcessorList([_FiniteLogits()]),
+        **_sampling(temperature),
+    }
 
 
 def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: Cache) -> Generation:

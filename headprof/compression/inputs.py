@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from headprof.errors import UsageError
 from headprof.utils.assets import asset_dir
 from headprof.utils.files import decode_text, read_text
+from headprof.utils.records import is_text, parse_object
 from headprof.utils.units import human_bytes
 
 _LARGEST_INPUT = 2**28  # bytes
@@ -58,6 +59,81 @@ def _read_stream(stream: TextIO) -> str:
     if len(data) > _LARGEST_INPUT:
         raise UsageError(f"The standard input has more than {human_bytes(_LARGEST_INPUT)}: give a shorter text.")
     return decode_text(data, "The standard input")
+
+
+def read_questions(path: Path, stdin: TextIO | None) -> list[str]:
+    """Questions from a file, one a line; blank lines do not count. A `.jsonl` file has `{"question": ...}` a line.
+
+    Args:
+        path: the file; `-` for standard input.
+        stdin: that.
+
+    Raises:
+        UsageError: the file is not there, is not a text file in UTF-8, has a line that is no question, or has none.
+    """
+    if str(path) == "-":
+        text, name = "" if stdin is None else _read_stream(stdin), "The standard input"
+    elif not path.exists():
+        raise UsageError(f"There is no file {path}: check the path given with --questions.")
+    else:
+        text, name = read_text(path), str(path)
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        found = [_question_of(line, f"Line {number} of {name}") for number, line in lines]
+    else:
+        found = [line for _, line in lines]
+    if not found:
+        raise UsageError(f"{name} has no question in it: write one a line.")
+    return found
+
+
+def typed_lines(stdin: TextIO | None) -> Iterator[str]:
+    """Lines of standard input that are not blank, each as soon as it is there.
+
+    Raises:
+        UsageError: a line is not UTF-8, or longer than any text may be.
+    """
+    source = () if stdin is None else getattr(stdin, "buffer", stdin)
+    while source and (line := source.readline(_LARGEST_INPUT + 1)):
+        data = line.encode("utf-8", "surrogateescape") if isinstance(line, str) else line
+        if len(data) > _LARGEST_INPUT:
+            raise UsageError(f"A line has more than {human_bytes(_LARGEST_INPUT)}: ask a shorter question.")
+        if text := decode_text(data, "The standard input").strip():
+            yield text
+
+
+def _question_of(line: str, where: str) -> str:
+    try:
+        question = parse_object(line).get("question")
+    except ValueError:
+        question = None
+    if not isinstance(question, str) or not question.strip() or not is_text(question):
+        raise UsageError(f'{where} has no question: write {{"question": "..."}} a line.')
+    return question.strip()
+
+
+def check_asking(prompt: str | None, questions: Path | None, chat: bool, cache: Path | None, save: Path | None) -> None:
+    """
+    Args:
+        prompt: one question.
+        questions: a file of many.
+        chat: whether they are read while they are answered.
+        cache: the compressed document that they are about.
+        save: where to keep the conversation.
+
+    Raises:
+        UsageError: questions are to come from several places, or many of them are about no compressed document.
+    """
+    places = {"--prompt": prompt is not None, "--questions": questions is not None, "--chat": chat}
+    given = [name for name, is_given in places.items() if is_given]
+    if len(given) > 1:
+        raise UsageError(f"Questions come from one place: leave {' or '.join(given)} away.")
+    if (questions is not None or chat) and cache is None:
+        raise UsageError(
+            f"{given[0]} asks about a compressed document: make one with `headprof compress`, and give it with --cache."
+        )
+    if save is not None and not chat:
+        raise UsageError("Only a conversation can be saved: add --chat, or leave --save away.")
 
 
 def check_sources(file: Path | None, cache: Path | None, compare: bool, compressing: Sequence[str] = ()) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
-from headprof.compression.generation import Generation, ask, generate_text, prompt_ids, question_ids
+from headprof.compression.generation import Generation, generate_text, prompt_ids, question_ids
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.request import CompressionRequest
 from headprof.compression.warming import warm_up
@@ -84,30 +84,20 @@ def prompt_about(
         CacheError: the file cannot be used with this model.
         UsageError: document, question and answer are longer than the model's context.
     """
-    cache, notes = load_document(file, loaded)
-    cache.continue_with(replace(cache.plan, **decoding))
+    cache, label = document_cache(loaded, file, decoding)
     ids = question_ids(loaded, cache, question, max_new_tokens)
-    return Prompt(ids, f"{file.name} ({notes['method']})", cache=cache)
+    return Prompt(ids, label, cache=cache)
 
 
-def answer_questions(
-    loaded: LoadedModel,
-    cache: HeadCache,
-    questions: Sequence[str],
-    max_new_tokens: int,
-    backend: str = "auto",
-    step: str = "auto",
-) -> list[str]:
-    """The answer to each question about a document, in order, every one from a copy of its cache.
+def document_cache(loaded: LoadedModel, file: Path, decoding: Mapping[str, Any]) -> tuple[HeadCache, str]:
+    """The cache of a compressed document, and what to call it in tables; the arguments are those of `prompt_about`.
 
     Raises:
-        UsageError: a question is too long for the model's context; none has been answered then.
+        CacheError: the file cannot be used with this model.
     """
-    for question in questions:
-        question_ids(loaded, cache, question, max_new_tokens)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "backend": backend, "step": step}
-    answers = {question: ask(loaded, cache, question, **options).text for question in dict.fromkeys(questions)}
-    return [answers[question] for question in questions]
+    cache, notes = load_document(file, loaded)
+    cache.continue_with(replace(cache.plan, **decoding))
+    return cache, f"{file.name} ({notes['method']})"
 
 
 def full_cache_bytes(loaded: LoadedModel, made: Generation, full: Generation | None = None) -> int:

@@ -56,6 +56,11 @@ class TimedStreamer(BaseStreamer):
         self._hand_on(self.text[len(self._handed_on) :])
 
     @property
+    def new_ids(self) -> tuple[int, ...]:
+        """All new tokens."""
+        return tuple(self._ids)
+
+    @property
     def text(self) -> str:
         """What the tokenizer makes of all new tokens."""
         return self._decode(0, len(self._ids))

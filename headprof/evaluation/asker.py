@@ -85,17 +85,27 @@ class Asker:
     _plans: dict[tuple[int, int], CompressionPlan] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def ask(self, question: Question) -> list[Answer]:
-        """The answers under each candidate, in order."""
-        prompt, tail = self._split(question)
+    def ask(self, *questions: Question) -> list[Answer]:
+        """The answers under each candidate, in order; to several questions about one document, one after the other.
+
+        What they have in common is read and compressed once; each is asked of copies of that. Several can be asked
+        only if the question is not known.
+        """
+        if self.question_known and len(questions) > 1:
+            raise ValueError("a cache that was compressed for one question is not asked others")
         with attending_ragged(self.loaded.model, step=self.step):
-            caches = self._read(prompt, question)
-            reference = self._reference(stack_caches(caches), tail, question.reference_ids)
-            if question.grading is None:
-                texts, scores = [""] * len(caches), [float(right) for right in reference.right]
-            else:
-                texts = self._generate(stack_caches(caches), tail, question.grading)
-                scores = [question.grading.score(text) for text in texts]
+            caches = self._read(self._split(questions[0])[0], questions[0])
+            return [answer for question in questions for answer in self._answers(question, caches)]
+
+    def _answers(self, question: Question, caches: list[HeadCache]) -> list[Answer]:
+        """The answers to a question, each from a copy of a candidate's cache."""
+        tail = self._split(question)[1]
+        reference = self._reference(stack_caches(caches), tail, question.reference_ids)
+        if question.grading is None:
+            texts, scores = [""] * len(caches), [float(right) for right in reference.right]
+        else:
+            texts = self._generate(stack_caches(caches), tail, question.grading)
+            scores = [question.grading.score(text) for text in texts]
         return [
             Answer(
                 task=question.task,

@@ -12,7 +12,7 @@ from typing import Any
 
 from headprof.errors import UsageError
 from headprof.evaluation.perplexity import Loss
-from headprof.evaluation.results import PROBE_TASKS, Answer
+from headprof.evaluation.results import MULTI, OWN_TASKS, Answer
 from headprof.evaluation.tasks import TASKS
 from headprof.utils.files import append_text, write_text
 from headprof.utils.records import is_text, is_whole, make_record, parse_object
@@ -24,7 +24,7 @@ Results = list[Answer] | list[Loss]
 """What one question came to, under each candidate."""
 
 _KINDS = {"answers": Answer, "losses": Loss}
-_ALL_TASKS = {*PROBE_TASKS, "perplexity", *TASKS}
+_ALL_TASKS = {*OWN_TASKS, "perplexity", *TASKS}
 _SHARE, _COUNT = (0, 1), (0, 2**53)
 _RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "answers": {
@@ -115,7 +115,7 @@ class Journal:
         """
         for question, results in earlier.results.items():
             found = [(result.method, result.budget) for result in results]
-            if self.candidates is not None and (found != list(self.candidates) or question[0] not in _ALL_TASKS):
+            if self.candidates is not None and not self._is_of(question[0], found):
                 raise UsageError(
                     f"The answers to question {question[1]} of {question[0]} in {self.path} are not of this run's "
                     "tasks, methods and budgets: choose another folder with -o, or run without --resume to start anew."
@@ -127,6 +127,12 @@ class Journal:
                     "folder with -o, or run without --resume to start anew."
                 )
         self._digests |= earlier.digests
+
+    def _is_of(self, task: str, found: list[tuple[str, str]]) -> bool:
+        """Whether results are those of the candidates, in order: once, or once for each question about a document."""
+        assert self.candidates is not None
+        times = len(found) // len(self.candidates) if task == MULTI else 1
+        return task in _ALL_TASKS and found == [*self.candidates] * times
 
     def begin(self, key: dict[str, Any], results: dict[QuestionKey, Results]) -> None:
         """Write what there is, atomically; earlier answers that were not taken in are kept as `NAME.previous.jsonl`."""

@@ -17,7 +17,7 @@ from headprof.compression.session import make_plan
 from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
-from headprof.evaluation.results import PROBE_TASKS
+from headprof.evaluation.results import MULTI, OWN_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
@@ -102,11 +102,13 @@ class EvalRequest:
     """Methods times budgets times tasks.
 
     Attributes:
-        tasks: `niah`, `reasoning`, `perplexity`, a benchmark (`ruler`) or one of its tasks (`longbench/hotpotqa`).
+        tasks: `niah`, `reasoning`, `multi`, `perplexity`, a benchmark (`ruler`) or one of its tasks
+            (`longbench/hotpotqa`).
         methods: names in the table of methods, each of which may be followed by parameters; `full` is run once, without
             a budget.
         budgets: as the command line takes them.
-        probes: number of probes, over `niah` and `reasoning` together.
+        probes: number of probes, over `niah`, `reasoning` and `multi` together; those of `multi` are rounded up to
+            whole documents, of 5 to 10 questions each.
         lengths: of prompts that can be had in several, in tokens; of the texts whose perplexity is taken, which have
             but one.
         families: probe families to ask; `None` for all.
@@ -158,12 +160,17 @@ class EvalRequest:
             raise UsageError("There is nothing to evaluate: name at least one task and one method.")
         if "perplexity" in self.all_tasks:
             self.perplexity_settings()
-        own = [task for task in self.all_tasks if task in PROBE_TASKS]
+        if MULTI in self.all_tasks and self.question_known:
+            raise UsageError(
+                f"{MULTI} asks many questions of one compressed document, none of which is known before: add "
+                "--query-agnostic."
+            )
+        own = [task for task in self.all_tasks if task in OWN_TASKS]
         if self.probes < len(own):
             raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
         if self.families and not own:
             raise UsageError(
-                f"Families are those of {' and '.join(PROBE_TASKS)}: add one of these tasks, or leave --families away."
+                f"Families are those of {', '.join(OWN_TASKS)}: add one of these tasks, or leave --families away."
             )
         if self.prompts is not None and not self.prompts.is_file():
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
@@ -182,7 +189,7 @@ class EvalRequest:
         Raises:
             UsageError: there is no such task.
         """
-        own = (*PROBE_TASKS, "perplexity")
+        own = (*OWN_TASKS, "perplexity")
         found: list[str] = []
         for name in self.tasks:
             if name not in own and name.partition("/")[0] not in BENCHMARKS:
@@ -197,7 +204,7 @@ class EvalRequest:
 
     def probes_of(self, task: str, lengths: tuple[int, ...]) -> int:
         """How many of the probes are of `task`: an even share, within the limit."""
-        asked = [each for each in self.all_tasks if each in PROBE_TASKS]
+        asked = [each for each in self.all_tasks if each in OWN_TASKS]
         share, rest = divmod(self.probes, len(asked))
         share += asked.index(task) < rest
         return share if self.limit is None else min(share, self.limit * len(lengths))

@@ -6,7 +6,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -15,6 +15,11 @@ from headprof.utils.intervals import mean_interval, wilson_interval
 
 PROBE_TASKS = {"niah": "retrieval", "reasoning": "reasoning"}
 """This project's own tasks, and the kind of probe each one asks."""
+MULTI = "multi"
+"""Its task of many probes to one document."""
+OWN_TASKS = (*PROBE_TASKS, MULTI)
+ALL_RIGHT = f"{MULTI}, all right"
+"""What the documents are called on which every question of `MULTI` is right, in tables."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Answer:
 
     Attributes:
         task: `"niah"`, `"longbench/hotpotqa"`.
-        question: its name, unique within the task.
+        question: its name, unique within the task; of `MULTI`, `"3.7"` is the eighth about the fourth document.
         group: the length of the prompts, `"1k"`, for tasks that are asked at several; else empty.
         method: as in the table of methods, `"full"` for the full cache.
         budget: as the user gave it; empty for the full cache.
@@ -112,7 +117,8 @@ def suite_of(task: str) -> str:
 def tabulate(answers: Iterable[Answer]) -> list[Cell]:
     """A cell per task, group, method and budget, in the order of first appearance.
 
-    Where a suite has several tasks, cells of all of them together follow those of its tasks.
+    Where a suite has several tasks, cells of all of them together follow those of its tasks. Those of `MULTI` are
+    followed by cells of whole documents, `ALL_RIGHT`.
     """
     answers = list(answers)
     tasks: dict[str, set[str]] = defaultdict(set)
@@ -124,7 +130,43 @@ def tabulate(answers: Iterable[Answer]) -> list[Cell]:
         cells += _cells((answer.task, answer) for answer in own)
         if len(members) > 1:
             cells += _cells((suite, answer) for answer in own)
+        if suite == MULTI:
+            cells += _cells((ALL_RIGHT, answer) for answer in whole_documents(own))
     return cells
+
+
+def counted(task: str) -> str:
+    """What the number of a cell of this task counts, in words."""
+    return "documents" if task == ALL_RIGHT else "questions"
+
+
+def multi_name(document: int, number: int) -> str:
+    """What a question of `MULTI` is called: by its document, and its number in that."""
+    return f"{document}.{number}"
+
+
+def whole_documents(answers: Iterable[Answer]) -> list[Answer]:
+    """An answer for each document of `MULTI` under each candidate: 1 if all that was asked about it is right, else 0.
+
+    There is no divergence, which is that of the questions.
+    """
+    documents: dict[tuple[str, ...], list[Answer]] = defaultdict(list)
+    for answer in answers:
+        document = answer.question.partition(".")[0]
+        documents[document, answer.group, answer.method, answer.budget].append(answer)
+    return [
+        replace(
+            about[0],
+            task=ALL_RIGHT,
+            question=key[0],
+            score=float(all(answer.score == 1 for answer in about)),
+            divergence=None,
+            agreement=None,
+            depth=None,
+            family="",
+        )
+        for key, about in documents.items()
+    ]
 
 
 def _cells(named: Iterable[tuple[str, Answer]]) -> list[Cell]:

@@ -14,10 +14,11 @@ from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.journal import Journal, QuestionKey, Results
 from headprof.evaluation.methods_at_budgets import Candidate
+from headprof.evaluation.multi import FirstQuestions, MultiDocuments
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
 from headprof.evaluation.questions import ExampleQuestions, ProbeQuestions, Question, digest_of
 from headprof.evaluation.request import EvalRequest
-from headprof.evaluation.results import PROBE_TASKS, Answer, Evaluation, tabulate
+from headprof.evaluation.results import MULTI, PROBE_TASKS, Answer, Evaluation, tabulate
 from headprof.evaluation.tasks import TASKS, Example
 from headprof.evaluation.tasks.example import DEFAULT_LENGTHS
 from headprof.evaluation.texts import read_texts
@@ -29,7 +30,7 @@ from headprof.utils.team import Team
 
 ROUND = 4
 """Questions for each process between two meetings of a team."""
-AnyQuestions = TypeVar("AnyQuestions", ProbeQuestions, ExampleQuestions)
+AnyQuestions = TypeVar("AnyQuestions", ProbeQuestions, ExampleQuestions, FirstQuestions)
 
 
 class RunnableTask(Protocol):
@@ -61,6 +62,24 @@ class QuestionTask:
 
     def digest(self, number: int) -> str:
         return self.questions.digest(number)
+
+
+@dataclass
+class MultiTask:
+    """Documents, about each of which many questions are answered."""
+
+    documents: MultiDocuments
+    asker: Asker
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def run(self, number: int) -> Results:
+        return self.asker.ask(*self.documents[number])
+
+    def digest(self, number: int) -> str:
+        """Empty: needles follow from their settings."""
+        return ""
 
 
 @dataclass
@@ -135,8 +154,13 @@ class EvalRun:
             documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions)
             self._check(settings.prefix)
             return PerplexityTask(loaded, documents, request.candidates(loaded, self.profile), settings.chunk)
+        lengths = tuple(dict.fromkeys(request.lengths or DEFAULT_LENGTHS))
+        if name == MULTI:
+            number = request.probes_of(name, lengths)
+            asked = MultiDocuments(loaded, number, lengths, request.families, request.seed)
+            self._checked(name, FirstQuestions(asked))
+            return MultiTask(asked, self.asker)
         if name in PROBE_TASKS:
-            lengths = tuple(dict.fromkeys(request.lengths or DEFAULT_LENGTHS))
             number = request.probes_of(name, lengths)
             probes = ProbeQuestions(loaded, name, number, lengths, request.families, request.seed)
             return QuestionTask(self._checked(name, probes), self.asker)

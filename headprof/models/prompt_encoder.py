@@ -148,6 +148,15 @@ class PromptEncoder:
             return [*self._encode_together(GAP, question, "", "").asked]
         return self._framed(*self._asked(question))
 
+    def next_turn_ids(self) -> list[int]:
+        """Token ids between what the model has said and the user's next question, which `question_ids` encodes.
+
+        Raises:
+            ModelError: the chat template does not repeat the texts of several turns.
+        """
+        between = _between_turns(self._tokenizer) if self._templated else GAP
+        return self._framed(between, "")
+
     def repetition_ids(self, document_ids: Sequence[int]) -> list[int]:
         """Token ids that follow a document when the model repeats it: the demand, then the document without its frame.
 
@@ -280,6 +289,32 @@ def _template_parts(tokenizer: Any) -> tuple[str, str]:
         )
     before, after = rendered.split(_MARK)
     return before, after
+
+
+def _between_turns(tokenizer: Any) -> str:
+    """What the chat template writes between the model's reply and the user's next text.
+
+    Raises:
+        ModelError: the chat template fails at a second turn, or does not repeat the texts of several.
+    """
+    reply, more = f"{_MARK}-REPLY", f"{_MARK}-MORE"
+    turns = (("user", _MARK), ("assistant", reply), ("user", more))
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
+        )
+    except Exception as error:  # as in `_template_parts`
+        raise ModelError(
+            f"The tokenizer's chat template cannot be used for a second turn ({one_line(error).replace(_MARK, '...')}):"
+            f" pass --chat-template none to ask without it, {_other_templates(tokenizer)}."
+        ) from error
+    if rendered.count(reply) != 1 or rendered.count(more) != 1 or rendered.index(more) < rendered.index(reply):
+        raise ModelError(
+            "The tokenizer's chat template does not repeat the texts of several turns exactly once: pass "
+            "--chat-template none to ask without it, or a file with another template."
+        )
+    return rendered.partition(reply)[2].partition(more)[0]
 
 
 def _other_templates(tokenizer: Any) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from headprof.evaluation.results import main_cells
+from headprof.evaluation.results import counted, main_cells
 from headprof.plots.depths import depths_plot
 from headprof.plots.page import escape, with_policy
 from headprof.plots.scores import budget_order, scores_plot
@@ -106,7 +106,7 @@ def _by_task(cells: Sequence[Cell]) -> list[list[Cell]]:
 def _task_tables(cells: Sequence[Cell]) -> str:
     first = cells[0]
     length = f", prompts of {first.group} tokens" if first.group else ""
-    title = f"<h3>{escape(first.task)}{escape(length)}, {first.questions} questions</h3>"
+    title = f"<h3>{escape(first.task)}{escape(length)}, {first.questions} {counted(first.task)}</h3>"
     fidelity = [cell for cell in cells if cell.divergence is not None and cell.budget]
     tables = [_matrix(cells, "score", "score, and its 95 % interval")]
     if fidelity:

@@ -90,8 +90,10 @@ def sharing(found: Evaluation) -> str:
 
 
 def _title(cells: Sequence[Cell]) -> str:
+    from headprof.evaluation.results import counted
+
     first = cells[0]
-    return f"{first.task}{f', {first.group}' if first.group else ''}, {first.questions} questions"
+    return f"{first.task}{f', {first.group}' if first.group else ''}, {first.questions} {counted(first.task)}"
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

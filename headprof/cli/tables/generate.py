@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from headprof.cli.tables.cells import Rows
@@ -32,3 +32,10 @@ def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[s
         ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
         rows,
     )
+
+
+def answers_table(name: str, answers: Sequence[Generation], seconds: float) -> tuple[list[str], Rows]:
+    """What many answers from copies of one cache took together."""
+    new = sum(answer.new_tokens for answer in answers)
+    row = [name, str(len(answers)), str(new), f"{seconds:.1f}", f"{new / seconds:.1f}"]
+    return ["cache", "answers", "new tokens", "seconds", "tokens/s"], [row]

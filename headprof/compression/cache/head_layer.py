@@ -97,6 +97,14 @@ class HeadCacheLayer(PromptLayer):
         self.schedule.begin_anew()
         self.is_initialized = True
 
+    def take(self, held: HeldRows) -> None:
+        """Hold what has been held elsewhere since `release`; when to compress it again is as it was."""
+        self._held = held
+
+    def release(self) -> None:
+        """Hold nothing until `take`."""
+        self._held = None
+
     # The prompt.
 
     @property

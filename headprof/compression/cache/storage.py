@@ -33,7 +33,7 @@ class RowStorage:
     def __init__(
         self,
         rows: Rows,
-        seen: int,
+        seen: int | Sequence[int],
         slack: int = SLACK,
         appended: int = 0,
         *,
@@ -44,7 +44,7 @@ class RowStorage:
 
         Args:
             rows: of all heads, flat, without gaps.
-            seen: tokens of the sequence so far.
+            seen: tokens of the sequence so far; of each head's, `N` numbers, where they have not all as many.
             slack: rows of free space behind each head.
             appended: how many of each head's rows have come since they were last compressed.
             hides: whether some rows may be hidden.
@@ -61,7 +61,10 @@ class RowStorage:
         with torch.inference_mode(False):
             self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]))
             self._bounds = torch.full((2 * heads + 1,), total, dtype=torch.int32, device=device)
-            self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
+            if isinstance(seen, int):
+                self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
+            else:
+                self._next_positions = torch.tensor(seen, dtype=torch.int32).to(device, non_blocking=True)
         if self._rooms is not None:
             starts = torch.tensor([0, *accumulate(self._rooms)][:-1], dtype=torch.int32)
             self._bounds[0:-1:2] = starts.to(device, non_blocking=True)
