@@ -167,6 +167,9 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     batch = first.shape[0] if len(first.shape) == 2 else 0
     if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
         raise ValueError("its lengths are not those of sequences and KV heads")
+    grid = (shape.num_layers, shape.num_kv_heads)
+    if stored.pop("shares", None) not in (None, Stored("F32", grid), Stored("F32", (batch, *grid))):
+        raise ValueError("its shares are not float32, one for each KV head")
     if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):
         raise ValueError("its ids are not one for each token that was seen")
     prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
@@ -218,9 +221,10 @@ def _check_lengths(prefix: str, lengths: torch.Tensor, rows: int, seen: int) -> 
 
 def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> None:
     """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
-    scores = tensors["scores"]
-    if not ((scores >= 0) & (scores <= LARGEST_SCORE)).all():
-        raise ValueError("its scores are not all numbers that heads can have")
+    for name in ("scores", "shares"):
+        numbers = tensors.get(name)
+        if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():
+            raise ValueError(f"its {name} are not all numbers that heads can have")
     parts = ("keys", "values", "queries", "received", "positions", "bias")
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:

@@ -214,6 +214,9 @@ class BudgetPolicy(Protocol):
     spreads: bool = False
     """Whether `spread` hands tokens on from head to head."""
 
+    ranks_together: bool = False
+    """Whether one ranking over all layers decides how many tokens each head keeps of a prompt (`GlobalBudget`)."""
+
     @property
     def profile_scores(self) -> str | None:
         """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or `None`."""

@@ -29,9 +29,9 @@ class Reconstruction(Importance):
     as the model does. Where nothing is repeated, the last `window` queries judge: of a prompt that ends with its
     question, and while text is generated, when they are those since.
 
-    The paper ranks the tokens of all heads of all layers together. Here a layer is compressed as soon as it has
-    attended, so the method `kvzip` ranks those of each layer (`AdaptiveBudget`), and `headkv-kvzip` has a profile's
-    budgets.
+    The paper ranks the tokens of all heads of all layers together; so does the method `kvzip`, which reads a document
+    twice for it (`GlobalBudget`). `adakv-kvzip` ranks those of each layer (`AdaptiveBudget`), which is compressed as
+    soon as it has attended, and `headkv-kvzip` has a profile's budgets.
 
     Attributes:
         window: number of observing queries; of a document that is repeated it is all observers.

@@ -18,6 +18,7 @@ from headprof.compression.methods.budget import (
     UniformBudget,
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
+from headprof.compression.methods.global_budget import GlobalBudget
 from headprof.compression.methods.importance import (
     Importance,
     KeepAll,
@@ -181,8 +182,8 @@ METHODS: dict[str, Method] = {
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
     "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
     "expected-attention": Method(ExpectedAttention(), UniformBudget(), Evict(), sinks=4),
-    # KVzip ranks the tokens of all heads of all layers together; a layer that is compressed at once knows but its own.
-    "kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
+    "kvzip": Method(Reconstruction(), GlobalBudget(), Evict()),
+    "adakv-kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
