@@ -215,10 +215,13 @@ def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padd
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     valid[0, : min(padding, tokens - 9)] = False
     importance = torch.rand(batch, heads, tokens, generator=generator)
+    scores = torch.rand(2, heads, generator=generator)
+    if method.budget.goes_by_share:  # and has them for several
+        scores = torch.stack([scores * 0.2 + 0.01, scores * 0.5 + 0.05])
     counts = torch.stack(
         [
             method.budget.allocate(
-                torch.rand(2, heads, generator=generator),
+                scores,
                 budget=8,
                 context_length=int(length),
                 always_kept=method.always_kept,

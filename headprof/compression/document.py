@@ -3,9 +3,10 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
-padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated, or in their
-place `shares` `[L, K]` or `[B, L, K]`, where the document itself decided how many rows each head kept; and, where they
-are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
+padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated (`[S, L, K]`
+where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document holds decided
+how many rows each head kept; and, where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which
+logits processors may look at. Its metadata
 name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
 tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
 not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
@@ -83,7 +84,7 @@ def save_document(
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
         "format": FORMAT,
-        "format_version": _READABLE[0] if plan.shares is None else FORMAT_VERSION,
+        "format_version": _READABLE[0] if plan.shares is None and plan.scores.ndim == 2 else FORMAT_VERSION,
         "model": loaded.name,
         "fingerprint": json.dumps(loaded.shape.to_dict()),
         "weights": weights_fingerprint(loaded.model),

@@ -23,7 +23,8 @@ class CompressionPlan:
         method: what to keep, how much per head, and what becomes of the rest.
         budget: average tokens per KV head.
         shape: the model's.
-        scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile.
+        scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile. For budgets that
+            were learned `[S, L, K]` (see `LearnedBudget`).
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
@@ -112,6 +113,14 @@ class CompressionPlan:
         shares = (counts - self.method.always_kept).clamp(min=0).float()
         return replace(self, shares=shares[0] if len(shares) == 1 else shares, _known=[])
 
+    def after_prompt(self, counts: torch.Tensor, prompt_length: int) -> CompressionPlan:
+        """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
+
+        Where heads' shares depend on the length, those of the prompt hold from now on.
+        """
+        by_prompt = self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
+        return self.sharing_by(counts) if by_prompt else self
+
     def of_sequences(self, indices: torch.Tensor) -> CompressionPlan:
         """This plan for some sequences of a batch, in this order; one may come more than once."""
         if self.shares is None or self.shares.ndim == 2:
@@ -142,7 +151,8 @@ class CompressionPlan:
     def _allocation(self, given: Budget, length: int, shares: torch.Tensor | None = None) -> torch.Tensor:
         budget = self._tokens(given, length)
         for known in self._known:
-            if known.serves(budget, length, shares is not None):
+            exactly = shares is None and self.method.budget.goes_by_share
+            if known.serves(budget, length, shares is not None) and (known.length == length or not exactly):
                 return known.tokens
         sizes = {"budget": budget, "context_length": length, "always_kept": self.method.always_kept}
         if shares is None:

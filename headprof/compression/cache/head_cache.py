@@ -111,7 +111,7 @@ class PromptCache(Cache):
             layer.observers = tokens
 
     def before_reading(self, prompt_tokens: int) -> RankingCache | None:
-        """A cache to fill from the coming prompt before this one, which is then `judged_by` it; `None` if none is needed.
+        """A cache to fill from the coming prompt before this one, which is then `judged_by` it; `None` if none.
 
         Args:
             prompt_tokens: of the prompt, padding included; there are no observers among them.
@@ -180,6 +180,13 @@ class HeadCache(PromptCache):
         self.plan = plan
         self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
+        self.layers[-1].on_filled = self._filled
+
+    def _filled(self) -> None:
+        """All layers have been filled: go on by what that came to, where the plan does so."""
+        plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length())
+        if plan is not self.plan:
+            self.continue_with(plan)
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,7 +35,10 @@ class HeadCacheLayer(PromptLayer):
         schedule: when the layer is compressed, and to what.
         slack: rows of free space behind each head.
         verdict: what has been decided on the prompt that comes, if it is read for the second time; else `None`.
+        on_filled: called when the layer has been filled from a prompt.
     """
+
+    on_filled: Callable[[], None] | None = None
 
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
@@ -122,6 +125,8 @@ class HeadCacheLayer(PromptLayer):
         judged_by_others = self.observers > 0 or (verdict is not None and verdict.by_observers)
         if self.schedule.goes_on and not judged_by_others:
             self._remember(observed)
+        if self.on_filled is not None:
+            self.on_filled()
 
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""

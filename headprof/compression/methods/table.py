@@ -27,6 +27,7 @@ from headprof.compression.methods.importance import (
     Recency,
     check_importance,
 )
+from headprof.compression.methods.learned_budget import LearnedBudget
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
@@ -185,6 +186,7 @@ METHODS: dict[str, Method] = {
     "kvzip": Method(Reconstruction(), GlobalBudget(), Evict()),
     "adakv-kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
+    "learned-kvzip": Method(Reconstruction(), LearnedBudget(), Evict()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
