@@ -182,7 +182,7 @@ def fingerprint(**fields):
 
 DAMAGE = {
     "another format": (note("format", "other"), "not a head profile"),
-    "a newer version": (note("format_version", "3"), "version 3 where this headprof reads 1 and 2: update headprof"),
+    "a newer version": (note("format_version", "4"), "version 4 where this headprof reads 1, 2 and 3: update headprof"),
     "score not a number": (change("retrieval", poke(math.nan)), "retrieval scores are not all finite"),
     "score infinite": (change("reasoning", poke(math.inf)), "reasoning scores are not all finite"),
     "score negative": (change("reasoning", poke(-0.1)), "reasoning scores are not all zero or more"),

@@ -183,10 +183,10 @@ def test_a_window_of_none_is_refused():
         Reconstruction(0)
 
 
-def test_the_two_methods_differ_in_budgets():
-    kvzip, headkv = METHODS["kvzip"], METHODS["headkv-kvzip"]
-    assert kvzip.importance == headkv.importance == Reconstruction()
-    assert kvzip.budget.spreads and headkv.budget == ProfileBudget("reasoning")
+def test_the_methods_differ_in_budgets():
+    kvzip, adakv, headkv = (METHODS[name] for name in ("kvzip", "adakv-kvzip", "headkv-kvzip"))
+    assert kvzip.importance == adakv.importance == headkv.importance == Reconstruction()
+    assert kvzip.budget.ranks_together and adakv.budget.spreads and headkv.budget == ProfileBudget("reasoning")
 
 
 # Documents.
@@ -308,7 +308,7 @@ def test_the_repetition_is_the_document_without_its_frame(chat):
 
 def test_a_text_of_the_users_judges_in_place_of_the_repetition():
     loaded = load_tiny()
-    plan = make_plan(loaded.model, method="kvzip", budget=16)
+    plan = make_plan(loaded.model, method="adakv-kvzip", budget=16)
     by_text = compress_document(loaded, TEXT, plan, observe="Who counted?")
     document = PromptEncoder(loaded.tokenizer).document_ids(TEXT)
     observers = PromptEncoder(loaded.tokenizer).question_ids("Who counted?")
@@ -428,13 +428,13 @@ def test_each_method_is_judged_by_its_own_observers():
     answers = together.ask(question)
     document = list(question.document_ids)
     observers = PromptEncoder(loaded.tokenizer).repetition_ids(document)
-    assert together.sharing.prompt_tokens == 2 * len(document) + len(observers) + len(text)
-    assert together.sharing.candidate_tokens == 5 * len(document) + 2 * len(observers) + 3 * len(text)
+    # Once more for the method that ranks all layers' rows together, without observers.
+    assert together.sharing.prompt_tokens == 3 * len(document) + len(observers) + len(text)
+    assert together.sharing.candidate_tokens == 6 * len(document) + 2 * len(observers) + 3 * len(text)
     full = candidates[1]
     for answer, candidate, (name, _) in zip(answers, candidates, wanted, strict=True):
         its = observers if "kvzip" in name else text
-        plan = candidate.plan.for_observers(len(its))
-        alone = Asker(loaded, [replace(candidate, plan=plan), full], False, its).ask(question)[0]
+        alone = Asker(loaded, [candidate, full], False, its).ask(question)[0]
         assert (answer.text, answer.score, answer.method) == (alone.text, alone.score, name)
         assert answer.divergence == pytest.approx(alone.divergence, abs=1e-5)
         assert answer.prompt_tokens == len(document) and answer.cache_bytes == alone.cache_bytes
@@ -472,7 +472,7 @@ def test_two_prefills_can_be_stacked():
 
 def test_of_a_prompt_in_chunks_only_the_queries_that_judge_are_held():
     model = tiny_model()
-    plan = make_plan(model, method="kvzip", budget=10).for_observers(20)
+    plan = make_plan(model, method="adakv-kvzip", budget=10).for_observers(20)
     cache = HeadCache(plan)
     cache.expect_observers(20)
     held = []

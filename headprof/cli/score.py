@@ -15,10 +15,13 @@ from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileO
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
+from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
+    from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
+    from headprof.scoring.calibration_texts import CalibrationSettings
     from headprof.scoring.request import ScoreRequest
 
 
@@ -61,6 +64,41 @@ class CountingOptions:
     ] = 0.05
 
 
+@dataclass(frozen=True)
+class ReconstructionOptions:
+    """Budgets that are learned from how the model repeats texts."""
+
+    reconstruction: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruction",
+            help="Learn budgets for learned-kvzip too, from how the model repeats texts.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
+    add_to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Head profile that gets them; no probes are asked. It is replaced, unless -o names another file.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
+    texts: Annotated[
+        int, typer.Option(min=1, max=MOST_PROBES, help="How many texts.", rich_help_panel="Reconstruction")
+    ] = 12
+    text_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a text, in turns. Default: 512,1k,2k, as far as the model can repeat them.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
+    text_folder: Annotated[
+        Path | None,
+        typer.Option(help="Folder of .txt files to read them from.", rich_help_panel="Reconstruction"),
+    ] = None
+
+
 @command
 def score(
     *,
@@ -68,6 +106,7 @@ def score(
     asked: ProbeOptions,
     seed: Seed = 0,
     counting: CountingOptions,
+    learning: ReconstructionOptions,
     resume: Annotated[
         bool,
         typer.Option(
@@ -79,12 +118,14 @@ def score(
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
+    With --reconstruction it holds budgets for documents whose question is not known, too (method learned-kvzip).
     The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
     processes share the work.
 
     [dim]headprof score
     headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
     headprof score --until-stable
+    headprof score --reconstruction --add-to profiles/SmolLM2-135M-Instruct.safetensors
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
     from headprof.profile.finding import default_output
@@ -92,6 +133,10 @@ def score(
 
     request = _request(asked, counting, seed)
     request.check()
+    settings = _calibration(learning, seed)
+    if learning.add_to is not None:
+        _add_reconstruction(learning.add_to, output or learning.add_to, model, loading, settings)
+        return
     _check_outputs(output, model, asked, loading)
     team = join_team()
     loaded = load(model, loading)
@@ -112,7 +157,59 @@ def score(
         )
     team.leave()
     if team.rank == 0:
+        if learning.reconstruction:
+            _learn(loaded, profile, settings, target)
         _show(profile, target, stopping=request.stop is not None)
+
+
+def _calibration(learning: ReconstructionOptions, seed: int) -> CalibrationSettings:
+    """Which texts to repeat, checked.
+
+    Raises:
+        UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
+    """
+    from headprof.scoring.calibration_texts import CalibrationSettings
+
+    if not learning.reconstruction and learning != ReconstructionOptions():
+        raise UsageError(
+            "--add-to, --texts, --text-lengths and --text-folder are for budgets learned from reconstruction: add "
+            "--reconstruction, or leave them away."
+        )
+    lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
+    settings = CalibrationSettings(learning.texts, lengths, learning.text_folder, seed)
+    settings.check()
+    return settings
+
+
+def _add_reconstruction(
+    profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
+) -> None:
+    """Add learned budgets to a profile that is there already."""
+    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.utils.files import check_writable
+
+    folder = [] if settings.folder is None else [settings.folder]
+    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
+    HeadProfile.load(profile)  # complaints come before the weights
+    check_writable(target)
+    loaded = load(model, loading)
+    _learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
+    terminal.result(str(target))
+
+
+def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> None:
+    """Write the profile with budgets learned from reconstruction."""
+    from headprof.scoring.reconstruction import with_reconstruction
+
+    with terminal.progress() as report:
+        learned = with_reconstruction(
+            profile,
+            loaded,
+            settings,
+            command=command_line(),
+            on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
+        )
+    learned.save(target)
 
 
 def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:

@@ -3,11 +3,13 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged or fitted rows) and `.received` (attention so far), float32 `[rows]`;
 where the next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`,
-false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and,
-where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its
-metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the
-profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and
-tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
+false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
+(`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
+holds decided how many rows each head kept; and, where they are known, `ids` int32 `[B, tokens seen]`, the document's
+tokens, which logits processors may look at. Its metadata name the model (shape, weights and tokenizer fingerprints), the
+method and its parameters, the budgets, the profile, the tokens seen, how each layer makes logits of those queries, and a
+checksum over all of it; where rows and tokens seen do not tell how many more tokens a layer takes before it is
+compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
+"""Version 3 knew no `shares`; it is still read, and written where it says all."""
+_READABLE = ("3", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
 _SAMPLES = 64
 
@@ -75,11 +79,13 @@ def save_document(
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
+    if plan.shares is not None:
+        tensors["shares"] = plan.shares.float().contiguous()
     if (ids := cache.token_ids) is not None:
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": _READABLE[0] if plan.shares is None and plan.scores.ndim == 2 else FORMAT_VERSION,
         "model": loaded.name,
         "fingerprint": json.dumps(loaded.shape.to_dict()),
         "weights": weights_fingerprint(loaded.model),
@@ -140,7 +146,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     """
     path = Path(path)
     tensors, metadata, facts = _read(path, loaded)
-    plan = _saved_plan(loaded, facts, tensors["scores"])
+    plan = _saved_plan(loaded, facts, tensors["scores"], tensors.get("shares"))
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
     weighs = plan.method.importance.norms
     modules = (
@@ -187,10 +193,10 @@ def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dic
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path} is a safetensors file but not a compressed document: {_MEND}.")
-    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+    if (version := metadata.get("format_version")) not in _READABLE:
         raise CacheError(
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
-            f"{FORMAT_VERSION}: update headprof, or {_MEND}."
+            f"{' and '.join(_READABLE)}: update headprof, or {_MEND}."
         )
 
 
@@ -203,7 +209,9 @@ def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedMo
     return ids.long().to(loaded.device)
 
 
-def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor) -> CompressionPlan:
+def _saved_plan(
+    loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor, shares: torch.Tensor | None
+) -> CompressionPlan:
     """The plan by which the document was compressed, for what comes after it."""
     # A buffer beyond what the model can read asks for memory that nothing would ever fill.
     buffer = None if facts.buffer is None else min(facts.buffer, max(1, loaded.max_positions))
@@ -218,6 +226,7 @@ def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor)
         decode_budget=facts.decode_budget,
         buffer=buffer,
         windows=sliding_windows(loaded.model.config),
+        shares=shares,
     )
 
 

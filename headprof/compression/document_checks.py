@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.learned_budget import RECONSTRUCTION
 from headprof.compression.methods.table import Method, find_method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
 from headprof.utils.memory import free_bytes
 from headprof.utils.records import is_whole, make_record, parse_json, parse_object, plain
 from headprof.utils.tensor_files import Stored, TensorFile
@@ -161,12 +163,17 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     if file.size > free_bytes("cpu"):
         raise ValueError(f"its {file.size / 1e9:.1f} GB are more than the memory that is free")
     shape, stored = facts.shape, dict(file.stored)
-    if stored.pop("scores", None) != Stored("F32", (shape.num_layers, shape.num_kv_heads)):
+    grid = (shape.num_layers, shape.num_kv_heads)
+    scores = stored.pop("scores", Stored("", ()))
+    learned = facts.method.budget.profile_scores == RECONSTRUCTION
+    if scores.dtype != "F32" or scores.shape[-2:] != grid or not _right_number(scores.shape[:-2], learned):
         raise ValueError("its scores are not float32, one for each KV head")
     first = stored.get("layers.0.lengths", Stored("", ()))
     batch = first.shape[0] if len(first.shape) == 2 else 0
     if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
         raise ValueError("its lengths are not those of sequences and KV heads")
+    if stored.pop("shares", None) not in (None, Stored("F32", grid), Stored("F32", (batch, *grid))):
+        raise ValueError("its shares are not float32, one for each KV head")
     if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):
         raise ValueError("its ids are not one for each token that was seen")
     prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
@@ -179,6 +186,11 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
         raise ValueError("it lacks layers")
     for prefix in prefixes:
         _check_lengths(prefix, file.read(f"{prefix}lengths"), stored[f"{prefix}keys"].shape[0], facts.seen)
+
+
+def _right_number(leading: tuple[int, ...], learned: bool) -> bool:
+    """Whether there are as many scores for each KV head as its method goes by."""
+    return (len(leading) == 1 and 1 <= leading[0] <= MOST_SHARES + 1) if learned else not leading
 
 
 def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, batch: int) -> None:
@@ -218,9 +230,14 @@ def _check_lengths(prefix: str, lengths: torch.Tensor, rows: int, seen: int) -> 
 
 def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> None:
     """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
-    scores = tensors["scores"]
-    if not ((scores >= 0) & (scores <= LARGEST_SCORE)).all():
-        raise ValueError("its scores are not all numbers that heads can have")
+    if facts.method.budget.profile_scores == RECONSTRUCTION:
+        learned = tensors["scores"][:-1] if getattr(facts.method.budget, "mix", 0) else tensors["scores"]
+        if fault := kept_shares_fault(learned, facts.shape):
+            raise ValueError(f"its scores {fault}")
+    for name in ("scores", "shares"):
+        numbers = tensors.get(name)
+        if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():
+            raise ValueError(f"its {name} are not all numbers that heads can have")
     parts = ("keys", "values", "queries", "received", "positions", "bias")
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,24 +164,30 @@ def compress_document(
     ids = torch.tensor([[*document_ids, *observers.ids]])
     plan.check(len(document_ids))
     cache = HeadCache(plan.for_observers(len(observers)))
-    cache.expect_observers(len(observers), observers.segments)
+    ranking = cache.before_reading(len(document_ids))
+    apart = ranking if len(observers) else None  # what observes is not read again; else the model sees to both readings
+    first = cache if apart is None else apart
+    first.expect_observers(len(observers), observers.segments)
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
-        _layer_by_layer(loaded, on_layer),
+        _layer_by_layer(loaded, on_layer, 1 if ranking is None else 2),
     ):
-        logits = prefill(loaded.model, ids.to(loaded.device), cache)
+        logits = prefill(loaded.model, ids.to(loaded.device), first)
+        if apart is not None:
+            cache.judged_by(apart)
+            logits = prefill(loaded.model, ids[:, : len(document_ids)].to(loaded.device), cache)
     require_finite(logits.amax(), logits.dtype)
     for layer in cache.head_layers:  # a merge may overflow where the model does not
         rows = layer.storage.compact()
         require_finite(rows.keys, rows.keys.dtype)
         require_finite(rows.values, rows.values.dtype)
-    cache.continue_with(plan)
+    cache.continue_with(replace(cache.plan, method=plan.method))
     return cache
 
 
 @contextmanager
-def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -> Iterator[None]:
-    """Report each decoder layer when it has run for the first time; nothing of a model that does not list them."""
+def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None], readings: int = 1) -> Iterator[None]:
+    """Report each decoder layer when it has run, in the first `readings` passes; nothing of a model that lists none."""
     layers = find_decoder_layers(loaded.model) or ()
     hooks: dict[Any, RemovableHandle] = {}
     done = 0
@@ -189,8 +195,9 @@ def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None]) -
     def count(layer: Any, *_: Any) -> None:
         nonlocal done
         done += 1
-        hooks[layer].remove()
-        on_layer(done, len(layers))
+        if done > (readings - 1) * len(layers):
+            hooks[layer].remove()
+        on_layer(done, readings * len(layers))
 
     hooks |= {layer: layer.register_forward_hook(count) for layer in layers}
     try:
@@ -274,7 +281,8 @@ def generate_text(
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
     attending = attending_ragged(model, **how) if ours else nullcontext()
     forked = torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else [])
-    with attending, forked, _layer_by_layer(loaded, on_layer):
+    twice = isinstance(used, HeadCache) and not seen and used.before_reading(ids.shape[1]) is not None
+    with attending, forked, _layer_by_layer(loaded, on_layer, 2 if twice else 1):
         torch.manual_seed(seed)
         start = time.perf_counter()
         model.generate(

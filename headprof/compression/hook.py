@@ -3,7 +3,8 @@
 Inside `attending(model)` this happens to each layer in a forward pass, in this order:
 
 1. The model starts: with `new_cache` (that is `headprof.compressed`), `generate`, and a pre-hook of the model, put a
-   fresh cache in the place of none, or of an empty one that Transformers has made. The cache notes the tokens.
+   fresh cache in the place of none, or of an empty one that Transformers has made. The cache notes the tokens. If its
+   method ranks the rows of all layers together, the prompt is read once before, for their importance alone.
 2. With `prefill_chunk`, the decoder layer's `forward` is one of ours: it runs the layer over the prompt's slices, one
    after the other, before the next layer begins. It announces the prompt to the cache (`expect`), and the masks that
    the model made for it once are pending ones, of which each slice gets its own part.
@@ -31,6 +32,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -220,9 +222,21 @@ def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None
                     kwargs["position_ids"] = segment_positions(now.length, cache.segments, read.device)
                 if cache.weighs_norms:
                     now.watch(model)
+                if (ranking := cache.before_reading(read.shape[1])) is not None:
+                    _read_before(model, ranking, names, args, kwargs)
+                    cache.judged_by(ranking)
         return args, kwargs
 
     return start
+
+
+@torch.no_grad()
+def _read_before(model: PreTrainedModel, ranking: Cache, names: Sequence[str], args: Any, kwargs: dict) -> None:
+    """Let a cache take from the prompt what others need to know before it is read for them."""
+    given = {name: value for name, value in kwargs.items() if name != "labels"}
+    if "logits_to_keep" in names:
+        given["logits_to_keep"] = 1
+    model.forward(*args, **(given | {"past_key_values": ranking, "use_cache": True}))
 
 
 def _uses_cache(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:

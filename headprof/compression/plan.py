@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.budget import Budget, headkv_allocation
 from headprof.compression.methods.table import Method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
@@ -23,7 +23,8 @@ class CompressionPlan:
         method: what to keep, how much per head, and what becomes of the rest.
         budget: average tokens per KV head.
         shape: the model's.
-        scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile.
+        scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile. For budgets that
+            were learned `[S, L, K]` (see `LearnedBudget`).
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
@@ -32,6 +33,9 @@ class CompressionPlan:
         buffer: new tokens that every head takes beyond its budget before it is compressed again; `None` to keep
             all that come after the prompt.
         windows: tokens that each layer can see at most, `L` numbers, `None` for all; empty if every layer sees all.
+        shares: how the heads share the budget while generating, float `[L, K]`, or `[B, L, K]` for several sequences,
+            where what a prompt holds has decided how many tokens each head kept of it; `None` to share it as the
+            method's budget policy says.
     """
 
     method: Method
@@ -44,6 +48,7 @@ class CompressionPlan:
     decode_budget: Budget | None = None
     buffer: int | None = BUFFER
     windows: tuple[int | None, ...] = ()
+    shares: torch.Tensor | None = None
     _known: list[_Allocation] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -83,15 +88,57 @@ class CompressionPlan:
         """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
         return bool((self.allocation(prompt_length) < self._visible(prompt_length)).any())
 
-    def decode_allocation(self, seen: int) -> torch.Tensor:
-        """Rows that each KV head is compressed to when the sequence has this many tokens, int64 `[L, K]`.
+    def ranks_together(self, prompt_length: int) -> bool:
+        """Whether one ranking over all layers decides what is kept of a prompt of this many tokens.
 
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self._allocation(self.decode_budget or self.budget, seen)
+        return self.method.budget.ranks_together and self.loses(prompt_length)
 
-    def _allocation(self, given: Budget, length: int) -> torch.Tensor:
+    def total(self, prompt_length: int) -> int:
+        """Tokens that all heads of all layers keep together of a prompt of this many, if their layers can see so many.
+
+        Raises:
+            UsageError: the budget is less than one token per head.
+        """
+        return (
+            min(self._tokens(self.budget, prompt_length), prompt_length)
+            * self.shape.num_layers
+            * (self.shape.num_kv_heads)
+        )
+
+    def sharing_by(self, counts: torch.Tensor) -> CompressionPlan:
+        """This plan for sequences of which the heads have kept so many tokens, int64 `[B, L, K]`."""
+        shares = (counts - self.method.always_kept).clamp(min=0).float()
+        return replace(self, shares=shares[0] if len(shares) == 1 else shares, _known=[])
+
+    def after_prompt(self, counts: torch.Tensor, prompt_length: int) -> CompressionPlan:
+        """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
+
+        Where heads' shares depend on the length, those of the prompt hold from now on.
+        """
+        by_prompt = self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
+        return self.sharing_by(counts) if by_prompt else self
+
+    def of_sequences(self, indices: torch.Tensor) -> CompressionPlan:
+        """This plan for some sequences of a batch, in this order; one may come more than once."""
+        if self.shares is None or self.shares.ndim == 2:
+            return self
+        return replace(self, shares=self.shares[indices.cpu() % len(self.shares)], _known=[])
+
+    def decode_allocation(self, seen: int) -> torch.Tensor:
+        """Rows that each KV head is compressed to when the sequences have this many tokens.
+
+        Returns:
+            int64 `[L, K]`, alike for all sequences, or `[B, L, K]`.
+
+        Raises:
+            UsageError: the budget is below what every head keeps.
+        """
+        return self._allocation(self.decode_budget or self.budget, seen, self.shares)
+
+    def _tokens(self, given: Budget, length: int) -> int:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
         budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
         if budget < 1:
@@ -99,13 +146,23 @@ class CompressionPlan:
                 f"A budget of {int(given.amount)} bytes is less than one token per head "
                 f"({bytes_per_token} bytes): raise --budget."
             )
+        return budget
+
+    def _allocation(self, given: Budget, length: int, shares: torch.Tensor | None = None) -> torch.Tensor:
+        budget = self._tokens(given, length)
         for known in self._known:
-            if known.serves(budget, length):
+            exactly = shares is None and self.method.budget.goes_by_share
+            if known.serves(budget, length, shares is not None) and (known.length == length or not exactly):
                 return known.tokens
-        tokens = self.method.budget.allocate(
-            self.scores, budget=budget, context_length=length, always_kept=self.method.always_kept
+        sizes = {"budget": budget, "context_length": length, "always_kept": self.method.always_kept}
+        if shares is None:
+            tokens = self.method.budget.allocate(self.scores, **sizes)
+        else:
+            each = [headkv_allocation(own, **sizes, pool_factor=1.0) for own in shares.view(-1, *shares.shape[-2:])]
+            tokens = torch.stack(each).view(shares.shape)
+        known = _Allocation(
+            budget, length, int(tokens.max()), tokens.minimum(self._visible(length)), shares is not None
         )
-        known = _Allocation(budget, length, int(tokens.max()), tokens.minimum(self._visible(length)))
         self._known = [known, *self._known[:15]]
         return known.tokens
 
@@ -118,13 +175,19 @@ class CompressionPlan:
 
 @dataclass(frozen=True)
 class _Allocation:
-    """Tokens per head, `[L, K]`, for a budget and a length, and the most that one head got before windows counted."""
+    """Tokens per head, `[L, K]` or `[B, L, K]`, for a budget and a length.
+
+    `most` is what one head got at most before windows counted, and `shared` whether the plan's shares allotted them.
+    """
 
     budget: int
     length: int
     most: int
     tokens: torch.Tensor
+    shared: bool = False
 
-    def serves(self, budget: int, length: int) -> bool:
+    def serves(self, budget: int, length: int, shared: bool) -> bool:
         """A sequence that has as much as any head wants gets the same when it is longer."""
-        return self.budget == budget and (self.length == length or self.most < self.length <= length)
+        if (self.budget, self.shared) != (budget, shared):
+            return False
+        return self.length == length or self.most < self.length <= length

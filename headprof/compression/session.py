@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.hook import attending
 from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.learned_budget import RECONSTRUCTION
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -82,13 +83,18 @@ def make_plan(
 def _budget_scores(
     profile: HeadProfile | None, method: Method, name: str, shape: HeadShape
 ) -> tuple[torch.Tensor, str]:
-    """Scores of the KV heads, `[L, K]`, by which the method spends its budget, and the digest of their profile."""
+    """What the method spends its budget by, `[L, K]` or `[S, L, K]`, and the digest of the profile that it is from."""
     which = method.budget.profile_scores
     if which is None:
         return torch.ones(shape.num_layers, shape.num_kv_heads), ""
     if profile is None:
         raise ProfileError(f"{_called(name)} needs a head profile: make one with `headprof score`, or choose snapkv.")
     _check_profile(profile, shape)
+    if which == RECONSTRUCTION:
+        kept = profile.reconstruction
+        if getattr(method.budget, "mix", 0):
+            kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
+        return kept, profile.digest()
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache, RankingCache, stack_caches
 from headprof.compression.observers import Observers, repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, make_plan, prefill
@@ -189,16 +189,29 @@ class Asker:
     ) -> list[HeadCache]:
         """A cache for each plan, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
         ids = torch.tensor([[*prompt, *observers.ids]], device=self.loaded.device)
-        together = FanOutCache([HeadCache(plan) for plan in plans])
+        caches = [HeadCache(plan) for plan in plans]
+        judged = [cache for cache in caches if len(observers) and cache.before_reading(len(prompt)) is not None]
+        ranking = FanOutCache(judged).before_reading(len(prompt)) if judged else None
+        together = FanOutCache([cache for cache in caches if cache not in judged], ranking)
         together.expect_observers(len(observers), observers.segments)
         self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
         self.sharing.prompt_tokens += ids.shape[1]
         self.sharing.candidate_tokens += len(plans) * ids.shape[1]
+        if ranking is not None:
+            self.sharing.seconds += self._timed(lambda: self._fill_judged(judged, ranking, ids[:, : len(prompt)]))
+            self.sharing.prompt_tokens += len(prompt)
+            self.sharing.candidate_tokens += len(judged) * len(prompt)
         if kind not in self._sampled:
             self._sampled.add(kind)
             self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids, observers))
             self.sharing.sampled_tokens += ids.shape[1]
-        return together.caches
+        return caches
+
+    def _fill_judged(self, caches: list[HeadCache], ranking: RankingCache, ids: torch.Tensor) -> None:
+        """Read a document once more, without observers, for methods that rank the rows of all layers together."""
+        alone = FanOutCache(caches)
+        alone.judged_by(ranking)
+        prefill(self.loaded.model, ids, alone)
 
     def _prefill_alone(self, ids: torch.Tensor, observers: Observers) -> None:
         cache = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from headprof.errors import ProfileError
 from headprof.profile.head_profile import KINDS, LARGEST_SCORE, HeadProfile
 from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
+from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
 from headprof.utils.files import atomic_write
 from headprof.utils.records import shortened
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from headprof.models.shape import HeadShape
 
 _COLUMNS = ["layer", "head", *(column for kind in KINDS for column in (kind, f"{kind}_se"))]
+_KEPT = "kept_"
 _INTERVAL_COLUMNS = {kind: (f"{kind}_low", f"{kind}_high") for kind in KINDS}
 
 
@@ -37,7 +39,8 @@ def read_csv(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def write_csv(path: str | Path, profile: HeadProfile) -> None:
     """Write a profile atomically as CSV, a row a head: layer, head, then score and standard error of each kind.
 
-    The ends of the intervals follow for the kinds that have them. Numbers read back to the same float32; a kind or an
+    The ends of the intervals follow for the kinds that have them, and, where budgets have been learned, what share of
+    its tokens the head's KV head keeps: `kept_1`, `kept_2` ... Numbers read back to the same float32; a kind or an
     error that the profile lacks is an empty column.
     """
     tables = {kind: short_floats(scores) for kind, scores in profile.scores.items()}
@@ -46,6 +49,11 @@ def write_csv(path: str | Path, profile: HeadProfile) -> None:
     for kind, interval in profile.intervals.items():
         columns += _INTERVAL_COLUMNS[kind]
         tables |= {name: short_floats(end) for name, end in zip(_INTERVAL_COLUMNS[kind], interval, strict=True)}
+    if profile.kept_shares is not None:
+        of_heads = profile.kept_shares.repeat_interleave(profile.shape.group_size, dim=-1)
+        kept = {f"{_KEPT}{number}": short_floats(each) for number, each in enumerate(of_heads, 1)}
+        columns += kept
+        tables |= kept
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -62,7 +70,8 @@ def import_csv(path: str | Path, model_name: str, shape: HeadShape) -> HeadProfi
     scores, errors = _scores_and_errors(columns)
     check_grid(path, next(iter(scores.values())).shape, shape)
     intervals = {kind: ends for kind in scores if (ends := _interval(path, columns, kind)) is not None}
-    return HeadProfile(model_name, shape, scores, errors, metadata={"imported_from": path.name}, intervals=intervals)
+    noted, kept = {"imported_from": path.name}, _kept_shares(path, columns, shape)
+    return HeadProfile(model_name, shape, scores, errors, metadata=noted, intervals=intervals, kept_shares=kept)
 
 
 def _read_columns(path: Path) -> dict[str, Tensor]:
@@ -82,7 +91,8 @@ def _read_columns(path: Path) -> dict[str, Tensor]:
     num_layers, num_heads = grid_size(path, by_head)
     heads = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
     filled: dict[str, Tensor] = {}
-    for name in (*_COLUMNS[2:], *(end for ends in _INTERVAL_COLUMNS.values() for end in ends)):
+    kept = [f"{_KEPT}{number}" for number in range(1, MOST_SHARES + 1) if f"{_KEPT}{number}" in columns]
+    for name in (*_COLUMNS[2:], *(end for ends in _INTERVAL_COLUMNS.values() for end in ends), *kept):
         cells = [(by_head[head].get(name) or "").strip() for head in heads]
         if any(cells):
             values = [_parse_cell(path, name, head, cell) for head, cell in zip(heads, cells, strict=True)]
@@ -108,6 +118,26 @@ def _interval(path: Path, columns: Mapping[str, Tensor], kind: str) -> tuple[Ten
     if (columns[low] > columns[high]).any():
         raise ProfileError(f"{path} has a {low} above the {high} of the same head: exchange the two.")
     return columns[low], columns[high]
+
+
+def _kept_shares(path: Path, columns: Mapping[str, Tensor], shape: HeadShape) -> Tensor | None:
+    """What KV heads keep, float32 `[S, L, K]`, if the file says it."""
+    import torch
+
+    names = [f"{_KEPT}{number}" for number in range(1, MOST_SHARES + 1)]
+    found = [columns[name] for name in names if name in columns]
+    if not found:
+        return None
+    grouped = torch.stack(found).unflatten(-1, (shape.num_kv_heads, shape.group_size))
+    kept = grouped[..., 0].contiguous()
+    fault = kept_shares_fault(kept, shape)
+    if not torch.equal(grouped, kept[..., None].expand_as(grouped)):
+        fault = "differ between query heads of one KV head"
+    if fault:
+        raise ProfileError(
+            f"The columns {_KEPT}1, {_KEPT}2 ... of {path} {fault}: export them again, or leave them out."
+        )
+    return kept
 
 
 def _parse_cell(path: Path, column: str, head: tuple[int, int], cell: str) -> float:

@@ -70,6 +70,7 @@ def _summary(profile: HeadProfile) -> dict[str, Any]:
         "shape": profile.shape.to_dict(),
         "kinds": list(profile.kinds),
         "probes_used": dict(profile.probes_used),
+        "learned_budgets": profile.shares_together,
         "date": profile.metadata.get("date"),
         "source": profile.metadata.get("source"),
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
+from headprof.profile.kept_shares import kept_shares_fault
 from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
 from headprof.utils.records import is_whole, parse_json, parse_object, plain
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 KINDS = ("retrieval", "reasoning")
 FORMAT = "headprof.profile"
-FORMAT_VERSION = "2"
-"""Version 1 had no intervals; it is still read."""
-_READABLE = ("1", FORMAT_VERSION)
+FORMAT_VERSION = "3"
+"""Version 1 had no intervals, version 2 no budgets learned from reconstruction; both are still read."""
+_READABLE = ("1", "2", FORMAT_VERSION)
+_KEPT = "reconstruction"
+"""The tensor of `HeadProfile.kept_shares` in a file."""
 _RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
 LARGEST_SCORE = 1e30
 """Beyond all scores; sums of as many as there can be are finite still."""
@@ -43,6 +46,9 @@ class HeadProfile:
         scores: kind (`retrieval`, `reasoning`) to float32 `[L, H]`, zero or more; an imported profile may hold one.
         standard_errors: the same for the standard error of each score; a kind is absent when its error is unknown.
         intervals: the same for the two ends of each score's 95 % bootstrap interval; absent when unknown.
+        kept_shares: what share of its tokens each KV head keeps where the rows of all heads are ranked together by how
+            a text is repeated, for some shares of all, float32 `[S, L, K]` (see `headprof.profile.kept_shares`); `None`
+            when unknown.
         probes_used: probes counted per kind; 0 when unknown.
         metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
 
@@ -57,6 +63,7 @@ class HeadProfile:
     probes_used: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     intervals: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept_shares: Tensor | None = None
 
     def __post_init__(self) -> None:
         if complaint := _find_contradiction(self):
@@ -71,6 +78,22 @@ class HeadProfile:
     def reasoning(self) -> Tensor:
         """Reasoning scores, float32 `[L, H]`; raises `ProfileError` when the profile holds none."""
         return self.scores_of("reasoning")
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """What each KV head keeps, float32 `[S, L, K]`; raises `ProfileError` when the profile does not say."""
+        if self.kept_shares is None:
+            raise ProfileError(
+                f"The profile of {self.model_name} holds no budgets learned from reconstruction: add them with "
+                f"`{score_command(self.model_name)} --reconstruction --add-to PROFILE`."
+            )
+        return self.kept_shares
+
+    @property
+    def shares_together(self) -> list[str]:
+        """At which shares of all tokens `kept_shares` are known, as `4%`; empty when they are unknown."""
+        kept = self.kept_shares
+        return [] if kept is None else [f"{share:.2g}%" for share in (100 * kept.mean(dim=(1, 2))).tolist()]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -126,10 +149,12 @@ class HeadProfile:
         ]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the model's shape and the scores: equal for two profiles that allot budgets alike."""
+        """SHA-256 (hex) of the model's shape, scores and learned budgets: equal for two that allot budgets alike."""
         sha = hashlib.sha256(json.dumps(self.shape.to_dict(), sort_keys=True).encode())
         for kind in self.kinds:
             sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
+        if self.kept_shares is not None:
+            sha.update(_KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -141,10 +166,12 @@ class HeadProfile:
         tensors |= {f"{kind}_se": errors for kind, errors in self.standard_errors.items()}
         for kind, (low, high) in self.intervals.items():
             tensors |= {f"{kind}_low": low, f"{kind}_high": high}
+        if self.kept_shares is not None:
+            tensors[_KEPT] = self.kept_shares
         tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in KINDS], dtype=torch.int64)
         header = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": "2" if self.kept_shares is None else FORMAT_VERSION,
             "model": self.model_name,
             "fingerprint": json.dumps(self.shape.to_dict()),
         }
@@ -198,7 +225,7 @@ def _check_format(path: Path, metadata: Mapping[str, str], mend: str) -> None:
     if (version := metadata.get("format_version")) not in _READABLE:
         raise ProfileError(
             f"The profile {path} has format version {plain(str(version))} where this headprof reads "
-            f"{' and '.join(_READABLE)}: update headprof, or {mend}."
+            f"{', '.join(_READABLE[:-1])} and {_READABLE[-1]}: update headprof, or {mend}."
         )
 
 
@@ -206,7 +233,7 @@ def _check_parts(file: TensorFile) -> None:
     """Look at what a file says it holds before any of it is read; raises `ValueError` saying which part is wrong."""
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
-    known = {"probes_used", *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
+    known = {"probes_used", _KEPT, *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
     if file.stored.get("probes_used") != Stored("I64", (len(KINDS),)):
@@ -236,6 +263,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Head
             for kind in KINDS
             if f"{kind}_low" in tensors and f"{kind}_high" in tensors
         },
+        kept_shares=tensors.get(_KEPT),
     )
 
 
@@ -273,6 +301,8 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         for kind, tensor in tensors.items():
             if fault := _tensor_fault(tensor, shape):
                 return f"its {kind} {name} {fault}"
+    if profile.kept_shares is not None and (fault := kept_shares_fault(profile.kept_shares, shape)):
+        return f"its shares kept in reconstruction {fault}"
     if crossed := [kind for kind in lows if (lows[kind] > highs[kind]).any()]:
         return f"its {crossed[0]} intervals end before they begin"
     return None

@@ -20,7 +20,13 @@ def random_profile(model, seed=0, kinds=KINDS, name="tiny") -> HeadProfile:
     shape = HeadShape.from_config(model.config)
     generator = torch.Generator().manual_seed(seed)
     scores = {kind: torch.rand(shape.num_layers, shape.num_heads, generator=generator) ** 4 for kind in kinds}
-    return HeadProfile(model_name=name, shape=shape, scores=scores)
+    return HeadProfile(model_name=name, shape=shape, scores=scores, kept_shares=random_shares(shape, seed))
+
+
+def random_shares(shape: HeadShape, seed: int = 0) -> torch.Tensor:
+    """What heads may keep of their tokens at three shares of all, float32 `[3, L, K]`."""
+    heads = torch.rand(shape.num_layers, shape.num_kv_heads, generator=torch.Generator().manual_seed(seed)) ** 2 + 0.01
+    return torch.stack([(heads * times / heads.max()) for times in (0.1, 0.3, 0.8)])
 
 
 def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=KINDS, **parts) -> HeadProfile:

@@ -46,6 +46,8 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
         ("shape", f"{shape.architecture}, {_grid(profile)} of {shape.head_dim}, vocabulary {shape.vocab_size}"),
         ("probes used", ", ".join(f"{kind} {profile.probes_used.get(kind, 'unknown')}" for kind in profile.kinds)),
     ]
+    if profile.kept_shares is not None:
+        facts.append(("learned budgets", f"of each KV head where all keep {', '.join(profile.shares_together)}"))
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     others = ((name, text) for name, text in profile.metadata.items() if name not in ("settings", "accuracy"))

@@ -10,9 +10,12 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
+from headprof.compression.cache.ranking_layer import RankingLayer, Verdict, most_queries
 from headprof.compression.cache.storage import SLACK
+from headprof.compression.methods.global_budget import ranked_together
 from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
+from headprof.compression.methods.reduction import ranking
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
@@ -22,11 +25,17 @@ _MOST_PARTS = 256
 
 
 class FanOutLayer(PromptLayer):
-    """The same layer of several caches, filled from one prefill; methods of one importance share what it says."""
+    """The same layer of several caches, filled from one prefill; methods of one importance share what it says.
 
-    def __init__(self, layers: list[HeadCacheLayer]):
+    Args:
+        layers: of the caches.
+        ranking: of a cache that takes no more than what its importances say of the prompt, if there is one.
+    """
+
+    def __init__(self, layers: list[HeadCacheLayer], ranking: RankingLayer | None = None):
         super().__init__()
         self.layers = layers
+        self.ranking = ranking
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if self.is_initialized or any(layer.seen for layer in self.layers):
@@ -35,22 +44,32 @@ class FanOutLayer(PromptLayer):
 
     @property
     def weighs_norms(self) -> bool:
-        return any(layer.weighs_norms for layer in self.layers)
+        return any(layer.weighs_norms for layer in self._taking)
+
+    @property
+    def _taking(self) -> list[PromptLayer]:
+        return [*self.layers, *([] if self.ranking is None else [self.ranking])]
 
     def queries_needed(self) -> int | None:
-        needed = [layer.queries_needed() for layer in self.layers]
-        return None if None in needed else max(count for count in needed if count is not None)
+        return most_queries(layer.queries_needed() for layer in self._taking)
 
     def filled(self, observed: Observation) -> None:
         said: dict[Importance, Assessment] = {}
-        for layer in self.layers:
-            importance = layer.schedule.importance
+
+        def says(importance: Importance) -> Assessment:
             if importance not in said:
                 said[importance] = assessed(importance, observed)
+            return said[importance]
+
+        for layer in self.layers:
+            verdict = layer.verdict
             layer.lazy_initialization(observed.keys, observed.values)
             layer.seen, layer.observers = self.seen, self.observers
-            layer.compress(observed, said[importance])
+            layer.compress(observed, says(layer.schedule.importance) if verdict is None else verdict.assessment)
             layer.forget_prompt()
+        if self.ranking is not None:
+            known = {importance: says(importance) for importance in self.ranking.importances}
+            self.ranking.take(observed, known, self.seen, self.observers)
         self.is_initialized = True
 
 
@@ -118,6 +137,59 @@ class PromptCache(Cache):
         """Whether a prompt is judged by norms of hidden states too."""
         return any(layer.weighs_norms for layer in self.layers)
 
+    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
+        """A cache to fill from the coming prompt before this one, which is then `judged_by` it; `None` if none.
+
+        Args:
+            prompt_tokens: of the prompt, padding included; there are no observers among them.
+        """
+        return None
+
+    def judged_by(self, ranking: RankingCache) -> None:
+        """Take what a cache that `before_reading` gave has found of the prompt, which comes once more."""
+
+
+class RankingCache(PromptCache):
+    """Keeps of a prompt what importances say of its rows, and ranks those of all layers together.
+
+    Args:
+        importances: of the methods that rank so.
+        num_layers: of the model.
+    """
+
+    def __init__(self, importances: Sequence[Importance], num_layers: int):
+        self.importances = importances
+        super().__init__([RankingLayer(importances) for _ in range(num_layers)])
+
+    def _noted(self, ids: torch.Tensor | None) -> None:
+        """The ids are those of the next pass, too."""
+
+    def verdicts(self, plan: CompressionPlan) -> list[Verdict]:
+        """What a plan decides on the rows of each layer.
+
+        Raises:
+            UsageError: the budget is below what every head keeps.
+        """
+        method = plan.method
+        layers: list[RankingLayer] = self.layers
+        ranked = [
+            ranking(
+                layer.said[method.importance].importance, layer.marked, sinks=method.sinks, keep_last=method.keep_last
+            )
+            for layer in layers
+        ]
+        rows = sum((each > float("-inf")).sum(dim=(1, 2)).cpu() for each in ranked)
+        assert isinstance(rows, torch.Tensor)
+        totals = [
+            min(plan.total(length), there)
+            for length, there in zip(layers[0].known_lengths(), rows.tolist(), strict=True)
+        ]
+        counts = ranked_together(ranked, totals, method.importance.noise).cpu()
+        return [
+            Verdict(layer.said[method.importance], counts[:, index], layer.by_observers)
+            for index, layer in enumerate(layers)
+        ]
+
 
 class HeadCache(PromptCache):
     """A Transformers cache that keeps of a prompt what a method and a budget allot to each KV head.
@@ -135,6 +207,13 @@ class HeadCache(PromptCache):
         self.plan = plan
         self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
+        self.layers[-1].on_filled = self._filled
+
+    def _filled(self) -> None:
+        """All layers have been filled: go on by what that came to, where the plan does so."""
+        plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length())
+        if plan is not self.plan:
+            self.continue_with(plan)
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:
@@ -263,18 +342,40 @@ class HeadCache(PromptCache):
         self._tokens = []
         for layer in self.head_layers:
             layer.reorder_cache(beam_idx)
+        self._follow(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences of the batch, in this order; one may come more than once."""
         known = self.token_ids
         super().batch_select_indices(indices)
+        self._follow(indices)
         self.with_tokens(None if known is None else known[indices.to(known.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch."""
         known = self.token_ids
+        self._follow(torch.arange(self.batch_size).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
         self.with_tokens(None if known is None else known.repeat_interleave(repeats, dim=0))
+
+    def _follow(self, indices: torch.Tensor) -> None:
+        """Let the plan be for these sequences of the batch, as the rows are."""
+        if (plan := self.plan.of_sequences(indices)) is not self.plan:
+            self.plan = plan
+            for layer in self.head_layers:
+                layer.schedule.plan = plan
+
+    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
+        first = self.head_layers[0]
+        if first.seen or first.observers or first.verdict is not None or not self.plan.ranks_together(prompt_tokens):
+            return None
+        return RankingCache([self.plan.method.importance], len(self.layers))
+
+    def judged_by(self, ranking: RankingCache) -> None:
+        verdicts = ranking.verdicts(self.plan)
+        self.continue_with(self.plan.sharing_by(torch.stack([each.counts for each in verdicts], dim=1)))
+        for layer, verdict in zip(self.head_layers, verdicts, strict=True):
+            layer.verdict = verdict
 
     def continue_with(self, plan: CompressionPlan) -> None:
         """Compress by another plan from now on, for the same model."""
@@ -310,11 +411,30 @@ def stack_caches(caches: Sequence[HeadCache]) -> HeadCache:
 
 
 class FanOutCache(PromptCache):
-    """Fills several caches from one prefill: the model runs over the prompt once for all of them."""
+    """Fills several caches from one prefill: the model runs over the prompt once for all of them.
 
-    def __init__(self, caches: list[HeadCache]):
+    Args:
+        caches: to be filled; at least one, or a `ranking`.
+        ranking: what takes from the same prefill what others need to know before the prompt is read to fill them.
+    """
+
+    def __init__(self, caches: list[HeadCache], ranking: RankingCache | None = None):
         self.caches = caches
-        super().__init__([FanOutLayer(list(layers)) for layers in zip(*(c.head_layers for c in caches), strict=True)])
+        taking: list[RankingLayer | None] = [None] * len(caches[0].layers) if ranking is None else ranking.layers
+        of_caches = [[cache.head_layers[index] for cache in caches] for index in range(len(taking))]
+        super().__init__([FanOutLayer(own, other) for own, other in zip(of_caches, taking, strict=True)])
+
+    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
+        if self.layers[0].observers:
+            return None
+        found = [ranking for cache in self.caches if (ranking := cache.before_reading(prompt_tokens)) is not None]
+        importances = dict.fromkeys(each for ranking in found for each in ranking.importances)
+        return RankingCache([*importances], len(self.layers)) if found else None
+
+    def judged_by(self, ranking: RankingCache) -> None:
+        for cache in self.caches:
+            if cache.before_reading(ranking.get_seq_length()) is not None:
+                cache.judged_by(ranking)
 
     def _noted(self, ids: torch.Tensor | None) -> None:
         for cache in self.caches:

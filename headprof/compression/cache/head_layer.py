@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headprof.compression.cache.held_rows import FOLD, HeldRows
 from headprof.compression.cache.prompt_layer import PromptLayer
+from headprof.compression.cache.ranking_layer import Verdict
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.storage import SLACK, RowStorage
@@ -33,7 +34,11 @@ class HeadCacheLayer(PromptLayer):
     Attributes:
         schedule: when the layer is compressed, and to what.
         slack: rows of free space behind each head.
+        verdict: what has been decided on the prompt that comes, if it is read for the second time; else `None`.
+        on_filled: called when the layer has been filled from a prompt.
     """
+
+    on_filled: Callable[[], None] | None = None
 
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
@@ -44,6 +49,7 @@ class HeadCacheLayer(PromptLayer):
 
     def reset(self) -> None:
         self._held: HeldRows | None = None
+        self.verdict: Verdict | None = None
         self.batch_size = 0
         self.seen = 0
         self.is_initialized = self.unread = False
@@ -109,20 +115,30 @@ class HeadCacheLayer(PromptLayer):
 
     @property
     def weighs_norms(self) -> bool:
-        return self.schedule.importance.norms
+        return self.verdict is None and self.schedule.importance.norms
 
     def queries_needed(self) -> int | None:
+        if self.verdict is not None and self.verdict.by_observers:
+            return 0
         return self.schedule.prompt_queries
 
     def filled(self, observed: Observation) -> None:
-        self.compress(observed, assessed(self.schedule.importance, observed))
+        said = assessed(self.schedule.importance, observed) if self.verdict is None else self.verdict.assessment
+        self.compress(observed, said)
 
     def compress(self, observed: Observation, assessment: Assessment) -> None:
-        """Keep of the prompt what the plan allots, by what the importance says of it."""
-        counts = self.schedule.prompt_counts(observed)
+        """Keep of the prompt what the plan allots, or a verdict, by what the importance says of it."""
+        verdict, self.verdict = self.verdict, None
+        if verdict is None:
+            counts = self.schedule.prompt_counts(observed)
+        else:
+            counts = verdict.head_counts(observed.valid.device)
         self.hold(self.schedule.compressed(observed, assessment, counts), RecentQueries(layer=observed.layer))
-        if self.schedule.goes_on and not self.observers:
+        judged_by_others = self.observers > 0 or (verdict is not None and verdict.by_observers)
+        if self.schedule.goes_on and not judged_by_others:
             self._remember(observed)
+        if self.on_filled is not None:
+            self.on_filled()
 
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""

@@ -13,6 +13,7 @@ from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import HeadCounts, Rows
+from headprof.errors import UsageError
 
 
 class Sizes(Protocol):
@@ -98,16 +99,26 @@ class LayerSchedule:
         return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
 
     def prompt_counts(self, observed: Observation) -> HeadCounts:
-        """Tokens allotted to each head of a prompt."""
+        """Tokens allotted to each head of a prompt.
+
+        Raises:
+            UsageError: they depend on other layers, too, and these have not been looked at.
+        """
         visible = observed.valid.sum(dim=-1).tolist() if observed.visible is None else observed.visible
         lengths = visible if observed.lengths is None else observed.lengths
+        if any(self.plan.ranks_together(length) for length in lengths):
+            raise UsageError(
+                f"The method {self.plan.name or 'of a global budget'!r} ranks the rows of all layers together, for "
+                "which a document that observers follow is read once more without them: use "
+                "`headprof.compress_document`, or choose adakv-kvzip or headkv-kvzip."
+            )
         allotted = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
         return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
     def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
         """Rows that each head keeps of those it holds."""
         batch, heads = observed.keys.shape[:2]
-        targets, device = self.targets(observed.num_seen).expand(batch, heads), observed.valid.device
+        targets, device = self.targets(observed.num_seen, batch), observed.valid.device
         real = observed.valid_rows().sum(dim=-1).cpu() if held.hides else None  # of padding nobody has counted
         if self.plan.method.budget.spreads:
             sums = torch.tensor(held.sums(heads)) if real is None else real.sum(dim=-1)
@@ -116,9 +127,10 @@ class LayerSchedule:
         held_now = torch.tensor(held.lengths).view(batch, heads) if real is None else real
         return HeadCounts.of(targets.minimum(held_now), device)
 
-    def targets(self, seen: int) -> torch.Tensor:
-        """Rows that each head is compressed to after so many tokens, int64 `[K]`."""
-        return self.plan.decode_allocation(seen)[self.layer_idx]
+    def targets(self, seen: int, batch: int = 1) -> torch.Tensor:
+        """Rows that each head of so many sequences is compressed to after so many tokens, int64 `[B, K]`."""
+        targets = self.plan.decode_allocation(seen)[..., self.layer_idx, :].view(-1, self.plan.shape.num_kv_heads)
+        return targets.repeat(max(1, batch // len(targets)), 1)
 
     def is_due(self, count: int, seen: int, held: Sizes) -> bool:
         """Whether `count` more tokens would put a head beyond its target and the buffer.
@@ -169,22 +181,29 @@ class LayerSchedule:
         """
         if self._left is None or self.plan.buffer is None:
             return usual, []
-        targets, buffer, left = self.targets(seen), min(self.plan.buffer, usual), max(0, min(self._left, usual))
+        heads = self.plan.shape.num_kv_heads
+        targets = self.targets(seen, len(held.lengths) // heads)
+        buffer, left = min(self.plan.buffer, usual), max(0, min(self._left, usual))
         if not self.plan.method.budget.spreads:
-            return left, (targets + buffer).tolist() * (len(held.lengths) // len(targets))
-        spare = int(targets.sum()) + buffer * len(targets) - min(held.sums(len(targets)))
-        return max(left, -(-spare // len(targets))), []
+            return left, (targets + buffer).flatten().tolist()
+        spare = max(self._spare(targets, buffer, held))
+        return max(left, -(-spare // heads)), []
 
     def until_due(self, seen: int, held: Sizes) -> int:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
-        buffer, targets = self.plan.buffer, self.targets(seen)
+        buffer, heads = self.plan.buffer, self.plan.shape.num_kv_heads
         assert buffer is not None
-        heads = len(targets)
+        targets = self.targets(seen, len(held.lengths) // heads)
         if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
-            return (int(targets.sum()) + buffer * heads - max(held.sums(heads))) // heads
-        lengths = held.lengths
-        allowed = (targets + buffer).tolist() * (len(lengths) // heads)
-        return min(most - length for most, length in zip(allowed, lengths, strict=True))
+            return min(self._spare(targets, buffer, held)) // heads
+        allowed = (targets + buffer).flatten().tolist()
+        return min(most - length for most, length in zip(allowed, held.lengths, strict=True))
+
+    def _spare(self, targets: torch.Tensor, buffer: int, held: Sizes) -> list[int]:
+        """Rows that the heads of each sequence together may take on until they have outgrown targets and buffer."""
+        heads = targets.shape[1]
+        allowed = (targets.sum(dim=-1) + buffer * heads).tolist()
+        return [most - there for most, there in zip(allowed, held.sums(heads), strict=True)]
 
 
 def _most(one: int | None, other: int | None) -> int | None:

@@ -154,7 +154,7 @@ def _largest_remainder(exact: torch.Tensor, shares: torch.Tensor, total: int) ->
     return counts.reshape(exact.shape)
 
 
-def _to_spend(budget: int, always_kept: int) -> int:
+def to_spend(budget: int, always_kept: int) -> int:
     """What of a head's budget is free to go where it matters; raises `UsageError` when it does not cover the rest."""
     if budget < always_kept:
         raise UsageError(
@@ -197,7 +197,7 @@ def headkv_allocation(
     """
     if budget >= context_length:
         return torch.full(scores.shape, context_length, dtype=torch.int64)
-    base = _to_spend(budget, always_kept)
+    base = to_spend(budget, always_kept)
     floor = always_kept + base * (1 - 1 / pool_factor)
     return water_filled(
         normalized(scores, temperature),
@@ -214,9 +214,15 @@ class BudgetPolicy(Protocol):
     spreads: bool = False
     """Whether `spread` hands tokens on from head to head."""
 
+    ranks_together: bool = False
+    """Whether one ranking over all layers decides how many tokens each head keeps of a prompt (`GlobalBudget`)."""
+
+    goes_by_share: bool = False
+    """Whether heads' shares of a budget depend on what share of the context it is."""
+
     @property
     def profile_scores(self) -> str | None:
-        """Which of a profile's scores it needs: `"retrieval"`, `"reasoning"` or `None`."""
+        """What it needs of a profile: `"retrieval"` or `"reasoning"` scores, `"reconstruction"`, or `None`."""
         ...
 
     def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
@@ -285,7 +291,7 @@ class PyramidBudget(BudgetPolicy):
         num_layers, num_kv_heads = scores.shape
         if budget >= context_length:
             return torch.full(scores.shape, context_length, dtype=torch.int64)
-        _to_spend(budget, always_kept)
+        to_spend(budget, always_kept)
         heights = torch.linspace(2 - 1 / self.taper, 1 / self.taper, num_layers, dtype=torch.float64)
         layers = water_filled(
             heights / heights.sum(),

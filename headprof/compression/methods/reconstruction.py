@@ -38,9 +38,9 @@ class Reconstruction(Importance):
     projection, and divided by `|x_j|`, the norm of what the attention module was given for `j`. While text is generated
     the latter is not known, and all queries count alike.
 
-    The paper ranks the tokens of all heads of all layers together. Here a layer is compressed as soon as it has
-    attended, so the method `kvzip` ranks those of each layer (`AdaptiveBudget`), and `headkv-kvzip` has a profile's
-    budgets.
+    The paper ranks the tokens of all heads of all layers together; so does the method `kvzip`, which reads a document
+    twice for it (`GlobalBudget`). `adakv-kvzip` ranks those of each layer (`AdaptiveBudget`), which is compressed as
+    soon as it has attended, and `headkv-kvzip` has a profile's budgets.
 
     Attributes:
         window: number of observing queries; of a document that is repeated it is all observers.

@@ -19,6 +19,7 @@ from headprof.compression.methods.budget import (
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.fit import Fit
+from headprof.compression.methods.global_budget import GlobalBudget
 from headprof.compression.methods.importance import (
     Importance,
     KeepAll,
@@ -27,6 +28,7 @@ from headprof.compression.methods.importance import (
     Recency,
     check_importance,
 )
+from headprof.compression.methods.learned_budget import LearnedBudget
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
@@ -182,9 +184,10 @@ METHODS: dict[str, Method] = {
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
     "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
     "expected-attention": Method(ExpectedAttention(), UniformBudget(), Evict(), sinks=4),
-    # KVzip ranks the tokens of all heads of all layers together; a layer that is compressed at once knows but its own.
-    "kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
+    "kvzip": Method(Reconstruction(), GlobalBudget(), Evict()),
+    "adakv-kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
+    "learned-kvzip": Method(Reconstruction(), LearnedBudget(), Evict()),
     "headkv-fit": Method(Reconstruction(), ProfileBudget("reasoning"), Fit()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
