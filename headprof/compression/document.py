@@ -6,9 +6,9 @@ where the next compression needs them `.queries` `[B, H, N, D]`, those of the la
 false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
 holds decided how many rows each head kept; and, where they are known, `ids` int32 `[B, tokens seen]`, the document's
-tokens, which logits processors may look at. Its metadata name the model (shape, weights and tokenizer fingerprints), the
-method and its parameters, the budgets, the profile, the tokens seen, how each layer makes logits of those queries, and a
-checksum over all of it; where rows and tokens seen do not tell how many more tokens a layer takes before it is
+tokens, which logits processors may look at. Its metadata name the model (shape, weights and tokenizer fingerprints),
+the method and its parameters, the budgets, the profile, the tokens seen, how each layer makes logits of those queries,
+and a checksum over all of it; where rows and tokens seen do not tell how many more tokens a layer takes before it is
 compressed again, `left` says it for each.
 """
 
