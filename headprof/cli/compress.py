@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from headprof.cli.options import (
     CompressOptions,
     DecodingOptions,
     JsonFlag,
+    KeepOptions,
     LoadOptions,
     MaxNewTokens,
     MethodOptions,
@@ -39,6 +41,7 @@ def compress(
     ] = None,
     model: Model = None,
     compressing: CompressOptions = CompressOptions(budget="256"),
+    keeping: KeepOptions,
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
     observe: Observe = None,
@@ -53,7 +56,8 @@ def compress(
     change the file: any other can be asked of it.
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
-    headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
+    headprof compress --file report.txt --question "Who signed it?" --question "When?"
+    headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
     """
     from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
@@ -63,6 +67,8 @@ def compress(
     request = compression_request(compressing, tuning, decoding, reading)
     document = read_document(file)
     questions = [checked_prompt(each, "--question") for each in question or []]
+    wanted = keeping.keeping()
+    wanted.check(document)
     target = output or Path(f"{file.stem}.kv.safetensors")
     check_outputs({target: FORMAT}, chain([file], model_inputs(model, loading), profile_input(model, request.profile)))
     loaded = load(model, loading)
@@ -73,6 +79,7 @@ def compress(
             document,
             plan,
             observe=observe,
+            **asdict(wanted),
             backend=reading.backend,
             prefill_chunk=reading.prefill_chunk,
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),

@@ -4,7 +4,8 @@ A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions`
 `[B, K]`; where rows carry them `.bias` (merged rows) and `.received` (attention so far), float32 `[rows]`; where the
 next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
 padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated; and, where they
-are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
+are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at; `protected` bool
+`[B, tokens seen]`, true for tokens that every head keeps, if there are any. Its metadata
 name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
 tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
 not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
@@ -27,6 +28,7 @@ from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.document_checks import DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
+_READABLE = ("3", FORMAT_VERSION)  # in the third nothing is protected
 _MEND = "make it again with `headprof compress`"
 _SAMPLES = 64
 
@@ -76,6 +79,8 @@ def save_document(
     tensors["scores"] = plan.scores.float().contiguous()
     if (ids := cache.token_ids) is not None:
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
+    if (protected := cache.protected) is not None:
+        tensors["protected"] = protected.marks(cache.batch_size, cache.get_seq_length())
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -147,6 +152,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         _restore(layer, own, facts.seen, how)
         layer.schedule.resume(facts.left[layer.layer_idx])
     cache = HeadCache.of_layers(layers)
+    cache.goes_on_protecting(ProtectedTokens.of(tensors.get("protected")))
     if "ids" in tensors:
         cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
     return cache, metadata
@@ -180,10 +186,10 @@ def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dic
 def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path} is a safetensors file but not a compressed document: {_MEND}.")
-    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+    if (version := metadata.get("format_version")) not in _READABLE:
         raise CacheError(
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
-            f"{FORMAT_VERSION}: update headprof, or {_MEND}."
+            f"{' and '.join(_READABLE)}: update headprof, or {_MEND}."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.keeping import Keeping
 from headprof.compression.observers import repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.session import attending_ragged, prefill
 from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
@@ -79,11 +81,23 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
     """
-    encoder = PromptEncoder(loaded.tokenizer)
-    for text in (document or "", prompt):
+    return encoded_prompt(loaded, document, prompt, max_new_tokens)[0]
+
+
+def encoded_prompt(
+    loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int, keeping: Keeping = Keeping()
+) -> tuple[torch.Tensor, ProtectedTokens | None]:
+    """As `prompt_ids`, and which of the tokens every head is to keep.
+
+    Raises:
+        UsageError: the prompt is too long, or what is to be kept cannot be found.
+    """
+    encoder = keeping.encoder(loaded.tokenizer)
+    for text in (document or "", prompt, keeping.system or ""):
         _check_length(loaded, encoder, text)
-    ids = encoder.document_ids(document) + encoder.question_ids(prompt) if document else encoder.prompt_ids(prompt)
-    return _fitting(loaded, ids, 0, max_new_tokens)
+    keeping.check(document, prompt)
+    ids, protected = keeping.prompt(encoder, document, prompt)
+    return _fitting(loaded, ids, 0, max_new_tokens), protected
 
 
 def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_tokens: int) -> torch.Tensor:
@@ -130,6 +144,9 @@ def compress_document(
     plan: CompressionPlan,
     *,
     observe: str | None = None,
+    keep: Sequence[str] = (),
+    system: str | None = None,
+    keep_system: bool = True,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -143,26 +160,31 @@ def compress_document(
         observe: text in the place of the question, which is not known yet: methods that judge by the last queries judge
             by its tokens. They are not kept. If empty, the end of the document judges. `None` for what the method asks
             for: the document's own repetition, or `OBSERVATION`.
+        keep: texts, or regular expressions between slashes: every head keeps the tokens of all their matches.
+        system: a system message before the document, in the place of the chat template's own.
+        keep_system: whether every head keeps the tokens of that message.
         backend, prefill_chunk: as for `headprof.compressed`.
         on_layer: called with the number of layers that are compressed, and of all.
 
     Raises:
-        UsageError: the document, or the document and its repetition, is longer than the model's context, or the budget
-            cannot be met.
+        UsageError: the document, or the document and its repetition, is longer than the model's context, the budget
+            cannot be met, what is to be kept is not there, or there is no place for a system message.
         ModelError: the model's numbers overflow.
     """
-    encoder = PromptEncoder(loaded.tokenizer)
-    for text in (document, observe or ""):
+    keeping = Keeping(keep, system, keep_system)
+    encoder = keeping.encoder(loaded.tokenizer)
+    for text in (document, observe or "", system or ""):
         _check_length(loaded, encoder, text)
-    document_ids = encoder.document_ids(document)
+    keeping.check(document)
+    document_ids, protected = keeping.document(encoder, document)
     if repeats(plan.method, observe):
         _fitting(loaded, document_ids, 0, 0)
         observers = repeating_observers(loaded, encoder, document_ids)
     else:
         observers = text_observers(encoder, observe)
     ids = _fitting(loaded, document_ids + observers, 0, 0)
-    plan.check(len(document_ids))
-    cache = HeadCache(plan.for_observers(len(observers)))
+    plan.check(len(document_ids), protected)
+    cache = HeadCache(plan.for_observers(len(observers))).protect(protected)
     cache.expect_observers(len(observers))
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
@@ -241,6 +263,7 @@ def generate_text(
     backend: str = "auto",
     prefill_chunk: int | None = None,
     step: str = "auto",
+    keep: Keep | ProtectedTokens | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
 ) -> Generation:
@@ -255,6 +278,7 @@ def generate_text(
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
         backend, prefill_chunk, step: as for `headprof.compressed`.
+        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`, where there is a plan.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
 
@@ -266,7 +290,7 @@ def generate_text(
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
-    used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
+    used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan).protect(keep))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}

@@ -8,6 +8,7 @@ import torch
 
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import Method
+from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 
@@ -59,39 +60,68 @@ class CompressionPlan:
         """Whether what comes after the prompt is compressed too."""
         return self.buffer is not None and not self.method.keeps_everything
 
-    def check(self, prompt_length: int) -> None:
+    def check(self, prompt_length: int, protected: ProtectedTokens | None = None) -> None:
         """
+        Args:
+            prompt_length: tokens of the prompt.
+            protected: those that every head keeps.
+
         Raises:
             UsageError: the budget for a prompt of this many tokens, or that for generating after it, cannot be met.
         """
-        self.allocation(prompt_length)
-        if self.compresses_while_generating:
-            self.decode_allocation(prompt_length)
+        self.check_later(prompt_length, protected)
+        self.allocation(prompt_length, max(self.protected_of_prompt(protected, prompt_length), default=0))
 
-    def allocation(self, prompt_length: int) -> torch.Tensor:
+    def check_later(self, prompt_length: int, protected: ProtectedTokens | None = None) -> None:
+        """
+        Raises:
+            UsageError: the budget for generating after a prompt of this many tokens cannot be met.
+        """
+        lasting = max(self.protected_later(protected), default=0)
+        if lasting:  # when none of them is among the last tokens any more
+            prompt_length += self.method.keep_last + 1
+        if self.compresses_while_generating:
+            self.decode_allocation(prompt_length, lasting)
+
+    def protected_of_prompt(self, protected: ProtectedTokens | None, prompt_length: int) -> list[int]:
+        """Of each sequence, how many tokens are kept beside the first and the last ones, which are kept in any case.
+
+        One number, if that is the same in all sequences.
+        """
+        return [] if protected is None else protected.count(self.method.sinks, prompt_length - self.method.keep_last)
+
+    def protected_later(self, protected: ProtectedTokens | None) -> list[int]:
+        """As `protected_of_prompt`, when the last tokens are later ones."""
+        return [] if protected is None else protected.count(self.method.sinks)
+
+    def allocation(self, prompt_length: int, protected: int = 0) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
 
         No head gets more than its layer can see. What that leaves is not handed on: the other layers' heads hold what
         they would in a model without windows.
 
+        Args:
+            prompt_length: tokens of the prompt.
+            protected: tokens that every head keeps beside those that its method does.
+
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self._allocation(self.budget, prompt_length)
+        return self._allocation(self.budget, prompt_length, protected)
 
     def loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
         return bool((self.allocation(prompt_length) < self._visible(prompt_length)).any())
 
-    def decode_allocation(self, seen: int) -> torch.Tensor:
+    def decode_allocation(self, seen: int, protected: int = 0) -> torch.Tensor:
         """Rows that each KV head is compressed to when the sequence has this many tokens, int64 `[L, K]`.
 
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self._allocation(self.decode_budget or self.budget, seen)
+        return self._allocation(self.decode_budget or self.budget, seen, protected)
 
-    def _allocation(self, given: Budget, length: int) -> torch.Tensor:
+    def _allocation(self, given: Budget, length: int, protected: int = 0) -> torch.Tensor:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
         budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
         if budget < 1:
@@ -100,12 +130,18 @@ class CompressionPlan:
                 f"({bytes_per_token} bytes): raise --budget."
             )
         for known in self._known:
-            if known.serves(budget, length):
+            if known.serves(budget, length, protected):
                 return known.tokens
-        tokens = self.method.budget.allocate(
-            self.scores, budget=budget, context_length=length, always_kept=self.method.always_kept
-        )
-        known = _Allocation(budget, length, int(tokens.max()), tokens.minimum(self._visible(length)))
+        always_kept = self.method.always_kept + protected
+        if protected and budget < min(always_kept, length):
+            raise UsageError(
+                f"A budget of {budget} tokens is below the {min(always_kept, length)} that every head keeps, since "
+                f"{protected} are protected: raise {'--budget' if given is self.budget else '--decode-budget'} to "
+                f"{min(always_kept, length)} or more, or protect less."
+            )
+        tokens = self.method.budget.allocate(self.scores, budget=budget, context_length=length, always_kept=always_kept)
+        visible = tokens.minimum(self._visible(length))
+        known = _Allocation(budget, length, int(tokens.max()), visible, protected)
         self._known = [known, *self._known[:15]]
         return known.tokens
 
@@ -124,7 +160,10 @@ class _Allocation:
     length: int
     most: int
     tokens: torch.Tensor
+    protected: int = 0
 
-    def serves(self, budget: int, length: int) -> bool:
+    def serves(self, budget: int, length: int, protected: int = 0) -> bool:
         """A sequence that has as much as any head wants gets the same when it is longer."""
-        return self.budget == budget and (self.length == length or self.most < self.length <= length)
+        if (self.budget, self.protected) != (budget, protected):
+            return False
+        return self.length == length or self.most < self.length <= length

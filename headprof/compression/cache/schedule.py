@@ -12,6 +12,7 @@ from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts, Rows
 
 
@@ -41,11 +42,13 @@ class LayerSchedule:
     Attributes:
         plan: for the whole model.
         layer_idx: the layer's number.
+        protected: tokens that every head keeps, or `None`.
     """
 
-    def __init__(self, plan: CompressionPlan, layer_idx: int):
+    def __init__(self, plan: CompressionPlan, layer_idx: int, protected: ProtectedTokens | None = None):
         self.plan = plan
         self.layer_idx = layer_idx
+        self.protected = protected
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -76,23 +79,46 @@ class LayerSchedule:
         """
         method = self.plan.method
         valid = observed.valid if observed.padded else None
-        ranked, counts = method.ranked(assessment.importance, counts, valid)
+        ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed))
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
         return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts))
 
-    def prompt_counts(self, observed: Observation) -> HeadCounts:
-        """Tokens allotted to each head of a prompt."""
+    def _protected(self, observed: Observation) -> torch.Tensor | None:
+        """Which rows every head keeps, bool `[B, K, T]`: those that the next token can see."""
+        if self.protected is None:
+            return None
+        window = self.plan.windows[self.layer_idx] if self.plan.windows else None
+        rows = self.protected.among(observed.positions)
+        if window is None or observed.is_prompt:  # of a prompt what cannot be seen is no row
+            return rows
+        return rows & (observed.positions > observed.num_seen - window)
+
+    def prompt_counts(self, observed: Observation, seen: int) -> HeadCounts:
+        """Tokens allotted to each head of a prompt, of which `seen` may be kept.
+
+        Raises:
+            UsageError: the budget does not cover what every head keeps.
+            CacheError: there are no such tokens as those that are protected.
+        """
         visible = observed.valid.sum(dim=-1).tolist() if observed.visible is None else observed.visible
         lengths = visible if observed.lengths is None else observed.lengths
-        allotted = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
+        if self.protected is None:
+            protected = [0] * len(lengths)
+        else:
+            self.protected = self.protected.for_batch(len(lengths), seen)
+            self.plan.check_later(seen, self.protected)
+            protected = self.plan.protected_of_prompt(self.protected, seen)
+            protected *= len(lengths) // len(protected)
+        pairs = zip(lengths, protected, strict=True)
+        allotted = torch.stack([self.plan.allocation(*pair)[self.layer_idx] for pair in pairs])
         return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
     def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
         """Rows that each head keeps of those it holds."""
         batch, heads = observed.keys.shape[:2]
-        targets, device = self.targets(observed.num_seen).expand(batch, heads), observed.valid.device
+        targets, device = self.targets(observed.num_seen, batch), observed.valid.device
         real = observed.valid_rows().sum(dim=-1).cpu() if held.hides else None  # of padding nobody has counted
         if self.plan.method.budget.spreads:
             sums = torch.tensor(held.sums(heads)) if real is None else real.sum(dim=-1)
@@ -101,9 +127,13 @@ class LayerSchedule:
         held_now = torch.tensor(held.lengths).view(batch, heads) if real is None else real
         return HeadCounts.of(targets.minimum(held_now), device)
 
-    def targets(self, seen: int) -> torch.Tensor:
-        """Rows that each head is compressed to after so many tokens, int64 `[K]`."""
-        return self.plan.decode_allocation(seen)[self.layer_idx]
+    def targets(self, seen: int, batch: int) -> torch.Tensor:
+        """Rows that each head is compressed to after so many tokens, int64 `[B, K]`."""
+        protected = self.plan.protected_later(self.protected)
+        if len(set(protected)) <= 1:
+            alike = self.plan.decode_allocation(seen, max(protected, default=0))[self.layer_idx]
+            return alike.expand(batch, -1)
+        return torch.stack([self.plan.decode_allocation(seen, each)[self.layer_idx] for each in protected])
 
     def is_due(self, count: int, seen: int, held: Sizes) -> bool:
         """Whether `count` more tokens would put a head beyond its target and the buffer.
@@ -154,19 +184,26 @@ class LayerSchedule:
         """
         if self._left is None or self.plan.buffer is None:
             return usual, []
-        targets, buffer, left = self.targets(seen), min(self.plan.buffer, usual), max(0, min(self._left, usual))
+        buffer, left = min(self.plan.buffer, usual), max(0, min(self._left, usual))
+        heads = self.plan.shape.num_kv_heads
         if not self.plan.method.budget.spreads:
-            return left, (targets + buffer).tolist() * (len(held.lengths) // len(targets))
-        spare = int(targets.sum()) + buffer * len(targets) - min(held.sums(len(targets)))
-        return max(left, -(-spare // len(targets))), []
+            return left, (self.targets(seen, len(held.lengths) // heads) + buffer).flatten().tolist()
+        spare = max(self._spare(seen, held, buffer))
+        return max(left, -(-spare // heads)), []
 
     def until_due(self, seen: int, held: Sizes) -> int:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
-        buffer, targets = self.plan.buffer, self.targets(seen)
+        buffer, heads = self.plan.buffer, self.plan.shape.num_kv_heads
         assert buffer is not None
-        heads = len(targets)
         if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
-            return (int(targets.sum()) + buffer * heads - max(held.sums(heads))) // heads
+            return min(self._spare(seen, held, buffer)) // heads
         lengths = held.lengths
-        allowed = (targets + buffer).tolist() * (len(lengths) // heads)
+        allowed = (self.targets(seen, len(lengths) // heads) + buffer).flatten().tolist()
         return min(most - length for most, length in zip(allowed, lengths, strict=True))
+
+    def _spare(self, seen: int, held: Sizes, buffer: int) -> list[int]:
+        """Rows that the heads of each sequence together take before they have outgrown their targets and the buffer."""
+        heads = self.plan.shape.num_kv_heads
+        sums = held.sums(heads)
+        targets = self.targets(seen, len(sums)).sum(dim=-1).tolist()
+        return [target + buffer * heads - held_now for target, held_now in zip(targets, sums, strict=True)]
