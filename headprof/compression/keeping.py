@@ -49,8 +49,8 @@ class Keeping:
         for pattern in self.keep:
             if not any(find_matches(pattern, text) for text in given):
                 raise UsageError(
-                    f"There is no match for --keep {shown(pattern)} in what is to be read: give a text as it stands there, "
-                    "or leave it away."
+                    f"There is no match for --keep {shown(pattern)} in what is to be read: give a text as it stands "
+                    "there, or leave it away."
                 )
 
     def encoder(self, tokenizer: object) -> PromptEncoder:

@@ -44,8 +44,8 @@ def check_pattern(pattern: str) -> None:
     except (re.error, OverflowError, RecursionError) as error:
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"The regular expression --keep {shown(pattern)} cannot be read ({fault}): mend it, or give plain text, which "
-            "neither begins nor ends with a slash."
+            f"The regular expression --keep {shown(pattern)} cannot be read ({fault}): mend it, or give plain text, "
+            "which neither begins nor ends with a slash."
         ) from None
 
 
@@ -91,12 +91,12 @@ def _searched(pattern: str, expression: str, text: str) -> list[list[int]]:
         )
     except subprocess.TimeoutExpired:
         raise UsageError(
-            f"The regular expression --keep {shown(pattern)} takes more than {SECONDS:.0f} seconds to search the text: give "
-            "a simpler one, without repetitions inside of repetitions."
+            f"The regular expression --keep {shown(pattern)} takes more than {SECONDS:.0f} seconds to search the text: "
+            "give a simpler one, without repetitions inside of repetitions."
         ) from None
     except (OSError, subprocess.CalledProcessError) as error:
         raise UsageError(
-            f"The regular expression --keep {shown(pattern)} could not be searched for ({type(error).__name__}): give plain "
-            "text."
+            f"The regular expression --keep {shown(pattern)} could not be searched for ({type(error).__name__}): give "
+            "plain text."
         ) from None
     return json.loads(done.stdout)
