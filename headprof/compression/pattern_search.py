@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from functools import lru_cache
 
 from headprof.errors import UsageError
@@ -40,7 +41,8 @@ def check_pattern(pattern: str) -> None:
     if (expression := _expression(pattern)) is None:
         return
     try:
-        re.compile(expression)
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         fault = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(

@@ -140,6 +140,11 @@ class CompressionPlan:
                 f"{min(always_kept, length)} or more, or protect less."
             )
         tokens = self.method.budget.allocate(self.scores, budget=budget, context_length=length, always_kept=always_kept)
+        if protected and int(tokens.min()) < min(always_kept, length):
+            raise UsageError(
+                f"The method {self.name!r} leaves a head fewer tokens than the {always_kept} that every head keeps: "
+                "protect nothing, or choose another method."
+            )
         visible = tokens.minimum(self._visible(length))
         known = _Allocation(budget, length, int(tokens.max()), visible, protected)
         self._known = [known, *self._known[:15]]

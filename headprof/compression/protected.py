@@ -77,7 +77,7 @@ class ProtectedTokens:
                 marks = torch.zeros(len(self.positions), self.end + 1, dtype=torch.bool)
                 for sequence, own in enumerate(self.positions):
                     marks[sequence, list(own)] = True
-                self._marks[device] = marks.to(device)
+                self._marks[device] = marks.to(device, non_blocking=True)
         return self._marks[device]
 
     @property
