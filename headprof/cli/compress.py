@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from headprof.cli.options import (
     CompressOptions,
     DecodingOptions,
     JsonFlag,
+    KeepOptions,
     LoadOptions,
     MaxNewTokens,
     MethodOptions,
@@ -45,6 +47,7 @@ def compress(
     batch: Batch = 8,
     model: Model = None,
     compressing: CompressOptions = CompressOptions(budget="256"),
+    keeping: KeepOptions,
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
     observe: Observe = None,
@@ -60,7 +63,8 @@ def compress(
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --question "Who signed it?" --question "When?"
-    headprof compress --file report.txt --questions questions.txt[/]
+    headprof compress --file report.txt --questions questions.txt
+    headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
     """
     from headprof.compression.batches import answer_each
     from headprof.compression.document import FORMAT, save_document
@@ -72,6 +76,8 @@ def compress(
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
     asked += read_questions(questions, sys.stdin) if questions is not None else []
+    wanted = keeping.keeping()
+    wanted.check(document)
     target = output or Path(f"{file.stem}.kv.safetensors")
     read = [file] if questions is None else [file, questions]
     check_outputs({target: FORMAT}, chain(read, model_inputs(model, loading), profile_input(model, request.profile)))
@@ -83,6 +89,7 @@ def compress(
             document,
             plan,
             observe=observe,
+            **asdict(wanted),
             backend=reading.backend,
             prefill_chunk=reading.prefill_chunk,
             on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),

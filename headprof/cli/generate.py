@@ -20,6 +20,7 @@ from headprof.cli.options import (
     CompressOptions,
     DecodingOptions,
     JsonFlag,
+    KeepOptions,
     LoadOptions,
     MaxNewTokens,
     MethodOptions,
@@ -60,6 +61,7 @@ def generate(
     save: Annotated[
         Path | None, typer.Option(help="With --chat: file to keep the conversation in, as a compressed document.")
     ] = None,
+    keeping: KeepOptions,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[
         float, typer.Option(min=0, max=1000, help="0 for greedy decoding, else 0.0001 or more.")
@@ -79,6 +81,7 @@ def generate(
 
     [dim]headprof generate --budget 64
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare
+    headprof generate --file report.txt --prompt "Who signed it?" --keep "Note 3: names are in full."
     headprof generate --cache report.kv.safetensors --prompt "Who signed it?"
     headprof generate --cache report.kv.safetensors --questions questions.txt
     headprof generate --cache report.kv.safetensors --chat[/]
@@ -87,7 +90,7 @@ def generate(
     from headprof.compression.inputs import check_asking, check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
-    check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
+    check_sources(file, cache, compare, given_options(context, CompressOptions, KeepOptions, MethodOptions))
     check_asking(prompt, questions, chat, cache, save)
     check_temperature(temperature)
     request = compression_request(compressing, tuning, decoding, reading)
@@ -101,11 +104,13 @@ def generate(
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
+    wanted = keeping.keeping()
+    wanted.check(document, question)
     loaded = load(model, loading)
     if cache is not None:
         asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
     else:
-        asked = new_prompt(loaded, document, question, request, max_new_tokens)
+        asked = new_prompt(loaded, document, question, request, max_new_tokens, wanted)
     options |= reading.how()
     beside = {}
     compares = compare and asked.plan is not None

@@ -12,6 +12,7 @@ from headprof.compression.methods.names import method_names
 from headprof.errors import UsageError
 
 if TYPE_CHECKING:
+    from headprof.compression.keeping import Keeping
     from headprof.compression.request import CompressionRequest
 
 MOST = 2**31 - 1
@@ -224,6 +225,33 @@ class DecodingOptions:
 
         budget = {} if self.decode_budget is None else {"decode_budget": Budget.parse(self.decode_budget)}
         return budget if self.buffer is None else budget | {"buffer": self.buffer or None}
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What no method may evict, and the system message."""
+
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be "
+            "repeated.",
+        ),
+    ] = None
+    system: Annotated[
+        str | None,
+        typer.Option("--system", help="System message, kept by every head. Default: the template's own."),
+    ] = None
+    keep_system: Annotated[
+        bool, typer.Option("--keep-system/--no-keep-system", help="Whether every head keeps the system message.")
+    ] = True
+
+    def keeping(self) -> Keeping:
+        """The same, to be looked for."""
+        from headprof.compression.keeping import Keeping
+
+        return Keeping(tuple(self.keep or ()), self.system, self.keep_system)
 
 
 def compression_request(

@@ -5,11 +5,12 @@ A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions`
 where the next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`,
 false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
-holds decided how many rows each head kept; and, where they are known, `ids` int32 `[B, tokens seen]`, the document's
-tokens, which logits processors may look at. Its metadata name the model (shape, weights and tokenizer fingerprints),
-the method and its parameters, the budgets, the profile, the tokens seen, how each layer makes logits of those queries,
-and a checksum over all of it; where rows and tokens seen do not tell how many more tokens a layer takes before it is
-compressed again, `left` says it for each.
+holds decided how many rows each head kept; where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens,
+which logits processors may look at; and `protected` bool `[B, tokens seen]`, true for tokens that every head keeps, if
+there are any. Its metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters,
+the budgets, the profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it;
+where rows and tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it
+for each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.document_checks import DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 FORMAT = "headprof.cache"
 FORMAT_VERSION = "4"
-"""Version 3 knew no `shares`; it is still read, and written where it says all."""
+"""Version 3 knew neither `shares` nor `protected`; it is still read, and written where it says all."""
 _READABLE = ("3", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
 _SAMPLES = 64
@@ -83,9 +85,12 @@ def save_document(
         tensors["shares"] = plan.shares.float().contiguous()
     if (ids := cache.token_ids) is not None:
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
+    if (protected := cache.protected) is not None:
+        tensors["protected"] = protected.marks(cache.batch_size, cache.get_seq_length())
+    beyond_third = plan.shares is not None or plan.scores.ndim > 2 or protected is not None
     metadata = {
         "format": FORMAT,
-        "format_version": _READABLE[0] if plan.shares is None and plan.scores.ndim == 2 else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if beyond_third else _READABLE[0],
         "model": loaded.name,
         "fingerprint": json.dumps(loaded.shape.to_dict()),
         "weights": weights_fingerprint(loaded.model),
@@ -160,6 +165,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         _restore(layer, own, facts.seen, how)
         layer.schedule.resume(facts.left[layer.layer_idx])
     cache = HeadCache.of_layers(layers)
+    cache.goes_on_protecting(ProtectedTokens.of(tensors.get("protected")))
     if "ids" in tensors:
         cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
     return cache, metadata

@@ -177,6 +177,8 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):
         raise ValueError("its ids are not one for each token that was seen")
     prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
+    if stored.pop("protected", None) not in (None, Stored("BOOL", (batch, facts.seen))):
+        raise ValueError("its protected are not one mark for each token that was seen")
     if unknown := sorted(stored.keys() - {p + part for p in prefixes for part in (*_NEEDED, *_OPTIONAL)}):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
     for prefix in prefixes:

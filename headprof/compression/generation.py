@@ -14,8 +14,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.keeping import Keeping
 from headprof.compression.observers import Observers, repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.session import attending_ragged, prefill
 from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
@@ -79,11 +81,23 @@ def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_t
     Raises:
         UsageError: prompt and answer together are longer than the model's context.
     """
-    encoder = PromptEncoder(loaded.tokenizer)
-    for text in (document or "", prompt):
+    return encoded_prompt(loaded, document, prompt, max_new_tokens)[0]
+
+
+def encoded_prompt(
+    loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int, keeping: Keeping = Keeping()
+) -> tuple[torch.Tensor, ProtectedTokens | None]:
+    """As `prompt_ids`, and which of the tokens every head is to keep.
+
+    Raises:
+        UsageError: the prompt is too long, or what is to be kept cannot be found.
+    """
+    encoder = keeping.encoder(loaded.tokenizer)
+    for text in (document or "", prompt, keeping.system or ""):
         _check_length(loaded, encoder, text)
-    ids = encoder.document_ids(document) + encoder.question_ids(prompt) if document else encoder.prompt_ids(prompt)
-    return _fitting(loaded, ids, 0, max_new_tokens)
+    keeping.check(document, prompt)
+    ids, protected = keeping.prompt(encoder, document, prompt)
+    return _fitting(loaded, ids, 0, max_new_tokens), protected
 
 
 def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_tokens: int) -> torch.Tensor:
@@ -130,6 +144,9 @@ def compress_document(
     plan: CompressionPlan,
     *,
     observe: str | None = None,
+    keep: Sequence[str] = (),
+    system: str | None = None,
+    keep_system: bool = True,
     backend: str = "auto",
     prefill_chunk: int | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
@@ -143,18 +160,23 @@ def compress_document(
         observe: text in the place of the question, which is not known yet: methods that judge by the last queries judge
             by its tokens. They are not kept. If empty, the end of the document judges. `None` for what the method asks
             for: the document's own repetition, or `OBSERVATION`.
+        keep: texts, or regular expressions between slashes: every head keeps the tokens of all their matches.
+        system: a system message before the document, in the place of the chat template's own.
+        keep_system: whether every head keeps the tokens of that message.
         backend, prefill_chunk: as for `headprof.compressed`.
         on_layer: called with the number of layers that are compressed, and of all.
 
     Raises:
-        UsageError: the document, or the document and its repetition, is longer than the model's context, or the budget
-            cannot be met.
+        UsageError: the document, or the document and its repetition, is longer than the model's context, the budget
+            cannot be met, what is to be kept is not there, or there is no place for a system message.
         ModelError: the model's numbers overflow.
     """
-    encoder = PromptEncoder(loaded.tokenizer)
-    for text in (document, observe or ""):
+    keeping = Keeping(keep, system, keep_system)
+    encoder = keeping.encoder(loaded.tokenizer)
+    for text in (document, observe or "", system or ""):
         _check_length(loaded, encoder, text)
-    document_ids = encoder.document_ids(document)
+    keeping.check(document)
+    document_ids, protected = keeping.document(encoder, document)
     if repeats(plan.method, observe):
         _fitting(loaded, document_ids, 0, 0)
         observers = repeating_observers(loaded, encoder, document_ids, plan.method)
@@ -162,8 +184,8 @@ def compress_document(
         observers = Observers(tuple(text_observers(encoder, observe)))
         _fitting(loaded, document_ids, len(observers), 0)
     ids = torch.tensor([[*document_ids, *observers.ids]])
-    plan.check(len(document_ids))
-    cache = HeadCache(plan.for_observers(len(observers)))
+    plan.check(len(document_ids), protected)
+    cache = HeadCache(plan.for_observers(len(observers))).protect(protected)
     ranking = cache.before_reading(len(document_ids))
     apart = ranking if len(observers) else None  # what observes is not read again; else the model sees to both readings
     first = cache if apart is None else apart
@@ -249,6 +271,7 @@ def generate_text(
     backend: str = "auto",
     prefill_chunk: int | None = None,
     step: str = "auto",
+    keep: Keep | ProtectedTokens | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
     on_ids: Callable[[Sequence[int]], None] = lambda _: None,
@@ -264,6 +287,7 @@ def generate_text(
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
         backend, prefill_chunk, step: as for `headprof.compressed`.
+        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`, where there is a plan.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
         on_ids: called at the end, with the new tokens.
@@ -275,7 +299,7 @@ def generate_text(
     model: Any = loaded.model
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
-    used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan))
+    used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan).protect(keep))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}

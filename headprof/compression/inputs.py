@@ -142,7 +142,7 @@ def check_sources(file: Path | None, cache: Path | None, compare: bool, compress
         file: a document, as text.
         cache: a compressed one.
         compare: whether to answer with the full cache too.
-        compressing: options that were given to say how to compress, such as `--budget`.
+        compressing: options that were given to say how to compress, such as `--budget` or `--keep`.
 
     Raises:
         UsageError: a compressed document is to be used together with what it stands for, or to be compressed.

@@ -8,6 +8,7 @@ import torch
 
 from headprof.compression.methods.budget import Budget, headkv_allocation
 from headprof.compression.methods.table import Method
+from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 
@@ -64,25 +65,54 @@ class CompressionPlan:
         """Whether what comes after the prompt is compressed too."""
         return self.buffer is not None and not self.method.keeps_everything
 
-    def check(self, prompt_length: int) -> None:
+    def check(self, prompt_length: int, protected: ProtectedTokens | None = None) -> None:
         """
+        Args:
+            prompt_length: tokens of the prompt.
+            protected: those that every head keeps.
+
         Raises:
             UsageError: the budget for a prompt of this many tokens, or that for generating after it, cannot be met.
         """
-        self.allocation(prompt_length)
-        if self.compresses_while_generating:
-            self.decode_allocation(prompt_length)
+        self.check_later(prompt_length, protected)
+        self.allocation(prompt_length, max(self.protected_of_prompt(protected, prompt_length), default=0))
 
-    def allocation(self, prompt_length: int) -> torch.Tensor:
+    def check_later(self, prompt_length: int, protected: ProtectedTokens | None = None) -> None:
+        """
+        Raises:
+            UsageError: the budget for generating after a prompt of this many tokens cannot be met.
+        """
+        lasting = max(self.protected_later(protected), default=0)
+        if lasting:  # when none of them is among the last tokens any more
+            prompt_length += self.method.keep_last + 1
+        if self.compresses_while_generating:
+            self.decode_allocation(prompt_length, lasting)
+
+    def protected_of_prompt(self, protected: ProtectedTokens | None, prompt_length: int) -> list[int]:
+        """Of each sequence, how many tokens are kept beside the first and the last ones, which are kept in any case.
+
+        One number, if that is the same in all sequences.
+        """
+        return [] if protected is None else protected.count(self.method.sinks, prompt_length - self.method.keep_last)
+
+    def protected_later(self, protected: ProtectedTokens | None) -> list[int]:
+        """As `protected_of_prompt`, when the last tokens are later ones."""
+        return [] if protected is None else protected.count(self.method.sinks)
+
+    def allocation(self, prompt_length: int, protected: int = 0) -> torch.Tensor:
         """Tokens per KV head for a prompt of this many tokens, int64 `[L, K]`.
 
         No head gets more than its layer can see. What that leaves is not handed on: the other layers' heads hold what
         they would in a model without windows.
 
+        Args:
+            prompt_length: tokens of the prompt.
+            protected: tokens that every head keeps beside those that its method does.
+
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self._allocation(self.budget, prompt_length)
+        return self._allocation(self.budget, prompt_length, protected)
 
     def loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
@@ -102,11 +132,8 @@ class CompressionPlan:
         Raises:
             UsageError: the budget is less than one token per head.
         """
-        return (
-            min(self._tokens(self.budget, prompt_length), prompt_length)
-            * self.shape.num_layers
-            * (self.shape.num_kv_heads)
-        )
+        heads = self.shape.num_layers * self.shape.num_kv_heads
+        return min(self._tokens(self.budget, prompt_length), prompt_length) * heads
 
     def sharing_by(self, counts: torch.Tensor) -> CompressionPlan:
         """This plan for sequences of which the heads have kept so many tokens, int64 `[B, L, K]`."""
@@ -127,8 +154,12 @@ class CompressionPlan:
             return self
         return replace(self, shares=self.shares[indices.cpu() % len(self.shares)], _known=[])
 
-    def decode_allocation(self, seen: int) -> torch.Tensor:
+    def decode_allocation(self, seen: int, protected: int = 0) -> torch.Tensor:
         """Rows that each KV head is compressed to when the sequences have this many tokens.
+
+        Args:
+            seen: tokens so far.
+            protected: tokens that every head keeps beside those that its method does.
 
         Returns:
             int64 `[L, K]`, alike for all sequences, or `[B, L, K]`.
@@ -136,7 +167,7 @@ class CompressionPlan:
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self._allocation(self.decode_budget or self.budget, seen, self.shares)
+        return self._allocation(self.decode_budget or self.budget, seen, protected, self.shares)
 
     def _tokens(self, given: Budget, length: int) -> int:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
@@ -148,21 +179,38 @@ class CompressionPlan:
             )
         return budget
 
-    def _allocation(self, given: Budget, length: int, shares: torch.Tensor | None = None) -> torch.Tensor:
+    def _allotted(self, budget: int, length: int, always_kept: int, shares: torch.Tensor | None) -> torch.Tensor:
+        sizes = {"budget": budget, "context_length": length, "always_kept": always_kept}
+        if shares is None:
+            return self.method.budget.allocate(self.scores, **sizes)
+        each = [headkv_allocation(own, **sizes, pool_factor=1.0) for own in shares.view(-1, *shares.shape[-2:])]
+        return torch.stack(each).view(shares.shape)
+
+    def _allocation(
+        self, given: Budget, length: int, protected: int = 0, shares: torch.Tensor | None = None
+    ) -> torch.Tensor:
         budget = self._tokens(given, length)
         for known in self._known:
             exactly = shares is None and self.method.budget.goes_by_share
-            if known.serves(budget, length, shares is not None) and (known.length == length or not exactly):
+            same = known.serves(budget, length, protected, shares is not None)
+            if same and (known.length == length or not exactly):
                 return known.tokens
-        sizes = {"budget": budget, "context_length": length, "always_kept": self.method.always_kept}
-        if shares is None:
-            tokens = self.method.budget.allocate(self.scores, **sizes)
-        else:
-            each = [headkv_allocation(own, **sizes, pool_factor=1.0) for own in shares.view(-1, *shares.shape[-2:])]
-            tokens = torch.stack(each).view(shares.shape)
-        known = _Allocation(
-            budget, length, int(tokens.max()), tokens.minimum(self._visible(length)), shares is not None
-        )
+        always_kept = self.method.always_kept + protected
+        least = min(always_kept, length)
+        if protected and budget < least:
+            raise UsageError(
+                f"A budget of {budget} tokens is below the {least} that every head keeps, since {protected} are "
+                f"protected: raise {'--budget' if given is self.budget else '--decode-budget'} to {least} or more, or "
+                "protect less."
+            )
+        tokens = self._allotted(budget, length, always_kept, shares)
+        if protected and int(tokens.min()) < least:
+            raise UsageError(
+                f"The method {self.name!r} leaves a head fewer tokens than the {always_kept} that every head keeps: "
+                "protect nothing, or choose another method."
+            )
+        visible = tokens.minimum(self._visible(length))
+        known = _Allocation(budget, length, int(tokens.max()), visible, protected, shares is not None)
         self._known = [known, *self._known[:15]]
         return known.tokens
 
@@ -184,10 +232,11 @@ class _Allocation:
     length: int
     most: int
     tokens: torch.Tensor
+    protected: int = 0
     shared: bool = False
 
-    def serves(self, budget: int, length: int, shared: bool) -> bool:
+    def serves(self, budget: int, length: int, protected: int = 0, shared: bool = False) -> bool:
         """A sequence that has as much as any head wants gets the same when it is longer."""
-        if (self.budget, self.shared) != (budget, shared):
+        if (self.budget, self.protected, self.shared) != (budget, protected, shared):
             return False
         return self.length == length or self.most < self.length <= length

@@ -11,8 +11,10 @@ import torch
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
-from headprof.compression.generation import Generation, generate_text, prompt_ids, question_ids
+from headprof.compression.generation import Generation, encoded_prompt, generate_text, question_ids
+from headprof.compression.keeping import Keeping
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.request import CompressionRequest
 from headprof.compression.warming import warm_up
 from headprof.models.loading import LoadedModel
@@ -27,12 +29,14 @@ class Prompt:
         label: of the cache, for tables.
         plan: how to compress it; `None` for Transformers' own full cache, or a cache that is filled already.
         cache: one that holds a document; it is continued in place.
+        protected: tokens that every head keeps.
     """
 
     ids: torch.Tensor
     label: str
     plan: CompressionPlan | None = None
     cache: HeadCache | None = None
+    protected: ProtectedTokens | None = None
 
     def with_full_cache(self) -> Prompt:
         """The same prompt, to be answered from the full cache."""
@@ -40,7 +44,7 @@ class Prompt:
 
     def answer(self, loaded: LoadedModel, **options: Any) -> Generation:
         """What the model says; options are those of `generate_text`."""
-        return generate_text(loaded, self.ids, self.plan, cache=self.cache, **options)
+        return generate_text(loaded, self.ids, self.plan, cache=self.cache, keep=self.protected, **options)
 
     def warm_up(self, loaded: LoadedModel, *, full: bool, **reading: Any) -> None:
         """Have what is done once in a process done before times are taken, of the full cache too if it is used beside.
@@ -52,20 +56,26 @@ class Prompt:
 
 
 def new_prompt(
-    loaded: LoadedModel, document: str | None, question: str, request: CompressionRequest, max_new_tokens: int
+    loaded: LoadedModel,
+    document: str | None,
+    question: str,
+    request: CompressionRequest,
+    max_new_tokens: int,
+    keeping: Keeping = Keeping(),
 ) -> Prompt:
     """A prompt, with the document before it if there is one, that is compressed as requested.
 
     Raises:
-        UsageError: prompt and answer are longer than the model's context, or the budget cannot be met.
+        UsageError: prompt and answer are longer than the model's context, the budget cannot be met, what is to be kept
+            is not there, or there is no place for a system message.
         ProfileError: the method needs a head profile, and there is none or it is for another model.
     """
-    ids = prompt_ids(loaded, document, question, max_new_tokens)
+    ids, protected = encoded_prompt(loaded, document, question, max_new_tokens, keeping)
     if request.keeps_everything:
         return Prompt(ids, request.label)
     plan = request.plan(loaded)
-    plan.check(ids.shape[1])
-    return Prompt(ids, request.label, plan)
+    plan.check(ids.shape[1], protected)
+    return Prompt(ids, request.label, plan, protected=protected)
 
 
 def prompt_about(
@@ -97,6 +107,8 @@ def document_cache(loaded: LoadedModel, file: Path, decoding: Mapping[str, Any])
     """
     cache, notes = load_document(file, loaded)
     cache.continue_with(replace(cache.plan, **decoding))
+    if cache.protected is not None:
+        cache.plan.check_later(cache.get_seq_length(), cache.protected)
     return cache, f"{file.name} ({notes['method']})"
 
 
@@ -113,6 +125,7 @@ def document_figures(loaded: LoadedModel, cache: HeadCache, file: Path) -> dict[
         "file": str(file),
         "method": cache.plan.name,
         "document_tokens": cache.get_seq_length(),
+        "protected_tokens": 0 if cache.protected is None else max(cache.protected.count(0)),
         "tokens_per_head": float(cache.lengths.float().mean()),
         "cache_bytes": cache.nbytes,
         "file_bytes": file.stat().st_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.learned_budget import RECONSTRUCTION
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
+from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.decoder import running_model, sliding_windows
 from headprof.models.output_projection import projecting_modules
@@ -163,6 +163,7 @@ def compressed(
     step: str = "auto",
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
+    keep: Keep | None = None,
     **options,
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
@@ -175,9 +176,10 @@ def compressed(
     Args:
         model, profile, method, budget, decode_budget, buffer, options: as for `make_plan`.
         backend, prefill_chunk, step: as for `attending_ragged`.
+        keep: tokens of every prompt that all heads keep, as for `HeadCache.protect`.
 
     Yields:
-        The plan, from which `HeadCache(plan)` makes caches to pass in by hand.
+        The plan, from which `HeadCache(plan)` makes caches to pass in by hand; in these `protect` names what is kept.
 
     Raises:
         ModelError: no model is known inside the wrapper, its attention or layers cannot be reached, or another thread
@@ -188,7 +190,11 @@ def compressed(
         model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options
     )
 
-    new_cache = partial(HeadCache, plan)
+    protected = ProtectedTokens.of(keep)
+
+    def new_cache() -> HeadCache:
+        return HeadCache(plan).protect(protected)
+
     with attending(model, backend=backend, prefill_chunk=prefill_chunk, step=step, new_cache=new_cache):
         yield plan
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from headprof.errors import ModelError, ProbeError
+from headprof.errors import ModelError, ProbeError, UsageError
 from headprof.models.checkpoint import one_line
-from headprof.models.text_encoder import TextEncoder
+from headprof.models.text_encoder import Characters, TextEncoder
 
 Span = tuple[int, int]
 """`[start, stop)` token positions in the full prompt."""
@@ -39,7 +39,7 @@ RESUMPTION = "Repeat the part of the previous context that begins with:"
 _CUE = 8
 """How many of these there are."""
 
-_MARK = "HEADPROF-CONTENT"
+_MARK, _SYSTEM_MARK = "HEADPROF-CONTENT", "HEADPROF-SYSTEM"
 # Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
 # question from its answer; templates that know neither ignore both.
 _TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "01 Jan 2025", "enable_thinking": False}
@@ -55,11 +55,13 @@ class EncodedContext:
     Attributes:
         ids: token ids, template and instruction included.
         starts, stops: character offsets of each token, counted from the first character of the body.
+        system: where the user's own system message stands, which is before the body; `None` if there is none.
     """
 
     ids: tuple[int, ...]
     starts: tuple[int, ...]
     stops: tuple[int, ...]
+    system: Characters | None = None
 
     def span(self, start: int, stop: int) -> Span:
         """The tokens that overlap the characters `[start, stop)` of the body."""
@@ -96,16 +98,18 @@ class PromptEncoder:
         tokenizer: the model's.
         raw: put nothing around texts, neither a chat template nor what else takes its place.
         spans: whether contexts and questions of probes are to be encoded, with exact spans.
+        system: a system message, in the place of the chat template's own if it has one; `None` to leave that.
 
     Attributes:
         texts: encodes single texts.
 
     Raises:
         ModelError: the chat template does not repeat the user's text.
+        UsageError: there is no place for a system message.
         ProbeError: spans are wanted, but the tokenizer is not a fast one, so that it gives no character offsets.
     """
 
-    def __init__(self, tokenizer: Any, *, raw: bool = False, spans: bool = False) -> None:
+    def __init__(self, tokenizer: Any, *, raw: bool = False, spans: bool = False, system: str | None = None) -> None:
         self._tokenizer = tokenizer
         if spans and not getattr(tokenizer, "is_fast", False):
             raise ProbeError(
@@ -115,20 +119,18 @@ class PromptEncoder:
         self._templated = not raw and bool(getattr(tokenizer, "chat_template", None))
         self._plain = not raw and not self._templated
         self._before, self._after = _template_parts(tokenizer) if self._templated else ("", "")
+        self._system: Characters | None = None  # where it stands in what is before the user's text
+        if system is not None:
+            first, between, self._after = _parts_with_system(tokenizer, self._templated)
+            self._before, self._system = f"{first}{system}{between}", (len(first), len(first) + len(system))
         source = str(tokenizer.chat_template) if self._templated else ""  # which may name tokens of other turns
-        self.texts = TextEncoder(tokenizer, self._before + self._after + source)
+        written = "".join(self._before[start:stop] for start, stop in self._template_in(self._before))
+        self.texts = TextEncoder(tokenizer, written + self._after + source)
         self._first = [] if self._templated else _first_ids(tokenizer)
 
     def encode_context(self, body: str) -> EncodedContext:
         """Token ids of everything before the question of a probe."""
-        head = f"{self._before}{INSTRUCTION}{GAP}"
-        ids, offsets = self.texts.with_offsets(f"{head}{body}{GAP}", [(0, len(self._before))])
-        outside = (-len(head),) * len(self._first)
-        return EncodedContext(
-            ids=(*self._first, *ids),
-            starts=(*outside, *(start - len(head) for start, _ in offsets)),
-            stops=(*outside, *(stop - len(head) for _, stop in offsets)),
-        )
+        return self._started(f"{INSTRUCTION}{GAP}", f"{body}{GAP}")
 
     def encode_question(self, question: str, reply: str, answer: str) -> EncodedQuestion:
         """Token ids that follow the context of a probe; every question about one context continues the same ids.
@@ -141,6 +143,34 @@ class PromptEncoder:
         """Token ids of everything before the question about a document."""
         instruction = f"{INSTRUCTION}{GAP}" if self._plain else ""
         return self.start_ids(f"{instruction}{document}{GAP}")
+
+    def encode_document(self, document: str) -> EncodedContext:
+        """As `document_ids`, and where each token stands.
+
+        Raises:
+            UsageError: the tokenizer does not say.
+        """
+        self._require_offsets()
+        return self._started(f"{INSTRUCTION}{GAP}" if self._plain else "", f"{document}{GAP}")
+
+    def encode_prompt(self, prompt: str) -> EncodedContext:
+        """As `prompt_ids`, and where each token stands.
+
+        Raises:
+            UsageError: the tokenizer does not say.
+        """
+        self._require_offsets()
+        return self._started("", prompt, self._after)
+
+    def encode_asked(self, question: str) -> EncodedContext:
+        """As `question_ids`, and where in the question each token stands.
+
+        Raises:
+            UsageError: the tokenizer does not say.
+        """
+        self._require_offsets()
+        before, question, after = self._asked(question)
+        return self._located(GAP if self._plain else "", before, f"{question}{after}", template=len(after))
 
     def question_ids(self, question: str) -> list[int]:
         """Token ids that follow a document, up to where the model answers."""
@@ -263,7 +293,74 @@ class PromptEncoder:
     def _framed(self, before: str, text: str, after: str = "") -> list[int]:
         """Token ids of a text between parts of the template."""
         whole = f"{before}{text}{after}"
-        return self.texts.ids(whole, [(0, len(before)), (len(whole) - len(after), len(whole))])
+        return self.texts.ids(whole, [*self._template_in(before), (len(whole) - len(after), len(whole))])
+
+    def _template_in(self, before: str) -> list[Characters]:
+        """What comes from the template of what stands before a text: all but the user's own system message."""
+        if not before or self._system is None:
+            return [(0, len(before))]
+        return [(0, self._system[0]), (self._system[1], len(before))]
+
+    def _started(self, instruction: str, body: str, after: str = "") -> EncodedContext:
+        """The beginning of a prompt, of which the template's end comes `after`, if it is the whole prompt."""
+        found = self._located(
+            "", f"{self._before}{instruction}", f"{body}{after}", self._template_in(self._before), len(after)
+        )
+        head = len(self._before) + len(instruction)
+        outside = (-head,) * len(self._first)
+        system = None if self._system is None else (self._system[0] - head, self._system[1] - head)
+        return EncodedContext((*self._first, *found.ids), (*outside, *found.starts), (*outside, *found.stops), system)
+
+    def _located(
+        self, lead: str, head: str, body: str, of_head: Sequence[Characters] = (), template: int = 0
+    ) -> EncodedContext:
+        """Encode one text and cut off `lead`, a token of which belongs to the part in which it ends.
+
+        Args:
+            lead, head, body: the text.
+            of_head: characters of `head` that come from the template.
+            template: as many of the last characters of `body` do, too.
+        """
+        whole, start = f"{lead}{head}{body}", len(lead) + len(head)
+        own = [(len(lead) + first, len(lead) + stop) for first, stop in of_head]
+        ids, offsets = self.texts.with_offsets(whole, [*own, (len(whole) - template, len(whole))])
+        kept = [(token, *place) for token, place in zip(ids, offsets, strict=True) if not lead or place[1] > len(lead)]
+        tokens, starts, stops = zip(*kept, strict=True) if kept else ((), (), ())
+        return EncodedContext(tokens, tuple(each - start for each in starts), tuple(each - start for each in stops))
+
+    def _require_offsets(self) -> None:
+        if not self.texts.gives_offsets:
+            raise UsageError(
+                "Which tokens a text is made of is told by fast tokenizers only, so none can be protected: leave "
+                "--keep away and pass --no-keep-system, or convert the tokenizer to tokenizer.json."
+            )
+
+
+def _parts_with_system(tokenizer: Any, templated: bool) -> tuple[str, str, str]:
+    """What the chat template writes before a system message, between that and the user's text, and after it.
+
+    Raises:
+        UsageError: it has no place for a system message, or there is no template.
+    """
+    mend = "leave --system away and begin the document or the prompt with its text"
+    if not templated:
+        raise UsageError(f"Without a chat template there is no place for a system message: {mend}.")
+    messages = [{"role": "system", "content": _SYSTEM_MARK}, {"role": "user", "content": _MARK}]
+    try:
+        rendered = _rendered(tokenizer, messages)
+    except Exception:  # a template is a program: this is how some refuse the role
+        rendered = ""
+    first, found, rest = rendered.partition(_SYSTEM_MARK)
+    between, also_found, after = rest.partition(_MARK)
+    if not (found and also_found) or _MARK in first + after or _SYSTEM_MARK in between + after:
+        raise UsageError(
+            f"The model's chat template has no system role: {mend}, or pass --chat-template with one that has it."
+        )
+    return first, between, after
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
 
 
 def _template_parts(tokenizer: Any) -> tuple[str, str]:
@@ -274,9 +371,7 @@ def _template_parts(tokenizer: Any) -> tuple[str, str]:
     """
     messages = [{"role": "user", "content": _MARK}]
     try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
-        )
+        rendered = _rendered(tokenizer, messages)
     except Exception as error:  # a template is a program that comes with the model, and may fail in any way
         raise ModelError(
             f"The tokenizer's chat template cannot be used ({one_line(error).replace(_MARK, '...')}): pass "

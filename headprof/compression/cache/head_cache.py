@@ -15,8 +15,8 @@ from headprof.compression.cache.storage import SLACK
 from headprof.compression.methods.global_budget import ranked_together
 from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
-from headprof.compression.methods.reduction import ranking
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
@@ -164,20 +164,19 @@ class RankingCache(PromptCache):
     def _noted(self, ids: torch.Tensor | None) -> None:
         """The ids are those of the next pass, too."""
 
-    def verdicts(self, plan: CompressionPlan) -> list[Verdict]:
-        """What a plan decides on the rows of each layer.
+    def verdicts(self, plan: CompressionPlan, protected: ProtectedTokens | None = None) -> list[Verdict]:
+        """What a plan decides on the rows of each layer, of which every head keeps those that are protected.
 
         Raises:
             UsageError: the budget is below what every head keeps.
+            CacheError: there are no such tokens as those that are protected.
         """
         method = plan.method
         layers: list[RankingLayer] = self.layers
-        ranked = [
-            ranking(
-                layer.said[method.importance].importance, layer.marked, sinks=method.sinks, keep_last=method.keep_last
-            )
-            for layer in layers
-        ]
+        if protected is not None:
+            protected = protected.for_batch(len(layers[0].marked), layers[0].seen)
+            plan.check(layers[0].seen, protected)
+        ranked = [layer.ranked(method, protected) for layer in layers]
         rows = sum((each > float("-inf")).sum(dim=(1, 2)).cpu() for each in ranked)
         assert isinstance(rows, torch.Tensor)
         totals = [
@@ -231,6 +230,37 @@ class HeadCache(PromptCache):
     def batch_size(self) -> int:
         """Sequences that it holds."""
         return self.head_layers[0].batch_size
+
+    # Tokens that every head keeps.
+
+    def protect(self, keep: Keep | ProtectedTokens | None) -> HeadCache:
+        """Let every head keep some tokens of the coming prompt, whatever its method says of them; the same cache.
+
+        They count as rows that are always kept: no head's budget is below them, they are never merged with others, and
+        they stay while text is generated. In a layer with a sliding window they stay as long as it can see them.
+
+        Args:
+            keep: spans `[start, stop)` of token positions, padding counted, alike in all sequences; or bool `[T]` or
+                `[B, T]`. `None` for none.
+
+        Raises:
+            CacheError: a prompt has been read already.
+            UsageError: it is neither spans nor marks.
+        """
+        if self.get_seq_length():
+            raise CacheError("Tokens can be protected only before the prompt is read: call protect on a new HeadCache.")
+        self.goes_on_protecting(keep if isinstance(keep, ProtectedTokens) else ProtectedTokens.of(keep))
+        return self
+
+    def goes_on_protecting(self, tokens: ProtectedTokens | None) -> None:
+        """Keep these whenever heads are compressed from now on, as far as they hold them."""
+        for layer in self.head_layers:
+            layer.schedule.protected = tokens
+
+    @property
+    def protected(self) -> ProtectedTokens | None:
+        """Tokens that every head keeps beside those that its method does."""
+        return self.head_layers[0].schedule.protected
 
     # Decode steps that the device runs by itself (see `decode_steps`).
 
@@ -372,7 +402,7 @@ class HeadCache(PromptCache):
         return RankingCache([self.plan.method.importance], len(self.layers))
 
     def judged_by(self, ranking: RankingCache) -> None:
-        verdicts = ranking.verdicts(self.plan)
+        verdicts = ranking.verdicts(self.plan, self.protected)
         self.continue_with(self.plan.sharing_by(torch.stack([each.counts for each in verdicts], dim=1)))
         for layer, verdict in zip(self.head_layers, verdicts, strict=True):
             layer.verdict = verdict
@@ -387,7 +417,8 @@ class HeadCache(PromptCache):
     def nbytes(self) -> int:
         """Bytes of memory that the cache holds; free space, positions and remembered queries included.
 
-        Left out are token ids, and where each head's rows begin and end, 16 bytes a head of each layer.
+        Left out are token ids, which of them are protected, and where each head's rows begin and end, 16 bytes a head
+        of each layer.
         """
         return sum(layer.nbytes for layer in self.head_layers)
 

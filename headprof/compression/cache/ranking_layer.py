@@ -14,6 +14,9 @@ from torch import Tensor
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.methods.importance import Importance, assessed
 from headprof.compression.methods.observation import Assessment, Observation
+from headprof.compression.methods.reduction import ranking
+from headprof.compression.methods.table import Method
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts
 from headprof.errors import CacheError
 
@@ -70,6 +73,19 @@ class RankingLayer(PromptLayer):
     def known_lengths(self) -> Sequence[int]:
         """Tokens of each sequence, for which the host waits where it does not know them."""
         return self.marked.sum(dim=-1).tolist() if self.lengths is None else self.lengths
+
+    def ranked(self, method: Method, protected: ProtectedTokens | None) -> Tensor:
+        """What the method's importance said of each row, float32 `[B, K, T]`, as `methods.reduction.ranking` has it.
+
+        Args:
+            method: of an importance that was asked.
+            protected: tokens that every head keeps beside those that the method does.
+        """
+        importance = self.said[method.importance].importance
+        if protected is not None:
+            rows = torch.arange(importance.shape[-1], device=importance.device).expand(importance.shape)
+            importance = importance.masked_fill(protected.among(rows), float("inf"))
+        return ranking(importance, self.marked, sinks=method.sinks, keep_last=method.keep_last)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.is_initialized:

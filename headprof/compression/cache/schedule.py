@@ -12,6 +12,7 @@ from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts, Rows
 from headprof.errors import UsageError
 
@@ -42,11 +43,13 @@ class LayerSchedule:
     Attributes:
         plan: for the whole model.
         layer_idx: the layer's number.
+        protected: tokens that every head keeps, or `None`.
     """
 
-    def __init__(self, plan: CompressionPlan, layer_idx: int):
+    def __init__(self, plan: CompressionPlan, layer_idx: int, protected: ProtectedTokens | None = None):
         self.plan = plan
         self.layer_idx = layer_idx
+        self.protected = protected
         self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -92,17 +95,29 @@ class LayerSchedule:
         """
         method = self.plan.method
         valid = observed.valid if observed.padded else None
-        ranked, counts = method.ranked(assessment.importance, counts, valid)
+        ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed))
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
         return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
 
-    def prompt_counts(self, observed: Observation) -> HeadCounts:
-        """Tokens allotted to each head of a prompt.
+    def _protected(self, observed: Observation) -> torch.Tensor | None:
+        """Which rows every head keeps, bool `[B, K, T]`: those that the next token can see."""
+        if self.protected is None:
+            return None
+        window = self.plan.windows[self.layer_idx] if self.plan.windows else None
+        rows = self.protected.among(observed.positions)
+        if window is None or observed.is_prompt:  # of a prompt what cannot be seen is no row
+            return rows
+        return rows & (observed.positions > observed.num_seen - window)
+
+    def prompt_counts(self, observed: Observation, seen: int) -> HeadCounts:
+        """Tokens allotted to each head of a prompt, of which `seen` may be kept.
 
         Raises:
-            UsageError: they depend on other layers, too, and these have not been looked at.
+            UsageError: the budget does not cover what every head keeps, or what is allotted depends on other layers,
+                too, and these have not been looked at.
+            CacheError: there are no such tokens as those that are protected.
         """
         visible = observed.valid.sum(dim=-1).tolist() if observed.visible is None else observed.visible
         lengths = visible if observed.lengths is None else observed.lengths
@@ -112,7 +127,15 @@ class LayerSchedule:
                 "which a document that observers follow is read once more without them: use "
                 "`headprof.compress_document`, or choose adakv-kvzip or headkv-kvzip."
             )
-        allotted = torch.stack([self.plan.allocation(length)[self.layer_idx] for length in lengths])
+        if self.protected is None:
+            protected = [0] * len(lengths)
+        else:
+            self.protected = self.protected.for_batch(len(lengths), seen)
+            self.plan.check_later(seen, self.protected)
+            protected = self.plan.protected_of_prompt(self.protected, seen)
+            protected *= len(lengths) // len(protected)
+        pairs = zip(lengths, protected, strict=True)
+        allotted = torch.stack([self.plan.allocation(*pair)[self.layer_idx] for pair in pairs])
         return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
     def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
@@ -129,8 +152,17 @@ class LayerSchedule:
 
     def targets(self, seen: int, batch: int = 1) -> torch.Tensor:
         """Rows that each head of so many sequences is compressed to after so many tokens, int64 `[B, K]`."""
-        targets = self.plan.decode_allocation(seen)[..., self.layer_idx, :].view(-1, self.plan.shape.num_kv_heads)
-        return targets.repeat(max(1, batch // len(targets)), 1)
+        protected = self.plan.protected_later(self.protected)
+        if len(set(protected)) <= 1:
+            targets = self._targets(seen, max(protected, default=0))
+            return targets.repeat(max(1, batch // len(targets)), 1)
+        each = [self._targets(seen, count) for count in protected]
+        return torch.stack([own[number % len(own)] for number, own in enumerate(each)])
+
+    def _targets(self, seen: int, protected: int) -> torch.Tensor:
+        """The same where so many tokens of each sequence are protected; one row, if they are alike."""
+        allotted = self.plan.decode_allocation(seen, protected)
+        return allotted[..., self.layer_idx, :].view(-1, self.plan.shape.num_kv_heads)
 
     def is_due(self, count: int, seen: int, held: Sizes) -> bool:
         """Whether `count` more tokens would put a head beyond its target and the buffer.

@@ -240,7 +240,7 @@ class BudgetPolicy(Protocol):
         ...
 
     def spread(
-        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int
+        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int | torch.Tensor
     ) -> HeadCounts:
         """Hand one layer's tokens on between its heads, once their importance is known; as it stands, leave them.
 
@@ -248,7 +248,7 @@ class BudgetPolicy(Protocol):
             counts: what `allocate` gave the layer's heads; of each sequence at most its valid tokens in all.
             importance: float `[B, K, T]`; infinite for the tokens that every head keeps (see `reduction.ranking`).
             valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
-            always_kept: tokens that every head keeps.
+            always_kept: tokens that every head keeps; of each head, int64 `[B, K]`, where some tokens are protected.
 
         Returns:
             As many in all, in each head at most its valid tokens.
@@ -323,7 +323,7 @@ class AdaptiveBudget(UniformBudget):
             raise UsageError(f"A safeguard of {self.safeguard} is no share of a budget: give 0 to 1.")
 
     def spread(
-        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int
+        self, counts: HeadCounts, importance: torch.Tensor, valid: torch.Tensor | None, always_kept: int | torch.Tensor
     ) -> HeadCounts:
         allotted, tokens = counts.counts, importance.shape[-1]
         spare = (allotted - always_kept).clamp(min=0)

@@ -82,17 +82,23 @@ class Method:
         """Tokens that every head keeps, whatever its budget."""
         return self.sinks + self.keep_last
 
-    def last_tokens_kept(self, counts: Tensor) -> int | Tensor:
+    def last_tokens_kept(self, counts: Tensor, others: int | Tensor | None = None) -> int | Tensor:
         """Last tokens of the prompt that heads with `counts` tokens keep: one number, or one for each, int64 `[B, K]`.
 
-        It is `max(keep_last, floor(recent_share * count))`, less where the sinks need the room.
+        It is `max(keep_last, floor(recent_share * count))`, less where others need the room.
+
+        Args:
+            counts: int64 `[B, K]`.
+            others: tokens kept in any case beside these; `None` for the sinks.
         """
         if self.recent_share == 0:
             return self.keep_last
         recent = (counts.double() * self.recent_share).long()
-        return recent.minimum(counts - self.sinks).clamp(min=self.keep_last)
+        return recent.minimum(counts - (self.sinks if others is None else others)).clamp(min=self.keep_last)
 
-    def ranked(self, importance: Tensor, counts: HeadCounts, valid: Tensor | None) -> tuple[Tensor, HeadCounts]:
+    def ranked(
+        self, importance: Tensor, counts: HeadCounts, valid: Tensor | None, protected: Tensor | None = None
+    ) -> tuple[Tensor, HeadCounts]:
         """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
 
         Args:
@@ -100,15 +106,22 @@ class Method:
             counts: tokens allotted to each head; at most its valid tokens, or all heads of a sequence together at most
                 theirs where the budget policy hands some on to other heads of the layer (`BudgetPolicy.spreads`).
             valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
+            protected: tokens that are kept too, bool `[B, K, T]`; `None` for none. Each head is allotted enough.
 
         Returns:
             float `[B, K, T]`, padding at minus infinity; and how many each head keeps.
         """
+        if protected is not None:
+            importance = importance.masked_fill(protected, float("inf"))
         ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last)
+        always_kept: Tensor | None = None if protected is None else (ranked == float("inf")).sum(dim=-1)
         if self.budget.spreads:
-            counts = self.budget.spread(counts, ranked, valid, self.always_kept)
+            kept = self.always_kept if always_kept is None else always_kept
+            counts = self.budget.spread(counts, ranked, valid, kept)
         if self.recent_share:
-            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.last_tokens_kept(counts.counts))
+            others = None if always_kept is None else always_kept - self.keep_last
+            last = self.last_tokens_kept(counts.counts, others)
+            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=last)
         return ranked, counts
 
     def for_observers(self, count: int) -> Method:
