@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
     CompressOptions,
@@ -29,6 +29,7 @@ from headprof.cli.tables.compress import document_table
 @command
 def compress(
     *,
+    context: typer.Context,
     file: Annotated[Path, typer.Option("--file", "-f", help="Text file to compress.")],
     output: Annotated[
         Path | None,
@@ -60,7 +61,7 @@ def compress(
     from headprof.compression.inputs import checked_prompt, read_document
     from headprof.compression.prompts import answer_questions, document_figures
 
-    request = compression_request(compressing, tuning, decoding, reading)
+    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
     document = read_document(file)
     questions = [checked_prompt(each, "--question") for each in question or []]
     target = output or Path(f"{file.stem}.kv.safetensors")

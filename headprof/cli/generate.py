@@ -73,7 +73,7 @@ def generate(
 
     check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
     check_temperature(temperature)
-    request = compression_request(compressing, tuning, decoding, reading)
+    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
