@@ -217,6 +217,49 @@ def test_longbench_puts_context_and_question_in_their_places(task, data_dir):
     assert second.metric.endswith("_zh") == (chinese and task != "lsht")
 
 
+INPUTS = {
+    **dict.fromkeys(("gov_report", "multi_news", "vcsum", "passage_count", "lcc"), ""),
+    "trec": "Question: How far is it ?\nType:",
+    "triviaqa": "Passage:\nSome text.\nQuestion:\nHow far is it?\nAnswer:",
+    "samsum": "Dialogue: Ann: Hi\r\nBo: Ho\nSummary: ",
+    "lsht": "新闻内容：一则新闻。\n类别：",
+    "repobench-p": "def far(it):\n",
+}
+"""What the datasets' rows ask; of the other tasks a question in one line."""
+
+
+@pytest.mark.parametrize("name", BENCHMARKS["longbench"])
+def test_longbench_is_asked_as_kvpress_does_where_the_question_comes_later(name, tmp_path, tokenizer):
+    """The instructions stand with the document, the question alone follows, and its cue begins the model's turn."""
+    plain, data_dir, task = tiny_tokenizer(), tmp_path / "longbench", name.removeprefix("longbench/")
+    rows = [longbench_row(task, number) | {"input": INPUTS.get(task, "How far is it?")} for number in range(3)]
+    write_jsonl(data_dir / f"{task}.jsonl", rows)
+    known = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), tokenizer, 0)))
+    later = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), tokenizer, 0, question_known=False)))
+    bare = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), plain, 0, question_known=False)))
+    for one, other, row, without in zip(known, later, rows, bare, strict=False):
+        assert other.text == one.text == without.text
+        assert (other.before, other.document) == (one.before, one.document)
+        assert row["input"] in other.after + other.reply
+        assert not row["input"] or row["input"] not in other.lead
+        assert other.reply.rstrip().endswith((":", "：")) and "\n" not in other.reply.strip()
+        assert (without.lead, without.after, without.reply) == (other.lead, other.after + other.reply, "")
+        assert other.chat and other.max_new_tokens == one.max_new_tokens + 20
+        assert (one.lead, one.reply) == ("", "")
+        assert (other.metric, other.first_line, other.answers) == (one.metric, one.first_line, one.answers)
+    if name in ("longbench/qasper", "longbench/hotpotqa", "longbench/qmsum"):
+        assert all(len(example.lead) > 60 and example.after.startswith(("Question", "Query")) for example in later)
+
+
+def test_a_question_that_ends_with_a_colon_is_no_cue(tmp_path):
+    row = {"context": "A text.", "input": "What comes next:", "answers": ["x"]}
+    write_jsonl(tmp_path / "longbench" / "qasper.jsonl", [row])
+    (tmp_path / "prompts.json").write_text(json.dumps({"qasper": "Read. {context}\nNow answer.\n{input}"}))
+    asked = TaskRequest(tmp_path, 1, (), tiny_tokenizer(chat=True), 0, tmp_path / "prompts.json", question_known=False)
+    (example,) = TASKS["longbench/qasper"].examples(asked)
+    assert (example.lead, example.after, example.reply) == ("\nNow answer.\n", "What comes next:", "")
+
+
 def test_longbench_prompts_can_be_given(data_dir, tmp_path):
     prompts = tmp_path / "dataset2prompt.json"
     prompts.write_text(

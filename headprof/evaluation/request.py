@@ -212,6 +212,7 @@ class EvalRequest:
             self.seed,
             self.prompts,
             loaded.max_positions,
+            self.question_known,
         )
 
     def perplexity_settings(self) -> PerplexitySettings:
