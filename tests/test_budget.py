@@ -1,6 +1,7 @@
 """Allocation: exact sums, bounds, order, and what users may write as a budget."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from headprof.compression.methods.budget import (
     UniformBudget,
     headkv_allocation,
     normalized,
+    ratio_budget,
     water_filled,
 )
 from headprof.compression.rows import HeadCounts
@@ -358,6 +360,14 @@ def test_normalized_sums_to_one_even_for_tiny_scores():
         ("2 GiB", 2 * 2**30 // 1000),
         ("10kb", 10),
         ("0.01%", 1),
+        ("ratio 0", 1000),
+        ("ratio 0.0", 1000),
+        ("ratio 0.5", 500),
+        ("ratio .75", 250),
+        ("ratio 0.9", 100),  # 1 - 0.9 is less than 0.1 in binary fractions
+        ("ratio 9e-1", 100),
+        ("ratio 0.999999", 1),
+        (ratio_budget(" 0.875 "), 125),
     ],
 )
 def test_budget_texts(text, expected):
@@ -368,3 +378,17 @@ def test_budget_texts(text, expected):
 def test_budget_texts_that_make_no_sense(text):
     with pytest.raises(UsageError):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("ratio", ["", "1", "1.0", "-0.1", "1.5", "75%", "half", "nan", "inf", "-inf", "0,5", "1e9"])
+def test_ratios_that_make_no_sense(ratio):
+    with pytest.raises(UsageError, match=r"compression ratio of .* is no share of the cache to remove: give 0 or more"):
+        Budget.parse(ratio_budget(ratio))
+
+
+@given(st.integers(0, 999), st.integers(1, 100_000))
+def test_a_ratio_is_the_share_that_is_left(thousandths, length):
+    kept = Budget.parse(f"ratio {thousandths / 1000}")
+    assert kept.unit == "share"
+    exact = Fraction(1000 - thousandths, 1000) * length
+    assert abs(kept.tokens(length, 1) - max(1, exact)) <= Fraction(1, 2) + Fraction(1, 10**6)

@@ -136,6 +136,31 @@ MISTAKES = {
         2,
         r"A budget of 4 tokens is below the \d+ that every head keeps: raise --budget, or lower --keep-last.",
     ),
+    "ratio beside a budget": (
+        (*GENERATE, "--budget", "64", "--compression-ratio", "0.5"),
+        2,
+        "A compression ratio is a budget too: leave --compression-ratio or --budget away.",
+    ),
+    "ratio beside a budget of a document": (
+        ("compress", "--model", "tiny", "--file", "document.txt", "-b", "256", "--compression-ratio", "0.5"),
+        2,
+        "A compression ratio is a budget too: leave --compression-ratio or --budget away.",
+    ),
+    "ratios beside budgets": (
+        ("eval", "--model", "tiny", "--budgets", "8", "--compression-ratio", "0.5"),
+        2,
+        "A compression ratio is a budget too: leave --compression-ratio or --budgets away.",
+    ),
+    "ratio that leaves nothing": (
+        (*GENERATE, "--compression-ratio", "1"),
+        2,
+        "A compression ratio of '1' is no share of the cache to remove: give 0 or more, but less than 1, such as 0.75.",
+    ),
+    "list of ratios with a gap": (
+        ("eval", "--model", "tiny", "--compression-ratio", "0.5,,0.9"),
+        2,
+        "A compression ratio of '' is no share of the cache to remove: give 0 or more, but less than 1, such as 0.75.",
+    ),
     "budget of a few bytes": (
         (*GENERATE, "--budget", "100B"),
         2,
@@ -256,7 +281,8 @@ MISTAKES = {
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
         2,
-        "There is no task 'chess': choose among niah, reasoning, perplexity, longbench, babilong, loogle, ruler.",
+        "There is no task 'chess': choose among niah, reasoning, perplexity, longbench, babilong, loogle, ruler, "
+        "ruler-generated.",
     ),
     "perplexity without texts": (
         ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full"),
@@ -492,6 +518,29 @@ def test_eval_without_knowing_the_question(place):
     assert observed == alone < known
 
 
+def test_compression_ratios(place):
+    """They are shares of what is compressed, shown as they were given; a ratio of 0 keeps everything."""
+    options = ("--model", "tiny", "--method", "snapkv", "--file", "document.txt", "--json")
+    ask = ("generate", *options, "--prompt", "How many?", "--max-new-tokens", "8")
+    runs = json.loads(headprof(place, *ask, "--compression-ratio", "0.0", "--compare").stdout)["runs"]
+    assert runs["snapkv, ratio 0.0"]["text"] == runs["full"]["text"]
+    sizes = {
+        more: json.loads(headprof(place, "compress", *options, *more, "-o", "ratio.kv").stdout)["tokens_per_head"]
+        for more in (("--compression-ratio", "0.75"), ("--budget", "25%"), ("--compression-ratio", "0"))
+    }
+    quarter, same, whole = sizes.values()
+    assert quarter == same == pytest.approx(whole / 4, abs=0.5)
+    options = ("eval", "--model", "tiny", "--methods", "snapkv", "--probes", "2", "--query-agnostic")
+    ratios, shares = (
+        json.loads(headprof(place, *options, *more, "--json").stdout)["cells"]
+        for more in (("--compression-ratio", "0.5,0.90"), ("--budgets", "50%,10%"))
+    )
+    assert [cell["budget"] for cell in ratios[:3]] == ["", "ratio 0.5", "ratio 0.90"]
+    assert [cell | {"budget": ""} for cell in ratios] == [cell | {"budget": ""} for cell in shares]
+    table = headprof(place, *options, "--compression-ratio", "0.5,0.90").stdout
+    assert "ratio 0.5" in table and "ratio 0.90" in table
+
+
 def test_eval_prints_a_table_and_writes_every_answer(place):
     options = ("eval", "--model", "tiny", "--profile", "tiny.safetensors", "--budgets", "8,100%", "--probes", "4")
     result = headprof(place, *options, "--methods", "full,snapkv,headkv-r2", "-o", "results", "--json")
@@ -577,6 +626,7 @@ def test_a_saved_document_goes_on_being_compressed(place):
         (("--method", "headkv-r2"), "--method"),  # the default, but given
         (("--budget", "64"), "--budget"),
         (("-b", "32"), "--budget"),
+        (("--compression-ratio", "0.5"), "--compression-ratio"),
         (("--profile", "tiny.safetensors"), "--profile"),
         (("--window", "8"), "--window"),
         (("--keep-last", "4"), "--keep-last"),

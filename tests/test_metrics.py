@@ -176,6 +176,15 @@ CASES = {
         ("12", ["12", ""], 1 / 2),  # nothing is not found anywhere
         ("", ["12"], 0),
         ("12", [], 0),
+        ("1\n2\t3", ["123"], 1),  # kvpress takes control characters out
+    ],
+    "ruler.any": [
+        ("12 and 34", ["56", "34"], 1),
+        ("APPLE", ["apple", "pear"], 1),
+        ("twelve", ["12", ""], 0),
+        ("a b\nc", ["bc"], 1),
+        ("", ["12"], 0),
+        ("12", [], 0),
     ],
 }
 CLASSES = {"longbench.classification": KINDS, "babilong.label": babilong.PLACES}
@@ -199,7 +208,7 @@ def test_each_metric_has_cases_and_a_task():
     assert set(CASES) == set(METRICS)
     tables = {"longbench": longbench.METRICS_AND_LENGTHS, "loogle": loogle.METRICS_AND_LENGTHS}
     named = {f"{benchmark}.{name}" for benchmark, table in tables.items() for name, _ in table.values()}
-    assert set(METRICS) == {*named, "babilong.label", "ruler.all"}
+    assert set(METRICS) == {*named, "babilong.label", "ruler.all", "ruler.any"}
 
 
 def test_labels_that_stand_in_the_question_do_not_count():
@@ -373,6 +382,19 @@ def test_the_best_reference_counts(name, data):
 def test_all_of_rulers_references_count_the_same(prediction, references):
     each = [METRICS["ruler.all"](prediction, [reference]) for reference in references]
     assert METRICS["ruler.all"](prediction, references) == pytest.approx(sum(each) / len(each))
+
+
+@some
+@given(st.lists(st.tuples(TEXTS, st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=5))
+def test_ruler_and_kvpress_count_likewise(asked):
+    """By their own formula, over all predictions at once: control characters are left out, cases are alike."""
+    said = ["".join(c for c in text.strip() if ord(c) > 31).strip().lower() for text, _ in asked]
+    pairs = list(zip(said, (references for _, references in asked), strict=True))
+    every = sum(sum(each.lower() in text for each in references) / len(references) for text, references in pairs)
+    some_of = sum(max(each.lower() in text for each in references) for text, references in pairs)
+    for name, total in (("ruler.all", every), ("ruler.any", some_of)):
+        ours = sum(METRICS[name](text, references) for text, references in asked)
+        assert ours == pytest.approx(total)
 
 
 def is_subsequence(part, whole):

@@ -1,12 +1,16 @@
 """The embedded model from end to end, as the README shows it."""
 
 import pytest
+from support.question_files import write_question_files
 
 from headprof.compression.generation import generate_text, prompt_ids
 from headprof.compression.inputs import demo_document
 from headprof.compression.session import make_plan
+from headprof.evaluation import questions
+from headprof.evaluation.questions import Grading
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.run import EvalRun
+from headprof.evaluation.tasks import BENCHMARKS
 from headprof.profile.finding import find_profile
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.assets import asset_dir
@@ -55,3 +59,28 @@ def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
     assert full.score >= 0.75
     assert headkv.score >= snapkv.score + 0.25
     assert headkv.divergence < snapkv.divergence / 2
+
+
+def test_every_task_of_ruler_at_a_compression_ratio(smollm2, tmp_path, monkeypatch):
+    """An example each, the question read afterwards: half the rows are left; the full cache finds a needle."""
+    monkeypatch.setattr(questions, "Grading", lambda score, done, most: Grading(score, done, min(most, 12)))
+    data = write_question_files(tmp_path)
+    request = EvalRequest(
+        ("ruler",),
+        ("full", "snapkv"),
+        ("ratio 0.5", "ratio 0"),
+        lengths=(1024,),
+        limit=1,
+        question_known=False,
+        data_dir=data,
+    )
+    assert not request.check()
+    answers = EvalRun(smollm2, None, request).evaluate().answers
+    assert [answer.task for answer in answers[::3]] == list(BENCHMARKS["ruler"])
+    for full, half, whole in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
+        assert (full.budget, half.budget, whole.budget) == ("", "ratio 0.5", "ratio 0")
+        assert (whole.text, whole.score) == (full.text, full.score)
+        assert whole.divergence == pytest.approx(0, abs=1e-6) and half.divergence > 0
+        assert half.prompt_tokens == full.prompt_tokens > 700
+        assert half.cache_bytes < 0.6 * full.cache_bytes
+    assert answers[0].score == 1

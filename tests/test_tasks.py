@@ -14,6 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.json_lines import write_jsonl
+from support.question_files import write_question_files
 from support.tiny_models import tiny_tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -24,12 +25,13 @@ from headprof.evaluation.tasks.babilong import config_of
 from headprof.evaluation.tasks.example import keep_ends, split_template
 from headprof.evaluation.tasks.sources import Source, find_files, parsed, read_rows
 from headprof.models.text_encoder import TextEncoder
+from headprof.utils.units import format_length
 
 ROWS = 7
 METRICS = {
     *(f"longbench.{name}" for name in ("qa_f1", "qa_f1_zh", "rouge_l", "rouge_l_zh", "classification", "retrieval")),
     *(f"longbench.{name}" for name in ("retrieval_zh", "count", "code_sim")),
-    *("babilong.label", "loogle.rouge_l", "loogle.cloze", "ruler.all"),
+    *("babilong.label", "loogle.rouge_l", "loogle.cloze", "ruler.all", "ruler.any"),
 }
 NO_INPUT = ("gov_report", "multi_news", "vcsum", "passage_count", "lcc")
 
@@ -107,6 +109,7 @@ def data_dir(tmp_path_factory):
     for name in BENCHMARKS["loogle"]:
         task = name.partition("/")[2]
         write_jsonl(folder / "loogle" / "data" / f"{task}.jsonl", loogle_new_rows(task))
+    write_question_files(folder / "ruler")
     return folder
 
 
@@ -128,14 +131,15 @@ def examples(name, *arguments, **options):
 
 @pytest.mark.parametrize("name", expand(list(BENCHMARKS)))
 def test_every_task_gives_examples_from_a_local_folder(name, data_dir, tokenizer):
-    found = examples(name, data_dir, limit=5, lengths=(1024,), tokenizer=tokenizer)
+    lengths = (1500,) if name in ("ruler/vt", "ruler/cwe") else (1024,)
+    found = examples(name, data_dir, limit=5, lengths=lengths, tokenizer=tokenizer)
     assert len(found) == 5
     assert len({example.name for example in found}) == 5
-    assert found == examples(name, data_dir, limit=5, lengths=(1024,), tokenizer=tokenizer)
-    assert found[:2] == examples(name, data_dir, limit=2, lengths=(1024,), tokenizer=tokenizer)
+    assert found == examples(name, data_dir, limit=5, lengths=lengths, tokenizer=tokenizer)
+    assert found[:2] == examples(name, data_dir, limit=2, lengths=lengths, tokenizer=tokenizer)
     for example in found:
         assert example.task == name
-        assert example.group == ("1k" if name.startswith(("babilong/", "ruler/")) else "")
+        assert example.group == (format_length(*lengths) if name.startswith(("babilong/", "ruler/")) else "")
         assert example.text == example.before + example.document + example.after + example.reply
         assert example.before
         assert example.document
@@ -151,14 +155,15 @@ def test_tasks_know_where_their_data_are_from():
     assert len(BENCHMARKS["longbench"]) == 21
     for task in TASKS.values():
         assert task.license
-        assert bool(task.dataset) != task.name.startswith("ruler/")
+        generated = task.name.startswith("ruler/") and not task.name.startswith("ruler/qa_")
+        assert bool(task.dataset) != generated
 
 
 @pytest.mark.parametrize(
     ("name", "lengths", "groups"),
     [
         ("babilong/qa1", (0, 1024, 1000), ["0k", "0k", "1k", "1k"]),
-        ("ruler/niah_single", (1000, 1024, 2048, 1024), ["1000", "1000", "1k", "1k", "2k", "2k"]),
+        ("ruler/niah_single_2", (1000, 1024, 2048, 1024), ["1000", "1000", "1k", "1k", "2k", "2k"]),
     ],
 )
 def test_a_limit_counts_per_length(name, lengths, groups, data_dir, tokenizer):
@@ -168,7 +173,7 @@ def test_a_limit_counts_per_length(name, lengths, groups, data_dir, tokenizer):
 
 
 def test_without_lengths_prompts_have_a_thousand_tokens(data_dir, tokenizer):
-    for name in ("babilong/qa1", "ruler/niah_single"):
+    for name in ("babilong/qa1", "ruler/niah_single_2"):
         found = examples(name, data_dir, limit=1, lengths=(), tokenizer=tokenizer)
         assert [example.group for example in found] == ["1k"]
 
@@ -184,8 +189,8 @@ def test_expand():
         *(f"babilong/qa{number}" for number in range(1, 6)),
     ]
     assert expand(["babilong/qa7"]) == ["babilong/qa7"]
-    assert len(expand(list(BENCHMARKS))) == 21 + 5 + 4 + 7
-    with pytest.raises(UsageError, match=r"no benchmark 'helm'.*longbench, babilong, loogle, ruler"):
+    assert len(expand(list(BENCHMARKS))) == 21 + 5 + 4 + 13
+    with pytest.raises(UsageError, match=r"no benchmark 'helm'.*longbench, babilong, loogle, ruler, ruler-generated"):
         expand(["helm"])
     with pytest.raises(UsageError, match=r"no task 'qa1' in longbench.*hotpotqa"):
         expand(["longbench/qa1"])
@@ -210,6 +215,49 @@ def test_longbench_puts_context_and_question_in_their_places(task, data_dir):
     chinese = task in ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
     assert chinese == any("一" <= letter <= "鿿" for letter in second.before)
     assert second.metric.endswith("_zh") == (chinese and task != "lsht")
+
+
+INPUTS = {
+    **dict.fromkeys(("gov_report", "multi_news", "vcsum", "passage_count", "lcc"), ""),
+    "trec": "Question: How far is it ?\nType:",
+    "triviaqa": "Passage:\nSome text.\nQuestion:\nHow far is it?\nAnswer:",
+    "samsum": "Dialogue: Ann: Hi\r\nBo: Ho\nSummary: ",
+    "lsht": "新闻内容：一则新闻。\n类别：",
+    "repobench-p": "def far(it):\n",
+}
+"""What the datasets' rows ask; of the other tasks a question in one line."""
+
+
+@pytest.mark.parametrize("name", BENCHMARKS["longbench"])
+def test_longbench_is_asked_as_kvpress_does_where_the_question_comes_later(name, tmp_path, tokenizer):
+    """The instructions stand with the document, the question alone follows, and its cue begins the model's turn."""
+    plain, data_dir, task = tiny_tokenizer(), tmp_path / "longbench", name.removeprefix("longbench/")
+    rows = [longbench_row(task, number) | {"input": INPUTS.get(task, "How far is it?")} for number in range(3)]
+    write_jsonl(data_dir / f"{task}.jsonl", rows)
+    known = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), tokenizer, 0)))
+    later = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), tokenizer, 0, question_known=False)))
+    bare = list(TASKS[name].examples(TaskRequest(data_dir, 3, (), plain, 0, question_known=False)))
+    for one, other, row, without in zip(known, later, rows, bare, strict=False):
+        assert other.text == one.text == without.text
+        assert (other.before, other.document) == (one.before, one.document)
+        assert row["input"] in other.after + other.reply
+        assert not row["input"] or row["input"] not in other.lead
+        assert other.reply.rstrip().endswith((":", "：")) and "\n" not in other.reply.strip()
+        assert (without.lead, without.after, without.reply) == (other.lead, other.after + other.reply, "")
+        assert other.chat and other.max_new_tokens == one.max_new_tokens + 20
+        assert (one.lead, one.reply) == ("", "")
+        assert (other.metric, other.first_line, other.answers) == (one.metric, one.first_line, one.answers)
+    if name in ("longbench/qasper", "longbench/hotpotqa", "longbench/qmsum"):
+        assert all(len(example.lead) > 60 and example.after.startswith(("Question", "Query")) for example in later)
+
+
+def test_a_question_that_ends_with_a_colon_is_no_cue(tmp_path):
+    row = {"context": "A text.", "input": "What comes next:", "answers": ["x"]}
+    write_jsonl(tmp_path / "longbench" / "qasper.jsonl", [row])
+    (tmp_path / "prompts.json").write_text(json.dumps({"qasper": "Read. {context}\nNow answer.\n{input}"}))
+    asked = TaskRequest(tmp_path, 1, (), tiny_tokenizer(chat=True), 0, tmp_path / "prompts.json", question_known=False)
+    (example,) = TASKS["longbench/qasper"].examples(asked)
+    assert (example.lead, example.after, example.reply) == ("\nNow answer.\n", "What comes next:", "")
 
 
 def test_longbench_prompts_can_be_given(data_dir, tmp_path):

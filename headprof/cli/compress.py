@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from headprof.cli.asking import one_line
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
     Batch,
@@ -35,6 +35,7 @@ from headprof.cli.tables.compress import document_table
 @command
 def compress(
     *,
+    context: typer.Context,
     file: Annotated[Path, typer.Option("--file", "-f", help="Text file to compress.")],
     output: Annotated[
         Path | None,
@@ -72,7 +73,7 @@ def compress(
     from headprof.compression.inputs import checked_prompt, read_document, read_questions
     from headprof.compression.prompts import document_figures
 
-    request = compression_request(compressing, tuning, decoding, reading)
+    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
     asked += read_questions(questions, sys.stdin) if questions is not None else []

@@ -12,6 +12,7 @@ import typer
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, load_profile, terminal
 from headprof.cli.options import (
+    BOTH,
     MOST,
     MOST_PROBES,
     DecodingOptions,
@@ -27,6 +28,7 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
 from headprof.cli.tables.evaluate import evaluation, sharing
+from headprof.errors import UsageError
 from headprof.utils.units import parse_length, parse_lengths
 
 if TYPE_CHECKING:
@@ -49,6 +51,14 @@ class WhatOptions:
     tasks: Annotated[str | None, typer.Option(help=_TASKS, rich_help_panel="What")] = None
     methods: Annotated[str | None, typer.Option(help="Methods, with commas.", rich_help_panel="What")] = None
     budgets: Annotated[str | None, typer.Option(help="Budgets, with commas.", rich_help_panel="What")] = None
+    compression_ratio: Annotated[
+        str | None,
+        typer.Option(
+            "--compression-ratio",
+            help="Instead: shares of the prompt's cache to remove, such as 0.5,0.75,0.9.",
+            rich_help_panel="What",
+        ),
+    ] = None
     lengths: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +161,7 @@ def evaluate(
     headprof eval --tasks longbench/hotpotqa,babilong --lengths 1k,2k --limit 50 --budgets 64,128
     headprof eval --preset standard --query-agnostic --budgets 128,256
     headprof eval --tasks multi --query-agnostic --budgets 128,256
+    headprof eval --tasks ruler --lengths 4k --query-agnostic --compression-ratio 0.5,0.75 --data-dir questions
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
     from headprof.evaluation.run import EvalRun
@@ -201,7 +212,7 @@ def _request(
     return find_preset(what.preset).request(
         tasks=_listed(what.tasks),
         methods=_listed(what.methods),
-        budgets=_listed(what.budgets),
+        budgets=_budgets(what),
         lengths=parse_lengths(what.lengths, least=0) if what.lengths else None,
         probes=what.probes,
         without_full=caches.without_full,
@@ -215,6 +226,17 @@ def _request(
         decoding=decoding.chosen(),
         step=step_of(caches.eager),
     )
+
+
+def _budgets(what: WhatOptions) -> tuple[str, ...]:
+    """Budgets as given, or what the compression ratios come to; raises `UsageError` when there are both."""
+    from headprof.compression.methods.budget import ratio_budget
+
+    if what.compression_ratio is None:
+        return _listed(what.budgets)
+    if what.budgets is not None:
+        raise UsageError(BOTH.format("--budgets"))
+    return tuple(ratio_budget(ratio) for ratio in what.compression_ratio.split(","))
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def generate(
     check_sources(file, cache, compare, given_options(context, CompressOptions, KeepOptions, MethodOptions))
     check_asking(prompt, questions, chat, cache, save)
     check_temperature(temperature)
-    request = compression_request(compressing, tuning, decoding, reading)
+    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if cache is not None and questions is not None:
         _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading)

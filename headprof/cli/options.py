@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ MOST = 2**31 - 1
 """Of whatever is counted in tokens or heads: more than any model has."""
 MOST_PROBES = 1_000_000
 MOST_SEED = 2**63 - 1
+BOTH = "A compression ratio is a budget too: leave --compression-ratio or {} away."
 
 Model = Annotated[
     str | None,
@@ -149,6 +151,29 @@ class CompressOptions:
         str,
         typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
     ] = "64"
+    compression_ratio: Annotated[
+        str | None,
+        typer.Option("--compression-ratio", help="Instead: the share of the prompt's cache to remove, 0.75."),
+    ] = None
+
+    def asked(self, given: Sequence[str]) -> dict[str, Any]:
+        """The same as attributes of a `CompressionRequest`, a ratio as the budget that it comes to.
+
+        Args:
+            given: those of these options that were given on the command line.
+
+        Raises:
+            UsageError: budget and ratio are both given.
+        """
+        from headprof.compression.methods.budget import ratio_budget
+
+        values = asdict(self)
+        ratio = values.pop("compression_ratio")
+        if ratio is None:
+            return values
+        if "--budget" in given:
+            raise UsageError(BOTH.format("--budget"))
+        return values | {"budget": ratio_budget(ratio)}
 
 
 @dataclass(frozen=True)
@@ -255,11 +280,17 @@ class KeepOptions:
 
 
 def compression_request(
-    compress: CompressOptions, method: MethodOptions, decoding: DecodingOptions, read: ReadOptions
+    compress: CompressOptions,
+    method: MethodOptions,
+    decoding: DecodingOptions,
+    read: ReadOptions,
+    given: Sequence[str],
 ) -> CompressionRequest:
     """What these groups ask for together, checked."""
     from headprof.compression.request import CompressionRequest
 
-    request = CompressionRequest(**asdict(compress), **read.how(), options=method.chosen(), decoding=decoding.chosen())
+    request = CompressionRequest(
+        **compress.asked(given), **read.how(), options=method.chosen(), decoding=decoding.chosen()
+    )
     request.check()
     return request

@@ -23,7 +23,7 @@ class CompressionRequest:
 
     Attributes:
         method: a name in the table of methods, which may be followed by parameters.
-        budget: as the command line takes it.
+        budget: as the command line takes it; a compression ratio as `ratio_budget` writes it.
         profile: file of the head profile; `None` to find the model's own, for methods that need one.
         options: parameters of the method's parts, `None` for their defaults.
         decoding: `decode_budget` and `buffer`, as for `make_plan`; what is missing keeps its default.
@@ -59,7 +59,8 @@ class CompressionRequest:
     @property
     def label(self) -> str:
         """What to call a cache that is made by it."""
-        return self.method if self.keeps_everything else f"{self.method}, budget {self.budget}"
+        how_much = self.budget if self.budget.startswith("ratio") else f"budget {self.budget}"
+        return self.method if self.keeps_everything else f"{self.method}, {how_much}"
 
     def plan(self, loaded: LoadedModel) -> CompressionPlan:
         """The plan for a model.

@@ -31,6 +31,7 @@ LABEL_ENDS = (".", "<context>", "<example>")
 _NUMBER = re.compile(r"\d+")
 _PARAGRAPH = re.compile(r"Paragraph (\d+)")
 _PARAGRAPH_ZH = re.compile(r"段落(\d+)")
+_CONTROL = re.compile(r"[\x00-\x1f]")
 _NO_CODE = ("`", "#", "//")
 
 
@@ -180,10 +181,22 @@ def cloze(prediction: str, references: Sequence[str], classes: Sequence[str] = (
 
 
 def contains_all(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """Share of the references that the prediction contains, in either case (RULER's `string_match_all`)."""
-    said = prediction.lower()
-    found = [bool(reference.strip()) and reference.lower() in said for reference in references]
+    """Share of the references that the prediction contains, in either case (RULER's `string_match_all`).
+
+    Control characters, line breaks among them, are taken out of the prediction first, as kvpress does.
+    """
+    found = _contained(prediction, references)
     return sum(found) / len(found) if found else 0.0
+
+
+def contains_any(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """Whether the prediction contains one of the references, likewise (RULER's `string_match_part`)."""
+    return float(any(_contained(prediction, references)))
+
+
+def _contained(prediction: str, references: Sequence[str]) -> list[bool]:
+    said = _CONTROL.sub("", prediction).lower()
+    return [bool(reference.strip()) and reference.lower() in said for reference in references]
 
 
 METRICS: dict[str, Scorer] = {
@@ -200,6 +213,7 @@ METRICS: dict[str, Scorer] = {
     "loogle.rouge_l": rouge_l_recall,
     "loogle.cloze": cloze,
     "ruler.all": contains_all,
+    "ruler.any": contains_any,
 }
 """All metrics by name; `Example.metric` is the one of a task."""
 

@@ -143,7 +143,7 @@ class ExampleQuestions(Sequence[Question]):
             task=example.task,
             name=example.name,
             group=example.group,
-            document_ids=tuple(encoder.start_ids(example.before + example.document)),
+            document_ids=tuple(encoder.start_ids(example.before + example.document + example.lead)),
             asked_ids=end.asked,
             reply_ids=end.reply,
             reference_ids=end.answer[: example.max_new_tokens],

@@ -81,7 +81,7 @@ PRESETS = {
     "quick": Preset(("niah", "reasoning"), COMPARED, ("32", "64", "128"), (512, 1024), 80),
     "standard": Preset(("niah", "reasoning"), COMPARED, ("16", "32", "64", "128", "256"), (1024,), 200),
     "thorough": Preset(
-        ("niah", "reasoning", "ruler", "babilong", "longbench"),
+        ("niah", "reasoning", "ruler-generated", "babilong", "longbench"),
         COMPARED,
         ("64", "128", "256", "512"),
         (1024, 2048, 4096),
@@ -219,6 +219,7 @@ class EvalRequest:
             self.seed,
             self.prompts,
             loaded.max_positions,
+            self.question_known,
         )
 
     def perplexity_settings(self) -> PerplexitySettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.json_lines import write_jsonl
+from support.question_files import write_question_files
 
 ROWS = 6
 
@@ -39,7 +40,7 @@ LOOGLE = ("shortdep_qa", "longdep_qa", "shortdep_cloze", "summarization")
 
 
 def write_hub_data(folder: Path) -> Path:
-    """All 21 tasks of LongBench, 20 of BABILong at 0k and 1k, and 4 of LooGLE, `ROWS` rows each, in `folder`."""
+    """All 21 tasks of LongBench, 20 of BABILong at 0k and 1k, and 4 of LooGLE, `ROWS` rows each; RULER's questions."""
     for task in LONGBENCH:
         write_jsonl(
             folder / "longbench" / "data" / f"{task}.jsonl", (_longbench(task, number) for number in range(ROWS))
@@ -50,6 +51,7 @@ def write_hub_data(folder: Path) -> Path:
             write_jsonl(folder / "babilong" / "data" / task / f"{config}.jsonl", rows)
     for task in LOOGLE:
         write_jsonl(folder / "loogle" / "data" / f"{task}.jsonl", (_loogle(task, number) for number in range(ROWS)))
+    write_question_files(folder / "ruler")
     return folder
 
 

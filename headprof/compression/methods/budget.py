@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from headprof.errors import UsageError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _LEAST_SHARE = 1e-30
 _LARGEST = 1e15  # of a number in a budget, so that no arithmetic with it overflows
+_RATIO = "ratio "
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|(?:[KMG]I?)?B)?", re.IGNORECASE)
 
 
@@ -34,11 +36,15 @@ class Budget:
     def parse(cls, text: str | int | Budget) -> Budget:
         """Read `64` (tokens per KV head), `1.5%` (of the prompt) or `512MB` (`kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`).
 
+        Or `ratio 0.75`, the share of the prompt's cache that is removed, as `--compression-ratio` gives it.
+
         Raises:
             UsageError: the text is none of these, or not above zero.
         """
         if isinstance(text, Budget):
             return text
+        if str(text).startswith(_RATIO):
+            return cls(_kept_share(str(text).removeprefix(_RATIO).strip()), "share")
         match = _BUDGET.fullmatch(str(text).strip())
         if match is None or not 0 < float(match["number"]) < _LARGEST:
             raise UsageError(
@@ -70,6 +76,26 @@ class Budget:
         if self.unit == "bytes":
             return int(self.amount // bytes_per_token)
         return int(self.amount)
+
+
+def ratio_budget(ratio: str) -> str:
+    """The budget that leaves a share of the prompt's cache out, as `Budget.parse` reads it and tables show it."""
+    return f"{_RATIO}{ratio.strip()}"
+
+
+def _kept_share(ratio: str) -> float:
+    """What a compression ratio leaves: the number next to 1 - `ratio`, without the rounding of binary fractions."""
+    try:
+        removed = Decimal(ratio)
+    except InvalidOperation:
+        removed = Decimal("NaN")
+    kept = float(1 - removed) if removed.is_finite() and 0 <= removed < 1 else 0.0
+    if not kept:
+        raise UsageError(
+            f"A compression ratio of {ratio!r} is no share of the cache to remove: give 0 or more, but less than 1, "
+            "such as 0.75."
+        )
+    return kept
 
 
 def normalized(scores: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

@@ -17,7 +17,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "longbench": tuple(task.name for task in longbench.TASKS),
     "babilong": tuple(f"babilong/{name}" for name in babilong.REASONING),
     "loogle": tuple(task.name for task in loogle.TASKS),
-    "ruler": tuple(task.name for task in ruler.TASKS),
+    "ruler": tuple(f"ruler/{name}" for name in (*ruler.GENERATED, *ruler.QUESTION_SETS)),
+    "ruler-generated": tuple(f"ruler/{name}" for name in ruler.GENERATED),
 }
 """The tasks that a benchmark's name stands for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ DEFAULT_LENGTHS = (1024,)
 class Example:
     """A prompt and what should be answered.
 
-    The user's text is `before + document + after`, with nothing between the three; `reply` begins what the model says.
+    The user's text is `before + document + lead + after`, nothing between them; `reply` begins the answer.
 
     Attributes:
         task: `"longbench/hotpotqa"`.
@@ -27,8 +27,8 @@ class Example:
         group: what results are grouped by beside the task: the length of BABILong's and RULER's prompts, such as
             `"1k"`; else empty.
         before: instructions ahead of the document.
-        document: the long part, which may be cut in the middle, and which is compressed with `before` alone when the
-            question is not known yet.
+        document: the long part, which may be cut in the middle, and which is compressed with `before` and `lead` alone
+            when the question is not known yet.
         after: the question, and instructions behind the document.
         reply: the given beginning of the model's reply; may be empty.
         answers: what counts as right: any one of them, or for `ruler.all` all of them; for `loogle.cloze` number `n`
@@ -40,6 +40,7 @@ class Example:
         first_line: whether only the prediction's first line counts.
         stops: texts at which generation may end, since nothing from there on counts.
         written: a right answer in the form that is asked for, where `answers` has it in another.
+        lead: instructions behind the document that are compressed with it.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Example:
     first_line: bool = False
     stops: tuple[str, ...] = ()
     written: str = ""
+    lead: str = field(default="", repr=False)  # so that digests of examples without one stay as they were
 
     @property
     def reference(self) -> str:
@@ -82,7 +84,7 @@ class Example:
     @property
     def text(self) -> str:
         """The whole prompt but for the chat template."""
-        return self.before + self.document + self.after + self.reply
+        return self.before + self.document + self.lead + self.after + self.reply
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class TaskRequest:
         seed: of what is generated.
         max_positions: longest sequence that the model was made for; `None` to take any.
         prompts: a JSON file `{task: template}` whose templates, with `{context}` and `{input}`, replace LongBench's.
+        question_known: whether the question is part of what is compressed.
     """
 
     data_dir: Path | None
@@ -106,6 +109,7 @@ class TaskRequest:
     seed: int
     prompts: Path | None = None
     max_positions: int | None = None
+    question_known: bool = True
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:

@@ -4,6 +4,10 @@ Metrics, lengths of the answers, which tasks go without a chat template and wher
 benchmark's. The wording of the prompts is this project's own, close in content and in the answer it asks for: results
 compare methods with each other, not with published figures. For those, give the benchmark's own
 `dataset2prompt.json` as `TaskRequest.prompts`.
+
+Where the question is not part of what is compressed, prompts are split and asked as kvpress does: instructions between
+document and question are compressed with the document, what the answer follows ("Answer:") begins the model's turn, all
+tasks have the chat template, and answers may have `MORE_TOKENS` more.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ METRICS_AND_LENGTHS = {
 FEW_SHOT = ("trec", "triviaqa", "samsum", "lsht")
 """Tasks whose context is solved examples: models go on with further ones, so only the first line counts."""
 CODE = ("lcc", "repobench-p")
+MORE_TOKENS = 20
+_COLONS = (":", "：")
 
 
 def examples(name: str, request: TaskRequest) -> Iterator[Example]:
@@ -60,26 +66,48 @@ def examples(name: str, request: TaskRequest) -> Iterator[Example]:
     before, after = split_template(*_template(name, request.prompts))
     source = Source(DATASET, name, "test", (f"data/{name}", f"{name}/test", name), "longbench", archive="data.zip")
     metric, max_new_tokens = METRICS_AND_LENGTHS[name]
+    apart = not request.question_known
+    templated = bool(getattr(request.tokenizer, "chat_template", None))
     for row in read_rows(source, request.data_dir):
         question = row.text("input") if "input" in row else ""  # which summaries do not have
+        whole = "", after.replace("{input}", question), ""
+        lead, asked, reply = _apart(after, question, templated) if apart else whole
         yield Example(
             task=f"longbench/{name}",
             name=_name(row),
             group="",
             before=before.replace("{input}", question),
             document=row.text("context"),
-            after=after.replace("{input}", question),
-            reply="",
+            lead=lead,
+            after=asked,
+            reply=reply,
             answers=row.texts("answers"),
             classes=row.texts("all_classes") if metric == "classification" or "all_classes" in row else (),
             metric=f"longbench.{metric}",
-            max_new_tokens=max_new_tokens,
-            chat=name not in FEW_SHOT + CODE,
+            max_new_tokens=max_new_tokens + MORE_TOKENS * apart,
+            chat=apart or name not in FEW_SHOT + CODE,
             first_line=name in FEW_SHOT,
             stops=("\n",) if name in FEW_SHOT else (),
         )
         if row.number == request.limit:
             return
+
+
+def _apart(template: str, question: str, templated: bool) -> tuple[str, str, str]:
+    """What follows the document: what is compressed with it, what is asked, and the beginning of the reply.
+
+    The question begins with the line that holds `{input}`, or after the line breaks behind the document if none does.
+    The last line begins the reply if it ends with a colon and there is a chat template; else it ends what is asked.
+    """
+    if "{input}" in template:
+        start = template.rfind("\n", 0, template.index("{input}")) + 1
+    else:
+        start = len(template) - len(template.lstrip("\n"))
+    asked = template[start:].replace("{input}", question)
+    last = asked.rstrip().rfind("\n") + 1
+    if templated and asked.rstrip().endswith(_COLONS) and (last or "{input}" not in template):
+        return template[:start], asked[:last], asked[last:]
+    return template[:start], asked, ""
 
 
 def _name(row: Row) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import chain, count, islice
+from uuid import UUID
 
 from headprof.probes.haystack import Haystack, join_sentences
 from headprof.probes.needles import SPLITS, load_families
@@ -13,6 +14,13 @@ from headprof.probes.needles import SPLITS, load_families
 _VOCABULARY_SENTENCES = 3000
 _SHORTEST_WORD = 5
 _NAMED = ("adjective", "creature", "object", "building", "job", "sport", "food", "material", "goods")
+_NOISE = (
+    "The kettle is on the stove.",
+    "Rain runs down the window.",
+    "A clock ticks in the hall.",
+    "Nobody is in a hurry.",
+    "The day goes by as the last one did.",
+)
 
 
 class Prose:
@@ -41,6 +49,45 @@ class Prose:
             sentences.append(sentence)
             words -= len(parts)
         return sentences + ([" ".join(parts[:words]).rstrip(",;:.") + "."] if words else [])
+
+
+class Noise:
+    """Given sentences among the same few ones, which come over and over, a round of them a line.
+
+    Each given one has a line of its own, at a random depth but in their order; called with the number of the other
+    sentences.
+    """
+
+    def __init__(self, sentences: Sequence[str], rng: random.Random) -> None:
+        self._sentences = sentences
+        self._depths = sorted(rng.random() for _ in sentences)
+
+    def __call__(self, fillers: int) -> str:
+        rounds, rest = divmod(fillers, len(_NOISE))
+        lines = [*[" ".join(_NOISE)] * rounds, *([" ".join(_NOISE[:rest])] if rest else [])]
+        return _placed(self._sentences, self._depths, lines)
+
+
+class Lines:
+    """Given lines among others that look like them, at random depths but in their order.
+
+    Called with the number of the other lines.
+    """
+
+    def __init__(self, lines: Sequence[str], others: Iterator[str], rng: random.Random) -> None:
+        self._lines = lines
+        self._depths = sorted(rng.random() for _ in lines)
+        self._others = Grown(others)
+
+    def __call__(self, others: int) -> str:
+        return _placed(self._lines, self._depths, self._others.first(others))
+
+
+def _placed(sentences: Sequence[str], depths: Sequence[float], lines: Sequence[str]) -> str:
+    placed = list(lines)
+    for shift, (sentence, depth) in enumerate(zip(sentences, depths, strict=True)):
+        placed.insert(round(depth * len(lines)) + shift, sentence)
+    return "\n".join(placed)
 
 
 class Grown:
@@ -75,6 +122,11 @@ def made_up_word(rng: random.Random) -> str:
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
 
 
+def random_uuid(rng: random.Random) -> str:
+    """Thirty-two hexadecimal digits in five groups, of version 4."""
+    return str(UUID(int=rng.getrandbits(128), version=4))
+
+
 @cache
 def _haystack() -> Haystack:
     return Haystack.composed()
@@ -86,6 +138,22 @@ def compounds() -> list[str]:
     lists = load_families()[0].lists
     adjectives, creatures = lists.values("adjective", "eval"), lists.values("creature", "eval")
     return [f"{adjective} {creature}" for adjective in adjectives for creature in creatures]
+
+
+def many_names(rng: random.Random) -> Iterator[str]:
+    """Names such as "amber falcon" in random order, each once and without end, of values that no profile is made from.
+
+    After thousands of them the second word is a made-up one.
+    """
+    lists = load_families()[0].lists
+    adjectives = lists.values("adjective", "eval")
+    nouns = dict.fromkeys(noun for name in _NAMED[1:] for noun in lists.values(name, "eval"))
+    names = [f"{adjective} {noun}" for adjective in adjectives for noun in nouns]
+    return chain(rng.sample(names, len(names)), distinct(partial(_made_up_name, adjectives, rng)))
+
+
+def _made_up_name(adjectives: Sequence[str], rng: random.Random) -> str:
+    return f"{rng.choice(adjectives)} {made_up_word(rng)}"
 
 
 @cache
