@@ -256,7 +256,8 @@ MISTAKES = {
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
         2,
-        "There is no task 'chess': choose among niah, reasoning, perplexity, longbench, babilong, loogle, ruler.",
+        "There is no task 'chess': choose among niah, reasoning, multi, perplexity, longbench, babilong, loogle, "
+        "ruler.",
     ),
     "perplexity without texts": (
         ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full"),
