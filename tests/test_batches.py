@@ -10,6 +10,7 @@ from support.tiny_models import load_tiny
 from headprof.compression.batches import answer_each
 from headprof.compression.cache.head_cache import stack_caches
 from headprof.compression.cache.together import TogetherCache
+from headprof.compression.conversation import Conversation
 from headprof.compression.generation import ask, compress_document
 from headprof.compression.methods.table import METHODS
 from headprof.compression.session import attending_ragged, make_plan, prefill
@@ -146,3 +147,24 @@ def test_a_question_that_is_too_long_is_named_before_any_is_answered(tiny):
         answer_each(tiny, cache, ["Who?", "word " * 5000])
     with pytest.raises(UsageError, match="--batch"):
         answer_each(tiny, cache, ["Who?"], batch=0)
+
+
+@pytest.mark.model
+def test_a_real_model_says_to_each_what_it_says_alone(smollm2):
+    cache = document(smollm2, "kvzip", budget=64)
+    said = assert_as_alone(smollm2, cache, max_new_tokens=16, questions=QUESTIONS[:3])
+    assert "rope" in said[0].text
+
+
+@pytest.mark.model
+def test_a_conversation_reads_as_the_chat_template_has_it(smollm2):
+    cache = document(smollm2, "snapkv", budget=64)
+    conversation, messages = Conversation(smollm2, cache), []
+    for question in QUESTIONS[:2]:
+        messages.append({"role": "user", "content": question})
+        said = conversation.ask(question, max_new_tokens=8).text
+        messages.append({"role": "assistant", "content": said})
+    messages[0]["content"] = f"{TEXT}\n\n{QUESTIONS[0]}"
+    expected = smollm2.tokenizer.apply_chat_template(messages, tokenize=False)
+    read = smollm2.tokenizer.decode(conversation.document().token_ids[0])
+    assert read == f"{expected}<|im_start|>user\n"

@@ -67,7 +67,7 @@ def test_short_documents_have_fewer_questions_and_too_short_ones_are_refused(loa
 def test_answers_are_those_of_each_question_of_a_prefill_of_its_own(loaded):
     """The twin reads and compresses the document again for each question."""
     document = MultiDocuments(loaded, 1, (LENGTH,), None, 7)[0]
-    candidates = candidates_for(loaded, [("full", ""), ("snapkv", "24"), ("h2o", "24"), ("h2o", "48")])
+    candidates = candidates_for(loaded, ("full", ""), ("snapkv", "24"), ("h2o", "24"), ("h2o", "48"))
     together = Asker(loaded, candidates, question_known=False).ask(*document)
     twin = Asker(loaded, candidates, question_known=False)
     apart = [answer for question in document for answer in twin.ask(question)]

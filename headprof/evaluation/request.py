@@ -169,8 +169,10 @@ class EvalRequest:
         if self.probes < len(own):
             raise UsageError(f"{self.probes} probes do not go round {len(own)} tasks: ask for more with --probes.")
         if self.families and not own:
+            *others, last = OWN_TASKS
             raise UsageError(
-                f"Families are those of {', '.join(OWN_TASKS)}: add one of these tasks, or leave --families away."
+                f"Families are those of {', '.join(others)} and {last}: add one of these tasks, or leave --families "
+                "away."
             )
         if self.prompts is not None and not self.prompts.is_file():
             raise UsageError(f"There is no file {self.prompts}: give a JSON file {{task: template}} with --prompts.")
