@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
     CompressOptions,
@@ -29,6 +30,7 @@ from headprof.cli.tables.compress import document_table
 @command
 def compress(
     *,
+    context: typer.Context,
     file: Annotated[Path, typer.Option("--file", "-f", help="Text file to compress.")],
     output: Annotated[
         Path | None,
@@ -39,6 +41,10 @@ def compress(
     ] = None,
     model: Model = None,
     compressing: CompressOptions = CompressOptions(budget="256"),
+    max_loss: Annotated[
+        float | None,
+        typer.Option("--max-loss", help="Nats a token that may be lost: in place of --budget, the smallest that does."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
     observe: Observe = None,
@@ -53,13 +59,16 @@ def compress(
     change the file: any other can be asked of it.
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
+    headprof compress --file report.txt --max-loss 0.05
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
     from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
     from headprof.compression.inputs import checked_prompt, read_document
+    from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import answer_questions, document_figures
 
+    check_promise(max_loss, given_options(context, CompressOptions))
     request = compression_request(compressing, tuning, decoding, reading)
     document = read_document(file)
     questions = [checked_prompt(each, "--question") for each in question or []]
@@ -67,20 +76,22 @@ def compress(
     check_outputs({target: FORMAT}, chain([file], model_inputs(model, loading), profile_input(model, request.profile)))
     loaded = load(model, loading)
     plan = request.plan(loaded)
+    how: dict[str, Any] = {"observe": observe, "backend": reading.backend, "prefill_chunk": reading.prefill_chunk}
+    promise = None
     with terminal.progress() as report:
-        cache = compress_document(
-            loaded,
-            document,
-            plan,
-            observe=observe,
-            backend=reading.backend,
-            prefill_chunk=reading.prefill_chunk,
-            on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
-        )
-    save_document(cache, target, loaded, {"document": file.name})
+        if max_loss is None:
+            on_layer = partial(report, f"Compressing {file.name}, layer")
+            cache = compress_document(loaded, document, plan, **how, on_layer=on_layer)
+        else:
+            how |= {"step": request.step, "report": report}
+            cache, promise = compress_to_promise(loaded, document, plan, max_loss, **how)
+    save_document(cache, target, loaded, {"document": file.name} | (promise.notes() if promise else {}))
     answers = answer_questions(loaded, cache, questions, max_new_tokens, reading.backend, request.step)
     answered = [(each, answer.strip()) for each, answer in zip(questions, answers, strict=True)]
-    _show(document_figures(loaded, cache, target), answered, json)
+    figures = document_figures(loaded, cache, target)
+    _show(figures | (promise.figures() if promise else {}), answered, json)
+    if promise and promise.keeps_everything:
+        terminal.remark(f"Only the full cache loses at most {max_loss:g} nats a token: everything is kept.")
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
-from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.observers import repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
@@ -98,6 +98,11 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
 
 
+def check_length(loaded: LoadedModel, text: str) -> None:
+    """Raise `UsageError` for a text that is longer than the model's context, before all of it is encoded."""
+    _check_length(loaded, PromptEncoder(loaded.tokenizer), text)
+
+
 def _check_length(loaded: LoadedModel, encoder: PromptEncoder, text: str) -> None:
     """Refuse a text that is far too long before all of it is encoded, which takes minutes for some megabytes."""
     if encoder.texts.is_longer(text, loaded.max_positions):
@@ -151,31 +156,52 @@ def compress_document(
             cannot be met.
         ModelError: the model's numbers overflow.
     """
+    how: dict[str, Any] = {"observe": observe, "backend": backend, "prefill_chunk": prefill_chunk}
+    return compress_under_each(loaded, document, [plan], **how, on_layer=on_layer)[0]
+
+
+def compress_under_each(
+    loaded: LoadedModel,
+    document: str,
+    plans: Sequence[CompressionPlan],
+    *,
+    observe: str | None = None,
+    backend: str = "auto",
+    prefill_chunk: int | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> list[HeadCache]:
+    """A compressed cache of a document for each of some plans of one method, from one prefill.
+
+    Arguments and errors are those of `compress_document`.
+    """
     encoder = PromptEncoder(loaded.tokenizer)
     for text in (document, observe or ""):
         _check_length(loaded, encoder, text)
     document_ids = encoder.document_ids(document)
-    if repeats(plan.method, observe):
+    if repeats(plans[0].method, observe):
         _fitting(loaded, document_ids, 0, 0)
         observers = repeating_observers(loaded, encoder, document_ids)
     else:
         observers = text_observers(encoder, observe)
     ids = _fitting(loaded, document_ids + observers, 0, 0)
-    plan.check(len(document_ids))
-    cache = HeadCache(plan.for_observers(len(observers)))
-    cache.expect_observers(len(observers))
+    for plan in plans:
+        plan.check(len(document_ids))
+    caches = [HeadCache(plan.for_observers(len(observers))) for plan in plans]
+    filled = caches[0] if len(caches) == 1 else FanOutCache(caches)
+    filled.expect_observers(len(observers))
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
         _layer_by_layer(loaded, on_layer),
     ):
-        logits = prefill(loaded.model, ids.to(loaded.device), cache)
+        logits = prefill(loaded.model, ids.to(loaded.device), filled)
     require_finite(logits.amax(), logits.dtype)
-    for layer in cache.head_layers:  # a merge may overflow where the model does not
-        rows = layer.storage.compact()
-        require_finite(rows.keys, rows.keys.dtype)
-        require_finite(rows.values, rows.values.dtype)
-    cache.continue_with(plan)
-    return cache
+    for plan, cache in zip(plans, caches, strict=True):
+        for layer in cache.head_layers:  # a merge may overflow where the model does not
+            rows = layer.storage.compact()
+            require_finite(rows.keys, rows.keys.dtype)
+            require_finite(rows.values, rows.values.dtype)
+        cache.continue_with(plan)
+    return caches
 
 
 @contextmanager

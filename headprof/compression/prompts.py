@@ -11,6 +11,7 @@ import torch
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
+from headprof.compression.document_checks import promised_loss
 from headprof.compression.generation import Generation, ask, generate_text, prompt_ids, question_ids
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.request import CompressionRequest
@@ -87,7 +88,9 @@ def prompt_about(
     cache, notes = load_document(file, loaded)
     cache.continue_with(replace(cache.plan, **decoding))
     ids = question_ids(loaded, cache, question, max_new_tokens)
-    return Prompt(ids, f"{file.name} ({notes['method']})", cache=cache)
+    loss = promised_loss(notes)
+    promised = "" if loss is None else f", at most {loss:g} nats a token lost"
+    return Prompt(ids, f"{file.name} ({notes['method']}{promised})", cache=cache)
 
 
 def answer_questions(

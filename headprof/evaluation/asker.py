@@ -10,18 +10,15 @@ from typing import Any
 import torch
 
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.continuing import ReferenceRun, fed_reference, said_greedily
 from headprof.compression.observers import repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged, prefill
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Grading, Question
 from headprof.evaluation.results import Answer
-from headprof.models.decoder import end_tokens
-from headprof.models.loading import LoadedModel, require_finite
+from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
-
-MOST_LOGITS = 2**25
-"""Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""
 
 
 @dataclass
@@ -187,92 +184,15 @@ class Asker:
             torch.cuda.synchronize(self.loaded.device)
         return time.perf_counter() - start
 
-    def _reference(self, stack: HeadCache, tail: list[int], reference: Sequence[int]) -> _ReferenceRun:
+    def _reference(self, stack: HeadCache, tail: list[int], reference: Sequence[int]) -> ReferenceRun:
         """Feed the right answer to each entry of the stack, and see what they would have said."""
-        entries = stack.head_layers[0].batch_size
         full = next((n for n, candidate in enumerate(self.candidates) if candidate.method == "full"), None)
-        run = _ReferenceRun(entries, full)
-        ids = torch.tensor([[*tail, *reference[:-1]]], device=self.loaded.device).expand(entries, -1)
-        wanted = torch.tensor(reference, device=self.loaded.device)
-        most = max(1, MOST_LOGITS // (entries * self.loaded.shape.vocab_size))
-        start, first = 0, len(tail) - 1  # the first token that predicts one of the answer
-        for done in range(0, len(reference), most):
-            count = min(most, len(reference) - done)
-            stop = first + done + count
-            logits = self.loaded.model(
-                ids[:, start:stop], past_key_values=stack, use_cache=True, logits_to_keep=count
-            ).logits
-            run.add(logits, wanted[done : done + count])
-            start = stop
+        run = ReferenceRun(stack.batch_size, full)
+        for logits, wanted in fed_reference(self.loaded, stack, tail, reference):
+            run.add(logits, wanted)
         return run
 
     def _generate(self, stack: HeadCache, tail: list[int], grading: Grading) -> list[str]:
-        """What each entry of the stack goes on to say, greedily; those that are done leave the stack in good time."""
-        tokenizer, ends = self.loaded.tokenizer, end_tokens(self.loaded.model, self.loaded.tokenizer)
-        said: list[list[int]] = [[] for _ in range(stack.head_layers[0].batch_size)]
-        texts = [""] * len(said)
-        running = list(range(len(said)))  # whose answer each entry of the stack is
-        finished: set[int] = set()
-        fed = torch.tensor([tail], device=self.loaded.device).expand(len(said), -1)
-        for _ in range(grading.max_new_tokens):
-            logits = self.loaded.model(fed, past_key_values=stack, use_cache=True, logits_to_keep=1).logits
-            chosen = logits[:, -1].argmax(dim=-1)
-            for number, token in zip(running, chosen.tolist(), strict=True):
-                if number in finished:
-                    continue
-                if token in ends:
-                    finished.add(number)
-                    continue
-                said[number].append(token)
-                texts[number] = tokenizer.decode(said[number], skip_special_tokens=True)
-                if grading.is_complete(texts[number]):
-                    finished.add(number)
-            kept = [entry for entry, number in enumerate(running) if number not in finished]
-            if not kept:
-                break
-            if len(kept) <= len(running) // 2:
-                indices = torch.tensor(kept)
-                stack.batch_select_indices(indices)
-                chosen, running = chosen[indices.to(chosen.device)], [running[entry] for entry in kept]
-            fed = chosen[:, None]
-        return texts
-
-
-class _ReferenceRun:
-    """What each entry of a stack makes of the right answer, and how far it is from entry `full`."""
-
-    def __init__(self, entries: int, full: int | None):
-        self._full = full
-        self._tokens = 0
-        self._right = torch.ones(entries, dtype=torch.bool)
-        self._divergence = torch.zeros(entries, dtype=torch.float64)
-        self._agreement = torch.zeros(entries, dtype=torch.int64)
-
-    def add(self, logits: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in logits `[entries, N, vocabulary]` of tokens that should be `wanted`, `[N]`."""
-        self._tokens += len(wanted)
-        highest, chosen = logits.max(dim=-1)
-        require_finite(highest, logits.dtype)
-        self._right &= (chosen == wanted).all(dim=-1).cpu()
-        if self._full is None:
-            return
-        own = logits[self._full].float().log_softmax(dim=-1)
-        self._agreement += (chosen == chosen[self._full]).sum(dim=-1).cpu()
-        for entry, other in enumerate(logits):  # one by one, to hold no second copy of all logits
-            terms = own.exp() * (own - other.float().log_softmax(dim=-1))
-            self._divergence[entry] += terms.sum(dim=-1).clamp(min=0).double().sum().cpu()
-
-    @property
-    def right(self) -> list[bool]:
-        """Whether each entry's arg-max is right at every token."""
-        return self._right.tolist()
-
-    @property
-    def divergence(self) -> list[float] | None:
-        """In nats, a token; `None` without tokens or something to compare with."""
-        return None if self._full is None or not self._tokens else (self._divergence / self._tokens).tolist()
-
-    @property
-    def agreement(self) -> list[float] | None:
-        """Share of tokens; `None` likewise."""
-        return None if self._full is None or not self._tokens else (self._agreement / self._tokens).tolist()
+        """What each entry of the stack goes on to say, greedily."""
+        said = said_greedily(self.loaded, stack, tail, grading.max_new_tokens, grading.is_complete)
+        return [text for _, text in said]
