@@ -90,8 +90,8 @@ def compress(
     answered = [(each, answer.strip()) for each, answer in zip(questions, answers, strict=True)]
     figures = document_figures(loaded, cache, target)
     _show(figures | (promise.figures() if promise else {}), answered, json)
-    if promise and promise.keeps_everything:
-        terminal.remark(f"Only the full cache loses at most {max_loss:g} nats a token: everything is kept.")
+    for remark in promise.remarks() if promise else ():
+        terminal.remark(remark)
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

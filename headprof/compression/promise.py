@@ -119,8 +119,8 @@ class Promise:
     @property
     def measured_on(self) -> dict[str, int]:
         """How many spans, answers and tokens."""
-        kept = self.kept
-        return {"spans": len(kept.spans), "questions": len(kept.questions), "tokens": self.measured_tokens}
+        spans, questions = (len(self.kept.spans), len(self.kept.questions)) if self.measured_tokens else (0, 0)
+        return {"spans": spans, "questions": questions, "tokens": self.measured_tokens}
 
     def figures(self) -> dict[str, Any]:
         """The same as numbers, for JSON."""
@@ -135,6 +135,19 @@ class Promise:
             "measured_on": self.measured_on,
             "candidates": candidates,
         }
+
+    def remarks(self) -> list[str]:
+        """What the user should know of how the promise came about."""
+        found = []
+        if self.keeps_everything and not self.measured_tokens:
+            found.append("The document is too short to be compressed by this method: everything is kept.")
+        elif self.keeps_everything:
+            found.append(f"Only the full cache loses at most {self.promised:g} nats a token: everything is kept.")
+        if self.measured_tokens and not self.kept.questions:
+            found.append(
+                "The model asked and answered nothing: the loss is measured on the document's repetition alone."
+            )
+        return found
 
     def notes(self) -> dict[str, str]:
         """What a document's file says of it, each value JSON."""
