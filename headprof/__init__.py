@@ -25,6 +25,7 @@ _HOMES = {
     "Method": "headprof.compression.methods.table",
     "ask": "headprof.compression.generation",
     "compress_document": "headprof.compression.generation",
+    "compress_to_promise": "headprof.compression.promise",
     "compressed": "headprof.compression.session",
     "load_document": "headprof.compression.document",
     "load_model": "headprof.models.loading",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "ask",
     "compress_document",
+    "compress_to_promise",
     "compressed",
     "load_document",
     "load_model",
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from headprof.compression.document import load_document, save_document
     from headprof.compression.generation import ask, compress_document
     from headprof.compression.methods.table import METHODS, Method
+    from headprof.compression.promise import compress_to_promise
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError
     from headprof.models.loading import load_model

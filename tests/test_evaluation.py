@@ -12,10 +12,10 @@ from support.profiles import random_profile
 from support.prompts import random_ids
 from support.tiny_models import EOS, load_tiny, tiny_model
 
+from headprof.compression import continuing
 from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
-from headprof.evaluation import asker as asking
 from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import ExampleQuestions, Grading, ProbeQuestions
@@ -177,11 +177,11 @@ def apart(loaded, candidate, prompt, tail, reference, observers, grading):
     return torch.stack(logs), loaded.tokenizer.decode(said, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("most_logits", [asking.MOST_LOGITS, 1])
+@pytest.mark.parametrize("most_logits", [continuing.MOST_LOGITS, 1])
 @pytest.mark.parametrize("stop", ["", "e"])
 @pytest.mark.parametrize(("known", "reply"), [(True, ""), (True, "It is"), (False, ""), (False, "It is")])
 def test_answers_are_those_of_each_candidate_alone(known, reply, stop, most_logits, monkeypatch):
-    monkeypatch.setattr(asking, "MOST_LOGITS", most_logits)
+    monkeypatch.setattr(continuing, "MOST_LOGITS", most_logits)
     loaded = load_tiny()
     question = invented_question(loaded, reply=reply, stop=stop)
     observers = [] if known else PromptEncoder(loaded.tokenizer).question_ids("Who?")

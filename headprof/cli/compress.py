@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,10 @@ def compress(
     batch: Batch = 8,
     model: Model = None,
     compressing: CompressOptions = CompressOptions(budget="256"),
+    max_loss: Annotated[
+        float | None,
+        typer.Option("--max-loss", help="Nats a token that may be lost: in place of --budget, the smallest that does."),
+    ] = None,
     keeping: KeepOptions,
     max_new_tokens: MaxNewTokens = 128,
     json: JsonFlag = False,
@@ -63,6 +68,7 @@ def compress(
     questions do not change the file: any other can be asked of it.
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
+    headprof compress --file report.txt --max-loss 0.05
     headprof compress --file report.txt --question "Who signed it?" --question "When?"
     headprof compress --file report.txt --questions questions.txt
     headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
@@ -71,8 +77,10 @@ def compress(
     from headprof.compression.document import FORMAT, save_document
     from headprof.compression.generation import compress_document
     from headprof.compression.inputs import checked_prompt, read_document, read_questions
+    from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
 
+    check_promise(max_loss, given_options(context, CompressOptions))
     request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
@@ -84,21 +92,23 @@ def compress(
     check_outputs({target: FORMAT}, chain(read, model_inputs(model, loading), profile_input(model, request.profile)))
     loaded = load(model, loading)
     plan = request.plan(loaded)
+    how: dict[str, Any] = {"observe": observe, "backend": reading.backend, "prefill_chunk": reading.prefill_chunk}
+    how |= asdict(wanted)
+    promise = None
     with terminal.progress() as report:
-        cache = compress_document(
-            loaded,
-            document,
-            plan,
-            observe=observe,
-            **asdict(wanted),
-            backend=reading.backend,
-            prefill_chunk=reading.prefill_chunk,
-            on_layer=lambda done, total: report(f"Compressing {file.name}, layer", done, total),
-        )
-    save_document(cache, target, loaded, {"document": file.name})
+        if max_loss is None:
+            on_layer = partial(report, f"Compressing {file.name}, layer")
+            cache = compress_document(loaded, document, plan, **how, on_layer=on_layer)
+        else:
+            how |= {"step": request.step, "report": report}
+            cache, promise = compress_to_promise(loaded, document, plan, max_loss, **how)
+    save_document(cache, target, loaded, {"document": file.name} | (promise.notes() if promise else {}))
     answers = answer_each(loaded, cache, asked, max_new_tokens=max_new_tokens, batch=batch, **reading.how())
     answered = [(each, answer.text.strip()) for each, answer in zip(asked, answers, strict=True)]
-    _show(document_figures(loaded, cache, target), answered, json)
+    figures = document_figures(loaded, cache, target)
+    _show(figures | (promise.figures() if promise else {}), answered, json)
+    for remark in promise.remarks() if promise else ():
+        terminal.remark(remark)
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

@@ -71,6 +71,7 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
     """
     try:
         shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
+        promised_loss(metadata)
         return DocumentFacts(
             shape,
             _method(metadata["method"], metadata["options"]),
@@ -85,6 +86,18 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
         )
     except KeyError as error:
         raise ValueError(f"its {error.args[0]} is missing") from None
+
+
+def promised_loss(metadata: Mapping[str, str]) -> float | None:
+    """Nats a token that a document may have lost, if that was promised.
+
+    Raises:
+        ValueError: what was promised cannot be.
+    """
+    value = parse_json(metadata.get("promised_loss", "null"))
+    if value is not None and not _is_positive(value):
+        raise ValueError("its promised_loss is no number of nats above 0")
+    return value
 
 
 def _left(values: Any, num_layers: int) -> list[int | None]:

@@ -14,11 +14,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.filling import count_readings, read_document_into
 from headprof.compression.keeping import Keeping
 from headprof.compression.observers import Observers, repeating_observers, repeats, text_observers
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
-from headprof.compression.session import attending_ragged, prefill
+from headprof.compression.session import attending_ragged
 from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
@@ -112,6 +113,11 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
 
 
+def check_length(loaded: LoadedModel, text: str) -> None:
+    """Raise `UsageError` for a text that is longer than the model's context, before all of it is encoded."""
+    _check_length(loaded, PromptEncoder(loaded.tokenizer), text)
+
+
 def _check_length(loaded: LoadedModel, encoder: PromptEncoder, text: str) -> None:
     """Refuse a text that is far too long before all of it is encoded, which takes minutes for some megabytes."""
     if encoder.texts.is_longer(text, loaded.max_positions):
@@ -171,40 +177,53 @@ def compress_document(
             cannot be met, what is to be kept is not there, or there is no place for a system message.
         ModelError: the model's numbers overflow.
     """
+    how: dict[str, Any] = {"observe": observe, "backend": backend, "prefill_chunk": prefill_chunk}
     keeping = Keeping(keep, system, keep_system)
+    return compress_under_each(loaded, document, [plan], keeping, **how, on_layer=on_layer)[0]
+
+
+def compress_under_each(
+    loaded: LoadedModel,
+    document: str,
+    plans: Sequence[CompressionPlan],
+    keeping: Keeping,
+    *,
+    observe: str | None = None,
+    backend: str = "auto",
+    prefill_chunk: int | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> list[HeadCache]:
+    """A compressed cache of a document for each of some plans of one method, from one prefill.
+
+    Other arguments and errors are those of `compress_document`.
+    """
     encoder = keeping.encoder(loaded.tokenizer)
-    for text in (document, observe or "", system or ""):
+    for text in (document, observe or "", keeping.system or ""):
         _check_length(loaded, encoder, text)
     keeping.check(document)
     document_ids, protected = keeping.document(encoder, document)
-    if repeats(plan.method, observe):
+    if repeats(plans[0].method, observe):
         _fitting(loaded, document_ids, 0, 0)
-        observers = repeating_observers(loaded, encoder, document_ids, plan.method)
+        observers = repeating_observers(loaded, encoder, document_ids, plans[0].method)
     else:
         observers = Observers(tuple(text_observers(encoder, observe)))
         _fitting(loaded, document_ids, len(observers), 0)
-    ids = torch.tensor([[*document_ids, *observers.ids]])
-    plan.check(len(document_ids), protected)
-    cache = HeadCache(plan.for_observers(len(observers))).protect(protected)
-    ranking = cache.before_reading(len(document_ids))
-    apart = ranking if len(observers) else None  # what observes is not read again; else the model sees to both readings
-    first = cache if apart is None else apart
-    first.expect_observers(len(observers), observers.segments)
+    for plan in plans:
+        plan.check(len(document_ids), protected)
+    caches = [HeadCache(plan.for_observers(len(observers))).protect(protected) for plan in plans]
     with (
         attending_ragged(loaded.model, backend=backend, prefill_chunk=prefill_chunk),
-        _layer_by_layer(loaded, on_layer, 1 if ranking is None else 2),
+        _layer_by_layer(loaded, on_layer, count_readings(caches, len(document_ids))),
     ):
-        logits = prefill(loaded.model, ids.to(loaded.device), first)
-        if apart is not None:
-            cache.judged_by(apart)
-            logits = prefill(loaded.model, ids[:, : len(document_ids)].to(loaded.device), cache)
+        logits = read_document_into(loaded.model, caches, document_ids, observers)[-1].logits
     require_finite(logits.amax(), logits.dtype)
-    for layer in cache.head_layers:  # a merge may overflow where the model does not
-        rows = layer.storage.compact()
-        require_finite(rows.keys, rows.keys.dtype)
-        require_finite(rows.values, rows.values.dtype)
-    cache.continue_with(replace(cache.plan, method=plan.method))
-    return cache
+    for plan, cache in zip(plans, caches, strict=True):
+        for layer in cache.head_layers:  # a merge may overflow where the model does not
+            rows = layer.storage.compact()
+            require_finite(rows.keys, rows.keys.dtype)
+            require_finite(rows.values, rows.values.dtype)
+        cache.continue_with(replace(cache.plan, method=plan.method))
+    return caches
 
 
 @contextmanager

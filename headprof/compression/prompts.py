@@ -11,6 +11,7 @@ import torch
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
+from headprof.compression.document_checks import promised_loss
 from headprof.compression.generation import Generation, encoded_prompt, generate_text, question_ids
 from headprof.compression.keeping import Keeping
 from headprof.compression.plan import CompressionPlan
@@ -109,7 +110,9 @@ def document_cache(loaded: LoadedModel, file: Path, decoding: Mapping[str, Any])
     cache.continue_with(replace(cache.plan, **decoding))
     if cache.protected is not None:
         cache.plan.check_later(cache.get_seq_length(), cache.protected)
-    return cache, f"{file.name} ({notes['method']})"
+    loss = promised_loss(notes)
+    promised = "" if loss is None else f", at most {loss:g} nats a token lost"
+    return cache, f"{file.name} ({notes['method']}{promised})"
 
 
 def full_cache_bytes(loaded: LoadedModel, made: Generation, full: Generation | None = None) -> int:

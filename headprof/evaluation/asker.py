@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache, RankingCache, stack_caches
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.continuing import ReferenceRun, fed_reference, said_greedily
+from headprof.compression.filling import read_document_into
 from headprof.compression.observers import Observers, repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.session import attending_ragged, make_plan, prefill
+from headprof.compression.session import attending_ragged, make_plan
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Grading, Question
 from headprof.evaluation.results import Answer
-from headprof.models.decoder import end_tokens
-from headprof.models.loading import LoadedModel, require_finite
+from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
-
-MOST_LOGITS = 2**25
-"""Numbers that the logits of one forward pass over the reference answer may have, unless one token has more."""
 
 
 @dataclass
@@ -188,30 +185,20 @@ class Asker:
         self, plans: list[CompressionPlan], prompt: list[int], observers: Observers, kind: tuple[str, str]
     ) -> list[HeadCache]:
         """A cache for each plan, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
-        ids = torch.tensor([[*prompt, *observers.ids]], device=self.loaded.device)
         caches = [HeadCache(plan) for plan in plans]
-        judged = [cache for cache in caches if len(observers) and cache.before_reading(len(prompt)) is not None]
-        ranking = FanOutCache(judged).before_reading(len(prompt)) if judged else None
-        together = FanOutCache([cache for cache in caches if cache not in judged], ranking)
-        together.expect_observers(len(observers), observers.segments)
-        self.sharing.seconds += self._timed(lambda: prefill(self.loaded.model, ids, together))
-        self.sharing.prompt_tokens += ids.shape[1]
-        self.sharing.candidate_tokens += len(plans) * ids.shape[1]
-        if ranking is not None:
-            self.sharing.seconds += self._timed(lambda: self._fill_judged(judged, ranking, ids[:, : len(prompt)]))
-            self.sharing.prompt_tokens += len(prompt)
-            self.sharing.candidate_tokens += len(judged) * len(prompt)
+        start = self._now()
+        readings = read_document_into(self.loaded.model, caches, prompt, observers)
+        self.sharing.seconds += self._now() - start
+        self.sharing.prompt_tokens += sum(reading.tokens for reading in readings)
+        self.sharing.candidate_tokens += sum(reading.tokens * reading.caches for reading in readings)
         if kind not in self._sampled:
             self._sampled.add(kind)
-            self.sharing.sampled_seconds += self._timed(lambda: self._prefill_alone(ids, observers))
+            ids = torch.tensor([[*prompt, *observers.ids]], device=self.loaded.device)
+            start = self._now()
+            self._prefill_alone(ids, observers)
+            self.sharing.sampled_seconds += self._now() - start
             self.sharing.sampled_tokens += ids.shape[1]
         return caches
-
-    def _fill_judged(self, caches: list[HeadCache], ranking: RankingCache, ids: torch.Tensor) -> None:
-        """Read a document once more, without observers, for methods that rank the rows of all layers together."""
-        alone = FanOutCache(caches)
-        alone.judged_by(ranking)
-        prefill(self.loaded.model, ids, alone)
 
     def _prefill_alone(self, ids: torch.Tensor, observers: Observers) -> None:
         cache = None
@@ -220,99 +207,20 @@ class Asker:
             cache.expect_observers(len(observers), observers.segments)
         self.loaded.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def _timed(self, work: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        work()
+    def _now(self) -> float:
         if self.loaded.device.type == "cuda":
             torch.cuda.synchronize(self.loaded.device)
-        return time.perf_counter() - start
+        return time.perf_counter()
 
-    def _reference(self, stack: HeadCache, tail: list[int], reference: Sequence[int]) -> _ReferenceRun:
+    def _reference(self, stack: HeadCache, tail: list[int], reference: Sequence[int]) -> ReferenceRun:
         """Feed the right answer to each entry of the stack, and see what they would have said."""
-        entries = stack.head_layers[0].batch_size
         full = next((n for n, candidate in enumerate(self.candidates) if candidate.method == "full"), None)
-        run = _ReferenceRun(entries, full)
-        ids = torch.tensor([[*tail, *reference[:-1]]], device=self.loaded.device).expand(entries, -1)
-        wanted = torch.tensor(reference, device=self.loaded.device)
-        most = max(1, MOST_LOGITS // (entries * self.loaded.shape.vocab_size))
-        start, first = 0, len(tail) - 1  # the first token that predicts one of the answer
-        for done in range(0, len(reference), most):
-            count = min(most, len(reference) - done)
-            stop = first + done + count
-            logits = self.loaded.model(
-                ids[:, start:stop], past_key_values=stack, use_cache=True, logits_to_keep=count
-            ).logits
-            run.add(logits, wanted[done : done + count])
-            start = stop
+        run = ReferenceRun(stack.batch_size, full)
+        for logits, wanted in fed_reference(self.loaded, stack, tail, reference):
+            run.add(logits, wanted)
         return run
 
     def _generate(self, stack: HeadCache, tail: list[int], grading: Grading) -> list[str]:
-        """What each entry of the stack goes on to say, greedily; those that are done leave the stack in good time."""
-        tokenizer, ends = self.loaded.tokenizer, end_tokens(self.loaded.model, self.loaded.tokenizer)
-        said: list[list[int]] = [[] for _ in range(stack.head_layers[0].batch_size)]
-        texts = [""] * len(said)
-        running = list(range(len(said)))  # whose answer each entry of the stack is
-        finished: set[int] = set()
-        fed = torch.tensor([tail], device=self.loaded.device).expand(len(said), -1)
-        for _ in range(grading.max_new_tokens):
-            logits = self.loaded.model(fed, past_key_values=stack, use_cache=True, logits_to_keep=1).logits
-            chosen = logits[:, -1].argmax(dim=-1)
-            for number, token in zip(running, chosen.tolist(), strict=True):
-                if number in finished:
-                    continue
-                if token in ends:
-                    finished.add(number)
-                    continue
-                said[number].append(token)
-                texts[number] = tokenizer.decode(said[number], skip_special_tokens=True)
-                if grading.is_complete(texts[number]):
-                    finished.add(number)
-            kept = [entry for entry, number in enumerate(running) if number not in finished]
-            if not kept:
-                break
-            if len(kept) <= len(running) // 2:
-                indices = torch.tensor(kept)
-                stack.batch_select_indices(indices)
-                chosen, running = chosen[indices.to(chosen.device)], [running[entry] for entry in kept]
-            fed = chosen[:, None]
-        return texts
-
-
-class _ReferenceRun:
-    """What each entry of a stack makes of the right answer, and how far it is from entry `full`."""
-
-    def __init__(self, entries: int, full: int | None):
-        self._full = full
-        self._tokens = 0
-        self._right = torch.ones(entries, dtype=torch.bool)
-        self._divergence = torch.zeros(entries, dtype=torch.float64)
-        self._agreement = torch.zeros(entries, dtype=torch.int64)
-
-    def add(self, logits: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Take in logits `[entries, N, vocabulary]` of tokens that should be `wanted`, `[N]`."""
-        self._tokens += len(wanted)
-        highest, chosen = logits.max(dim=-1)
-        require_finite(highest, logits.dtype)
-        self._right &= (chosen == wanted).all(dim=-1).cpu()
-        if self._full is None:
-            return
-        own = logits[self._full].float().log_softmax(dim=-1)
-        self._agreement += (chosen == chosen[self._full]).sum(dim=-1).cpu()
-        for entry, other in enumerate(logits):  # one by one, to hold no second copy of all logits
-            terms = own.exp() * (own - other.float().log_softmax(dim=-1))
-            self._divergence[entry] += terms.sum(dim=-1).clamp(min=0).double().sum().cpu()
-
-    @property
-    def right(self) -> list[bool]:
-        """Whether each entry's arg-max is right at every token."""
-        return self._right.tolist()
-
-    @property
-    def divergence(self) -> list[float] | None:
-        """In nats, a token; `None` without tokens or something to compare with."""
-        return None if self._full is None or not self._tokens else (self._divergence / self._tokens).tolist()
-
-    @property
-    def agreement(self) -> list[float] | None:
-        """Share of tokens; `None` likewise."""
-        return None if self._full is None or not self._tokens else (self._agreement / self._tokens).tolist()
+        """What each entry of the stack goes on to say, greedily."""
+        said = said_greedily(self.loaded, stack, tail, grading.max_new_tokens, grading.is_complete)
+        return [text for _, text in said]

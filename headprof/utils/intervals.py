@@ -27,7 +27,12 @@ def wilson_interval(successes: int, trials: int, z: float = Z_95) -> tuple[float
 
 
 def t_95(degrees: int) -> float:
-    """How many standard errors to either side hold 95 % of Student's t distribution.
+    """How many standard errors to either side hold 95 % of Student's t distribution."""
+    return t_within(0.95, degrees)
+
+
+def t_within(share: float, degrees: int) -> float:
+    """How many standard errors to either side hold this share of Student's t distribution, above 0 and below 1.
 
     Found by bisection on its distribution function, a finite sum for whole degrees of freedom (Abramowitz and Stegun
     1964, equations 26.7.3 and 26.7.4).
@@ -35,7 +40,7 @@ def t_95(degrees: int) -> float:
     low, high = 0.0, pi / 2  # of the angle whose tangent is t / sqrt(degrees)
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
+        low, high = (middle, high) if _t_within(middle, degrees) < share else (low, middle)
     return tan(low) * sqrt(degrees)
 
 
@@ -48,6 +53,17 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     half = t_95(len(values) - 1) * stdev(values) / sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
+
+
+def mean_at_most(values: Sequence[float], confidence: float) -> float:
+    """What a mean is at most, with this confidence (one-sided, above one half), by Student's t.
+
+    Raises:
+        ValueError: there are fewer than two values, which do not tell how far others may be from them.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} values have no spread")
+    return fmean(values) + t_within(2 * confidence - 1, len(values) - 1) * stdev(values) / sqrt(len(values))
 
 
 def _t_within(angle: float, degrees: int) -> float:

@@ -10,26 +10,15 @@ from headprof.utils.units import human_bytes
 
 
 def document_table(figures: Mapping[str, Any]) -> tuple[list[str], Rows]:
-    """What a compressed document came to; `figures` are those of `document_figures`."""
-    protected = [str(figures["protected_tokens"])] if figures["protected_tokens"] else []
+    """What a compressed document came to; `figures` are those of `document_figures`, and a `Promise`'s."""
     share = figures["file_bytes"] / figures["full_cache_bytes"]
-    return (
-        [
-            "method",
-            "document tokens",
-            *(["protected"] if protected else []),
-            "tokens per head",
-            "file",
-            "of the full cache",
-        ],
-        [
-            [
-                figures["method"],
-                str(figures["document_tokens"]),
-                *protected,
-                f"{figures['tokens_per_head']:.1f}",
-                human_bytes(figures["file_bytes"]),
-                f"{share:.1%}",
-            ]
-        ],
-    )
+    columns, row = ["method", "document tokens"], [figures["method"], str(figures["document_tokens"])]
+    if figures["protected_tokens"]:
+        columns.append("protected")
+        row.append(str(figures["protected_tokens"]))
+    columns += ["tokens per head", "file", "of the full cache"]
+    row += [f"{figures['tokens_per_head']:.1f}", human_bytes(figures["file_bytes"]), f"{share:.1%}"]
+    if "promised_loss" in figures:
+        columns += ["promised loss", "measured loss", "at most"]
+        row += [f"{figures[name]:.3g}" for name in ("promised_loss", "measured_loss", "measured_at_most")]
+    return columns, [row]
