@@ -78,7 +78,9 @@ def slow_fit(fit, attention, values, kept):
     paid, whole, output = attention[:, kept], attention.sum(dim=-1), attention @ values
     weights = torch.ones(int(kept.sum()), dtype=torch.float64)
     if fit.bias:
-        weights = slow_weights(paid, whole, fit.ridge, fit.bound)
+        counts = [max(float(row.max()), 1e-30) ** -fit.diffuse for row in attention]
+        counts = torch.tensor(counts, dtype=torch.float64)
+        weights = slow_weights(paid * counts[:, None], whole * counts, fit.ridge, fit.bound)
     shares, own = shares_of(paid * weights), values[kept]
     pull = max(1e-30, fit.ridge * mean_square(shares))
     normal = shares.T @ shares + pull * torch.eye(len(own), dtype=torch.float64)
@@ -131,6 +133,7 @@ def layers(draw, held=None):
         bound=draw(st.sampled_from([0.3, 3.0])),
         ridge=draw(st.sampled_from([0.03, 1.0])),
         least=draw(st.sampled_from([0.0, 1.0])),
+        diffuse=draw(st.sampled_from([0.0, 0.5, 1.0])),
     )
     return observed, HeadCounts.of(counts, "cpu"), fit
 
@@ -245,7 +248,7 @@ def test_attention_over_fitted_rows_is_closer_to_the_whole_head(backend, dtype):
 
 def test_weights_draw_the_mass_of_all_rows():
     observed, counts = sharp_layer()
-    fit, attention = Fit(observers=60, ridge=1e-3), seen_by(Fit(observers=60), observed)
+    fit, attention = Fit(observers=60, ridge=1e-3, bound=3.0, diffuse=0.0), seen_by(Fit(observers=60), observed)
     _, rows = reduced(fit, observed, counts)
     for k in range(2):
         own = slice(20 * k, 20 * (k + 1))
@@ -266,7 +269,8 @@ def test_without_bias_rows_have_no_column():
 
 def slow_pursuit(fit, paid, whole, always, count, pooled):
     """One row after the other: the one whose attention has most in common with what is missing."""
-    chosen = list(always)
+    counts = paid.amax(dim=-1) ** -fit.diffuse
+    paid, whole, chosen = paid * counts[:, None], whole * counts, list(always)
     while len(chosen) < count:
         missing = whole
         if chosen:
@@ -367,6 +371,8 @@ def test_a_choice_without_queries_is_a_mistake():
     "setting",
     [
         "ridge=0",
+        "diffuse=-1",
+        "diffuse=1.5",
         "bound=0",
         "observers=0",
         "queries=0",
@@ -446,8 +452,9 @@ def test_heads_that_share_a_layers_rows_are_fitted_too():
     assert rows.columns["bias"].any()
 
 
-def test_a_loaded_document_answers_alike(tmp_path):
-    loaded = load_tiny()
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral"])
+def test_a_loaded_document_answers_alike(arch, tmp_path):
+    loaded = load_tiny(arch, sliding_window=30)
     plan = make_plan(loaded.model, random_profile(loaded.model), method="headkv-fit", budget=20, observers=40)
     cache = compress_document(loaded, TEXT, plan)
     assert any(layer.storage.rows.column("bias").any() for layer in cache.head_layers)

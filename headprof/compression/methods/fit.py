@@ -54,6 +54,9 @@ class Fit(Reduction):
         queries: most of the observers that count, evenly spaced.
         bias: whether rows get a weight; else values alone are fitted.
         bound: largest log of a weight, up or down.
+        diffuse: how much more a query counts for the weights that looks at many rows than one that looks at one: by its
+            largest attention to the power of minus this. 0 to 1; at 1, as in the paper, one that looks hard at a row
+            that is evicted has little to say about those that stay.
         ridge: how strongly rows stay as they are; above 0.
         least: fewest queries of the group for each kept row.
         choose: which rows are kept: `importance`, those with the highest; `omp`, of these and the next best those whose
@@ -67,7 +70,8 @@ class Fit(Reduction):
     own: int = 0
     queries: int = 512
     bias: bool = True
-    bound: float = 3.0
+    bound: float = 1.0
+    diffuse: float = 0.5
     ridge: float = 0.1
     least: float = 1.0
     choose: str = "importance"
@@ -81,6 +85,8 @@ class Fit(Reduction):
             raise UsageError(f"A ridge of {self.ridge} fits nothing: give more than 0, at most 1e6.")
         if not 0 < self.bound <= 20:
             raise UsageError(f"A bound of {self.bound} on the log of a weight is none: give more than 0, at most 20.")
+        if not 0 <= self.diffuse <= 1:
+            raise UsageError(f"Queries cannot count by their attention to the {self.diffuse}th: give diffuse 0 to 1.")
         if self.least < 0 or self.breadth < 1:
             raise UsageError("A fit cannot ask for fewer than no queries, or choose from less than it keeps.")
         if self.choose not in _CHOICES:
@@ -149,7 +155,7 @@ class Fit(Reduction):
         """
         index, own = _slots(kept, counts.most)
         seen = _seen(judges, index, own)
-        weights = self.weights(seen.paid, seen.whole) if self.bias else torch.ones_like(seen.paid[..., 0, :])
+        weights = self.weights(*self._counted(seen)) if self.bias else torch.ones_like(seen.paid[..., 0, :])
         values = judges.values.gather(2, index[..., None].expand(*index.shape, judges.values.shape[-1]))
         plain = _shares(seen.paid)
         shares = _shares(seen.paid * weights[..., None, :]) if self.bias else plain
@@ -158,6 +164,11 @@ class Fit(Reduction):
         enough = seen.whole.sum(dim=-1) >= self.least * counts.counts - 0.5
         loses = judges.valid_rows().sum(dim=-1) > counts.counts
         return Fitted(weights, new, closer & enough & loses)
+
+    def _counted(self, seen: _Seen) -> tuple[Tensor, Tensor]:
+        """Attention to kept rows, `[..., N, C]`, and to all, `[..., N]`, by how much queries count for weights."""
+        counts = seen.largest.clamp(min=_TINY) ** -self.diffuse
+        return seen.paid * counts[..., None], seen.whole * counts
 
     def weights(self, paid: Tensor, whole: Tensor) -> Tensor:
         """Weights with which kept rows draw the attention of all, float32 `[..., C]`.
@@ -216,8 +227,8 @@ class Fit(Reduction):
         index, own = _slots(largest(choice.ranked, pooled, most=most), most)
         seen = _seen(judges, index, own)
         always = (choice.ranked.gather(2, index) == float("inf")) & own
-        gram = seen.paid.transpose(-1, -2) @ seen.paid
-        wanted = (seen.paid.transpose(-1, -2) @ seen.whole[..., None])[..., 0]
+        paid, whole = self._counted(seen)
+        gram, wanted = paid.transpose(-1, -2) @ paid, (paid.transpose(-1, -2) @ whole[..., None])[..., 0]
         chosen, free = always, counts.counts - always.sum(dim=-1)
         for number in range(1, self.rounds + 1):
             among = gram * chosen[..., None] * chosen[..., None, :]
@@ -252,11 +263,13 @@ class _Seen:
         paid: attention to each kept row, float32 `[B, K, N, C]`.
         whole: attention to all rows, 1, or 0 if a query does not count, `[B, K, N]`.
         output: all rows' values by attention, `[B, K, N, D]`.
+        largest: attention to the row that got most, `[B, K, N]`.
     """
 
     paid: Tensor
     whole: Tensor
     output: Tensor
+    largest: Tensor
 
 
 def _seen(judges: Observation, index: Tensor, own: Tensor) -> _Seen:
@@ -271,9 +284,14 @@ def _seen(judges: Observation, index: Tensor, own: Tensor) -> _Seen:
     return _Seen(*(torch.cat(each, dim=2) for each in zip(*parts, strict=True)))
 
 
-def _part(attention: Tensor, values: Tensor, index: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _part(attention: Tensor, values: Tensor, index: Tensor, own: Tensor) -> tuple[Tensor, ...]:
     slots = index[:, :, None].expand(-1, -1, attention.shape[2], -1)
-    return attention.gather(3, slots) * own[:, :, None], attention.sum(dim=-1), attention @ values
+    return (
+        attention.gather(3, slots) * own[:, :, None],
+        attention.sum(dim=-1),
+        attention @ values,
+        attention.amax(dim=-1),
+    )
 
 
 def _attention(judges: Observation) -> Iterator[Tensor]:
