@@ -12,7 +12,6 @@ not tell how many more tokens a layer takes before it is compressed again, `left
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.utils.files import atomic_write
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 FORMAT = "headprof.cache"
 FORMAT_VERSION = "3"
 _MEND = "make it again with `headprof compress`"
-_SAMPLES = 64
 
 
 def save_document(
@@ -250,25 +249,3 @@ def _check_model(
             f"The compressed document {path} was made with another tokenizer or chat template than this one of "
             f"{loaded.name}: {mend}."
         )
-
-
-def weights_fingerprint(model: Any) -> str:
-    """SHA-256 (hex) of the names and shapes of a model's parameters and of a few numbers from each.
-
-    Two models of one shape, such as a base model and its instruct version, differ in it.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        sha.update(f"{name}{list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        if flat.is_meta or flat.numel() == 0:
-            continue
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-        sha.update(sample.float().cpu().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) of a tokenizer's vocabulary and chat template."""
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template or ""]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from headprof._version import __version__
-from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
@@ -19,6 +18,7 @@ from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.profile.head_profile import HeadProfile

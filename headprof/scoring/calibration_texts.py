@@ -16,7 +16,7 @@ from headprof.probes.needles import Family, SlotLists, Split, load_families
 _SPLIT: Split = "profile"
 _SENTENCES_PER_FACT = (2, 6)
 _BLOCK = 16
-_WORD = re.compile(r"\s*\S+")
+WORDS = re.compile(r"\s*\S+")
 _NAMES = ("name", "city", "phrase", "object", "building", "job", "sport", "language", "food", "cargo", "ship")
 _MONTHS = ("January", "March", "April", "June", "August", "September", "October", "December")
 
@@ -163,14 +163,14 @@ def _first_tokens(pieces: Iterator[str], length: int, encoder: TextEncoder) -> s
     held: list[str] = []
     while len(encoder.ids("".join(held))) <= length:
         held += islice(pieces, _BLOCK)
-    whole = _most(held, length, encoder)
-    words = _WORD.findall(held[whole])
+    whole = first_parts(held, length, encoder)
+    words = WORDS.findall(held[whole])
     rest = ["".join(held[:whole]), *words]
-    return "".join(rest[: max(1, _most(rest, length, encoder))]).rstrip() or words[0].strip()[:1]
+    return "".join(rest[: max(1, first_parts(rest, length, encoder))]).rstrip() or words[0].strip()[:1]
 
 
-def _most(parts: Sequence[str], length: int, encoder: TextEncoder) -> int:
-    """How many of the parts, which together take more than `length` tokens, take at most so many."""
+def first_parts(parts: Sequence[str], length: int, encoder: TextEncoder) -> int:
+    """How many of the parts together take at most `length` tokens, if not all do."""
     low, high = 0, len(parts)
     while high - low > 1:
         middle = (low + high) // 2
