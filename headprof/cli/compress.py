@@ -64,7 +64,10 @@ def compress(
     document = read_document(file)
     questions = [checked_prompt(each, "--question") for each in question or []]
     target = output or Path(f"{file.stem}.kv.safetensors")
-    check_outputs({target: FORMAT}, chain([file], model_inputs(model, loading), profile_input(model, request.profile)))
+    check_outputs(
+        {target: FORMAT},
+        chain([file], model_inputs(model, loading), profile_input(model, request.profile, request.surrogate)),
+    )
     loaded = load(model, loading)
     plan = request.plan(loaded)
     with terminal.progress() as report:

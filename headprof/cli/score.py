@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
+from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
+from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ class ProbeOptions:
 
     preset: Annotated[str, typer.Option(help="How much work: quick, standard or thorough.")] = "quick"
     probes: Annotated[
-        int | None, typer.Option(min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's.")
+        int | None,
+        typer.Option(
+            min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's; of texts for a surrogate."
+        ),
     ] = None
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None
     needles: Annotated[
@@ -61,9 +66,28 @@ class CountingOptions:
     ] = 0.05
 
 
+@dataclass(frozen=True)
+class SurrogateOptions:
+    """Whether a surrogate is fitted in place of scoring, and to what."""
+
+    surrogate: Annotated[
+        bool,
+        typer.Option(
+            "--surrogate",
+            help="Fit the surrogate of kvzap and headkv-kvzap instead: NAME.surrogate.safetensors beside the profile.",
+            rich_help_panel="Surrogate",
+        ),
+    ] = False
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Folder of .txt files to fit it to, instead of built-in texts.", rich_help_panel="Surrogate"),
+    ] = None
+
+
 @command
 def score(
     *,
+    context: typer.Context,
     model: Model = None,
     asked: ProbeOptions,
     seed: Seed = 0,
@@ -75,6 +99,7 @@ def score(
         ),
     ] = False,
     output: ProfileOutput = None,
+    fitting: SurrogateOptions,
     loading: LoadOptions,
 ) -> None:
     """Score every attention head of a model, and write a head profile.
@@ -85,8 +110,16 @@ def score(
     [dim]headprof score
     headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
     headprof score --until-stable
+    headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
+    if fitting.surrogate:
+        _refuse_probe_options(context)
+        settings = fit_settings(asked.preset, asked.probes, asked.lengths, seed, fitting.texts)
+        fit(settings, model, output, command_line(), loading)
+        return
+    if fitting.texts is not None:
+        raise UsageError("Only a surrogate is fitted to --texts: add --surrogate, or give --haystack for probes.")
     from headprof.profile.finding import default_output
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
@@ -113,6 +146,18 @@ def score(
     team.leave()
     if team.rank == 0:
         _show(profile, target, stopping=request.stop is not None)
+
+
+def _refuse_probe_options(context: typer.Context) -> None:
+    """
+    Raises:
+        UsageError: something is asked of probes, which a surrogate is not fitted to.
+    """
+    given = {*given_options(context, ProbeOptions, CountingOptions)} - {"--preset", "--probes", "--lengths"}
+    if context.params.get("resume"):
+        given.add("--resume")
+    if given:
+        raise UsageError(f"A surrogate is fitted to texts, not to probes: leave {sorted(given)[0]} away.")
 
 
 def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:

@@ -7,14 +7,16 @@ padding among these; `scores` float32 `[L, K]`, by which heads share the budget 
 are known, `ids` int32 `[B, tokens seen]`, the document's tokens, which logits processors may look at. Its metadata
 name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile, the
 tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do
-not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
+not tell how many more tokens a layer takes before it is compressed again, `left` says it for each. Where the method
+judges rows by a surrogate, the tensors of that are there, `surrogate.NAME`, so that what comes after the document is
+judged alike wherever the file is read; the metadata have its digest.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +25,16 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
-from headprof.compression.document_checks import DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
-from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, weights_fingerprints
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.profile.surrogate import Surrogate, check_parts
 from headprof.utils.files import atomic_write
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import checksum, open_tensors
@@ -73,6 +76,8 @@ def save_document(
         tensors |= {f"layers.{index}.{name}": part.cpu().contiguous() for name, part in parts if part is not None}
     plan = cache.plan
     tensors["scores"] = plan.scores.float().contiguous()
+    if plan.surrogate is not None:
+        tensors |= {f"{SURROGATE}{name}": part for name, part in plan.surrogate.tensors().items()}
     if (ids := cache.token_ids) is not None:
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     metadata = {
@@ -88,6 +93,7 @@ def save_document(
         "decode_budget": json.dumps(plan.decode_budget and asdict(plan.decode_budget)),
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
+        **({} if plan.surrogate is None else {"surrogate": plan.surrogate.digest()}),
         "tokens_seen": str(cache.get_seq_length()),
         "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
     }
@@ -138,6 +144,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     path = Path(path)
     tensors, metadata, facts = _read(path, loaded)
     plan = _saved_plan(loaded, facts, tensors["scores"])
+    if facts.method.importance.needs_surrogate:
+        plan = _judging_by(plan, _saved_surrogate(path, tensors, metadata, loaded))
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
     for layer, logits in zip(layers, facts.logits, strict=True):
         prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
@@ -211,6 +219,33 @@ def _saved_plan(loaded: LoadedModel, facts: DocumentFacts, scores: torch.Tensor)
         buffer=buffer,
         windows=sliding_windows(loaded.model.config),
     )
+
+
+def _saved_surrogate(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], loaded: LoadedModel
+) -> Surrogate:
+    """The surrogate by which the document's rows were judged."""
+    parts = {name.removeprefix(SURROGATE): part for name, part in tensors.items() if name.startswith(SURROGATE)}
+    features = check_parts(parts)
+    own = str(loaded.dtype).removeprefix("torch.")
+    surrogate = Surrogate(
+        loaded.name,
+        loaded.shape,
+        weights_fingerprints(loaded.model),
+        own,
+        features,
+        {name: part for name, part in parts.items() if name != "partner"},
+    )
+    if surrogate.digest() != metadata.get("surrogate"):
+        raise CacheError(
+            f"The compressed document {path} holds another surrogate than it says: restore it, or {_MEND}."
+        )
+    return surrogate
+
+
+def _judging_by(plan: CompressionPlan, surrogate: Surrogate) -> CompressionPlan:
+    method = plan.method
+    return replace(plan, method=replace(method, importance=method.importance.with_surrogate(surrogate)))
 
 
 def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, how: AttentionLayer) -> None:

@@ -21,6 +21,7 @@ from torch.nn.functional import gelu
 
 from headprof.errors import ProfileError
 from headprof.models.fingerprints import are_alike, weights_fingerprints
+from headprof.models.rotary import Rotary
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import profile_dirs, profile_filename
 from headprof.profile.head_profile import score_command
@@ -65,6 +66,19 @@ class RowFeatures:
     def as_they_are(cls, head_dim: int) -> RowFeatures:
         """Keys as they are, turned or not."""
         return cls(tuple(range(head_dim)))
+
+    @classmethod
+    def of_layers(cls, rotaries: Sequence[Rotary | None], head_dim: int) -> RowFeatures:
+        """What does not depend on positions in all of a model's layers; keys as they are where none can be told.
+
+        Args:
+            rotaries: of each layer, as `rotary_of` finds it.
+            head_dim: `D`.
+        """
+        kinds = {rotary and rotary.layer_type: rotary for rotary in rotaries}
+        found = {None if rotary is None else rotary.partners(head_dim) for rotary in kinds.values()}
+        partner = found.pop() if len(found) == 1 else None
+        return cls.as_they_are(head_dim) if partner is None else cls(partner)
 
     @property
     def count(self) -> int:

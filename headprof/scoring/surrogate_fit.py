@@ -116,7 +116,8 @@ def fit_surrogate(
     """
     settings.check()
     documents = _documents(loaded, settings)
-    features = row_features_of(loaded)
+    rotaries = [rotary_of(loaded.model, layer_idx) for layer_idx in range(loaded.shape.num_layers)]
+    features = RowFeatures.of_layers(rotaries, loaded.shape.head_dim)
     layers = _collect(loaded, settings, documents, features, on_progress)
     fits, stops, holds = _split(len(documents))
     parts: list[tuple[Tensor, ...]] = []
@@ -143,17 +144,6 @@ def fit_surrogate(
             "command": command,
         },
     )
-
-
-def row_features_of(loaded: LoadedModel) -> RowFeatures:
-    """What can be looked at in a model's rows, whatever their positions are."""
-    shape = loaded.shape
-    found = {
-        None if rotary is None else rotary.partners(shape.head_dim)
-        for rotary in (rotary_of(loaded.model, layer_idx) for layer_idx in range(shape.num_layers))
-    }
-    [partner] = found if len(found) == 1 else [None]
-    return RowFeatures.as_they_are(shape.head_dim) if partner is None else RowFeatures(partner)
 
 
 def _documents(loaded: LoadedModel, settings: FitSettings) -> list[tuple[list[int], list[int]]]:
