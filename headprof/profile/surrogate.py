@@ -27,7 +27,14 @@ from headprof.profile.finding import profile_dirs, profile_filename
 from headprof.profile.head_profile import score_command
 from headprof.utils.files import atomic_write
 from headprof.utils.records import parse_json, parse_object, plain
-from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, is_altered, open_tensors, with_checksum
+from headprof.utils.tensor_files import (
+    CHECKSUM_NAMES,
+    Stored,
+    is_altered,
+    open_tensors,
+    with_checksum,
+    with_sorted_header,
+)
 
 if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
@@ -75,7 +82,7 @@ class RowFeatures:
             rotaries: of each layer, as `rotary_of` finds it.
             head_dim: `D`.
         """
-        kinds = {rotary and rotary.layer_type: rotary for rotary in rotaries}
+        kinds = {(rotary is None, rotary and rotary.layer_type): rotary for rotary in rotaries}
         found = {None if rotary is None else rotary.partners(head_dim) for rotary in kinds.values()}
         partner = found.pop() if len(found) == 1 else None
         return cls.as_they_are(head_dim) if partner is None else cls(partner)
@@ -183,7 +190,7 @@ class Surrogate:
             "dtype": self.dtype,
         }
         tensors = self.tensors()
-        content = save(tensors, metadata=with_checksum(tensors, header | dict(self.metadata)))
+        content = with_sorted_header(save(tensors, metadata=with_checksum(tensors, header | dict(self.metadata))))
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)
 

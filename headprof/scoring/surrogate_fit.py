@@ -258,8 +258,10 @@ def fit_heads(
     linear = linear.half().float()
     left = targets - (rows @ linear[..., None])[..., 0] - bias[:, None]
     others_left = other_targets - (others @ linear[..., None])[..., 0] - bias[:, None]
-    hidden, hidden_bias, output, shift = _network(rows, left, others, others_left, generator)
-    found = (mean, scale, linear.half(), hidden.half(), hidden_bias.half(), output.half(), bias + shift)
+    spread = left.std(dim=1, correction=0).clamp(min=1e-6)[:, None]
+    hidden, hidden_bias, output, shift = _network(rows, left / spread, others, others_left / spread, generator)
+    output, shift = (output * spread).half(), shift * spread[:, 0]
+    found = (mean, scale, linear.half(), hidden.half(), hidden_bias.half(), output, bias + shift)
     return tuple(each.cpu() for each in found)
 
 
