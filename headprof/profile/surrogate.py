@@ -108,7 +108,8 @@ def _indices(partner: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     single = [each for each, other in enumerate(partner) if other == each]
     with torch.inference_mode(False):
         lists = (first, [partner[each] for each in first], single)
-        first_at, second_at, single_at = (torch.tensor(each, dtype=torch.int64, device=device) for each in lists)
+        tensors = (torch.tensor(each, dtype=torch.int64) for each in lists)
+        first_at, second_at, single_at = (each.to(device, non_blocking=True) for each in tensors)
         return first_at, second_at, single_at
 
 
@@ -152,7 +153,8 @@ class Surrogate:
         """One layer's parts in float32 on a device."""
         if (layer_idx, device) not in self._placed:
             with torch.inference_mode(False):
-                parts = tuple(self.parts[name][layer_idx].to(device, torch.float32) for name in _PARTS)
+                own = (self.parts[name][layer_idx].float() for name in _PARTS)
+                parts = tuple(each.to(device, non_blocking=True) for each in own)
             self._placed[layer_idx, device] = parts
         return self._placed[layer_idx, device]
 
