@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from support.profiles import random_profile
+from support.profiles import random_profile, random_surrogate
 from support.prompts import GREEDY, left_padded, random_ids
 from support.tiny_models import ARCHITECTURES, load_tiny
 
@@ -54,6 +54,7 @@ class Configuration:
 
     def plan(self, model, **changes):
         options = {"budget": self.budget, "decode_budget": self.decode_budget, "buffer": self.buffer} | changes
+        options |= {"surrogate": random_surrogate(model) if "kvzap" in self.method else None}
         return make_plan(model, random_profile(model), method=self.method, **options)
 
     def prompts(self):

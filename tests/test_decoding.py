@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from support.observations import observed_prompt
-from support.profiles import random_profile
+from support.profiles import random_profile, random_surrogate
 from support.prompts import GREEDY, distinct_ids, left_padded, padded_ids, random_ids
 from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 
@@ -28,7 +28,7 @@ from headprof.errors import CacheError, UsageError
 from headprof.models.shape import HeadShape
 
 LOSSY = [name for name in METHODS if name != "full"]
-SHARING = ("adakv", "adakv-kvzip")  # methods whose heads share a layer's rows anew each time
+SHARING = ("adakv", "adakv-kvzip", "kvzap")  # methods whose heads share a layer's rows anew each time
 MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -46,7 +46,10 @@ def options_of(name):
 
 def plan_for(model, name, budget=12, buffer=8, **options):
     options = options_of(name) | options
-    return make_plan(model, random_profile(model), method=name, budget=budget, buffer=buffer, **options)
+    surrogate = random_surrogate(model) if "kvzap" in name else None
+    return make_plan(
+        model, random_profile(model), method=name, budget=budget, buffer=buffer, surrogate=surrogate, **options
+    )
 
 
 def filled(model, name, ids, budget=12, buffer=8, **options):

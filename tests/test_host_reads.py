@@ -13,13 +13,20 @@ from support import observations
 from support.devices import interpreted, on_cuda
 from support.host_reads import device_watched, serve_by_kernels
 from support.observations import as_held_rows, compress, observed_prompt, with_rows
+from support.profiles import random_surrogate
+from support.tiny_models import tiny_model
 
 from headprof.compression.methods import reduction
-from headprof.compression.methods.table import METHODS
+from headprof.compression.methods.table import METHODS as UNBOUND
 from headprof.compression.methods.window_attention import WindowAttention
 from headprof.compression.rows import HeadCounts
 
 TOKENS, BUDGET, KV_HEADS = 300, 40, 2
+SURROGATE = random_surrogate(tiny_model(head_dim=8, num_kv_heads=KV_HEADS, num_heads=2 * KV_HEADS))
+METHODS = {
+    name: replace(method, importance=method.importance.with_surrogate(SURROGATE).of_layer(1))
+    for name, method in UNBOUND.items()
+}
 
 
 def layer(method, kind):

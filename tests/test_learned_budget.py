@@ -25,8 +25,8 @@ from headprof.errors import CacheError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.calibration_texts import CalibrationSettings, CalibrationTexts
 from headprof.scoring.reconstruction import Repeater, kept_shares, learn_shares
+from headprof.scoring.repeated_texts import CalibrationSettings, CalibrationTexts
 from headprof.utils.tensor_files import with_checksum
 
 # What is learned.

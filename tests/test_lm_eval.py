@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from support.profiles import random_profile
+from support.profiles import random_profile, random_surrogate
 from support.prompts import random_ids
 from support.tiny_models import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -47,14 +47,20 @@ def profile(model) -> headprof.HeadProfile:
     return random_profile(model, seed=1)
 
 
+@pytest.fixture(scope="module")
+def surrogate(model):
+    return random_surrogate(model, seed=1)
+
+
 def harness(model, **options) -> HFLM:
     return HFLM(pretrained=model, tokenizer=tiny_tokenizer(), **options)
 
 
 @pytest.fixture
-def made(model, profile):
+def made(model, profile, surrogate):
     def make(**options) -> HeadprofLM:
-        return HeadprofLM(model, tokenizer=tiny_tokenizer(), **{"profile": profile, "method": "snapkv"} | options)
+        given = {"profile": profile, "surrogate": surrogate, "method": "snapkv"}
+        return HeadprofLM(model, tokenizer=tiny_tokenizer(), **given | options)
 
     return make
 
@@ -95,9 +101,9 @@ def assert_same(found: list, expected: list) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
 @pytest.mark.parametrize("method", METHODS)
-def test_loglikelihoods_equal_those_of_one_request_at_a_time(made, model, profile, method, batch_size):
+def test_loglikelihoods_equal_those_of_one_request_at_a_time(made, model, profile, surrogate, method, batch_size):
     requests = some_requests()
-    plan = headprof.make_plan(model, profile, method=method, budget=10, buffer=None)
+    plan = headprof.make_plan(model, profile, method=method, budget=10, buffer=None, surrogate=surrogate)
     expected = [likelihood_twin(model, plan, context, continuation) for _, context, continuation in requests]
     found = made(method=method, budget=10, batch_size=batch_size)._loglikelihood_tokens(requests, disable_tqdm=True)
     assert_same(found, expected)

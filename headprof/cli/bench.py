@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,11 +103,16 @@ def bench_generate(
     loaded = _load(model, shape, loading)
     head_profile: Any
     if shape is not None:
-        from headprof.profile.random_scores import random_profile
+        from headprof.profile.random_scores import random_profile, random_surrogate
 
         head_profile = random_profile(loaded.shape, seed)
+        surrogate = random_surrogate(loaded.model, loaded.shape, seed) if request.needs_surrogate else None
     else:
+        from headprof.profile.surrogate import load_surrogate
+
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
+        surrogate = load_surrogate(loaded, profile=profile) if request.needs_surrogate else None
+    request = replace(request, surrogate=surrogate)
     run = loaded.model, loaded.max_positions, head_profile, request
     with terminal.progress() as report:
         result = run_bench(*run, report)

@@ -88,8 +88,12 @@ def compress(
     wanted = keeping.keeping()
     wanted.check(document)
     target = output or Path(f"{file.stem}.kv.safetensors")
-    read = [file] if questions is None else [file, questions]
-    check_outputs({target: FORMAT}, chain(read, model_inputs(model, loading), profile_input(model, request.profile)))
+    read = chain(
+        [file] if questions is None else [file, questions],
+        model_inputs(model, loading),
+        profile_input(model, request.profile, request.surrogate),
+    )
+    check_outputs({target: FORMAT}, read)
     loaded = load(model, loading)
     plan = request.plan(loaded)
     how: dict[str, Any] = {"observe": observe, "backend": reading.backend, "prefill_chunk": reading.prefill_chunk}

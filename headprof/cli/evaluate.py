@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +24,7 @@ from headprof.cli.options import (
     Observe,
     Profile,
     Seed,
+    Surrogate,
     step_of,
 )
 from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
@@ -148,6 +149,7 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Begin with the answers kept there from before.")] = False,
     json: JsonFlag = False,
     observe: Observe = None,
+    surrogate: Surrogate = None,
     tuning: MethodOptions,
     decoding: DecodingOptions,
     loading: LoadOptions,
@@ -166,9 +168,9 @@ def evaluate(
     """
     from headprof.evaluation.run import EvalRun
 
-    request = _request(what, caches, data, seed, observe, tuning, decoding)
+    request = replace(_request(what, caches, data, seed, observe, tuning, decoding), surrogate=surrogate)
     needs_profile = request.check()
-    _check_outputs(output, model, profile, data, loading)
+    _check_outputs(output, model, profile, data, loading, surrogate)
     team = join_team()
     loaded = load(model, loading)
     head_profile = load_profile(loaded, profile) if needs_profile else None
@@ -191,10 +193,15 @@ def evaluate(
 
 
 def _check_outputs(
-    output: Path, model: str | None, profile: Path | None, data: DataOptions, loading: LoadOptions
+    output: Path,
+    model: str | None,
+    profile: Path | None,
+    data: DataOptions,
+    loading: LoadOptions,
+    surrogate: Path | None = None,
 ) -> None:
-    prompts = [] if data.prompts is None else [data.prompts]
-    read = (prompts, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model, loading))
+    given = [path for path in (data.prompts, surrogate) if path is not None]
+    read = (given, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model, loading))
     check_outputs(outputs_of_eval(output), chain.from_iterable(read))
 
 

@@ -30,6 +30,14 @@ Profile = Annotated[
     Path | None,
     typer.Option("--profile", "-p", help="Head profile. Default: the one for the model, in ./profiles or shipped."),
 ]
+Surrogate = Annotated[
+    Path | None,
+    typer.Option(
+        "--surrogate",
+        help="Surrogate, for kvzap and headkv-kvzap. Default: the one for the model, beside its profile.",
+        rich_help_panel="Method",
+    ),
+]
 ProfileFile = Annotated[Path | None, typer.Argument(help="Head profile. Default: the one for the model.")]
 ProfileOutput = Annotated[
     Path | None,
@@ -147,6 +155,7 @@ class CompressOptions:
 
     profile: Profile = None
     method: Annotated[str, typer.Option(help=_method_help())] = "headkv-r2"
+    surrogate: Surrogate = None
     budget: Annotated[
         str,
         typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),

@@ -43,13 +43,16 @@ def model_inputs(model: str | None, loading: LoadOptions | None = None) -> Itera
         yield Path(loading.chat_template).expanduser()
 
 
-def profile_input(model: str | None, profile: Path | None) -> Iterator[Path]:
-    """The file of the profile that goes with a model; nothing if there is none."""
+def profile_input(model: str | None, profile: Path | None, surrogate: Path | None = None) -> Iterator[Path]:
+    """The files of the profile and of the surrogate that go with a model; nothing if there is none."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import find_profile
+    from headprof.profile.surrogate import find_surrogate
 
     with suppress(HeadprofError):
         yield find_profile(model_name(model), profile)
+    with suppress(HeadprofError):
+        yield find_surrogate(model_name(model), surrogate, profile=profile)
 
 
 def outputs_of_eval(folder: Path) -> dict[Path, None]:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
+from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
 from headprof.errors import UsageError
@@ -21,7 +22,7 @@ from headprof.utils.units import parse_lengths
 if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
-    from headprof.scoring.calibration_texts import CalibrationSettings
+    from headprof.scoring.repeated_texts import CalibrationSettings
     from headprof.scoring.request import ScoreRequest
 
 
@@ -31,7 +32,10 @@ class ProbeOptions:
 
     preset: Annotated[str, typer.Option(help="How much work: quick, standard or thorough.")] = "quick"
     probes: Annotated[
-        int | None, typer.Option(min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's.")
+        int | None,
+        typer.Option(
+            min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's; of texts for a surrogate."
+        ),
     ] = None
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None
     needles: Annotated[
@@ -65,8 +69,8 @@ class CountingOptions:
 
 
 @dataclass(frozen=True)
-class ReconstructionOptions:
-    """Budgets that are learned from how the model repeats texts."""
+class LearningOptions:
+    """What is learned from how the model repeats texts."""
 
     reconstruction: Annotated[
         bool,
@@ -83,30 +87,48 @@ class ReconstructionOptions:
             rich_help_panel="Reconstruction",
         ),
     ] = None
+    surrogate: Annotated[
+        bool,
+        typer.Option(
+            "--surrogate",
+            help="Fit the surrogate of kvzap and headkv-kvzap instead: NAME.surrogate.safetensors beside the profile.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
     texts: Annotated[
-        int, typer.Option(min=1, max=MOST_PROBES, help="How many texts.", rich_help_panel="Reconstruction")
-    ] = 12
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_PROBES,
+            help="How many texts. Default: 12 for --reconstruction, 36 for --surrogate.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
     text_lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of a text, in turns. Default: 512,1k,2k, as far as the model can repeat them.",
+            help="Tokens of a text, in turns. Default: 512,1k,2k, as far as the model can repeat them; 400,700,1000 "
+            "for --surrogate.",
             rich_help_panel="Reconstruction",
         ),
     ] = None
     text_folder: Annotated[
         Path | None,
-        typer.Option(help="Folder of .txt files to read them from.", rich_help_panel="Reconstruction"),
+        typer.Option(
+            help="Folder of .txt files to read them from, instead of built-in texts.", rich_help_panel="Reconstruction"
+        ),
     ] = None
 
 
 @command
 def score(
     *,
+    context: typer.Context,
     model: Model = None,
     asked: ProbeOptions,
     seed: Seed = 0,
     counting: CountingOptions,
-    learning: ReconstructionOptions,
+    learning: LearningOptions,
     resume: Annotated[
         bool,
         typer.Option(
@@ -126,8 +148,16 @@ def score(
     headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
     headprof score --until-stable
     headprof score --reconstruction --add-to profiles/SmolLM2-135M-Instruct.safetensors
+    headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
+    if learning.surrogate:
+        _refuse_probe_options(context)
+        if learning.reconstruction or learning.add_to:
+            raise UsageError("A surrogate is fitted by itself: leave --surrogate, or --reconstruction, away.")
+        to = fit_settings(asked.preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
+        fit(to, model, output, command_line(), loading)
+        return
     from headprof.profile.finding import default_output
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
@@ -162,21 +192,21 @@ def score(
         _show(profile, target, stopping=request.stop is not None)
 
 
-def _calibration(learning: ReconstructionOptions, seed: int) -> CalibrationSettings:
+def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
     """Which texts to repeat, checked.
 
     Raises:
         UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
     """
-    from headprof.scoring.calibration_texts import CalibrationSettings
+    from headprof.scoring.repeated_texts import CalibrationSettings
 
-    if not learning.reconstruction and learning != ReconstructionOptions():
+    if not learning.reconstruction and learning != LearningOptions():
         raise UsageError(
-            "--add-to, --texts, --text-lengths and --text-folder are for budgets learned from reconstruction: add "
-            "--reconstruction, or leave them away."
+            "--add-to, --texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
+            "--reconstruction or --surrogate, or leave them away."
         )
     lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
-    settings = CalibrationSettings(learning.texts, lengths, learning.text_folder, seed)
+    settings = CalibrationSettings(learning.texts or 12, lengths, learning.text_folder, seed)
     settings.check()
     return settings
 
@@ -210,6 +240,18 @@ def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSetti
             on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
         )
     learned.save(target)
+
+
+def _refuse_probe_options(context: typer.Context) -> None:
+    """
+    Raises:
+        UsageError: something is asked of probes, which a surrogate is not fitted to.
+    """
+    given = {*given_options(context, ProbeOptions, CountingOptions)} - {"--preset"}
+    if context.params.get("resume"):
+        given.add("--resume")
+    if given:
+        raise UsageError(f"A surrogate is fitted to texts, not to probes: leave {sorted(given)[0]} away.")
 
 
 def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:

@@ -6,19 +6,19 @@ where the next compression needs them `.queries` `[B, H, N, D]`, those of the la
 false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
 holds decided how many rows each head kept; where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens,
-which logits processors may look at; and `protected` bool `[B, tokens seen]`, true for tokens that every head keeps, if
-there are any. Its metadata name the model (shape, weights and tokenizer fingerprints), the method and its parameters,
-the budgets, the profile, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it;
-where rows and tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it
-for each.
+which logits processors may look at; `protected` bool `[B, tokens seen]`, true for tokens that every head keeps, if
+there are any; and `surrogate.NAME`, the tensors of the surrogate by which the method judges rows, if it does, so that
+what comes after the document is judged alike wherever the file is read. Its metadata name the model (shape, weights and
+tokenizer fingerprints), the method and its parameters, the budgets, the profile and the surrogate, the tokens seen, how
+each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do not tell how many
+more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,18 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
-from headprof.compression.document_checks import DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, weights_fingerprints
 from headprof.models.output_projection import projecting_modules
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.profile.surrogate import Surrogate, check_parts
 from headprof.utils.files import atomic_write
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import checksum, open_tensors
@@ -49,7 +51,6 @@ FORMAT_VERSION = "4"
 """Version 3 knew neither `shares` nor `protected`; it is still read, and written where it says all."""
 _READABLE = ("3", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
-_SAMPLES = 64
 
 
 def save_document(
@@ -83,6 +84,8 @@ def save_document(
     tensors["scores"] = plan.scores.float().contiguous()
     if plan.shares is not None:
         tensors["shares"] = plan.shares.float().contiguous()
+    if plan.surrogate is not None:
+        tensors |= {f"{SURROGATE}{name}": part for name, part in plan.surrogate.tensors().items()}
     if (ids := cache.token_ids) is not None:
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     if (protected := cache.protected) is not None:
@@ -101,6 +104,7 @@ def save_document(
         "decode_budget": json.dumps(plan.decode_budget and asdict(plan.decode_budget)),
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
+        **({} if plan.surrogate is None else {"surrogate": plan.surrogate.digest()}),
         "tokens_seen": str(cache.get_seq_length()),
         "logits": json.dumps([_logits(layer.held.recent) for layer in cache.head_layers]),
     }
@@ -152,6 +156,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     path = Path(path)
     tensors, metadata, facts = _read(path, loaded)
     plan = _saved_plan(loaded, facts, tensors["scores"], tensors.get("shares"))
+    if facts.method.importance.needs_surrogate:
+        plan = _judging_by(plan, _saved_surrogate(path, tensors, metadata, loaded))
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
     weighs = plan.method.importance.norms
     modules = (
@@ -236,6 +242,33 @@ def _saved_plan(
     )
 
 
+def _saved_surrogate(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], loaded: LoadedModel
+) -> Surrogate:
+    """The surrogate by which the document's rows were judged."""
+    parts = {name.removeprefix(SURROGATE): part for name, part in tensors.items() if name.startswith(SURROGATE)}
+    features = check_parts(parts)
+    own = str(loaded.dtype).removeprefix("torch.")
+    surrogate = Surrogate(
+        loaded.name,
+        loaded.shape,
+        weights_fingerprints(loaded.model),
+        own,
+        features,
+        {name: part for name, part in parts.items() if name != "partner"},
+    )
+    if surrogate.digest() != metadata.get("surrogate"):
+        raise CacheError(
+            f"The compressed document {path} holds another surrogate than it says: restore it, or {_MEND}."
+        )
+    return surrogate
+
+
+def _judging_by(plan: CompressionPlan, surrogate: Surrogate) -> CompressionPlan:
+    method = plan.method
+    return replace(plan, method=replace(method, importance=method.importance.with_surrogate(surrogate)))
+
+
 def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, how: AttentionLayer) -> None:
     """Give a layer back what `_parts` took from it."""
     keys, lengths = parts["keys"], parts["lengths"]
@@ -272,25 +305,3 @@ def _check_model(
             f"The compressed document {path} was made with another tokenizer or chat template than this one of "
             f"{loaded.name}: {mend}."
         )
-
-
-def weights_fingerprint(model: Any) -> str:
-    """SHA-256 (hex) of the names and shapes of a model's parameters and of a few numbers from each.
-
-    Two models of one shape, such as a base model and its instruct version, differ in it.
-    """
-    sha = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        sha.update(f"{name}{list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        if flat.is_meta or flat.numel() == 0:
-            continue
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)]
-        sha.update(sample.float().cpu().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) of a tokenizer's vocabulary and chat template."""
-    known = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template or ""]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()

@@ -20,12 +20,16 @@ from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import LARGEST_SCORE
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
+from headprof.profile.surrogate import check_parts
+from headprof.profile.surrogate import check_stored as check_surrogate
 from headprof.utils.memory import free_bytes
 from headprof.utils.records import is_whole, make_record, parse_json, parse_object, plain
 from headprof.utils.tensor_files import Stored, TensorFile
 
 _NEEDED = ("keys", "values", "positions", "lengths")
 _OPTIONAL = ("bias", "received", "queries", "judges")
+SURROGATE = "surrogate."
+"""What the names of a surrogate's tensors begin with."""
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _MOST_TOKENS = 2**31 - 1
 _MOST_HEADS = 2**22
@@ -181,6 +185,11 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     learned = facts.method.budget.profile_scores == RECONSTRUCTION
     if scores.dtype != "F32" or scores.shape[-2:] != grid or not _right_number(scores.shape[:-2], learned):
         raise ValueError("its scores are not float32, one for each KV head")
+    surrogate = {name: stored.pop(name) for name in list(stored) if name.startswith(SURROGATE)}
+    if facts.method.importance.needs_surrogate:
+        check_surrogate({name.removeprefix(SURROGATE): part for name, part in surrogate.items()}, shape)
+    elif surrogate:
+        raise ValueError("it holds a surrogate, by which its method judges nothing")
     first = stored.get("layers.0.lengths", Stored("", ()))
     batch = first.shape[0] if len(first.shape) == 2 else 0
     if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
@@ -245,6 +254,8 @@ def _check_lengths(prefix: str, lengths: torch.Tensor, rows: int, seen: int) -> 
 
 def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> None:
     """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
+    if facts.method.importance.needs_surrogate:
+        check_parts({name.removeprefix(SURROGATE): part for name, part in tensors.items() if SURROGATE in name})
     if facts.method.budget.profile_scores == RECONSTRUCTION:
         learned = tensors["scores"][:-1] if getattr(facts.method.budget, "mix", 0) else tensors["scores"]
         if fault := kept_shares_fault(learned, facts.shape):

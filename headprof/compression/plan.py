@@ -11,6 +11,7 @@ from headprof.compression.methods.table import Method
 from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
+from headprof.profile.surrogate import Surrogate
 
 BUFFER = 64
 """New tokens that every head takes beyond its budget before it is compressed again."""
@@ -51,6 +52,11 @@ class CompressionPlan:
     windows: tuple[int | None, ...] = ()
     shares: torch.Tensor | None = None
     _known: list[_Allocation] = field(default_factory=list, repr=False)
+
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """By which the method judges rows, if it does."""
+        return getattr(self.method.importance, "surrogate", None)
 
     def __post_init__(self) -> None:
         if self.buffer is not None and self.buffer < 1:

@@ -15,6 +15,7 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
 from headprof.models.loading import LoadedModel
 from headprof.profile.finding import load_profile
+from headprof.profile.surrogate import load_surrogate
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class CompressionRequest:
         method: a name in the table of methods, which may be followed by parameters.
         budget: as the command line takes it; a compression ratio as `ratio_budget` writes it.
         profile: file of the head profile; `None` to find the model's own, for methods that need one.
+        surrogate: file of the surrogate; `None` to find the model's own, for methods that judge rows by one.
         options: parameters of the method's parts, `None` for their defaults.
         decoding: `decode_budget` and `buffer`, as for `make_plan`; what is missing keeps its default.
         backend, prefill_chunk, step: as for `attending_ragged`.
@@ -33,6 +35,7 @@ class CompressionRequest:
     method: str
     budget: str
     profile: Path | None = None
+    surrogate: Path | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "auto"
@@ -66,9 +69,20 @@ class CompressionRequest:
         """The plan for a model.
 
         Raises:
-            ProfileError: the method needs a head profile, and there is none or it is for another model.
+            ProfileError: the method needs a head profile or a surrogate, and there is none or it is for another model.
         """
         profile = None
         if find_method(self.method).budget.profile_scores:
             profile = load_profile(loaded.name, self.profile, loaded.shape, loaded.given)
-        return make_plan(loaded.model, profile, method=self.method, budget=self.budget, **self.options, **self.decoding)
+        surrogate = None
+        if find_method(self.method).importance.needs_surrogate:
+            surrogate = load_surrogate(loaded, self.surrogate, self.profile)
+        return make_plan(
+            loaded.model,
+            profile,
+            method=self.method,
+            budget=self.budget,
+            surrogate=surrogate,
+            **self.options,
+            **self.decoding,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.surrogate import Surrogate
 
 
 def make_plan(
@@ -37,6 +39,7 @@ def make_plan(
     budget: int | str | Budget = 64,
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
+    surrogate: Surrogate | None = None,
     **options,
 ) -> CompressionPlan:
     """Put a method, a budget and a profile together for a model.
@@ -47,11 +50,12 @@ def make_plan(
         method: a name in `METHODS` or of an installed package's method, or a `Method` itself.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
         decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
+        surrogate: fitted to the model, for methods that judge rows by one (`kvzap`); `load_surrogate` finds it.
         options: parameters of the method's parts, such as `window=8`, `keep_last=4`, `pool_factor=1.1`.
 
     Raises:
         UsageError: no such method or parameter, or the budget cannot be read.
-        ProfileError: the method needs a profile and there is none, or it belongs to another model.
+        ProfileError: the method needs a profile or a surrogate and there is none, or it belongs to another model.
         ModelError: the model's layers keep or turn something else than the method can deal with.
     """
     model = running_model(model)
@@ -65,6 +69,7 @@ def make_plan(
     if chosen.importance.norms:
         projecting_modules(model, shape, f"{_called(name)} with norms")
     scores, digest = _budget_scores(profile, chosen, name, shape)
+    chosen = _with_surrogate(chosen, surrogate, name, model, shape)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(
         chosen,
@@ -96,6 +101,24 @@ def _budget_scores(
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()
+
+
+def _with_surrogate(
+    method: Method, surrogate: Surrogate | None, name: str, model: PreTrainedModel, shape: HeadShape
+) -> Method:
+    """The method, judging by this surrogate if it judges by one.
+
+    Raises:
+        ProfileError: it does, and there is none, or it is for another model.
+    """
+    if not method.importance.needs_surrogate:
+        return method
+    if surrogate is None:
+        raise ProfileError(
+            f"{_called(name)} needs a surrogate: make one with `headprof score --surrogate`, or choose kvzip."
+        )
+    surrogate.check_model(model, shape)
+    return replace(method, importance=method.importance.with_surrogate(surrogate))
 
 
 def _called(name: str) -> str:
@@ -164,6 +187,7 @@ def compressed(
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
     keep: Keep | None = None,
+    surrogate: Surrogate | None = None,
     **options,
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
@@ -174,7 +198,7 @@ def compressed(
     whatever order and also by an exception, leaves the model exactly as it was. Only one thread at a time enters it.
 
     Args:
-        model, profile, method, budget, decode_budget, buffer, options: as for `make_plan`.
+        model, profile, method, budget, decode_budget, buffer, surrogate, options: as for `make_plan`.
         backend, prefill_chunk, step: as for `attending_ragged`.
         keep: tokens of every prompt that all heads keep, as for `HeadCache.protect`.
 
@@ -187,7 +211,14 @@ def compressed(
         HeadprofError: what `make_plan` raises.
     """
     plan = make_plan(
-        model, profile, method=method, budget=budget, decode_budget=decode_budget, buffer=buffer, **options
+        model,
+        profile,
+        method=method,
+        budget=budget,
+        decode_budget=decode_budget,
+        buffer=buffer,
+        surrogate=surrogate,
+        **options,
     )
 
     protected = ProtectedTokens.of(keep)

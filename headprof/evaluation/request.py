@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from headprof._version import __version__
-from headprof.compression.document import tokenizer_fingerprint, weights_fingerprint
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
@@ -19,9 +18,11 @@ from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
 from headprof.evaluation.results import MULTI, OWN_TASKS
 from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.surrogate import Surrogate, load_surrogate
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class EvalRequest:
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default. They
             matter to perplexity alone: what a model answers is kept.
         step: how decode steps are run, as for `headprof.compressed`; answers are the same.
+        surrogate: file of the surrogate; `None` to find the model's own, for methods that judge rows by one.
     """
 
     tasks: tuple[str, ...]
@@ -149,6 +151,7 @@ class EvalRequest:
     options: dict[str, Any] = field(default_factory=dict)
     decoding: dict[str, Any] = field(default_factory=dict)
     step: str = "auto"
+    surrogate: Path | None = None
 
     def check(self) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.
@@ -262,6 +265,7 @@ class EvalRequest:
     def candidates(self, loaded: LoadedModel, profile: HeadProfile | None) -> list[Candidate]:
         """Every method at every budget, the full cache once."""
         made = []
+        surrogate = self._surrogate(loaded)
         budgets: dict[Budget, str] = {}
         for text in self.budgets:
             budgets.setdefault(Budget.parse(text), text)
@@ -274,19 +278,31 @@ class EvalRequest:
                     profile,
                     method=name,
                     budget=budget or 1,
+                    surrogate=surrogate,
                     **options[name],
                     **self.decoding,
                 )
                 made.append(Candidate(name, budget, plan))
         return made
 
+    def _surrogate(self, loaded: LoadedModel) -> Surrogate | None:
+        """By which some of the methods judge rows, if there are such.
+
+        Raises:
+            ProfileError: there is none, or it is for another model.
+        """
+        if not any(find_method(name).importance.needs_surrogate for name in self.methods):
+            return None
+        return load_surrogate(loaded, self.surrogate)
+
     def key(self, loaded: LoadedModel, profile: HeadProfile | None) -> dict[str, Any]:
         """Everything that an answer depends on, as JSON has it; how many questions are asked is left out."""
         settings = {
             name: str(value) if isinstance(value, Path | Budget) else value
             for name, value in asdict(self).items()
-            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step")
+            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate")
         }
+        surrogate = self._surrogate(loaded)
         return {
             "version": __version__,
             "model": loaded.name,
@@ -295,6 +311,7 @@ class EvalRequest:
             "weights": weights_fingerprint(loaded.model),
             "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
             "profile": profile.digest() if profile is not None else "",
+            **({} if surrogate is None else {"surrogate": surrogate.digest()}),
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
             "observe": OBSERVATION if self.observe is None and not self.repeats else self.observe,

@@ -44,6 +44,7 @@ from headprof.models.finding import find_model, model_name
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import find_profile
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.surrogate import Surrogate, find_surrogate
 
 try:
     from lm_eval.api.registry import register_model
@@ -73,6 +74,7 @@ class HeadprofLM(HFLM):
         method: a name in `METHODS`; parameters may follow (`ems:mass=false`) or be given as arguments of their own.
         budget, decode_budget, buffer: as for `headprof.make_plan`; a buffer of 0 is none.
         profile: the head profile or its file; by default the one that is found for the model.
+        surrogate: the surrogate or its file, for methods that judge rows by one; by default the one that is found.
         attention_backend, prefill_chunk, step: the `backend`, `prefill_chunk` and `step` of `headprof.compressed`.
         options: parameters of the method's parts, such as `window` or `pool_factor`; all others are `HFLM`'s.
 
@@ -89,6 +91,7 @@ class HeadprofLM(HFLM):
         method: str = "headkv-r2",
         budget: int | str | Budget = 64,
         profile: str | Path | HeadProfile | None = None,
+        surrogate: str | Path | Surrogate | None = None,
         decode_budget: int | str | Budget | None = None,
         buffer: int | None = BUFFER,
         attention_backend: str = "auto",
@@ -105,6 +108,12 @@ class HeadprofLM(HFLM):
             needed = chosen.budget.profile_scores is not None
             given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
             profile = find_profile(name, Path(profile) if profile else None, given) if needed else None
+        if not isinstance(surrogate, Surrogate):
+            needed = chosen.importance.needs_surrogate
+            beside = profile if isinstance(profile, Path) else None
+            given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
+            file = find_surrogate(name, Path(surrogate) if surrogate else None, given, beside) if needed else None
+            surrogate = None if file is None else Surrogate.load(file)
         if isinstance(pretrained, str) and name == EMBEDDED:
             pretrained = find_model(pretrained, no_progress).location
 
@@ -122,6 +131,7 @@ class HeadprofLM(HFLM):
             budget=budget,
             decode_budget=decode_budget,
             buffer=buffer or None,
+            surrogate=surrogate,
             **settings,
         )
         self.plan.check(self.max_length)

@@ -18,6 +18,9 @@ from headprof.models.decoder import decoder_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_ANYWHERE = 1009
+"""A position at which no pair of dimensions is turned by whole quarters."""
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -66,6 +69,24 @@ class Rotary:
         except Exception:  # other modelling files have other ideas of these functions
             return False
         return back.shape == states.shape and torch.allclose(back, states, atol=1e-4)
+
+    def partners(self, head_dim: int) -> tuple[int, ...] | None:
+        """For each dimension of a head the one with which it is turned, itself if it is not, tried out.
+
+        The length of such a pair does not depend on the position. `None` where dimensions are not turned in pairs.
+        """
+        one_each = torch.eye(head_dim)[None, None]
+        try:
+            turned = self.rotate(one_each, *self.angles(torch.full((head_dim,), _ANYWHERE)))
+        except Exception:  # other modelling files have other ideas of these functions
+            return None
+        if turned.shape != one_each.shape:
+            return None
+        others = (turned[0, 0] != 0).fill_diagonal_(False)
+        if int(others.sum(dim=-1).max()) > 1:
+            return None
+        partner = [each if not bool(row.any()) else int(row.int().argmax()) for each, row in enumerate(others)]
+        return tuple(partner) if all(partner[other] == each for each, other in enumerate(partner)) else None
 
 
 def rotary_of(model: PreTrainedModel, layer_idx: int = 0) -> Rotary | None:

@@ -12,6 +12,9 @@ from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import HeadProfile, score_command
 from headprof.utils.assets import asset_dir
 
+_BESIDE = (".probes.safetensors", ".surrogate.safetensors")
+"""How files end that lie beside a profile and are none."""
+
 
 def profile_filename(model_name: str) -> str:
     """File name of a model's profile: the last part of its hub id or path, with `.safetensors`."""
@@ -111,7 +114,8 @@ class FoundProfile:
 def list_profiles() -> list[FoundProfile]:
     """Every profile in `profile_dirs()`, in the order of search and then by name; damaged ones say what ails them.
 
-    `NAME.probes.safetensors` holds the results of a run, not a profile, and is left out.
+    `NAME.probes.safetensors` holds the results of a run and `NAME.surrogate.safetensors` a surrogate, not a profile;
+    they are left out.
     """
     first: dict[str, Path] = {}
     found = []
@@ -120,7 +124,7 @@ def list_profiles() -> list[FoundProfile]:
         folders.setdefault(folder.resolve(), folder)
     for folder in folders.values():
         for path in sorted(folder.glob("*.safetensors")):
-            if not path.is_file() or path.name.endswith(".probes.safetensors"):
+            if not path.is_file() or path.name.endswith(_BESIDE):
                 continue
             shadowed_by = first.get(path.name)
             first.setdefault(path.name, path)

@@ -1,11 +1,16 @@
-"""Head profiles of models with random weights."""
+"""Head profiles and surrogates of models with random weights."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from headprof.models.fingerprints import weights_fingerprints
+from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.surrogate import RowFeatures, Surrogate
 
 
 def random_profile(shape: HeadShape, seed: int = 0) -> HeadProfile:
@@ -13,3 +18,25 @@ def random_profile(shape: HeadShape, seed: int = 0) -> HeadProfile:
     generator = torch.Generator().manual_seed(seed)
     draw = {which: torch.rand(shape.num_layers, shape.num_heads, generator=generator) for which in KINDS}
     return HeadProfile("random", shape, {which: scores**4 for which, scores in draw.items()})
+
+
+def random_surrogate(model: Any, shape: HeadShape, seed: int = 0, units: int = 64) -> Surrogate:
+    """Networks that say something else of each row, from what a fitted surrogate would look at."""
+    generator = torch.Generator().manual_seed(seed)
+    features = RowFeatures.of_layers([rotary_of(model, layer) for layer in range(shape.num_layers)], shape.head_dim)
+    heads, count = (shape.num_layers, shape.num_kv_heads), features.count
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*heads, *sizes, generator=generator)
+
+    parts = {
+        "mean": draw(count),
+        "scale": draw(count).abs() + 0.5,
+        "linear": (draw(count) / count**0.5).half(),
+        "hidden": (draw(count, units) / count**0.5).half(),
+        "hidden_bias": draw(units).half(),
+        "output": (draw(units) / units**0.5).half(),
+        "output_bias": draw() - 4,
+    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Surrogate("random", shape, weights_fingerprints(model), dtype, features, parts)

@@ -1,136 +1,178 @@
-"""Texts that a model repeats while its budgets are learned: none of them is ever asked about.
-
-Four kinds take turns: prose in which needles of the half of their words that profiles are made from are hidden, a
-dialogue, a numbered list, and records, one in each line. All are composed of this project's own sentences by a seeded
-generator, or are read on from a folder of the user's own.
-"""
+"""Texts that a model repeats while something is fitted to it: six kinds, of the half of the facts that profiles use."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 from headprof.errors import UsageError
-from headprof.models.loading import LoadedModel
-from headprof.models.prompt_encoder import PromptEncoder
-from headprof.probes.build import ProbeBuilder, ProbeSettings
-from headprof.probes.haystack import Haystack, join_sentences
+from headprof.models.text_encoder import TextEncoder
+from headprof.probes.haystack import PARAGRAPH_BREAK, Haystack
+from headprof.probes.needles import Family, SlotLists, Split, load_families
 
-KINDS = ("needles", "dialogue", "list", "records")
-DEFAULT_LENGTHS = (512, 1024, 2048)
-_TOKENS_PER_SENTENCE = 4
-"""Fewer than any sentence has, so that there are always enough of them."""
-_SPEAKERS = ("Visitor", "Host", "Neighbour")
+_SPLIT: Split = "profile"
+_SENTENCES_PER_FACT = (2, 6)
+_BLOCK = 16
+WORDS = re.compile(r"\s*\S+")
+_NAMES = ("name", "city", "phrase", "object", "building", "job", "sport", "language", "food", "cargo", "ship")
+_MONTHS = ("January", "March", "April", "June", "August", "September", "October", "December")
 
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Which texts are repeated.
-
-    Attributes:
-        texts: how many.
-        lengths: tokens of a text, which take turns; `None` for those of `DEFAULT_LENGTHS` that the model can repeat.
-        folder: `.txt` files of the user's to read from; `None` for this project's own.
-        seed: of the texts.
-    """
-
-    texts: int = 12
-    lengths: tuple[int, ...] | None = None
-    folder: Path | None = None
-    seed: int = 0
-
-    def check(self) -> None:
-        """Find mistakes that need no model; raises `UsageError` or `ProbeError`."""
-        if self.texts < 1:
-            raise UsageError(f"{self.texts} texts teach nothing: ask for at least 1 with --texts.")
-        if self.lengths is not None and min(self.lengths) < 32:
-            raise UsageError(f"Texts of {min(self.lengths)} tokens teach nothing: give --text-lengths of at least 32.")
-        if self.folder is not None:
-            Haystack.from_folder(self.folder)
+Writer = Callable[[random.Random, "_Facts"], Iterator[str]]
 
 
-class CalibrationTexts(Sequence[tuple[int, ...]]):
-    """The texts as token ids, each with the frame of a document.
+class _Facts:
+    """Values, sentences and whole facts to write texts from."""
+
+    def __init__(self) -> None:
+        self.families: list[Family] = load_families()
+        self._lists: SlotLists = self.families[0].lists
+        self._haystack = Haystack.composed()
+
+    def value(self, name: str, rng: random.Random) -> str:
+        return self._lists.draw(name, rng, _SPLIT, ())[0]
+
+    def number(self, rng: random.Random) -> str:
+        return self.value("digits", rng)
+
+    def day(self, rng: random.Random) -> str:
+        return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1950, 2024)}"
+
+    def needle(self, rng: random.Random) -> str:
+        return rng.choice(self.families).sample(rng, _SPLIT).text
+
+    def filler(self, rng: random.Random) -> Iterator[str]:
+        return self._haystack.sentences(rng)
+
+
+def _prose(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Running text with a fact every few sentences."""
+    filler = facts.filler(rng)
+    while True:
+        for sentence in islice(filler, rng.randint(*_SENTENCES_PER_FACT)):
+            yield sentence if sentence.endswith(PARAGRAPH_BREAK) else f"{sentence} "
+        yield f"{facts.needle(rng)} "
+
+
+def _records(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Entries of named fields, the same fields throughout."""
+    fields = rng.sample(_NAMES, rng.randint(3, 6))
+    title = rng.choice(("Entry", "Record", "File", "Card"))
+    while True:
+        lines = [f"{title} {facts.number(rng)}", *(f"{name}: {facts.value(name, rng)}" for name in fields)]
+        yield "\n".join([*lines, f"date: {facts.day(rng)}"]) + "\n\n"
+
+
+def _table(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Rows of cells under a head of columns."""
+    columns = rng.sample(_NAMES, rng.randint(3, 5))
+    cells = rng.choice((",", " | ", "\t"))
+    yield cells.join(["number", *columns]) + "\n"
+    while True:
+        yield cells.join([facts.number(rng), *(facts.value(name, rng) for name in columns)]) + "\n"
+
+
+def _lists(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Headings with points below them, numbered or not."""
+    while True:
+        name = rng.choice(_NAMES)
+        yield f"{rng.choice(('Things about', 'Notes on', 'What is known of'))} the {facts.value('project', rng)} plan\n"
+        numbered = rng.random() < 0.5
+        for number in range(1, rng.randint(4, 9)):
+            mark = f"{number}." if numbered else "-"
+            yield f"{mark} {facts.value(name, rng)}, {facts.number(rng)}, {facts.value('city', rng)}\n"
+        yield "\n"
+
+
+def _dialogue(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Two people who take turns, one of whom knows something."""
+    people = [facts.value("name", rng), facts.value("name", rng)]
+    filler = facts.filler(rng)
+    for turn, sentence in enumerate(filler):
+        said = sentence.strip()
+        if turn % 3 == 2:
+            said = f"{facts.needle(rng)} {said}"
+        if turn % 4 == 3:
+            said = f"Did you know the {facts.value('phrase', rng)}? {said}"
+        yield f"{people[turn % 2]}: {said}\n"
+
+
+def _code(rng: random.Random, facts: _Facts) -> Iterator[str]:
+    """Functions and tables as programs have them."""
+    while True:
+        name, item, other = ("_".join(facts.value(each, rng).split()) for each in ("phrase", "object", "goods"))
+        yield f"def {name}({item}, {other}=None):\n"
+        role, house = facts.value("job", rng), facts.value("building", rng)
+        yield f'    """{role.capitalize()} of the {house}."""\n'
+        yield f"    {item}_limit = {facts.number(rng)}\n"
+        places = {facts.value("city", rng): int(facts.number(rng)) for _ in range(3)}
+        yield f"    places = {places}\n"
+        yield f"    if {other} is None or len({item}) > {item}_limit:\n"
+        yield f"        return places[{rng.choice([*places])!r}]\n"
+        yield f"    return {item} + {other}\n\n\n"
+
+
+KINDS: dict[str, Writer] = {
+    "prose": _prose,
+    "records": _records,
+    "dialogue": _dialogue,
+    "table": _table,
+    "lists": _lists,
+    "code": _code,
+}
+"""What kinds of text there are, in the order in which they take turns."""
+
+
+def calibration_texts(tokenizer: Any, lengths: Sequence[int], number: int, seed: int) -> list[str]:
+    """Texts as documents are, to be framed and encoded as any (`PromptEncoder.document_ids`).
+
+    Text `i` is of kind `i` of `KINDS`, its length one of `lengths`; both take turns, so that each kind meets each
+    length. It depends on `i`, the tokenizer, the lengths and the seed, not on how many there are. What evaluation asks
+    about is not in them: they draw on the half of the facts that profiles are made from.
 
     Args:
-        loaded: the model.
-        settings: which texts.
+        tokenizer: the model's, which counts their tokens.
+        lengths: most tokens of each, without what frames it; a text is shorter by less than a word.
+        number: how many.
+        seed: decides all of them.
 
     Raises:
-        UsageError: the model cannot repeat texts of these lengths.
+        UsageError: a length is below one token, or there are none.
     """
+    if not lengths or min(lengths) < 1:
+        raise UsageError("Calibration texts need lengths of at least one token: give some with --lengths.")
+    facts, encoder = _Facts(), TextEncoder(tokenizer)
+    return [_text(at, lengths, seed, facts, encoder) for at in range(number)]
 
-    def __init__(self, loaded: LoadedModel, settings: CalibrationSettings):
-        self._loaded, self._settings = loaded, settings
-        self._encoder = PromptEncoder(loaded.tokenizer)
-        demand = len(self._encoder.repetition_ids([]))
-        most = (loaded.max_positions - demand) // 2
-        wanted = settings.lengths or tuple(length for length in DEFAULT_LENGTHS if length <= most)
-        if not wanted or max(wanted) > most:
-            raise UsageError(
-                f"{loaded.name} can repeat texts of at most {most} tokens: give --text-lengths up to that."
-            )
-        self.lengths = wanted
-        self._haystack = Haystack.composed() if settings.folder is None else Haystack.from_folder(settings.folder)
 
-    def __len__(self) -> int:
-        return self._settings.texts
+def kind_of(index: int) -> str:
+    """The kind of text `index` of those that `calibration_texts` returns."""
+    return list(KINDS)[index % len(KINDS)]
 
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
-        length = self.lengths[index % len(self.lengths)]
-        if self._settings.folder is not None:
-            return self._cut(self._prose(self._rng(index), length), length)
-        kind = KINDS[index % len(KINDS)]
-        if kind == "needles":
-            return self._needles(index, length)
-        return self._cut(self._lines(kind, self._rng(index), length), length)
 
-    def kinds(self) -> tuple[str, ...]:
-        """What the texts are, each kind once."""
-        return ("folder",) if self._settings.folder is not None else KINDS[: len(self)]
+def _text(index: int, lengths: Sequence[int], seed: int, facts: _Facts, encoder: TextEncoder) -> str:
+    rng = random.Random(f"calibration {seed} {index}")
+    length = lengths[(index // len(KINDS) + index) % len(lengths)]
+    return _first_tokens(KINDS[kind_of(index)](rng, facts), length, encoder)
 
-    def _rng(self, index: int) -> random.Random:
-        return random.Random(f"{self._settings.seed}/profile/reconstruction/{index}")
 
-    def _cut(self, text: str, length: int) -> tuple[int, ...]:
-        return tuple(self._encoder.document_ids(text)[:length])
+def _first_tokens(pieces: Iterator[str], length: int, encoder: TextEncoder) -> str:
+    """As many words as take at most `length` tokens; at least a character."""
+    held: list[str] = []
+    while len(encoder.ids("".join(held))) <= length:
+        held += islice(pieces, _BLOCK)
+    whole = first_parts(held, length, encoder)
+    words = WORDS.findall(held[whole])
+    rest = ["".join(held[:whole]), *words]
+    return "".join(rest[: max(1, first_parts(rest, length, encoder))]).rstrip() or words[0].strip()[:1]
 
-    def _prose(self, rng: random.Random, length: int) -> str:
-        return join_sentences(list(islice(self._haystack.sentences(rng), length // _TOKENS_PER_SENTENCE)))[0]
 
-    def _needles(self, index: int, length: int) -> tuple[int, ...]:
-        """Context number `index` of probes of this length, which is at most as long, room for the question left."""
-        settings = ProbeSettings(
-            probes=10**6, lengths=(length,), needles_per_context=None, seed=self._settings.seed, split="profile"
-        )
-        builder = ProbeBuilder(self._loaded.tokenizer, settings, max_positions=self._loaded.max_positions)
-        return builder.context(index).context_ids
-
-    def _lines(self, kind: str, rng: random.Random, length: int) -> str:
-        sentences = islice(self._haystack.sentences(rng), length // _TOKENS_PER_SENTENCE)
-        lines = []
-        for number, sentence in enumerate(sentences):
-            said = sentence.strip()
-            if kind == "dialogue":
-                lines.append(f"{_SPEAKERS[number % len(_SPEAKERS)]}: {said}")
-            elif kind == "list":
-                lines.append(f"{number + 1}. {said}")
-            else:
-                hour, minute = rng.randrange(24), rng.randrange(60)
-                lines.append(
-                    json.dumps(
-                        {
-                            "id": rng.randrange(10**4, 10**5),
-                            "time": f"{hour:02d}:{minute:02d}",
-                            "count": rng.randrange(1, 500),
-                            "note": said,
-                        }
-                    )
-                )
-        return "\n".join(lines)
+def first_parts(parts: Sequence[str], length: int, encoder: TextEncoder) -> int:
+    """How many of the parts together take at most `length` tokens, if not all do."""
+    low, high = 0, len(parts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if len(encoder.ids("".join(parts[:middle]))) <= length else (low, middle)
+    return low

@@ -21,7 +21,7 @@ from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.attention_rows import RowReader
-from headprof.scoring.calibration_texts import CalibrationSettings, CalibrationTexts
+from headprof.scoring.repeated_texts import CalibrationSettings, CalibrationTexts
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.run_record import today
 

@@ -34,6 +34,11 @@ def _average_ranks(values: Tensor) -> Tensor:
     return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
 
 
+def rank_rows(values: Tensor) -> Tensor:
+    """Ranks from 0 over the last dimension, float32; of equal values the first has the lower."""
+    return values.argsort(dim=-1, stable=True).argsort(dim=-1).float()
+
+
 def top_indices(scores: Tensor, k: int) -> list[int]:
     """Flat indices of the `k` largest scores, best first; equal scores by index."""
     if k < 0:

@@ -87,6 +87,17 @@ def open_tensors(path: Path, what: str, mend: str, error_class: type[Exception])
         raise error_class(f"The {what} {path} cannot be read ({error}): check its permissions.") from error
 
 
+def with_sorted_header(content: bytes) -> bytes:
+    """A safetensors file's content with its header in the order of names: the same for the same tensors and metadata.
+
+    The library writes metadata in an order of its own, another each time.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """SHA-256 (hex) of all tensors and of all metadata but itself."""
     import torch

@@ -7,6 +7,7 @@ import torch
 
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.random_scores import random_surrogate as drawn_surrogate
 
 SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
 """Layers, heads and KV heads of profiles to draw: common, large, without groups, with one KV head, smallest."""
@@ -72,3 +73,8 @@ def with_intervals(profile: HeadProfile) -> HeadProfile:
         for kind, scores in profile.scores.items()
     }
     return replace(profile, intervals=intervals)
+
+
+def random_surrogate(model, seed=0):
+    """A surrogate that fits `model` and says something else of each row."""
+    return drawn_surrogate(model, HeadShape.from_config(model.config), seed, units=8)

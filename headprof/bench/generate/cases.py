@@ -75,8 +75,9 @@ def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, reque
             "that the model can read: lower --lengths or --new-tokens."
         )
     options = deal_options(request.methods, request.options)
+    common = {"surrogate": request.surrogate, **request.decoding}
     plans = [
-        (name, budget, make_plan(model, profile, method=name, budget=budget, **options[name], **request.decoding))
+        (name, budget, make_plan(model, profile, method=name, budget=budget, **options[name], **common))
         for name in request.methods
         if not find_method(name).keeps_everything
         for budget in request.budgets

@@ -13,6 +13,7 @@ from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.errors import UsageError
+from headprof.profile.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class BenchRequest:
         seed: of the random prompts.
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
+        surrogate: of the model, for methods that judge rows by one.
     """
 
     methods: tuple[str, ...]
@@ -51,6 +53,7 @@ class BenchRequest:
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    surrogate: Surrogate | None = None
 
     def check(self) -> None:
         """Find mistakes that need no model.
@@ -74,6 +77,11 @@ class BenchRequest:
         require_at_least(2, new_tokens=self.new_tokens)
         if self.prefill_chunk is not None:
             require_at_least(1, prefill_chunk=self.prefill_chunk)
+
+    @property
+    def needs_surrogate(self) -> bool:
+        """Whether one of the methods judges rows by a surrogate."""
+        return any(find_method(name).importance.needs_surrogate for name in self.methods)
 
     @property
     def needs_profile(self) -> bool:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.surrogate import Surrogate
     from headprof.scoring.run import Progress
 
 
@@ -15,6 +16,17 @@ def scoring_progress(name: str, now: Progress) -> str:
     if now.change:
         text += ", others would change " + ", ".join(f"{share:.0%} of {kind}" for kind, share in now.change.items())
     return text
+
+
+def surrogate_table(surrogate: Surrogate) -> tuple[list[str], list[list[str]]]:
+    """How well a surrogate does on texts that were held out: columns and rows."""
+    quality = surrogate.quality
+    shown = [
+        [f"the best {share} %", *(f"{quality[f'{where}_top_{share}']:.0%}" for where in ("head", "layer", "model"))]
+        for share in (10, 25)
+    ]
+    columns = [f"found of held-out rows (rank correlation {quality['spearman']:.2f})", "in a head", "a layer", "all"]
+    return columns, shown
 
 
 def stability(profile: HeadProfile) -> str:

@@ -68,7 +68,7 @@ class FanOutLayer(PromptLayer):
             layer.compress(observed, says(layer.schedule.importance) if verdict is None else verdict.assessment)
             layer.forget_prompt()
         if self.ranking is not None:
-            known = {importance: says(importance) for importance in self.ranking.importances}
+            known = {importance: says(own) for importance, own in self.ranking.asked.items()}
             self.ranking.take(observed, known, self.seen, self.observers)
         self.is_initialized = True
 
@@ -159,7 +159,7 @@ class RankingCache(PromptCache):
 
     def __init__(self, importances: Sequence[Importance], num_layers: int):
         self.importances = importances
-        super().__init__([RankingLayer(importances) for _ in range(num_layers)])
+        super().__init__([RankingLayer(importances, index) for index in range(num_layers)])
 
     def _noted(self, ids: torch.Tensor | None) -> None:
         """The ids are those of the next pass, too."""

@@ -44,16 +44,16 @@ class RankingLayer(PromptLayer):
     """A layer that keeps of a prompt nothing but what importances say of its rows.
 
     Attributes:
-        importances: those that are asked.
+        asked: the importances, and what each of them is for this layer.
         said: what each of them said.
         valid: which rows there are, bool `[B, T]`.
         lengths: tokens of each sequence; `None` where the host does not know them.
         by_observers: whether tokens judged that are not among the rows.
     """
 
-    def __init__(self, importances: Collection[Importance]):
+    def __init__(self, importances: Collection[Importance], layer_idx: int):
         super().__init__()
-        self.importances = importances
+        self.asked = {importance: importance.of_layer(layer_idx) for importance in importances}
         self.reset()
 
     def reset(self) -> None:
@@ -94,18 +94,18 @@ class RankingLayer(PromptLayer):
 
     @property
     def weighs_norms(self) -> bool:
-        return any(importance.norms for importance in self.importances)
+        return any(importance.norms for importance in self.asked)
 
     def queries_needed(self) -> int | None:
-        return most_queries(importance.queries for importance in self.importances)
+        return most_queries(importance.queries for importance in self.asked)
 
     def filled(self, observed: Observation) -> None:
-        said = {importance: assessed(importance, observed) for importance in self.importances}
+        said = {importance: assessed(own, observed) for importance, own in self.asked.items()}
         self.take(observed, said, self.seen, self.observers)
 
     def take(self, observed: Observation, said: Mapping[Importance, Assessment], tokens: int, observers: int) -> None:
         """Keep what importances said of the first `tokens` rows; those after them, if any, only observed."""
-        self.said = {importance: _first(said[importance], tokens) for importance in self.importances}
+        self.said = {importance: _first(said[importance], tokens) for importance in self.asked}
         self.valid = observed.valid[..., :tokens].clone()
         self.lengths = observed.lengths
         self.seen, self.by_observers = tokens, observers > 0

@@ -43,22 +43,20 @@ class LayerSchedule:
     Attributes:
         plan: for the whole model.
         layer_idx: the layer's number.
+        importance: of the plan's method, for the layer.
         protected: tokens that every head keeps, or `None`.
     """
 
     def __init__(self, plan: CompressionPlan, layer_idx: int, protected: ProtectedTokens | None = None):
         self.plan = plan
         self.layer_idx = layer_idx
+        self.importance: Importance = plan.method.importance.of_layer(layer_idx)
         self.protected = protected
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Look again at what the heads hold, since that has changed otherwise than by new tokens."""
         self._left: int | None = None
-
-    @property
-    def importance(self) -> Importance:
-        return self.plan.method.importance
 
     @property
     def prompt_queries(self) -> int | None:

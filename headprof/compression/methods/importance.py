@@ -35,6 +35,9 @@ class Importance(Protocol):
     norms: bool = False
     """Whether it wants `Observation.query_norms`, and the output projection of each layer's attention."""
 
+    needs_surrogate: bool = False
+    """Whether it judges rows by what was fitted to the model (`headprof.profile.surrogate`)."""
+
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 
@@ -50,6 +53,14 @@ class Importance(Protocol):
         What those before them paid may be added to the column `received`, which must be all that it asks of them.
         """
         return None
+
+    def with_surrogate(self, surrogate: Any) -> Importance:
+        """The same by this surrogate, for those who need one."""
+        return self
+
+    def of_layer(self, layer_idx: int) -> Importance:
+        """The same for rows of one layer; most judge those of all layers alike."""
+        return self
 
     def score(self, observed: Observation) -> Tensor:
         """Importance of each row, float32 `[B, K, T]`; any finite value for padding."""

@@ -34,6 +34,7 @@ from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
+from headprof.compression.methods.surrogate import SurrogateImportance
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
@@ -202,6 +203,9 @@ METHODS: dict[str, Method] = {
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
     "learned-kvzip": Method(Reconstruction(), LearnedBudget(), Evict()),
     "headkv-fit": Method(Reconstruction(), ProfileBudget("reasoning"), Fit()),
+    "kvzap": Method(SurrogateImportance(), AdaptiveBudget(), Evict()),
+    "headkv-kvzap": Method(SurrogateImportance(), ProfileBudget("reasoning"), Evict()),
+    "learned-kvzap": Method(SurrogateImportance(), LearnedBudget(), Evict()),
 }
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
@@ -235,6 +239,7 @@ def _named(name: str) -> Method:
 
 def name_of(method: Method) -> str:
     """The name in the table from which `with_options(**method.options())` makes this method; empty if there is none."""
+    method = replace(method, importance=method.importance.with_surrogate(None))
     same = [name for name, known in METHODS.items() if known == method]
     return next((name for name in (*same, *METHODS) if _alike(METHODS[name], method)), "")
 

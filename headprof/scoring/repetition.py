@@ -1,0 +1,110 @@
+"""A document and its repetition, run through a model once: what each row is worth for repeating it, and the row itself.
+
+Importance of a token to a KV head is the largest attention that any query head of its group pays to it, of any token of
+the repetition and the demand for it (KVzip, Kim et al. 2025, arXiv 2505.23416).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from headprof.errors import ModelError
+from headprof.models.attention_hook import AttentionFunction, wrapped_attention
+from headprof.models.shape import HeadShape
+from headprof.scoring.attention_rows import attention_rows, causal_visibility
+
+_MOST_BYTES = 1 << 27
+"""Of attention rows that are held at once."""
+
+
+@dataclass(frozen=True)
+class RepeatedLayer:
+    """What one layer made of a document that was repeated.
+
+    Attributes:
+        index: its number.
+        keys: of the document, at their positions, `[K, T, D]`.
+        values: `[K, T, D]`.
+        importance: float32 `[K, T]`, 0 to 1.
+    """
+
+    index: int
+    keys: Tensor
+    values: Tensor
+    importance: Tensor
+
+
+@torch.no_grad()
+def repeat_document(
+    model: PreTrainedModel,
+    shape: HeadShape,
+    document: Sequence[int],
+    repetition: Sequence[int],
+    sink: Callable[[RepeatedLayer], None],
+) -> None:
+    """Run a document and its repetition, and hand each layer to `sink` as soon as it has attended.
+
+    Args:
+        model: a causal language model that uses Transformers' attention interface.
+        shape: its shape.
+        document, repetition: token ids (`PromptEncoder.document_ids`, `repetition_ids`).
+        sink: must not keep the keys and values as they are, if memory matters.
+
+    Raises:
+        ModelError: the layers do not attend once each, with as many heads as the configuration says.
+    """
+    count, layers = len(document), Counter[int]()
+
+    def wrap(base: AttentionFunction) -> AttentionFunction:
+        def attention(module, query, key, value, attention_mask, **kwargs):
+            output = base(module, query, key, value, attention_mask, **kwargs)
+            if query.shape[1] != shape.num_heads or query.shape[-1] != key.shape[-1]:
+                raise _refused(model)
+            layers[module.layer_idx] += 1
+            importance = _largest(query[0], key[0], count, kwargs)
+            sink(RepeatedLayer(module.layer_idx, key[0, :, :count], value[0, :, :count], importance))
+            return output
+
+        return attention
+
+    embedding: Any = model.get_input_embeddings()
+    ids = torch.tensor([[*document, *repetition]], device=embedding.weight.device)
+    with wrapped_attention(model, wrap):
+        model(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    if len(layers) < shape.num_layers or set(layers.values()) != {1}:
+        raise _refused(model)
+
+
+def _largest(query: Tensor, key: Tensor, count: int, how: dict) -> Tensor:
+    """The largest attention of queries from `count` on to each of the first `count` keys, float32 `[K, count]`."""
+    scaling, (num_heads, num_tokens, head_dim) = how.get("scaling"), query.shape
+    keys, largest = key.float(), query.new_zeros(num_heads, count, dtype=torch.float32)
+    step = max(1, _MOST_BYTES // (4 * num_heads * num_tokens))
+    for start in range(count, num_tokens, step):
+        stop = min(start + step, num_tokens)
+        positions = torch.arange(start, stop, device=query.device)
+        rows = attention_rows(
+            query[:, start:stop],
+            keys[:, :stop],
+            causal_visibility(positions, stop, how.get("sliding_window")),
+            scaling=head_dim**-0.5 if scaling is None else scaling,
+            softcap=how.get("softcap"),
+            sinks=how.get("s_aux"),
+        )
+        largest = largest.maximum(rows[..., :count].amax(dim=1))
+    return largest.unflatten(0, (key.shape[0], -1)).amax(dim=1)
+
+
+def _refused(model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        f"The layers of {type(model).__name__} do not attend once each with all their heads, so that nothing can be "
+        "fitted to them: choose a model whose layers do, such as Llama, Qwen or Mistral."
+    )
