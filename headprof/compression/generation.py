@@ -278,7 +278,7 @@ def generate_text(
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
         backend, prefill_chunk, step: as for `headprof.compressed`.
-        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`, where there is a plan.
+        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`; a full cache keeps all.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
 
@@ -290,6 +290,8 @@ def generate_text(
     filler = loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
+    if cache is not None and keep is not None:
+        cache.protect(keep)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan).protect(keep))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
