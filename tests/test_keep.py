@@ -24,6 +24,7 @@ from headprof.compression import pattern_search
 from headprof.compression.cache.head_cache import FanOutCache, stack_caches
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.generation import generate_text
+from headprof.compression.inputs import demo_document
 from headprof.compression.keeping import Keeping
 from headprof.compression.methods.importance import assessed
 from headprof.compression.pattern_search import find_matches
@@ -31,6 +32,8 @@ from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts
 from headprof.errors import CacheError, UsageError
 from headprof.models.prompt_encoder import PromptEncoder
+from headprof.profile.head_profile import HeadProfile
+from headprof.utils.assets import asset_dir
 from headprof.utils.tensor_files import checksum
 
 PROMPT, BUDGET = 80, 24
