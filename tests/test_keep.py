@@ -24,6 +24,7 @@ from headprof.compression import pattern_search
 from headprof.compression.cache.head_cache import FanOutCache, stack_caches
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.generation import generate_text
+from headprof.compression.inputs import demo_document
 from headprof.compression.keeping import Keeping
 from headprof.compression.methods.fit import Fit
 from headprof.compression.methods.importance import assessed
@@ -32,6 +33,8 @@ from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts
 from headprof.errors import CacheError, UsageError
 from headprof.models.prompt_encoder import PromptEncoder
+from headprof.profile.head_profile import HeadProfile
+from headprof.utils.assets import asset_dir
 from headprof.utils.tensor_files import checksum
 
 PROMPT, BUDGET = 80, 24
@@ -539,6 +542,11 @@ def rewritten(path, change):
     save_file(tensors, path, metadata=metadata)
 
 
+def test_a_filled_cache_takes_no_more_of_them(loaded):
+    with pytest.raises(CacheError, match="only before the prompt is read"):
+        generate_text(loaded, torch.tensor([[5, 6]]), cache=document(loaded), keep=[(0, 2)])
+
+
 def test_files_of_the_third_version_are_read(loaded, tmp_path):
     path = tmp_path / "doc.kv.safetensors"
     cache = document(loaded, keep=(), system=None)
@@ -611,3 +619,26 @@ def test_what_matches_nothing_is_said_before_a_model_is_loaded(tmp_path):
     (tmp_path / "doc.txt").write_text(TEXT, "utf-8")
     done = headprof(tmp_path, "compress", "--model", "no/such-model", "--file", "doc.txt", "--keep", "whale")
     assert done.returncode == 2 and "There is no match for --keep 'whale'" in " ".join(done.stderr.split())
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("place", ["document", "system"])
+def test_a_rule_that_is_lost_under_a_small_budget_is_followed_when_it_is_kept(smollm2, place):
+    """Of a document that is compressed before the question is known; the full cache answers right."""
+    rule, text = "The password of the harbor office is silver heron.", demo_document()[0][:2000]
+    if place == "system":
+        kept, lost = {"system": rule}, {"system": rule, "keep_system": False}
+    else:
+        rule, middle = f"{rule[:-1]}, and no visitor may enter without it.", text.find(". ", 800) + 2
+        text = f"{text[:middle]}{rule} {text[middle:]}"
+        kept, lost = {"keep": [rule]}, {}
+    profile = HeadProfile.load(asset_dir("profiles") / "SmolLM2-135M-Instruct.safetensors", smollm2.shape)
+
+    def said(method, options):
+        plan = make_plan(smollm2.model, profile, method=method, budget=48)
+        cache = compress_document(smollm2, text, plan, **options)
+        return ask(smollm2, cache, "What is the password of the harbor office?", max_new_tokens=16).text
+
+    assert "silver heron" in said("full", kept)
+    assert "silver heron" not in said("headkv-r2", lost)
+    assert "silver heron" in said("headkv-r2", kept)

@@ -306,7 +306,7 @@ def generate_text(
         temperature: 0 for greedy decoding, else sampling.
         seed: of the sampling.
         backend, prefill_chunk, step: as for `headprof.compressed`.
-        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`, where there is a plan.
+        keep: tokens of the prompt that every head keeps, as for `HeadCache.protect`; a full cache keeps all.
         on_text: called with each piece of text as it becomes final.
         on_layer: called while the prompt is read, with the number of layers that have read it, and of all.
         on_ids: called at the end, with the new tokens.
@@ -318,6 +318,8 @@ def generate_text(
     model: Any = loaded.model
     seen = 0 if cache is None else cache.get_seq_length()
     ids = ids.to(loaded.device)
+    if cache is not None and keep is not None:
+        cache.protect(keep)
     used: Cache = cache or (DynamicCache(config=model.config) if plan is None else HeadCache(plan).protect(keep))
     streamer = TimedStreamer(loaded.tokenizer, on_text)
     ours = isinstance(used, HeadCache)
