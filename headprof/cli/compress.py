@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from headprof.cli.command import command
+from headprof.cli.command import command, given_options
 from headprof.cli.context import load, terminal
 from headprof.cli.options import (
     CompressOptions,
@@ -29,6 +29,7 @@ from headprof.cli.tables.compress import document_table
 @command
 def compress(
     *,
+    context: typer.Context,
     file: Annotated[Path, typer.Option("--file", "-f", help="Text file to compress.")],
     output: Annotated[
         Path | None,
@@ -53,6 +54,7 @@ def compress(
     change the file: any other can be asked of it.
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
+    headprof compress --file report.txt --method kvzip --threshold 0.01
     headprof compress --file report.txt --question "Who signed it?" --question "When?"[/]
     """
     from headprof.compression.document import FORMAT, save_document
@@ -60,7 +62,8 @@ def compress(
     from headprof.compression.inputs import checked_prompt, read_document
     from headprof.compression.prompts import answer_questions, document_figures
 
-    request = compression_request(compressing, tuning, decoding, reading)
+    given = given_options(context, CompressOptions)
+    request = compression_request(compressing, tuning, decoding, reading, given)
     document = read_document(file)
     questions = [checked_prompt(each, "--question") for each in question or []]
     target = output or Path(f"{file.stem}.kv.safetensors")

@@ -71,9 +71,10 @@ def generate(
     from headprof.compression.inputs import check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
-    check_sources(file, cache, compare, given_options(context, CompressOptions, MethodOptions))
+    given = given_options(context, CompressOptions, MethodOptions)
+    check_sources(file, cache, compare, given)
     check_temperature(temperature)
-    request = compression_request(compressing, tuning, decoding, reading)
+    request = compression_request(compressing, tuning, decoding, reading, given)
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,7 @@ Observe = Annotated[
     str | None,
     typer.Option(
         help="Text that judges a document while the question is not known; empty: its own end. Default: general "
-        "questions, or the document's own repetition for kvzip and headkv-kvzip.",
+        "questions, or the document's own repetition for the kvzip methods.",
         rich_help_panel="Method",
     ),
 ]
@@ -138,6 +139,20 @@ class CompressOptions:
         str,
         typer.Option("--budget", "-b", help="Tokens per KV head (64), share of the prompt (1.5%) or bytes (512MB)."),
     ] = "64"
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Keep what is looked at more than this (0.01), for the kvzip methods: what the text holds decides "
+            "how much. A --budget is then the most that is kept.",
+        ),
+    ] = None
+
+    def budget_text(self, capped: bool) -> str:
+        """The budget, or the threshold in its place, with the budget as its bound if it is one."""
+        if self.threshold is None:
+            return self.budget
+        return f">{self.threshold!r}/{self.budget}" if capped else f">{self.threshold!r}"
 
 
 @dataclass(frozen=True)
@@ -217,11 +232,22 @@ class DecodingOptions:
 
 
 def compression_request(
-    compress: CompressOptions, method: MethodOptions, decoding: DecodingOptions, read: ReadOptions
+    compress: CompressOptions,
+    method: MethodOptions,
+    decoding: DecodingOptions,
+    read: ReadOptions,
+    given: Sequence[str] = (),
 ) -> CompressionRequest:
-    """What these groups ask for together, checked."""
+    """What these groups ask for together, checked; `given` are the options that were given, as `--name`."""
     from headprof.compression.request import CompressionRequest
 
-    request = CompressionRequest(**asdict(compress), **read.how(), options=method.chosen(), decoding=decoding.chosen())
+    request = CompressionRequest(
+        compress.method,
+        compress.budget_text(capped="--budget" in given),
+        compress.profile,
+        **read.how(),
+        options=method.chosen(),
+        decoding=decoding.chosen(),
+    )
     request.check()
     return request

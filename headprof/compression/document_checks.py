@@ -115,12 +115,18 @@ def _budget(values: Any) -> Budget:
         raise ValueError(f"its budget has an unknown unit {plain(budget.unit)}")
     if not 0 < budget.amount <= _UNITS[budget.unit]:
         raise ValueError(f"its budget cannot be {budget.amount:g}")
+    if budget.above is not None and not 0 <= budget.above < _LARGEST:
+        raise ValueError(f"its threshold cannot be {budget.above:g}")
     return budget
 
 
 def _decode_budget(text: str) -> Budget | None:
     values = parse_json(text)
-    return None if values is None else _budget(values)
+    if values is None:
+        return None
+    if (budget := _budget(values)).above is not None:
+        raise ValueError("its budget while generating is a threshold")
+    return budget
 
 
 def _buffer(value: Any) -> int | None:

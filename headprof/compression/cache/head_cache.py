@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class HeadCache(PromptCache):
     """
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
-        self.plan = plan
+        self.plan = self._given = plan
         self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
         self.layers[-1].on_filled = self._filled
@@ -278,6 +279,8 @@ class HeadCache(PromptCache):
     def reset(self) -> None:
         self._tokens = []
         super().reset()
+        if self.plan.shares is not None:  # which were those of what it held
+            self.continue_with(replace(self._given, shares=None, _known=[]))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, or all but the first `tokens_to_remove` if it is above 0.

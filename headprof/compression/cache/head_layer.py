@@ -131,7 +131,9 @@ class HeadCacheLayer(PromptLayer):
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""
         needed = self.queries_needed() or 0
-        until_due = self.schedule.until_due(self.seen, self.storage)
+        # What a threshold kept is the target from now on, so that the buffer is all that is left.
+        by_threshold = self.plan.budget.above is not None
+        until_due = (self.plan.buffer or 0) if by_threshold else self.schedule.until_due(self.seen, self.storage)
         short = needed - max(0, until_due)
         if short > 0:
             query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :]

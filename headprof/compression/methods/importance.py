@@ -29,6 +29,9 @@ class Importance(Protocol):
     asks_for_repetition: bool = False
     """Whether a document that is compressed before there is a question is to be judged by its own repetition."""
 
+    has_scale: bool = False
+    """Whether a score means the same whatever the prompt and the head, so that a threshold can be set on it."""
+
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 

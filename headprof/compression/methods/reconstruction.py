@@ -40,6 +40,7 @@ class Reconstruction(Importance):
     window: int = 16
 
     asks_for_repetition = True
+    has_scale = True
 
     def __post_init__(self) -> None:
         if self.window < 1:
