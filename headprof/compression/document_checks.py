@@ -71,10 +71,11 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
     """
     try:
         shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
+        name = _method_name(metadata["method"], metadata["options"])
         return DocumentFacts(
             shape,
-            _method(metadata["method"], metadata["options"]),
-            metadata["method"],
+            _method(name, metadata["options"]),
+            name,
             _budget(parse_json(metadata["budget"])),
             _decode_budget(metadata["decode_budget"]),
             _buffer(parse_json(metadata["buffer"])),
@@ -94,6 +95,11 @@ def _left(values: Any, num_layers: int) -> list[int | None]:
     if not known or not all(each is None or (type(each) is int and abs(each) < 2**31) for each in values):
         raise ValueError("what it says is left before it is compressed again is no whole number for each layer")
     return values
+
+
+def _method_name(name: str, options: str) -> str:
+    """What a method is called now: `kvzip` once shared out each layer's tokens by AdaKV's rule."""
+    return "adakv-kvzip" if name == "kvzip" and "safeguard" in parse_object(options) else name
 
 
 def _method(name: str, options: str) -> Method:
