@@ -293,5 +293,14 @@ def test_a_saved_document_goes_on_by_its_counts(tiny, tmp_path):
     assert head_positions(stack)[0] == head_positions(cache)[0] + head_positions(again)[0]
 
 
+def test_a_document_of_the_former_kvzip_is_of_adakv_kvzip(tiny, tmp_path):
+    plan = make_plan(tiny.model, method="adakv-kvzip", budget=16)
+    plan.name = "kvzip"
+    cache = compress_document(tiny, TEXT, plan)
+    save_document(cache, tmp_path / "doc.kv.safetensors", tiny)
+    again, _ = load_document(tmp_path / "doc.kv.safetensors", tiny)
+    assert again.plan.name == "adakv-kvzip" and again.plan.method == METHODS["adakv-kvzip"]
+
+
 def test_the_table():
     assert METHODS["kvzip"] == Method(Reconstruction(), GlobalBudget())

@@ -69,6 +69,7 @@ def compress(
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --max-loss 0.05
+    headprof compress --file report.txt --method kvzip --threshold 0.01
     headprof compress --file report.txt --question "Who signed it?" --question "When?"
     headprof compress --file report.txt --questions questions.txt
     headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
@@ -80,8 +81,9 @@ def compress(
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
 
-    check_promise(max_loss, given_options(context, CompressOptions))
-    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
+    given = given_options(context, CompressOptions)
+    check_promise(max_loss, given)
+    request = compression_request(compressing, tuning, decoding, reading, given)
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
     asked += read_questions(questions, sys.stdin) if questions is not None else []

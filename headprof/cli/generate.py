@@ -90,10 +90,11 @@ def generate(
     from headprof.compression.inputs import check_asking, check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
 
-    check_sources(file, cache, compare, given_options(context, CompressOptions, KeepOptions, MethodOptions))
+    given = given_options(context, CompressOptions, KeepOptions, MethodOptions)
+    check_sources(file, cache, compare, given)
     check_asking(prompt, questions, chat, cache, save)
     check_temperature(temperature)
-    request = compression_request(compressing, tuning, decoding, reading, given_options(context, CompressOptions))
+    request = compression_request(compressing, tuning, decoding, reading, given)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if cache is not None and questions is not None:
         _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading)

@@ -77,7 +77,7 @@ Observe = Annotated[
     str | None,
     typer.Option(
         help="Text that judges a document while the question is not known; empty: its own end. Default: general "
-        "questions, or the document's own repetition for kvzip, headkv-kvzip and headkv-fit.",
+        "questions, or the document's own repetition for methods that judge by reconstruction (the kvzip ones).",
         rich_help_panel="Method",
     ),
 ]
@@ -164,9 +164,17 @@ class CompressOptions:
         str | None,
         typer.Option("--compression-ratio", help="Instead: the share of the prompt's cache to remove, 0.75."),
     ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Keep what is looked at more than this (0.01), for the kvzip methods: what the text holds decides "
+            "how much. A --budget is then the most that is kept.",
+        ),
+    ] = None
 
     def asked(self, given: Sequence[str]) -> dict[str, Any]:
-        """The same as attributes of a `CompressionRequest`, a ratio as the budget that it comes to.
+        """The same as attributes of a `CompressionRequest`; ratio and threshold as the budget that they come to.
 
         Args:
             given: those of these options that were given on the command line.
@@ -177,12 +185,15 @@ class CompressOptions:
         from headprof.compression.methods.budget import ratio_budget
 
         values = asdict(self)
-        ratio = values.pop("compression_ratio")
-        if ratio is None:
-            return values
-        if "--budget" in given:
-            raise UsageError(BOTH.format("--budget"))
-        return values | {"budget": ratio_budget(ratio)}
+        ratio, threshold = values.pop("compression_ratio"), values.pop("threshold")
+        if ratio is not None:
+            if "--budget" in given:
+                raise UsageError(BOTH.format("--budget"))
+            values["budget"] = ratio_budget(ratio)
+        if threshold is not None:
+            most = f"/{values['budget']}" if ratio is not None or "--budget" in given else ""
+            values["budget"] = f">{threshold!r}{most}"
+        return values
 
 
 @dataclass(frozen=True)
@@ -295,7 +306,7 @@ def compression_request(
     read: ReadOptions,
     given: Sequence[str],
 ) -> CompressionRequest:
-    """What these groups ask for together, checked."""
+    """What these groups ask for together, checked; `given` are the options that were given, as `--name`."""
     from headprof.compression.request import CompressionRequest
 
     request = CompressionRequest(

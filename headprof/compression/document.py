@@ -28,6 +28,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.methods.budget import Budget
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
@@ -100,8 +101,8 @@ def save_document(
         "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
         "method": plan.name,
         "options": json.dumps(plan.method.options()),
-        "budget": json.dumps(asdict(plan.budget)),
-        "decode_budget": json.dumps(plan.decode_budget and asdict(plan.decode_budget)),
+        "budget": json.dumps(_budget_facts(plan.budget)),
+        "decode_budget": json.dumps(plan.decode_budget and _budget_facts(plan.decode_budget)),
         "buffer": json.dumps(plan.buffer),
         "profile": plan.profile_digest,
         **({} if plan.surrogate is None else {"surrogate": plan.surrogate.digest()}),
@@ -115,6 +116,11 @@ def save_document(
     metadata["checksum"] = checksum(tensors, metadata)
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _budget_facts(budget: Budget) -> dict[str, Any]:
+    """A budget as the file has it: a threshold only where there is one."""
+    return {name: value for name, value in asdict(budget).items() if value is not None}
 
 
 def _logits(recent: RecentQueries) -> dict[str, Any]:

@@ -76,10 +76,11 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
     try:
         shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
         promised_loss(metadata)
+        name = _method_name(metadata["method"], metadata["options"])
         return DocumentFacts(
             shape,
-            _method(metadata["method"], metadata["options"]),
-            metadata["method"],
+            _method(name, metadata["options"]),
+            name,
             _budget(parse_json(metadata["budget"])),
             _decode_budget(metadata["decode_budget"]),
             _buffer(parse_json(metadata["buffer"])),
@@ -113,6 +114,11 @@ def _left(values: Any, num_layers: int) -> list[int | None]:
     return values
 
 
+def _method_name(name: str, options: str) -> str:
+    """What a method is called now: `kvzip` once shared out each layer's tokens by AdaKV's rule."""
+    return "adakv-kvzip" if name == "kvzip" and "safeguard" in parse_object(options) else name
+
+
 def _method(name: str, options: str) -> Method:
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"the name of its method is longer than {_LONGEST_NAME} characters")
@@ -132,12 +138,18 @@ def _budget(values: Any) -> Budget:
         raise ValueError(f"its budget has an unknown unit {plain(budget.unit)}")
     if not 0 < budget.amount <= _UNITS[budget.unit]:
         raise ValueError(f"its budget cannot be {budget.amount:g}")
+    if budget.above is not None and not 0 <= budget.above < _LARGEST:
+        raise ValueError(f"its threshold cannot be {budget.above:g}")
     return budget
 
 
 def _decode_budget(text: str) -> Budget | None:
     values = parse_json(text)
-    return None if values is None else _budget(values)
+    if values is None:
+        return None
+    if (budget := _budget(values)).above is not None:
+        raise ValueError("its budget while generating is a threshold")
+    return budget
 
 
 def _buffer(value: Any) -> int | None:

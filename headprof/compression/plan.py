@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,8 +31,9 @@ class CompressionPlan:
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
-        decode_budget: average rows per KV head while generating; `None` for the prompt's budget. A share is one of all
-            tokens seen so far, so that memory grows with them; tokens and bytes hold it constant.
+        decode_budget: average rows per KV head while generating; `None` for the prompt's budget, or for what a
+            threshold has kept of the prompt. A share is one of all tokens seen so far, so that memory grows with them;
+            tokens and bytes hold it constant.
         buffer: new tokens that every head takes beyond its budget before it is compressed again; `None` to keep
             all that come after the prompt.
         windows: tokens that each layer can see at most, `L` numbers, `None` for all; empty if every layer sees all.
@@ -61,6 +63,9 @@ class CompressionPlan:
     def __post_init__(self) -> None:
         if self.buffer is not None and self.buffer < 1:
             raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
+        self.method.check_budget(self.budget, self.name)
+        if self.decode_budget is not None and self.decode_budget.above is not None:
+            raise UsageError("A threshold is for what is read: give --decode-budget in tokens, as a share or in bytes.")
 
     def for_observers(self, count: int) -> CompressionPlan:
         """This plan for a prompt whose last `count` tokens only observe (`PromptCache.expect_observers`)."""
@@ -122,6 +127,10 @@ class CompressionPlan:
 
     def loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
+        return self.budget.above is not None or self._is_short(prompt_length)
+
+    def _is_short(self, prompt_length: int) -> bool:
+        """Whether the budget alone, without a threshold, is too small for a prompt of this many tokens."""
         return bool((self.allocation(prompt_length) < self._visible(prompt_length)).any())
 
     def ranks_together(self, prompt_length: int) -> bool:
@@ -130,7 +139,7 @@ class CompressionPlan:
         Raises:
             UsageError: the budget is below what every head keeps.
         """
-        return self.method.budget.ranks_together and self.loses(prompt_length)
+        return self.method.budget.ranks_together and self._is_short(prompt_length)
 
     def total(self, prompt_length: int) -> int:
         """Tokens that all heads of all layers keep together of a prompt of this many, if their layers can see so many.
@@ -149,8 +158,12 @@ class CompressionPlan:
     def after_prompt(self, counts: torch.Tensor, prompt_length: int) -> CompressionPlan:
         """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
 
-        Where heads' shares depend on the length, those of the prompt hold from now on.
+        Where heads' shares depend on the length, or a threshold decided, those of the prompt hold from now on.
         """
+        if self.budget.above is not None:
+            largest = math.ceil(float(counts.double().mean(dim=(1, 2)).max()))
+            budget = self.decode_budget or Budget(max(1, self.method.always_kept, largest), "tokens")
+            return replace(self.sharing_by(counts), decode_budget=budget)
         by_prompt = self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
         return self.sharing_by(counts) if by_prompt else self
 

@@ -218,8 +218,9 @@ def check_promise(max_loss: float | None, given: Sequence[str]) -> None:
     """
     if max_loss is None:
         return
-    if "--budget" in given:
-        raise UsageError("A promise finds the budget by itself: leave --budget or --max-loss away.")
+    for option in ("--budget", "--compression-ratio", "--threshold"):
+        if option in given:
+            raise UsageError(f"A promise finds the budget by itself: leave {option} or --max-loss away.")
     check_max_loss(max_loss)
 
 

@@ -51,8 +51,8 @@ class CompressionRequest:
         """
         check_backend(self.backend)
         check_step(self.step)
-        find_method(self.method).with_options(**self.options)
-        Budget.parse(self.budget)
+        method = find_method(self.method).with_options(**self.options)
+        method.check_budget(Budget.parse(self.budget), self.method)
 
     @property
     def keeps_everything(self) -> bool:

@@ -182,8 +182,9 @@ class EvalRequest:
         observe = self.observe or ""
         if observe != observe.encode("utf-8", "replace").decode("utf-8"):
             raise UsageError("The text to observe with is not UTF-8: give another with --observe.")
-        for budget in self.budgets:
-            Budget.parse(budget)
+        for budget in map(Budget.parse, self.budgets):
+            for method in self.methods:
+                find_method(method).check_budget(budget, method)
         deal_options(self.methods, self.options)
         return any(find_method(method).budget.profile_scores for method in self.methods)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers.cache_utils import Cache
@@ -203,12 +205,12 @@ class HeadCache(PromptCache):
     """
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
-        self.plan = plan
+        self.plan = self._given = plan
         self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
-        self.layers[-1].on_filled = self._filled
+        self.layers[-1].owner = ref(self)  # which is freed with its last user
 
-    def _filled(self) -> None:
+    def all_filled(self) -> None:
         """All layers have been filled: go on by what that came to, where the plan does so."""
         plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length())
         if plan is not self.plan:
@@ -219,6 +221,7 @@ class HeadCache(PromptCache):
         """A cache of layers that are filled already."""
         cache = cls(layers[0].plan)
         cache.layers = list(layers)
+        cache.layers[-1].owner = ref(cache)
         return cache
 
     @property
@@ -335,6 +338,8 @@ class HeadCache(PromptCache):
     def reset(self) -> None:
         self._tokens = []
         super().reset()
+        if self.plan.shares is not None:  # which were those of what it held
+            self.continue_with(replace(self._given, shares=None, _known=[]))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens, or all but the first `tokens_to_remove` if it is above 0.

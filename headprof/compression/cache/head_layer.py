@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Protocol
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -26,6 +28,14 @@ from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
 
+class Owner(Protocol):
+    """A cache that wants to know when all of its layers have been filled."""
+
+    layers: list[Any]
+
+    def all_filled(self) -> None: ...
+
+
 class HeadCacheLayer(PromptLayer):
     """One layer, in which every head holds its own rows.
 
@@ -36,10 +46,10 @@ class HeadCacheLayer(PromptLayer):
         schedule: when the layer is compressed, and to what.
         slack: rows of free space behind each head.
         verdict: what has been decided on the prompt that comes, if it is read for the second time; else `None`.
-        on_filled: called when the layer has been filled from a prompt.
+        owner: whom to tell that the layer has been filled from a prompt, if it is that cache's last one.
     """
 
-    on_filled: Callable[[], None] | None = None
+    owner: ReferenceType[Owner] | None = None
 
     def __init__(self, layer_idx: int, plan: CompressionPlan, slack: int = SLACK):
         super().__init__()
@@ -139,13 +149,16 @@ class HeadCacheLayer(PromptLayer):
         judged_by_others = self.observers > 0 or (verdict is not None and verdict.by_observers)
         if self.schedule.goes_on and not judged_by_others:
             self._remember(observed)
-        if self.on_filled is not None:
-            self.on_filled()
+        owner = None if self.owner is None else self.owner()
+        if owner is not None and owner.layers[-1] is self:
+            owner.all_filled()
 
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""
         needed = self.schedule.recent_queries or 0
-        until_due = self.schedule.until_due(self.seen, self.storage)
+        # What a threshold kept is the target from now on, so that the buffer is all that is left.
+        by_threshold = self.plan.budget.above is not None
+        until_due = (self.plan.buffer or 0) if by_threshold else self.schedule.until_due(self.seen, self.storage)
         short = needed - max(0, until_due)
         if short > 0:
             query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :]

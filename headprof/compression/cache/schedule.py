@@ -94,6 +94,8 @@ class LayerSchedule:
         method = self.plan.method
         valid = observed.valid if observed.padded else None
         ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed))
+        if observed.is_prompt and (above := self.plan.budget.above) is not None:
+            counts = HeadCounts.looked_up(counts.counts.minimum((ranked > above).sum(dim=-1)))
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)

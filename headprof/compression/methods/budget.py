@@ -7,7 +7,7 @@ the prompt included.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from typing import Protocol
 
@@ -25,18 +25,39 @@ _RATIO = "ratio "
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|(?:[KMG]I?)?B)?", re.IGNORECASE)
 
 
+_THRESHOLD = re.compile(r">\s*(?P<above>[^/]*?)\s*(?:/\s*(?P<most>.+))?")
+
+
+def _number(text: str) -> float | None:
+    """A number from 0 on that is no trouble; `None` for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if 0 <= number < _LARGEST else None
+
+
 @dataclass(frozen=True)
 class Budget:
-    """A budget as the user gave it: tokens per KV head, a share of the prompt, or bytes for the whole cache."""
+    """A budget as the user gave it: tokens per KV head, a share of the prompt, or bytes for the whole cache.
+
+    Attributes:
+        amount: how much.
+        unit: `"tokens"`, `"share"` (of one) or `"bytes"`.
+        above: what a row's importance must exceed to be kept of a prompt; then the amount is but the most that may be,
+            and what the prompt holds decides how much is. `None` to keep as much as there may be.
+    """
 
     amount: float
-    unit: str  # "tokens", "share" (of one), "bytes"
+    unit: str
+    above: float | None = None
 
     @classmethod
     def parse(cls, text: str | int | Budget) -> Budget:
         """Read `64` (tokens per KV head), `1.5%` (of the prompt) or `512MB` (`kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`).
 
-        Or `ratio 0.75`, the share of the prompt's cache that is removed, as `--compression-ratio` gives it.
+        `>0.01` keeps all rows whose importance is above 0.01, and `>0.01/25%` at most 25 % of the prompt of them.
+        `ratio 0.75` is the share of the prompt's cache that is removed, as `--compression-ratio` gives it.
 
         Raises:
             UsageError: the text is none of these, or not above zero.
@@ -45,6 +66,14 @@ class Budget:
             return text
         if str(text).startswith(_RATIO):
             return cls(_kept_share(str(text).removeprefix(_RATIO).strip()), "share")
+        if (given := _THRESHOLD.fullmatch(str(text).strip())) is not None:
+            above = _number(given["above"])
+            if above is None or (given["most"] or "").startswith(">"):
+                raise UsageError(
+                    f"A threshold of {str(text)!r} cannot be read: give an importance (>0.01), and after it what may "
+                    "be kept at most (>0.01/25%), if that is to have a bound."
+                )
+            return replace(cls.parse(given["most"] or "100%"), above=above)
         match = _BUDGET.fullmatch(str(text).strip())
         if match is None or not 0 < float(match["number"]) < _LARGEST:
             raise UsageError(

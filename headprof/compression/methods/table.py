@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headprof.compression.methods.budget import (
     AdaptiveBudget,
+    Budget,
     BudgetPolicy,
     ProfileBudget,
     PyramidBudget,
@@ -124,6 +125,19 @@ class Method:
             last = self.last_tokens_kept(counts.counts, others)
             ranked = ranking(importance, valid, sinks=self.sinks, keep_last=last)
         return ranked, counts
+
+    def check_budget(self, budget: Budget, name: str = "") -> None:
+        """
+        Raises:
+            UsageError: the budget is a threshold on an importance that has no fixed scale.
+        """
+        if budget.above is None or self.importance.has_scale or self.keeps_everything:
+            return
+        raise UsageError(
+            f"{f'The method {name!r}' if name else 'This method'} judges tokens by a score without a fixed scale, on "
+            "which no threshold can be set: choose kvzip, adakv-kvzip, headkv-kvzip or learned-kvzip, or give a budget "
+            "of tokens, a share or bytes."
+        )
 
     def for_observers(self, count: int) -> Method:
         """This method for a prompt whose last `count` tokens only observe: a window is they, counting alike."""
