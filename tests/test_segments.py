@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.causal_classes import CLASSES, silence, tiny_causal
 from support.observations import as_held_rows, observed_prompt
 from support.profiles import random_profile
 from support.prompts import left_padded, random_ids
@@ -33,7 +34,7 @@ from headprof.compression.methods.table import Method, find_method
 from headprof.compression.observers import repeating_observers
 from headprof.compression.segments import parts_of, segment_positions
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
-from headprof.errors import CacheError, ModelError, UsageError
+from headprof.errors import CacheError, HeadprofError, ModelError, UsageError
 from headprof.evaluation.asker import Asker
 from headprof.models.output_projection import output_weights, projected_norms, projecting_modules
 from headprof.models.prompt_encoder import REPETITION, RESUMPTION, PromptEncoder
@@ -194,6 +195,53 @@ def test_parts_are_each_token_once_with_its_position(document, segments, data):
         assert len({number[token] for token in its}) == 1
         seen += its
     assert seen == list(range(start, stop))
+
+
+def check_class(name):
+    """Whether a causal model class reads segments as it reads each alone, or is refused; both ways of judging."""
+    if name not in CLASSES:
+        pytest.skip("the installed Transformers has no such class")
+    torch.manual_seed(0)
+    segments, outcome = (9, 6, 8), "equal"
+    ids = torch.randint(3, 120, (1, DOCUMENT + sum(segments)))
+    with silence():
+        try:
+            model = tiny_causal(CLASSES[name])
+            model(ids)
+        except Exception as error:
+            pytest.skip(f"{type(error).__name__}: {error}")
+        for norms in (False, True):
+            try:
+                passes = [
+                    observed_by(model, each, (each.shape[1] - DOCUMENT,), norms=norms)
+                    for each in of_each_segment(ids, segments)
+                ]
+                found = observed_by(model, ids, segments, norms=norms)
+            except HeadprofError as error:
+                outcome = f"refused: {error}"
+                continue
+            for (_, score), *alone in zip(found, *passes, strict=True):
+                expected = torch.stack([each[:, :, :DOCUMENT] for _, each in alone]).amax(dim=0)
+                difference = (score[:, :, :DOCUMENT] - expected).abs().max()
+                assert difference < 1e-3 * expected.max()
+    return outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CLASSES))
+def test_every_causal_class_is_equal_or_refused(name):
+    check_class(name)
+
+
+@pytest.mark.parametrize("name", ["GPT2Config", "GPTNeoXConfig", "Cohere2Config", "GptOssConfig", "OPTConfig"])
+def test_a_class_is_equal(name):
+    """Learned positions, layers without any, sinks, other names of the output projection."""
+    assert check_class(name) == "equal"
+
+
+@pytest.mark.parametrize("name", ["RobertaConfig", "BartConfig"])
+def test_a_class_is_refused(name):
+    assert check_class(name).startswith("refused: ")
 
 
 # Norms.
