@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts check format profile results wheel clean
+.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts measure-promise check format profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -45,6 +45,10 @@ bench-parts: $(VENV)/.installed
 	$(BIN)/python tests/bench_parts.py merge --shape llama-3-8b
 	$(BIN)/python tests/bench_parts.py importance --shape llama-3-8b
 	$(BIN)/python tests/bench_compress.py --shape llama-3-8b
+
+# How well promised losses are kept on questions that were never seen; goes on where it was interrupted.
+measure-promise: $(VENV)/.installed
+	$(BIN)/python tests/measure_promise.py --documents 40 -o results/promise
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
