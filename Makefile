@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts bench-reconstruction check format profile results wheel clean
+.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts bench-reconstruction measure-promise check format \
+	profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -49,6 +50,10 @@ bench-parts: $(VENV)/.installed
 # A document compressed by its own repetition, at once and in segments, beside a plain prefill: time and memory.
 bench-reconstruction: $(VENV)/.installed
 	$(BIN)/python tests/bench_reconstruction.py --length 4k
+
+# How well promised losses are kept on questions that were never seen; goes on where it was interrupted.
+measure-promise: $(VENV)/.installed
+	$(BIN)/python tests/measure_promise.py --documents 40 -o results/promise
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
