@@ -56,7 +56,7 @@ class Fit(Reduction):
         bound: largest log of a weight, up or down.
         diffuse: how much more a query counts for the weights that looks at many rows than one that looks at one: by its
             largest attention to the power of minus this. 0 to 1; at 1, as in the paper, one that looks hard at a row
-            that is evicted has little to say about those that stay.
+            that is evicted says little about those that stay.
         ridge: how strongly rows stay as they are; above 0.
         least: fewest queries of the group for each kept row.
         choose: which rows are kept: `importance`, those with the highest; `omp`, of these and the next best those whose
@@ -70,8 +70,8 @@ class Fit(Reduction):
     own: int = 0
     queries: int = 512
     bias: bool = True
-    bound: float = 1.0
-    diffuse: float = 0.5
+    bound: float = 3.0
+    diffuse: float = 1.0
     ridge: float = 0.1
     least: float = 1.0
     choose: str = "importance"
