@@ -346,6 +346,15 @@ def test_too_few_queries_evict():
         assert rows.column("bias").any() == changes
 
 
+def test_a_head_with_too_few_queries_keeps_its_rows():
+    observed, _ = sharp_layer()
+    counts = HeadCounts.of(torch.tensor([[10, 20]]), "cpu")
+    evicted, rows = reduced(Fit(observers=9, choose="omp"), observed, counts)  # 18 queries of the group
+    assert torch.equal(rows.values[10:], evicted.values[10:])
+    assert torch.equal(rows.positions[10:], evicted.positions[10:])
+    assert not torch.equal(rows.positions[:10], evicted.positions[:10])
+
+
 def test_without_queries_rows_are_evicted():
     observed, counts = sharp_layer()
     held = as_held_rows(observed)

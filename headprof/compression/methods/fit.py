@@ -56,7 +56,7 @@ class Fit(Reduction):
         bound: largest log of a weight, up or down.
         diffuse: how much more a query counts for the weights that looks at many rows than one that looks at one: by its
             largest attention to the power of minus this. 0 to 1; at 1, as in the paper, one that looks hard at a row
-            that is evicted has little to say about those that stay.
+            that is evicted says little about those that stay.
         ridge: how strongly rows stay as they are; above 0.
         least: fewest queries of the group for each kept row.
         choose: which rows are kept: `importance`, those with the highest; `omp`, of these and the next best those whose
@@ -70,8 +70,8 @@ class Fit(Reduction):
     own: int = 0
     queries: int = 512
     bias: bool = True
-    bound: float = 1.0
-    diffuse: float = 0.5
+    bound: float = 3.0
+    diffuse: float = 1.0
     ridge: float = 0.1
     least: float = 1.0
     choose: str = "importance"
@@ -161,9 +161,12 @@ class Fit(Reduction):
         shares = _shares(seen.paid * weights[..., None, :]) if self.bias else plain
         new = self.values(shares, seen.output, values).to(judges.values.dtype)
         closer = _error(shares, new, seen.output) < _error(plain, values, seen.output)
-        enough = seen.whole.sum(dim=-1) >= self.least * counts.counts - 0.5
         loses = judges.valid_rows().sum(dim=-1) > counts.counts
-        return Fitted(weights, new, closer & enough & loses)
+        return Fitted(weights, new, closer & loses & self._enough(seen, counts))
+
+    def _enough(self, seen: _Seen, counts: HeadCounts) -> Tensor:
+        """Which heads have queries enough, bool `[B, K]`."""
+        return seen.whole.sum(dim=-1) >= self.least * counts.counts - 0.5
 
     def _counted(self, seen: _Seen) -> tuple[Tensor, Tensor]:
         """Attention to kept rows, `[..., N, C]`, and to all, `[..., N]`, by how much queries count for weights."""
@@ -220,7 +223,10 @@ class Fit(Reduction):
         return values + torch.cholesky_solve(missing, factor)
 
     def pursued(self, judges: Observation, choice: Choice, counts: HeadCounts) -> Tensor:
-        """Other rows to keep, as many: those whose attention makes up best for what is missing, bool `[B, K, T]`."""
+        """Other rows to keep, as many: those whose attention makes up best for what is missing, bool `[B, K, T]`.
+
+        A head with too few queries keeps those of the choice.
+        """
         most = min(choice.kept.shape[-1], math.ceil(counts.most * self.breadth))
         valid = (choice.ranked > float("-inf")).sum(dim=-1)
         pooled = (counts.counts * self.breadth).ceil().long().minimum(valid)
@@ -237,7 +243,8 @@ class Fit(Reduction):
             worth = worth.masked_fill(~own, float("-inf")).masked_fill(chosen, float("inf"))
             chosen = largest(worth, always.sum(dim=-1) + free * number // self.rounds, most=counts.most)
         found = torch.zeros_like(choice.kept, dtype=torch.int32)
-        return found.scatter_add_(2, index, (chosen & own).int()) > 0  # slots that are none may repeat a row
+        found = found.scatter_add_(2, index, (chosen & own).int()) > 0  # slots that are none may repeat a row
+        return found.where(self._enough(seen, counts)[..., None], choice.kept)
 
 
 @dataclass(frozen=True)
