@@ -81,6 +81,6 @@ def test_every_task_of_ruler_at_a_compression_ratio(smollm2, tmp_path, monkeypat
         assert (full.budget, half.budget, whole.budget) == ("", "ratio 0.5", "ratio 0")
         assert (whole.text, whole.score) == (full.text, full.score)
         assert whole.divergence == pytest.approx(0, abs=1e-6) and half.divergence > 0
-        assert half.prompt_tokens == full.prompt_tokens > 700
+        assert half.prompt_tokens == full.prompt_tokens > 600
         assert half.cache_bytes < 0.6 * full.cache_bytes
     assert answers[0].score == 1

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from headprof.evaluation.results import Evaluation
 
 _TASKS = (
-    "niah (retrieval probes), reasoning, multi (many to one document), babilong, longbench, loogle, ruler, perplexity; "
-    "with commas. One of a benchmark's tasks: longbench/hotpotqa."
+    "niah (retrieval probes), reasoning, multi (many to one document), babilong, longbench, loogle, ruler (or "
+    "ruler-generated, which needs no data), perplexity; with commas. One of a benchmark's tasks: longbench/hotpotqa."
 )
 
 

@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,8 +65,13 @@ class QuestionSet:
             ),
             reply="The answer is:",
             answers=asked.answers,
-            most=sum(len(passage.split()) for passage in others),
+            most=self._words - sum(len(self.passages[at].split()) for at in asked.passages),
         )
+
+    @cached_property
+    def _words(self) -> int:
+        """Of all passages, which are many."""
+        return sum(len(passage.split()) for passage in self.passages)
 
     def _others(self, asked: PassageQuestion, rng: random.Random) -> Iterator[str]:
         near = rng.sample(asked.near, len(asked.near))
