@@ -22,11 +22,12 @@ from headprof.compression.methods.learned_budget import LearnedBudget, kept_at
 from headprof.compression.methods.reduction import ranking
 from headprof.compression.session import compressed, make_plan
 from headprof.errors import CacheError, ProfileError, UsageError
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.models.shape import HeadShape
 from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.reconstruction import Repeater, kept_shares, learn_shares
-from headprof.scoring.repeated_texts import CalibrationSettings, CalibrationTexts
+from headprof.scoring.calibration import CalibrationSettings, repeated_documents
+from headprof.scoring.reconstruction import kept_shares, learn_shares, reconstruction_scores
 from headprof.utils.tensor_files import with_checksum
 
 # What is learned.
@@ -36,8 +37,7 @@ from headprof.utils.tensor_files import with_checksum
 def test_scores_are_those_of_the_whole_matrices(arch):
     loaded, twin = load_tiny(arch), tiny_model(arch, attn="eager")
     document, observers = repeated(loaded, TEXT)
-    with Repeater(loaded) as repeater:
-        found = repeater.scores(document, observers)
+    found = reconstruction_scores(loaded, document, observers)
     attentions = twin(torch.tensor([document + observers]), output_attentions=True, use_cache=False).attentions
     paid = [each[0, :, len(document) :, : len(document)].unflatten(0, (2, -1)).amax(dim=(1, 2)) for each in attentions]
     torch.testing.assert_close(found, torch.stack(paid), atol=1e-5, rtol=1e-4)
@@ -62,49 +62,44 @@ def test_what_heads_keep_is_what_the_one_ranking_gives_them(layers, heads, token
     assert (kept[1] >= kept[0]).all()
 
 
-def test_texts_are_as_long_as_asked_and_of_all_kinds():
-    loaded = load_tiny()
-    texts = CalibrationTexts(loaded, CalibrationSettings(texts=8, lengths=(600, 320)))
-    decoded = [loaded.tokenizer.decode(text) for text in texts]
-    assert [len(text) for text in texts][1:4] == [320, 600, 320] and 500 < len(texts[0]) <= 600
-    assert texts.kinds() == ("needles", "dialogue", "list", "records")
-    assert "Visitor: " in decoded[1] and "\n2. " in decoded[2] and '"note": ' in decoded[3]
-    assert len(set(decoded)) == 8
-    assert [*CalibrationTexts(loaded, CalibrationSettings(texts=2, lengths=(600, 320)))] == [texts[0], texts[1]]
-    other = CalibrationTexts(loaded, CalibrationSettings(texts=1, lengths=(600,), seed=1))
-    assert other[0] != texts[0]
-
-
-def test_texts_of_a_folder(tmp_path):
+def test_documents_of_a_folder(tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(f"Sentence number {n} is about boats." for n in range(40)))
-    texts = CalibrationTexts(load_tiny(), CalibrationSettings(texts=3, lengths=(64,), folder=tmp_path))
-    assert [len(text) for text in texts] == [64] * 3 and texts.kinds() == ("folder",)
-    assert "is about boats" in load_tiny().tokenizer.decode(texts[2])
+    loaded, frame = load_tiny(), len(PromptEncoder(load_tiny().tokenizer).document_ids(""))
+    asked = CalibrationSettings(texts=3, lengths=(64,), folder=tmp_path)
+    pairs = repeated_documents(loaded, asked, (512,)).pairs
+    assert len(pairs) == 3 and all(40 < len(document) - frame <= 64 for document, _ in pairs)
+    assert "is about boats" in loaded.tokenizer.decode(pairs[2][0])
+    assert [again for _, again in pairs] == [repetition(loaded, document) for document, _ in pairs]
+    with pytest.raises(UsageError, match=r"hold \d texts of such lengths, fewer than 4"):
+        repeated_documents(loaded, replace(asked, texts=4, lengths=(512,)), (512,), fewest=4)
+    with pytest.raises(UsageError, match=r"give one that holds .* files with --text-folder"):
+        replace(asked, folder=tmp_path / "none").check()
 
 
-def test_texts_that_the_model_cannot_repeat():
+def test_documents_that_the_model_cannot_repeat():
     loaded = replace(load_tiny(), max_positions=1500)
-    assert CalibrationTexts(loaded, CalibrationSettings()).lengths == (512,)
-    with pytest.raises(UsageError, match=r"can repeat texts of at most 7\d\d tokens: give --text-lengths up to that"):
-        CalibrationTexts(loaded, CalibrationSettings(lengths=(1024,)))
-    with pytest.raises(UsageError, match="give --text-lengths of at least 32"):
-        CalibrationSettings(lengths=(8,)).check()
+    assert repeated_documents(loaded, CalibrationSettings(2), (512, 1024)).lengths == (512,)
+    with pytest.raises(
+        UsageError, match=r"can repeat texts of at most [67]\d\d tokens: give --text-lengths up to that"
+    ):
+        repeated_documents(loaded, CalibrationSettings(2, lengths=(1024,)), (512,))
+    with pytest.raises(UsageError, match="raise --text-lengths"):
+        CalibrationSettings(2, lengths=(8,)).check()
+    with pytest.raises(UsageError, match="ask for --texts of at least 3"):
+        CalibrationSettings(2).check(3)
 
 
 def test_learning_is_the_mean_over_texts():
     loaded, asked = load_tiny(), CalibrationSettings(texts=3, lengths=(320,))
     kept, made = learn_shares(loaded, asked)
-    texts = CalibrationTexts(loaded, asked)
-    with Repeater(loaded) as repeater:
-        each = [kept_shares(repeater.scores(text, repetition(loaded, text))) for text in texts]
+    pairs = repeated_documents(loaded, asked, ()).pairs
+    each = [kept_shares(reconstruction_scores(loaded, *pair)) for pair in pairs]
     torch.testing.assert_close(kept.double(), torch.stack(each).mean(dim=0))
     assert made["texts"] == 3 and kept.shape == (8, 2, 2)
     assert HeadProfile("tiny", loaded.shape, random_profile(loaded.model).scores, kept_shares=kept)
 
 
 def repetition(loaded, text):
-    from headprof.models.prompt_encoder import PromptEncoder
-
     return PromptEncoder(loaded.tokenizer).repetition_ids(text)
 
 

@@ -25,11 +25,12 @@ from headprof.models.decoder import sliding_windows
 from headprof.models.rotary import rotary_of
 from headprof.profile.finding import list_profiles, user_profile_dir
 from headprof.profile.surrogate import RowFeatures, Surrogate, find_surrogate, surrogate_path
+from headprof.scoring.calibration import CalibrationSettings
 from headprof.scoring.repetition import repeat_document
-from headprof.scoring.surrogate_fit import FitSettings, fit_heads, fit_surrogate
+from headprof.scoring.surrogate_fit import fit_heads, fit_surrogate
 
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 3
-FEW = FitSettings(texts=6, lengths=(60, 90))
+FEW = CalibrationSettings(texts=6, lengths=(60, 90))
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +209,11 @@ def test_a_users_texts_stand_in_place_of_ours(fitted, tmp_path):
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(UsageError, match="at least 3 texts"):
+    with pytest.raises(UsageError, match="ask for --texts of at least 3"):
         fit_surrogate(load_tiny(), replace(FEW, texts=2))
-    with pytest.raises(UsageError, match="fewer than 16 tokens"):
+    with pytest.raises(UsageError, match="fewer than 32 tokens"):
         fit_surrogate(load_tiny(), replace(FEW, lengths=(4,)))
-    with pytest.raises(UsageError, match="more than the 100 that tiny-llama can read: lower --lengths"):
+    with pytest.raises(UsageError, match=r"can repeat texts of at most \d+ tokens"):
         fit_surrogate(replace(load_tiny(), max_positions=100), FEW)
 
 
@@ -446,7 +447,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("place")
     save_tiny(place / "model", chat=True)
     (place / "report.txt").write_text(TEXT)
-    done = headprof(place, "score", "--surrogate", "--model", "model", "--probes", "6", "--lengths", "60,90")
+    done = headprof(place, "score", "--surrogate", "--model", "model", "--texts", "6", "--text-lengths", "60,90")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "profiles/model.surrogate.safetensors"
     assert "of held-out rows" in done.stderr
@@ -487,10 +488,12 @@ def test_a_surrogate_can_be_named(place):
         (("--surrogate", "--needles", "report.txt"), "leave --needles away"),
         (("--surrogate", "--resume"), "leave --resume away"),
         (("--surrogate", "--until-stable"), "leave --until-stable away"),
-        (("--surrogate", "--probes", "2"), "at least 3 texts"),
-        (("--surrogate", "--lengths", "3"), "fewer than 16 tokens"),
-        (("--surrogate", "--texts", "none"), "no folder none"),
-        (("--texts", "model"), "add --surrogate"),
+        (("--surrogate", "--probes", "2"), "leave --probes away"),
+        (("--surrogate", "--texts", "2"), "--texts of at least 3"),
+        (("--surrogate", "--text-lengths", "3"), "fewer than 32 tokens"),
+        (("--surrogate", "--text-folder", "none"), "no folder none"),
+        (("--text-folder", "model"), "add --reconstruction or --surrogate"),
+        (("--surrogate", "--reconstruction"), "leave --surrogate, or --reconstruction, away"),
         (("--surrogate", "--preset", "big"), "no preset 'big'"),
         (("--surrogate", "-o", "model/model.safetensors"), "model.safetensors"),
     ],

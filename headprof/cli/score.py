@@ -22,7 +22,7 @@ from headprof.utils.units import parse_lengths
 if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
-    from headprof.scoring.repeated_texts import CalibrationSettings
+    from headprof.scoring.calibration import CalibrationSettings
     from headprof.scoring.request import ScoreRequest
 
 
@@ -198,7 +198,8 @@ def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
     Raises:
         UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
     """
-    from headprof.scoring.repeated_texts import CalibrationSettings
+    from headprof.scoring.calibration import CalibrationSettings
+    from headprof.scoring.reconstruction import TEXTS
 
     if not learning.reconstruction and learning != LearningOptions():
         raise UsageError(
@@ -206,7 +207,7 @@ def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
             "--reconstruction or --surrogate, or leave them away."
         )
     lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
-    settings = CalibrationSettings(learning.texts or 12, lengths, learning.text_folder, seed)
+    settings = CalibrationSettings(learning.texts or TEXTS, lengths, seed, learning.text_folder)
     settings.check()
     return settings
 

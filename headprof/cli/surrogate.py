@@ -14,18 +14,20 @@ from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
-    from headprof.scoring.surrogate_fit import FitSettings
+    from headprof.scoring.calibration import CalibrationSettings
 
 
-def fit(settings: FitSettings, model: str | None, output: Path | None, command: str, loading: LoadOptions) -> None:
+def fit(
+    settings: CalibrationSettings, model: str | None, output: Path | None, command: str, loading: LoadOptions
+) -> None:
     """Fit a surrogate to a model, and write it."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
     from headprof.profile.surrogate import FORMAT, surrogate_path
-    from headprof.scoring.surrogate_fit import fit_surrogate
+    from headprof.scoring.surrogate_fit import FEWEST_TEXTS, fit_surrogate
     from headprof.utils.files import check_writable
 
-    settings.check()
+    settings.check(FEWEST_TEXTS)
     target = output or surrogate_path(default_output(model_name(model)))
     read = chain([] if settings.folder is None else [settings.folder], model_inputs(model, loading))
     check_outputs({target: FORMAT}, read)
@@ -40,15 +42,18 @@ def fit(settings: FitSettings, model: str | None, output: Path | None, command: 
     terminal.result(str(target))
 
 
-def fit_settings(preset: str, number: int | None, lengths: str | None, seed: int, texts: Path | None) -> FitSettings:
+def fit_settings(
+    preset: str, number: int | None, lengths: str | None, seed: int, texts: Path | None
+) -> CalibrationSettings:
     """What to fit to; `None` leaves the number of texts to the preset, and their lengths as they are."""
-    from headprof.scoring.surrogate_fit import LENGTHS, PRESETS, FitSettings
+    from headprof.scoring.calibration import CalibrationSettings
+    from headprof.scoring.surrogate_fit import PRESETS
 
     if preset not in PRESETS:
         raise UsageError(f"There is no preset {preset!r}: choose one of {', '.join(PRESETS)}.")
-    return FitSettings(
+    return CalibrationSettings(
         texts=number or PRESETS[preset],
-        lengths=parse_lengths(lengths) if lengths else LENGTHS,
+        lengths=parse_lengths(lengths) if lengths else None,
         seed=seed,
         folder=texts,
     )

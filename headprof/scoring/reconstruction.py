@@ -17,65 +17,36 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from headprof.errors import ModelError
 from headprof.models.loading import LoadedModel
-from headprof.models.prompt_encoder import PromptEncoder
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.attention_rows import RowReader
-from headprof.scoring.repeated_texts import CalibrationSettings, CalibrationTexts
-from headprof.scoring.shared_context import SharedContext
+from headprof.scoring.calibration import CalibrationSettings, repeated_documents
+from headprof.scoring.repetition import RepeatedLayer, repeat_document
 from headprof.utils.run_record import today
 
 SHARES = (0.02, 0.04, 0.08, 0.15, 0.25, 0.4, 0.55, 0.75)
 """What all heads keep together, of the tokens that are not kept by every head in any case."""
 FIRST, LAST = 1, 2
 """Tokens at the ends of a text that every head keeps in any case, and that are left out of the ranking."""
-_BLOCK = 256
-"""Observing tokens that are read at once."""
+TEXTS, LENGTHS = 12, (512, 1024, 2048)
+"""How many texts are repeated, and of how many tokens, where nothing else is asked for."""
 
 
-class Repeater:
-    """Lets a model repeat texts; use it as a context, in which the model's attention is wrapped.
-
-    Args:
-        loaded: the model.
+def reconstruction_scores(loaded: LoadedModel, document: Sequence[int], repetition: Sequence[int]) -> Tensor:
+    """The largest attention that any query of a group pays to each token of a document, float32 `[L, K, T]`.
 
     Raises:
-        ModelError: some of the model's layers are no attention.
+        ModelError: the model's layers do not attend once each, or its numbers overflow.
     """
+    scores = torch.zeros(loaded.shape.num_layers, loaded.shape.num_kv_heads, len(document))
 
-    def __init__(self, loaded: LoadedModel):
-        self._shape = loaded.shape
-        self._reader = RowReader(loaded.model)
-        self._context = SharedContext(loaded.model, self._reader.base)
-        self._installed = self._reader.installed()
+    def take(layer: RepeatedLayer) -> None:
+        scores[layer.index] = layer.importance.cpu()
 
-    def __enter__(self) -> Repeater:
-        self._installed.__enter__()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._installed.__exit__(*exception)
-
-    @torch.inference_mode()
-    def scores(self, text: Sequence[int], observers: Sequence[int]) -> Tensor:
-        """The largest attention that any of the observers pays to each token of a text, float32 `[L, K, T]`.
-
-        Raises:
-            ModelError: the model's numbers overflow, or its attention cannot be read head by head.
-        """
-        shape, tokens = self._shape, len(text)
-        found = torch.zeros(shape.num_layers, shape.num_kv_heads, tokens)
-
-        def take(layer: int, _: int, attention: Tensor) -> None:
-            paid = attention[:, :, :tokens].unflatten(0, (shape.num_kv_heads, shape.group_size))
-            found[layer] = found[layer].maximum(paid.amax(dim=(1, 2)).cpu())
-
-        self._context.read(text)
-        for start in range(0, len(observers), _BLOCK):
-            part = observers[start : start + _BLOCK]
-            with self._reader.reading([torch.arange(len(part))], take):
-                self._context.extend(part)
-        return found
+    repeat_document(loaded.model, loaded.shape, document, repetition, take)
+    if not bool(scores.isfinite().all()):
+        raise ModelError(f"The numbers of {loaded.name} overflow in {loaded.dtype}: load it with --dtype float32.")
+    return scores
 
 
 def kept_shares(scores: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
@@ -111,16 +82,16 @@ def learn_shares(
         UsageError: the model cannot repeat texts of these lengths.
         ModelError: its numbers overflow, or its attention cannot be read head by head.
     """
-    texts, encoder = CalibrationTexts(loaded, settings), PromptEncoder(loaded.tokenizer)
+    documents = repeated_documents(loaded, settings, LENGTHS)
+    count = len(documents.pairs)
     total = torch.zeros(len(SHARES), loaded.shape.num_layers, loaded.shape.num_kv_heads, dtype=torch.float64)
-    on_text(0, len(texts))
-    with Repeater(loaded) as repeater:
-        for number in range(len(texts)):
-            text = texts[number]
-            total += kept_shares(repeater.scores(text, encoder.repetition_ids(text)))
-            on_text(number + 1, len(texts))
-    made = {"texts": len(texts), "kinds": texts.kinds(), "lengths": texts.lengths, "seed": settings.seed}
-    return (total / len(texts)).float(), made | {"date": today()}
+    for number, pair in enumerate(documents.pairs):
+        on_text(number, count)
+        total += kept_shares(reconstruction_scores(loaded, *pair))
+    on_text(count, count)
+    made = {"texts": count, "lengths": documents.lengths, "seed": settings.seed}
+    made |= {"folder": settings.folder and str(settings.folder), "date": today()}
+    return (total / count).float(), made
 
 
 def with_reconstruction(

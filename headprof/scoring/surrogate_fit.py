@@ -10,20 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headprof.errors import ModelError, ProbeError, UsageError
+from headprof.errors import ModelError
 from headprof.models.fingerprints import weights_fingerprints
 from headprof.models.loading import LoadedModel
-from headprof.models.prompt_encoder import PromptEncoder
 from headprof.models.rotary import rotary_of
 from headprof.profile.surrogate import RowFeatures, Surrogate, predicted, standardized
-from headprof.scoring.calibration_texts import WORDS, calibration_texts, first_parts
+from headprof.scoring.calibration import CalibrationSettings, repeated_documents
 from headprof.scoring.repetition import RepeatedLayer, repeat_document
-from headprof.utils.files import read_text
 from headprof.utils.ranks import rank_rows
 from headprof.utils.run_record import library_versions, today
 
@@ -43,36 +40,6 @@ _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the ridge, for each row and a feature of variance 1."""
 _UNITS, _STEPS, _BATCH, _LOOK = 64, 300, 512, 25
 _RATE = 5e-3
-_LEAST_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What a surrogate is fitted to.
-
-    Attributes:
-        texts: how many.
-        lengths: of them in tokens, which take turns.
-        seed: of texts, of the rows that are kept of each, and of the networks.
-        folder: with `.txt` files of the user's in place of this project's texts; `None` for these.
-    """
-
-    texts: int = PRESETS["quick"]
-    lengths: tuple[int, ...] = LENGTHS
-    seed: int = 0
-    folder: Path | None = None
-
-    def check(self) -> None:
-        """
-        Raises:
-            UsageError: there are too few texts, or their lengths cannot be.
-        """
-        if self.texts < FEWEST_TEXTS:
-            raise UsageError(f"A surrogate is fitted to at least {FEWEST_TEXTS} texts, not {self.texts}: ask for more.")
-        if not self.lengths or min(self.lengths) < _LEAST_TOKENS:
-            raise UsageError(
-                f"Texts of fewer than {_LEAST_TOKENS} tokens say little of what is looked at: raise --lengths."
-            )
 
 
 @dataclass
@@ -97,7 +64,7 @@ class _Samples:
 
 def fit_surrogate(
     loaded: LoadedModel,
-    settings: FitSettings,
+    settings: CalibrationSettings,
     *,
     command: str = "",
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -114,12 +81,11 @@ def fit_surrogate(
         UsageError: the settings cannot be, or texts and their repetitions are longer than the model's context.
         ModelError: the model's attention cannot be reached, or its numbers overflow.
     """
-    settings.check()
-    documents = _documents(loaded, settings)
+    documents = repeated_documents(loaded, settings, LENGTHS, FEWEST_TEXTS)
     rotaries = [rotary_of(loaded.model, layer_idx) for layer_idx in range(loaded.shape.num_layers)]
     features = RowFeatures.of_layers(rotaries, loaded.shape.head_dim)
-    layers = _collect(loaded, settings, documents, features, on_progress)
-    fits, stops, holds = _split(len(documents))
+    layers = _collect(loaded, settings, documents.pairs, features, on_progress)
+    fits, stops, holds = _split(len(documents.pairs))
     parts: list[tuple[Tensor, ...]] = []
     for index, samples in enumerate(layers):
         on_progress("Fitting layer", index, len(layers))
@@ -137,7 +103,9 @@ def fit_surrogate(
         features,
         stacked,
         {
-            "settings": json.dumps(asdict(settings) | {"folder": settings.folder and str(settings.folder)}),
+            "settings": json.dumps(
+                asdict(settings) | {"lengths": documents.lengths, "folder": settings.folder and str(settings.folder)}
+            ),
             "quality": json.dumps(measured(parts, layers, holds)),
             "versions": json.dumps(library_versions()),
             "date": today(),
@@ -146,52 +114,9 @@ def fit_surrogate(
     )
 
 
-def _documents(loaded: LoadedModel, settings: FitSettings) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each document, and of its repetition."""
-    encoder = PromptEncoder(loaded.tokenizer)
-    if settings.folder is None:
-        texts = calibration_texts(loaded.tokenizer, settings.lengths, settings.texts, settings.seed)
-    else:
-        texts = _users_texts(encoder, settings)
-    documents = [encoder.document_ids(text) for text in texts]
-    pairs = [(ids, encoder.repetition_ids(ids)) for ids in documents]
-    longest = max(len(ids) + len(again) for ids, again in pairs)
-    if longest > loaded.max_positions:
-        raise UsageError(
-            f"A text and its repetition take {longest} tokens, more than the {loaded.max_positions} that {loaded.name} "
-            "can read: lower --lengths."
-        )
-    return pairs
-
-
-def _users_texts(encoder: PromptEncoder, settings: FitSettings) -> list[str]:
-    """The `.txt` files of a folder, in pieces of the lengths asked for."""
-    folder = settings.folder
-    assert folder is not None
-    if not folder.is_dir():
-        raise UsageError(f"There is no folder {folder}: give one that holds .txt files with --texts.")
-    texts: list[str] = []
-    for file in sorted(path for path in folder.rglob("*.txt") if path.is_file()):
-        words, start = WORDS.findall(read_text(file, ProbeError)), 0
-        while start < len(words) and len(texts) < settings.texts:
-            length = settings.lengths[len(texts) % len(settings.lengths)]
-            piece = words[start : start + length]
-            fits = len(encoder.texts.ids("".join(piece))) <= length
-            count = len(piece) if fits else max(1, first_parts(piece, length, encoder.texts))
-            texts.append("".join(words[start : start + count]).strip())
-            start += count
-    texts = [text for text in texts if len(encoder.texts.ids(text)) >= _LEAST_TOKENS]
-    if len(texts) < FEWEST_TEXTS:
-        raise UsageError(
-            f"The .txt files in {folder} hold {len(texts)} texts of such lengths, fewer than {FEWEST_TEXTS}: add more, "
-            "or lower --lengths."
-        )
-    return texts
-
-
 def _collect(
     loaded: LoadedModel,
-    settings: FitSettings,
+    settings: CalibrationSettings,
     documents: Sequence[tuple[list[int], list[int]]],
     features: RowFeatures,
     on_progress: Callable[[str, int, int], None],
