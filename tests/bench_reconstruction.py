@@ -136,7 +136,7 @@ def measure(cases: Sequence[Case], words: Sequence[str], repeats: int) -> list[t
             if run.returncode:
                 sys.exit(run.stderr)
             costs[case].append(Cost(**json.loads(run.stdout)))
-            print(f"round {done + 1}: {case.label}: {costs[case][-1].seconds:.1f} s", file=sys.stderr, flush=True)
+            print(f"round {done + 1}: {case.label}: {run.stdout.strip()}", file=sys.stderr, flush=True)
     return [(case, _median(each)) for case, each in costs.items()]
 
 
