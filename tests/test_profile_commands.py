@@ -347,6 +347,7 @@ def test_profiles_are_listed_in_the_order_of_search(work, monkeypatch, headprof)
         "shape": SHAPE.to_dict(),
         "kinds": ["reasoning"],
         "probes_used": {"reasoning": 40},
+        "learned_budgets": [],
         "date": None,
         "source": "a [paper]",
     }
