@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -195,8 +195,7 @@ def test_recency_keeps_what_loops_would(model, data):
 def test_the_least_budget_that_is_named_works_and_no_less(model, name, start, width, generates):
     tokens, spans = 30, [(start, min(30, start + width))]
     protected, buffer = ProtectedTokens.of(spans), 4 if generates else None
-    if protected is None:
-        return
+    assume(protected is not None)
     with pytest.raises(UsageError, match="that every head keeps") as refused:
         planned(model, name, 1, buffer=buffer).check(tokens, protected)
     if "are protected" not in str(refused.value):  # they are all kept in any case
@@ -445,6 +444,7 @@ def test_all_tokens_of_a_match_are_kept(start, width, chat):
         "The lighthouse keeper counted nine grey boats before breakfast, and wrote the number on the kitchen wall."
     )
     wanted = document[start : start + width]
+    assume(wanted.strip())
     tokenizer = tiny_tokenizer(chat=chat)
     keeping = Keeping((wanted,), "Be brief." if chat else None)
     ids, kept = keeping.document(keeping.encoder(tokenizer), document)
