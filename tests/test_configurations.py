@@ -54,8 +54,11 @@ class Configuration:
 
     def plan(self, model, **changes):
         options = {"budget": self.budget, "decode_budget": self.decode_budget, "buffer": self.buffer} | changes
-        options |= {"surrogate": random_surrogate(model) if "kvzap" in self.method else None}
-        return make_plan(model, random_profile(model), method=self.method, **options)
+        return make_plan(model, random_profile(model), **self.by(model), **options)
+
+    def by(self, model):
+        """The method, and what it judges by."""
+        return {"method": self.method, "surrogate": random_surrogate(model) if "kvzap" in self.method else None}
 
     def prompts(self):
         """Token ids and mask, padded in front; and the positions of the tokens."""
@@ -92,7 +95,7 @@ def places(cache, padding=()):
     found = []
     for layer in cache.head_layers:
         rows = layer.storage.compact()
-        heads = [part.tolist() for part in rows.positions.split(rows.lengths)]
+        heads = [part.tolist() for part in rows.positions.split(layer.lengths)]
         if padding:
             heads = [[at - padding[number // layer.num_kv_heads] for at in head] for number, head in enumerate(heads)]
         found.append(heads)
@@ -128,10 +131,10 @@ def check_the_whole_budget(configuration, model):
     options = GREEDY | {"attention_mask": mask, "max_new_tokens": NEW}
     expected = model.generate(ids, **options)
     whole = {"budget": ids.shape[1] + NEW, "decode_budget": None, "buffer": configuration.buffer}
-    with compressed(model, random_profile(model), method=configuration.method, **whole):
+    with compressed(model, random_profile(model), **configuration.by(model), **whole):
         assert torch.equal(model.generate(ids, **options), expected)
     with compressed(
-        model, random_profile(model), method=configuration.method, prefill_chunk=configuration.chunk, **whole
+        model, random_profile(model), **configuration.by(model), prefill_chunk=configuration.chunk, **whole
     ):
         assert torch.equal(model.generate(ids, **options), expected)
 
