@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.profiles import random_profile
+from support.profiles import judging, random_profile
 from support.tiny_models import load_tiny
 
 from headprof.compression.batches import answer_each
@@ -29,7 +29,7 @@ QUESTIONS = (
 def document(loaded, method="kvzip", **options):
     profile = random_profile(loaded.model) if METHODS[method].budget.profile_scores else None
     options = {"budget": 40, "buffer": 8} | options
-    return compress_document(loaded, TEXT, make_plan(loaded.model, profile, method=method, **options))
+    return compress_document(loaded, TEXT, make_plan(loaded.model, profile, method=method, **judging(loaded.model, method), **options))
 
 
 def assert_as_alone(loaded, cache, max_new_tokens=40, batch=3, questions=QUESTIONS):

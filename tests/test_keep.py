@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.commands import headprof
 from support.host_reads import device_watched
 from support.observations import as_held_rows, observed_prompt
-from support.profiles import random_profile
+from support.profiles import judging, random_profile
 from support.prompts import GREEDY, left_padded, random_ids
 from support.tiny_models import load_tiny, tiny_model, tiny_tokenizer
 
@@ -57,12 +57,12 @@ def model():
 
 def planned(model, name, budget=BUDGET, **options):
     options = {"buffer": 6} | (MERGING if "ems" in name else {}) | options
-    return make_plan(model, random_profile(model), method=name, budget=budget, **options)
+    return make_plan(model, random_profile(model), method=name, budget=budget, **judging(model, name), **options)
 
 
 def context(model, name, budget=BUDGET, **options):
     options = {"buffer": 6} | (MERGING if "ems" in name else {}) | options
-    return compressed(model, random_profile(model), method=name, budget=budget, **options)
+    return compressed(model, random_profile(model), method=name, budget=budget, **judging(model, name), **options)
 
 
 def rows_of(layer):
@@ -204,7 +204,7 @@ def test_the_least_budget_that_is_named_works_and_no_less(model, name, start, wi
     least = int(str(refused.value).split(" or more")[0].split()[-1])
     with pytest.raises(UsageError, match="raise --budget"):
         planned(model, name, least - 1, buffer=buffer).check(tokens, protected)
-    with compressed(model, random_profile(model), method=name, budget=least, buffer=buffer, keep=spans) as plan:
+    with compressed(model, random_profile(model), method=name, budget=least, buffer=buffer, keep=spans, **by) as plan:
         plan.check(tokens, protected)
         out = model.generate(random_ids(1, tokens), max_new_tokens=14, return_dict_in_generate=True, **GREEDY)
     for layer in positions_of(out.past_key_values):
@@ -509,7 +509,7 @@ def loaded():
 
 
 def document(loaded, name="headkv-r2", **options):
-    plan = make_plan(loaded.model, random_profile(loaded.model), method=name, budget=64, buffer=8)
+    plan = make_plan(loaded.model, random_profile(loaded.model), method=name, budget=64, buffer=8, **judging(loaded.model, name))
     return compress_document(loaded, TEXT, plan, **{"keep": [r"/Note \d: [a-z ]+/"], "system": "Be kind."} | options)
 
 

@@ -78,3 +78,8 @@ def with_intervals(profile: HeadProfile) -> HeadProfile:
 def random_surrogate(model, seed=0):
     """A surrogate that fits `model` and says something else of each row."""
     return drawn_surrogate(model, HeadShape.from_config(model.config), seed, units=8)
+
+
+def judging(model, name):
+    """What `make_plan` needs beside a profile for a method of this name: a surrogate, if it judges by one."""
+    return {"surrogate": random_surrogate(model)} if "kvzap" in name else {}
