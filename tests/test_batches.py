@@ -28,8 +28,8 @@ QUESTIONS = (
 
 def document(loaded, method="kvzip", **options):
     profile = random_profile(loaded.model) if METHODS[method].budget.profile_scores else None
-    options = {"budget": 40, "buffer": 8} | options
-    return compress_document(loaded, TEXT, make_plan(loaded.model, profile, method=method, **judging(loaded.model, method), **options))
+    options = {"method": method, "budget": 40, "buffer": 8} | judging(loaded.model, method) | options
+    return compress_document(loaded, TEXT, make_plan(loaded.model, profile, **options))
 
 
 def assert_as_alone(loaded, cache, max_new_tokens=40, batch=3, questions=QUESTIONS):

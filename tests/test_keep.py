@@ -204,7 +204,8 @@ def test_the_least_budget_that_is_named_works_and_no_less(model, name, start, wi
     least = int(str(refused.value).split(" or more")[0].split()[-1])
     with pytest.raises(UsageError, match="raise --budget"):
         planned(model, name, least - 1, buffer=buffer).check(tokens, protected)
-    with compressed(model, random_profile(model), method=name, budget=least, buffer=buffer, keep=spans, **by) as plan:
+    options = {"method": name, "budget": least, "buffer": buffer, "keep": spans} | judging(model, name)
+    with compressed(model, random_profile(model), **options) as plan:
         plan.check(tokens, protected)
         out = model.generate(random_ids(1, tokens), max_new_tokens=14, return_dict_in_generate=True, **GREEDY)
     for layer in positions_of(out.past_key_values):
@@ -509,7 +510,8 @@ def loaded():
 
 
 def document(loaded, name="headkv-r2", **options):
-    plan = make_plan(loaded.model, random_profile(loaded.model), method=name, budget=64, buffer=8, **judging(loaded.model, name))
+    by = {"method": name, "budget": 64, "buffer": 8} | judging(loaded.model, name)
+    plan = make_plan(loaded.model, random_profile(loaded.model), **by)
     return compress_document(loaded, TEXT, plan, **{"keep": [r"/Note \d: [a-z ]+/"], "system": "Be kind."} | options)
 
 
