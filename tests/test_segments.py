@@ -654,3 +654,22 @@ def test_compress_takes_segments_and_norms(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["compress", *options, "--set", "segment=0"])
     assert ended.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral"])
+def test_queries_of_any_segment_see_the_rows_that_may_be_kept(arch):
+    """What a reduction that asks some of the queries is told: their attention to the document, shared out anew."""
+    window = WINDOWS.get(arch)
+    model, twin = tiny_model(arch, sliding_window=window), tiny_model(arch, sliding_window=window, attn="eager")
+    ids, index = drawn_prompt(), torch.tensor([0, 5, 19, 20, 40, 52, 53, 59])
+    passes = [
+        twin(each, output_attentions=True, use_cache=False).attentions for each in of_each_segment(ids, SEGMENTS)
+    ]
+    for number, (observed, _) in enumerate(observed_by(model, ids, SEGMENTS)):
+        kept = observed.valid[0, :DOCUMENT]
+        paid = torch.cat([each[number][0, :, DOCUMENT:, :DOCUMENT] for each in passes], dim=1)[:, index] * kept
+        expected = (paid / paid.sum(dim=-1, keepdim=True)).nan_to_num(nan=0.0)
+        asked = observed.of_queries(index)
+        found = asked.attention_of(0, len(index))[0].flatten(0, 1)
+        torch.testing.assert_close(found[..., :DOCUMENT], expected, atol=2e-5, rtol=1e-3)
+        assert not found[..., DOCUMENT:].any()

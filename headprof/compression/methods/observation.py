@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headprof.compression.kernels.constants import newer_queries
 from headprof.compression.rows import Rows
+from headprof.compression.segments import segment_positions
 from headprof.models.rotary import Rotary
 
 NOISE = 2.0**-20
@@ -158,6 +159,8 @@ class Observation:
         if self.query_positions is not None:
             return self.query_positions
         num_tokens = self.keys.shape[2]
+        if self.segments:
+            return segment_positions(num_tokens, self.segments, self.keys.device)[0, -self.queries.shape[2] :]
         return torch.arange(num_tokens - self.queries.shape[2], num_tokens, device=self.keys.device)
 
     @property
@@ -211,7 +214,7 @@ class Observation:
         valid = None if self.query_valid is None else self.query_valid[:, index]
         if self.is_prompt and self.padded:
             tokens = self.valid if self.attended is None else self.attended.valid
-            valid = tokens[:, positions]
+            valid = tokens[:, tokens.shape[1] - self.queries.shape[2] :][:, index]
         return replace(
             self,
             queries=self.queries[:, :, index],
