@@ -662,9 +662,7 @@ def test_queries_of_any_segment_see_the_rows_that_may_be_kept(arch):
     window = WINDOWS.get(arch)
     model, twin = tiny_model(arch, sliding_window=window), tiny_model(arch, sliding_window=window, attn="eager")
     ids, index = drawn_prompt(), torch.tensor([0, 5, 19, 20, 40, 52, 53, 59])
-    passes = [
-        twin(each, output_attentions=True, use_cache=False).attentions for each in of_each_segment(ids, SEGMENTS)
-    ]
+    passes = [twin(each, output_attentions=True, use_cache=False).attentions for each in of_each_segment(ids, SEGMENTS)]
     for number, (observed, _) in enumerate(observed_by(model, ids, SEGMENTS)):
         kept = observed.valid[0, :DOCUMENT]
         paid = torch.cat([each[number][0, :, DOCUMENT:, :DOCUMENT] for each in passes], dim=1)[:, index] * kept

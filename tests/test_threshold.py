@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from support.commands import headprof
-from support.profiles import random_profile
+from support.profiles import random_profile, random_surrogate
 from support.prompts import random_ids
 from support.tiny_models import load_tiny, save_tiny, tiny_model
 from test_decoding import check_same
@@ -51,6 +52,24 @@ def test_rows_above_the_threshold_are_kept_and_no_others(method, threshold):
     expected = above(loaded, threshold)
     assert [layer[0] for layer in kept_positions(cache)] == expected
     assert int(cache.lengths.min()) >= 3 and int(cache.lengths.min()) < cache.get_seq_length()
+
+
+@pytest.mark.parametrize("method", ["kvzap", "headkv-kvzap"])
+def test_what_is_foreseen_has_thresholds_too(method):
+    """Which rows a surrogate holds to be above it, no more and no fewer, from a single prefill."""
+    loaded = load_tiny()
+    whole = compress_document(loaded, TEXT, planned(loaded.model, "full", 8))
+    surrogate, expected = random_surrogate(loaded.model), []
+    for index, layer in enumerate(whole.head_layers):
+        rows, tokens = layer.storage.compact(), whole.get_seq_length()
+        keys, values = (each.view(1, layer.num_kv_heads, tokens, -1) for each in (rows.keys, rows.values))
+        scores = surrogate.predict(index, keys, values).exp()[0]
+        scores[:, :1] = scores[:, -2:] = math.inf
+        expected.append(scores)
+    threshold = torch.stack(expected).flatten().median().item() * 1.0001
+    plan = planned(loaded.model, method, f">{threshold!r}", surrogate=surrogate)
+    kept = [layer[0] for layer in kept_positions(compress_document(loaded, TEXT, plan))]
+    assert kept == [[(head > threshold).nonzero().flatten().tolist() for head in layer] for layer in expected]
 
 
 def test_a_bound_is_the_one_ranking_where_that_keeps_less():
@@ -144,7 +163,9 @@ def test_what_has_no_scale_is_refused():
         make_plan(model, method="snapkv", budget=">0.1")
     with pytest.raises(UsageError, match=message):
         EvalRequest(("niah",), ("full", "snapkv"), ("8", ">0.1")).check()
-    EvalRequest(("niah",), ("full", "kvzip"), ("8", ">0.1")).check()
+    EvalRequest(("niah",), ("full", "kvzip", "kvzap"), ("8", ">0.1")).check()
+    with pytest.raises(UsageError, match="without a fixed scale"):  # norms of values and hidden states have none
+        make_plan(model, method="kvzip", norms=True, budget=">0.1")
     with pytest.raises(UsageError, match="give --decode-budget in tokens"):
         make_plan(model, method="kvzip", budget=8, decode_budget=">0.1")
 

@@ -38,11 +38,13 @@ class Importance(Protocol):
     needs_surrogate: bool = False
     """Whether it judges rows by what was fitted to the model (`headprof.profile.surrogate`)."""
 
-    has_scale: bool = False
-    """Whether a score means the same whatever the prompt and the head, so that a threshold can be set on it."""
-
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether a score means the same whatever the prompt and the head, so that a threshold can be set on it."""
+        return False
 
     @property
     def queries(self) -> int | None:

@@ -53,13 +53,16 @@ class Reconstruction(Importance):
     norms: bool = False
 
     asks_for_repetition = True
-    has_scale = True
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"A window of {self.window} queries judges nothing: give a --window of at least 1.")
         if self.segment < 1:
             raise UsageError(f"Segments of {self.segment} tokens repeat nothing: give segment at least 1.")
+
+    @property
+    def has_scale(self) -> bool:
+        return not self.norms
 
     @property
     def queries(self) -> int:

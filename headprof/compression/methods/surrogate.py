@@ -36,6 +36,10 @@ class SurrogateImportance(Importance):
     queries = 0
     needs_surrogate = True
 
+    @property
+    def has_scale(self) -> bool:
+        return True
+
     def with_surrogate(self, surrogate: Any) -> SurrogateImportance:
         return replace(self, surrogate=surrogate)
 

@@ -135,8 +135,8 @@ class Method:
             return
         raise UsageError(
             f"{f'The method {name!r}' if name else 'This method'} judges tokens by a score without a fixed scale, on "
-            "which no threshold can be set: choose kvzip, adakv-kvzip, headkv-kvzip or learned-kvzip, or give a budget "
-            "of tokens, a share or bytes."
+            "which no threshold can be set: choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap "
+            "methods, or give a budget of tokens, a share or bytes."
         )
 
     def for_observers(self, count: int) -> Method:
