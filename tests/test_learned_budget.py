@@ -316,6 +316,17 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_run_for_probes_says_that_learned_budgets_go(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    replace(random_profile(tiny_model()), model_name="tiny").save(tmp_path / "p.safetensors")
+    probes = ("--probes", "4", "--lengths", "512", "--include-failed", "-o", "p.safetensors")
+    said = "The budgets learned for p.safetensors go with it: learn them again with --reconstruction."
+    done = headprof(tmp_path, "score", "--model", "tiny", *probes)
+    assert done.returncode == 0 and said in " ".join(done.stderr.split())
+    again = headprof(tmp_path, "score", "--model", "tiny", *probes)
+    assert again.returncode == 0 and "budgets learned" not in again.stderr
+
+
 def test_an_interrupted_run_leaves_the_profile_as_it_was(tmp_path, monkeypatch):
     save_tiny(tmp_path / "tiny", chat=True)
     replace(random_profile(tiny_model()), kept_shares=None).save(tmp_path / "p.safetensors")

@@ -16,7 +16,7 @@ from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
-from headprof.errors import UsageError
+from headprof.errors import HeadprofError, UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def score(
     target = output or default_output(loaded.name)
     if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
         terminal.remark(remark)
+    if not learning.reconstruction and _has_learned_budgets(target):
+        terminal.remark(f"The budgets learned for {target} go with it: learn them again with --reconstruction.")
     with terminal.progress() as report:
         profile = score_to_file(
             loaded,
@@ -250,6 +252,16 @@ def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSetti
             on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
         )
     learned.save(target)
+
+
+def _has_learned_budgets(target: Path) -> bool:
+    """Whether a profile with learned budgets is there, which a run for probes alone replaces by one without."""
+    from headprof.profile.head_profile import HeadProfile
+
+    try:
+        return target.is_file() and HeadProfile.load(target).kept_shares is not None
+    except HeadprofError:
+        return False
 
 
 def _refuse_probe_options(context: typer.Context, reason: str) -> None:
