@@ -298,14 +298,33 @@ def test_the_command_adds_to_a_profile(tmp_path):
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
     save_tiny(tmp_path / "tiny", chat=True)
+    adding = ("--reconstruction", "--add-to", "none.safetensors")
     for options, message in (
-        (("--texts", "3"), "add --reconstruction, or leave them away"),
+        (("--texts", "3"), "add --reconstruction or --surrogate, or leave them away"),
+        (("--add-to", "p.safetensors"), "add --reconstruction, or leave it away"),
+        (("--surrogate", "--add-to", "p.safetensors"), "leave --surrogate, or --add-to, away"),
         (("--reconstruction", "--add-to", "none.safetensors"), "There is no profile file at none.safetensors"),
-        (("--reconstruction", "--text-folder", "nowhere"), "The haystack folder nowhere does not exist"),
+        ((*adding, "--probes", "4"), "With --add-to no probes are asked: leave --probes away"),
+        ((*adding, "--resume"), "With --add-to no probes are asked: leave --resume away"),
+        ((*adding, "--preset", "standard"), "With --add-to no probes are asked: leave --preset away"),
+        (("--reconstruction", "--text-folder", "nowhere"), "There is no folder nowhere"),
+        (("--reconstruction", "--text-lengths", "9k"), "tiny can repeat texts of at most"),
+        (("--reconstruction", "--text-folder", "tiny"), "The .txt files in tiny hold 0 texts"),
     ):
         done = headprof(tmp_path, "score", "--model", "tiny", *options)
         assert done.returncode != 0 and message in " ".join(done.stderr.split())
         assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_run_for_probes_says_that_learned_budgets_go(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    replace(random_profile(tiny_model()), model_name="tiny").save(tmp_path / "p.safetensors")
+    probes = ("--probes", "4", "--lengths", "512", "--include-failed", "-o", "p.safetensors")
+    said = "The budgets learned for p.safetensors go with it: learn them again with --reconstruction."
+    done = headprof(tmp_path, "score", "--model", "tiny", *probes)
+    assert done.returncode == 0 and said in " ".join(done.stderr.split())
+    again = headprof(tmp_path, "score", "--model", "tiny", *probes)
+    assert again.returncode == 0 and "budgets learned" not in again.stderr
 
 
 def test_an_interrupted_run_leaves_the_profile_as_it_was(tmp_path, monkeypatch):

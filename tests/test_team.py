@@ -5,11 +5,13 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import save_tiny
+from support.profiles import random_profile
+from support.tiny_models import save_tiny, tiny_model
 
 from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile
@@ -56,6 +58,15 @@ def test_two_processes_make_the_profile_of_one(place):
     assert_same_file(place / "two.safetensors", place / "alone.safetensors")
     assert done.stdout.strip() == "two.safetensors"  # said once
     assert sorted(path.name for path in place.glob("*two*")) == ["two.probes.safetensors", "two.safetensors"]
+
+
+def test_of_two_processes_one_adds_learned_budgets(place):
+    replace(random_profile(tiny_model(layers=3)), kept_shares=None, model_name="tiny").save(place / "add.safetensors")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    learning = ["--reconstruction", "--add-to", "add.safetensors", "--texts", "2", "--text-lengths", "128"]
+    done = run(place, [*launcher, "-m", "headprof", "score", "--model", "tiny", *learning])
+    assert done.stdout.strip() == "add.safetensors"  # said once
+    assert HeadProfile.load(place / "add.safetensors").kept_shares is not None
 
 
 def test_two_processes_go_on_where_one_was_interrupted_and_stop_at_the_same_probe(place):

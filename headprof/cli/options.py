@@ -34,7 +34,7 @@ Surrogate = Annotated[
     Path | None,
     typer.Option(
         "--surrogate",
-        help="Surrogate, for kvzap and headkv-kvzap. Default: the one for the model, beside its profile.",
+        help="Surrogate, for the kvzap methods. Default: the one for the model, beside its profile.",
         rich_help_panel="Method",
     ),
 ]

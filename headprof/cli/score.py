@@ -16,7 +16,7 @@ from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
-from headprof.errors import UsageError
+from headprof.errors import HeadprofError, UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ class ProbeOptions:
     preset: Annotated[str, typer.Option(help="How much work: quick, standard or thorough.")] = "quick"
     probes: Annotated[
         int | None,
-        typer.Option(
-            min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's; of texts for a surrogate."
-        ),
+        typer.Option(min=2, max=MOST_PROBES, help="Number of probes, instead of the preset's."),
     ] = None
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens, such as 1k,4k.")] = None
     needles: Annotated[
@@ -91,7 +89,7 @@ class LearningOptions:
         bool,
         typer.Option(
             "--surrogate",
-            help="Fit the surrogate of kvzap and headkv-kvzap instead: NAME.surrogate.safetensors beside the profile.",
+            help="Fit the surrogate of the kvzap methods instead: NAME.surrogate.safetensors beside the profile.",
             rich_help_panel="Reconstruction",
         ),
     ] = False
@@ -152,28 +150,35 @@ def score(
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
     if learning.surrogate:
-        _refuse_probe_options(context)
+        _refuse_probe_options(context, "A surrogate is fitted to texts, not to probes")
         if learning.reconstruction or learning.add_to:
-            raise UsageError("A surrogate is fitted by itself: leave --surrogate, or --reconstruction, away.")
+            other = "--reconstruction" if learning.reconstruction else "--add-to"
+            raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")
         to = fit_settings(asked.preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
         fit(to, model, output, command_line(), loading)
         return
     from headprof.profile.finding import default_output
+    from headprof.scoring.reconstruction import check_texts
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
+    settings = _calibration(learning, seed)
     request = _request(asked, counting, seed)
     request.check()
-    settings = _calibration(learning, seed)
     if learning.add_to is not None:
+        _refuse_probe_options(context, "With --add-to no probes are asked")
         _add_reconstruction(learning.add_to, output or learning.add_to, model, loading, settings)
         return
     _check_outputs(output, model, asked, loading)
     team = join_team()
     loaded = load(model, loading)
+    if learning.reconstruction:
+        check_texts(loaded, settings)
     builder = build_probes(loaded, request)
     target = output or default_output(loaded.name)
     if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
         terminal.remark(remark)
+    if not learning.reconstruction and _has_learned_budgets(target):
+        terminal.remark(f"The budgets learned for {target} go with it: learn them again with --reconstruction.")
     with terminal.progress() as report:
         profile = score_to_file(
             loaded,
@@ -201,9 +206,11 @@ def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
     from headprof.scoring.calibration import CalibrationSettings
     from headprof.scoring.reconstruction import TEXTS
 
+    if learning.add_to is not None and not learning.reconstruction:
+        raise UsageError("--add-to adds budgets learned from repeated texts: add --reconstruction, or leave it away.")
     if not learning.reconstruction and learning != LearningOptions():
         raise UsageError(
-            "--add-to, --texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
+            "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
             "--reconstruction or --surrogate, or leave them away."
         )
     lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
@@ -215,7 +222,7 @@ def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
 def _add_reconstruction(
     profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
 ) -> None:
-    """Add learned budgets to a profile that is there already."""
+    """Add learned budgets to a profile that is there already; of several processes, the first one does."""
     from headprof.profile.head_profile import FORMAT, HeadProfile
     from headprof.utils.files import check_writable
 
@@ -223,6 +230,10 @@ def _add_reconstruction(
     check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
     HeadProfile.load(profile)  # complaints come before the weights
     check_writable(target)
+    team = join_team()
+    team.leave()
+    if team.rank:
+        return
     loaded = load(model, loading)
     _learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
     terminal.result(str(target))
@@ -243,16 +254,28 @@ def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSetti
     learned.save(target)
 
 
-def _refuse_probe_options(context: typer.Context) -> None:
+def _has_learned_budgets(target: Path) -> bool:
+    """Whether a profile with learned budgets is there, which a run for probes alone replaces by one without."""
+    from headprof.profile.head_profile import HeadProfile
+
+    try:
+        return target.is_file() and HeadProfile.load(target).kept_shares is not None
+    except HeadprofError:
+        return False
+
+
+def _refuse_probe_options(context: typer.Context, reason: str) -> None:
     """
     Raises:
-        UsageError: something is asked of probes, which a surrogate is not fitted to.
+        UsageError: something is asked of probes where there are none, for the reason given.
     """
-    given = {*given_options(context, ProbeOptions, CountingOptions)} - {"--preset"}
+    given = {*given_options(context, ProbeOptions, CountingOptions)}
+    if context.params.get("surrogate"):
+        given.discard("--preset")  # which says how many texts
     if context.params.get("resume"):
         given.add("--resume")
     if given:
-        raise UsageError(f"A surrogate is fitted to texts, not to probes: leave {sorted(given)[0]} away.")
+        raise UsageError(f"{reason}: leave {sorted(given)[0]} away.")
 
 
 def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:

@@ -65,6 +65,15 @@ def kept_shares(scores: Tensor, shares: Sequence[float] = SHARES) -> Tensor:
     return torch.stack(counts).view(len(shares), *free.shape[:2]).double() / tokens
 
 
+def check_texts(loaded: LoadedModel, settings: CalibrationSettings) -> None:
+    """Find mistakes before the work that comes before learning.
+
+    Raises:
+        UsageError: the model cannot repeat texts of these lengths, or the user's folder holds too few.
+    """
+    repeated_documents(loaded, settings, LENGTHS)
+
+
 def learn_shares(
     loaded: LoadedModel, settings: CalibrationSettings, on_text: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[Tensor, dict[str, object]]:
