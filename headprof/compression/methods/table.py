@@ -133,10 +133,13 @@ class Method:
         """
         if budget.above is None or self.importance.has_scale or self.keeps_everything:
             return
+        called = f"The method {name!r}" if name else "This method"
+        mend = "choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap methods"
+        if self.importance.norms:
+            called, mend = f"{called} with norms", "leave norms away"
         raise UsageError(
-            f"{f'The method {name!r}' if name else 'This method'} judges tokens by a score without a fixed scale, on "
-            "which no threshold can be set: choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap "
-            "methods, or give a budget of tokens, a share or bytes."
+            f"{called} judges tokens by a score without a fixed scale, on which no threshold can be set: {mend}, or "
+            "give a budget of tokens, a share or bytes."
         )
 
     def for_observers(self, count: int) -> Method:
