@@ -117,6 +117,27 @@ def test_heads_that_hold_less_than_their_target_keep_it_when_many_tokens_come_at
     assert torch.equal(cache.lengths, before + tokens)
 
 
+@pytest.mark.parametrize(
+    ("arch", "window", "keep"),
+    [("llama", None, [(48, 50)]), ("llama", None, [(10, 14), (47, 50)]), ("mistral", 12, [(2, 5), (44, 50)])],
+    ids=["last", "both", "out-of-sight"],
+)
+def test_what_is_kept_whatever_was_above_is_in_what_heads_hold_later(arch, window, keep):
+    """Tokens that were kept as the last ones, or that no query of the prompt's end sees, count from then on."""
+    model = tiny_model(arch, sliding_window=window)
+    count = sum(stop - start for start, stop in keep)
+    with attending_ragged(model), torch.no_grad():
+        cache = HeadCache(planned(model, "kvzip", ">100", buffer=4)).protect(keep)
+        prefill(model, random_ids(1, 50), cache)
+        for token in range(3, 60):
+            model(torch.tensor([[token]]), past_key_values=cache)
+    held = 3 + (count if window is None else 0)
+    assert held <= int(cache.lengths.min()) and int(cache.lengths.max()) <= 3 + count + 4
+    for layer in kept_positions(cache):
+        positions = {place for span in keep for place in range(*span) if window is None or place > 107 - window}
+        assert all(positions <= set(head) for head in layer[0])
+
+
 def test_a_saved_document_goes_on_alike(tiny, tmp_path):
     cache = compress_document(tiny, TEXT, planned(tiny.model, "headkv-kvzip", ">0.3", buffer=6))
     save_document(cache, tmp_path / "doc.kv.safetensors", tiny)
