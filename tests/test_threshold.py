@@ -198,7 +198,7 @@ def test_what_has_no_scale_is_refused():
     with pytest.raises(UsageError, match=message):
         EvalRequest(("niah",), ("full", "snapkv"), ("8", ">0.1")).check()
     EvalRequest(("niah",), ("full", "kvzip", "kvzap"), ("8", ">0.1")).check()
-    with pytest.raises(UsageError, match="'kvzip' with norms .* without a fixed scale.*: leave norms away"):
+    with pytest.raises(UsageError, match=r"'kvzip' with norms .* without a fixed scale.*: leave norms away"):
         make_plan(model, method="kvzip", norms=True, budget=">0.1")
     with pytest.raises(UsageError, match="give --decode-budget in tokens"):
         make_plan(model, method="kvzip", budget=8, decode_budget=">0.1")
