@@ -383,12 +383,14 @@ class AdaptiveBudget(UniformBudget):
         allotted, tokens = counts.counts, importance.shape[-1]
         spare = (allotted - always_kept).clamp(min=0)
         least = allotted - spare + (spare.double() * self.safeguard).long()
-        ranked, held = importance, torch.full_like(allotted, tokens)
+        ranked, total = importance, allotted.sum(dim=-1)
         if valid is not None:
             valid = per_head(valid)
-            held = valid.sum(dim=-1).expand_as(allotted)
+            held = valid.sum(dim=-1)
+            least, total = least.minimum(held), total.minimum(held.expand_as(allotted).sum(dim=-1))
             ranked = importance.masked_fill(~valid, float("-inf"))
-        least, total = least.minimum(held), allotted.sum(dim=-1).minimum(held.sum(dim=-1))
+        elif counts.most > tokens:
+            least, total = least.clamp(max=tokens), total.clamp(max=tokens * allotted.shape[1])
         ranked = ranked.masked_fill(largest(ranked, least, most=counts.most), float("inf"))
         most = min(counts.total, counts.most * allotted.shape[1])
         chosen = largest(ranked.transpose(1, 2).flatten(1), total, most=most)  # [B, T * K]
