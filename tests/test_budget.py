@@ -294,6 +294,9 @@ def test_adaptive_spread_by_hand():
     assert handed_on(AdaptiveBudget(safeguard=0.4), counts, importance, valid, 0).tolist() == [[5, 1]]
     assert handed_on(AdaptiveBudget(safeguard=1.0), counts, importance, valid, 0).tolist() == [[3, 3]]
     assert handed_on(AdaptiveBudget(safeguard=0.0), counts, importance, valid, 1).tolist() == [[5, 1]]
+    assert handed_on(AdaptiveBudget(safeguard=0.0), counts + 5, importance, valid, 0).tolist() == [[6, 6]]
+    alike = AdaptiveBudget().spread(HeadCounts(counts + 5, 8, 12), importance, None, 0)  # heads without padding
+    assert alike.counts.tolist() == [[6, 6]] and alike.most == 6
     equal = torch.ones_like(importance)
     assert handed_on(AdaptiveBudget(safeguard=0.0), counts, equal, valid, 0).tolist() == [[3, 3]]
 

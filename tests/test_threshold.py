@@ -104,6 +104,40 @@ def test_decoding_goes_on_at_what_the_document_came_to(method):
     assert int(cache.lengths.sum()) <= int(targets.sum()) + 4 * heads
 
 
+@pytest.mark.parametrize("method", ["adakv-kvzip", "kvzap"])
+def test_heads_that_hold_less_than_their_target_keep_it_when_many_tokens_come_at_once(method):
+    loaded = load_tiny()
+    options = {"surrogate": random_surrogate(loaded.model)} if method == "kvzap" else {}
+    plan = planned(loaded.model, method, ">100", decode_budget=40, buffer=3, **options)
+    cache = compress_document(loaded, TEXT, plan, keep=["boats"])
+    before, tokens = cache.lengths, 60  # beyond target and buffer, so that it is compressed before
+    assert int(before.unique().numel()) == 1 and int(before.max()) < 40 < int(before.max()) + tokens - 3
+    with attending_ragged(loaded.model), torch.no_grad():
+        loaded.model(random_ids(1, tokens, seed=5), past_key_values=cache)
+    assert torch.equal(cache.lengths, before + tokens)
+
+
+@pytest.mark.parametrize(
+    ("arch", "window", "keep"),
+    [("llama", None, [(48, 50)]), ("llama", None, [(10, 14), (47, 50)]), ("mistral", 12, [(2, 5), (44, 50)])],
+    ids=["last", "both", "out-of-sight"],
+)
+def test_what_is_kept_whatever_was_above_is_in_what_heads_hold_later(arch, window, keep):
+    """Tokens that were kept as the last ones, or that no query of the prompt's end sees, count from then on."""
+    model = tiny_model(arch, sliding_window=window)
+    count = sum(stop - start for start, stop in keep)
+    with attending_ragged(model), torch.no_grad():
+        cache = HeadCache(planned(model, "kvzip", ">100", buffer=4)).protect(keep)
+        prefill(model, random_ids(1, 50), cache)
+        for token in range(3, 60):
+            model(torch.tensor([[token]]), past_key_values=cache)
+    held = 3 + (count if window is None else 0)
+    assert held <= int(cache.lengths.min()) and int(cache.lengths.max()) <= 3 + count + 4
+    for layer in kept_positions(cache):
+        positions = {place for span in keep for place in range(*span) if window is None or place > 107 - window}
+        assert all(positions <= set(head) for head in layer[0])
+
+
 def test_a_saved_document_goes_on_alike(tiny, tmp_path):
     cache = compress_document(tiny, TEXT, planned(tiny.model, "headkv-kvzip", ">0.3", buffer=6))
     save_document(cache, tmp_path / "doc.kv.safetensors", tiny)
@@ -164,7 +198,7 @@ def test_what_has_no_scale_is_refused():
     with pytest.raises(UsageError, match=message):
         EvalRequest(("niah",), ("full", "snapkv"), ("8", ">0.1")).check()
     EvalRequest(("niah",), ("full", "kvzip", "kvzap"), ("8", ">0.1")).check()
-    with pytest.raises(UsageError, match="without a fixed scale"):  # norms of values and hidden states have none
+    with pytest.raises(UsageError, match=r"'kvzip' with norms .* without a fixed scale.*: leave norms away"):
         make_plan(model, method="kvzip", norms=True, budget=">0.1")
     with pytest.raises(UsageError, match="give --decode-budget in tokens"):
         make_plan(model, method="kvzip", budget=8, decode_budget=">0.1")

@@ -5,8 +5,10 @@ import torch
 from support.profiles import random_profile
 from support.prompts import left_padded, random_ids
 from support.tiny_models import load_tiny, tiny_model
+from transformers import DynamicCache
 
 from headprof import HeadCache, compress_document, compressed, load_document, make_plan, save_document
+from headprof.compression.session import attending_ragged, prefill
 from headprof.models.decoder import sliding_windows
 
 WINDOW, PROMPT = 10, 100
@@ -85,3 +87,19 @@ def test_a_loaded_document_goes_on_with_the_windows_of_its_model(tmp_path):
     again, _ = load_document(tmp_path / "document.safetensors", loaded)
     assert torch.equal(again.lengths, cache.lengths)
     assert again.plan.windows == plan.windows == (WINDOW, None)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv", "h2o", "headkv-r2", "ems", "tova", "kvzip", "headkv-fit"])
+@pytest.mark.parametrize("arch", ["mistral", "gemma2", "gemma3"])
+def test_what_is_out_of_sight_goes_first_while_generating(arch, method):
+    """With room for all that a layer sees, the tokens are the full cache's, however often it is compressed again."""
+    model, ids, later = windowed(arch), random_ids(1, PROMPT), random_ids(1, WINDOW + 6, seed=4)
+    plan = make_plan(model, random_profile(model), method=method, budget="100%", buffer=3)
+    cache, full = HeadCache(plan), DynamicCache(config=model.config)
+    with attending_ragged(model), torch.no_grad():
+        prefill(model, ids, cache)
+        model(ids, past_key_values=full)
+        for part in (later, *ids[:, :20].split(1, dim=1)):
+            logits = [model(part, past_key_values=each).logits for each in (cache, full)]
+            torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+    assert int(cache.lengths[0].max()) <= WINDOW + 3

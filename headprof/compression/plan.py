@@ -155,14 +155,18 @@ class CompressionPlan:
         shares = (counts - self.method.always_kept).clamp(min=0).float()
         return replace(self, shares=shares[0] if len(shares) == 1 else shares, _known=[])
 
-    def after_prompt(self, counts: torch.Tensor, prompt_length: int) -> CompressionPlan:
+    def after_prompt(
+        self, counts: torch.Tensor, prompt_length: int, protected: ProtectedTokens | None = None
+    ) -> CompressionPlan:
         """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
 
-        Where heads' shares depend on the length, or a threshold decided, those of the prompt hold from now on.
+        Where heads' shares depend on the length, or a threshold decided, those of the prompt hold from now on; but for
+        what every head keeps, also `protected` tokens that were among the last ones, or that some layer cannot see.
         """
         if self.budget.above is not None:
             largest = math.ceil(float(counts.double().mean(dim=(1, 2)).max()))
-            budget = self.decode_budget or Budget(max(1, self.method.always_kept, largest), "tokens")
+            least = self.method.always_kept + max(self.protected_later(protected), default=0)
+            budget = self.decode_budget or Budget(max(1, least, largest), "tokens")
             return replace(self.sharing_by(counts), decode_budget=budget)
         by_prompt = self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
         return self.sharing_by(counts) if by_prompt else self

@@ -212,7 +212,7 @@ class HeadCache(PromptCache):
 
     def all_filled(self) -> None:
         """All layers have been filled: go on by what that came to, where the plan does so."""
-        plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length())
+        plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length(), self.protected)
         if plan is not self.plan:
             self.continue_with(plan)
 

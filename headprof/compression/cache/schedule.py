@@ -93,23 +93,31 @@ class LayerSchedule:
         """
         method = self.plan.method
         valid = observed.valid if observed.padded else None
-        ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed))
+        past = self._past(observed)
+        ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed), past)
         if observed.is_prompt and (above := self.plan.budget.above) is not None:
             counts = HeadCounts.looked_up(counts.counts.minimum((ranked > above).sum(dim=-1)))
         weights = assessment.importance if assessment.weights is None else assessment.weights
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
+        if past is not None:  # nor is it merged, or fitted to
+            weights = weights.masked_fill(past, 0.0)
+            observed = replace(observed, valid=observed.valid_rows() & ~past, padded=True, shared={})
         return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+
+    def _past(self, observed: Observation) -> torch.Tensor | None:
+        """Which held rows the next token cannot see, bool `[B, K, T]`; `None` where it sees all."""
+        window = self.plan.windows[self.layer_idx] if self.plan.windows else None
+        if window is None or observed.is_prompt:  # of a prompt what cannot be seen is no row
+            return None
+        return observed.positions <= observed.num_seen - window
 
     def _protected(self, observed: Observation) -> torch.Tensor | None:
         """Which rows every head keeps, bool `[B, K, T]`: those that the next token can see."""
         if self.protected is None:
             return None
-        window = self.plan.windows[self.layer_idx] if self.plan.windows else None
-        rows = self.protected.among(observed.positions)
-        if window is None or observed.is_prompt:  # of a prompt what cannot be seen is no row
-            return rows
-        return rows & (observed.positions > observed.num_seen - window)
+        rows, past = self.protected.among(observed.positions), self._past(observed)
+        return rows if past is None else rows & ~past
 
     def prompt_counts(self, observed: Observation, seen: int) -> HeadCounts:
         """Tokens allotted to each head of a prompt, of which `seen` may be kept.

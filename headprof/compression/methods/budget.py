@@ -389,6 +389,8 @@ class AdaptiveBudget(UniformBudget):
             held = valid.sum(dim=-1)
             least, total = least.minimum(held), total.minimum(held.expand_as(allotted).sum(dim=-1))
             ranked = importance.masked_fill(~valid, float("-inf"))
+        elif counts.most > tokens:
+            least, total = least.clamp(max=tokens), total.clamp(max=tokens * allotted.shape[1])
         ranked = ranked.masked_fill(largest(ranked, least, most=counts.most), float("inf"))
         most = min(counts.total, counts.most * allotted.shape[1])
         chosen = largest(ranked.transpose(1, 2).flatten(1), total, most=most)  # [B, T * K]

@@ -48,8 +48,17 @@ def largest(
     return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= room))
 
 
+_PAST = -1e30
+"""Importance of what no later query sees: below any other."""
+
+
 def ranking(
-    importance: torch.Tensor, valid: torch.Tensor | None, *, sinks: int, keep_last: int | torch.Tensor
+    importance: torch.Tensor,
+    valid: torch.Tensor | None,
+    *,
+    sinks: int,
+    keep_last: int | torch.Tensor,
+    past: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Importance `[B, K, T]` with the tokens that are kept whatever it is at infinity, and padding at minus infinity.
 
@@ -58,7 +67,12 @@ def ranking(
         valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
         sinks: first tokens of the sequence that are always kept.
         keep_last: last tokens of the sequence that are always kept; one number, or one for each head, int `[B, K]`.
+        past: tokens that no later query sees, bool `[B, K, T]`: they come after all others, and before padding.
     """
+    if past is not None:
+        present = ~past if valid is None else per_head(valid) & ~past
+        ranked = ranking(importance, present, sinks=sinks, keep_last=keep_last)
+        return ranked.masked_fill(past if valid is None else past & per_head(valid), _PAST)
     if valid is None:
         return _ranking_without_padding(importance, sinks, keep_last)
     valid = per_head(valid)

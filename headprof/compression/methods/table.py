@@ -99,7 +99,12 @@ class Method:
         return recent.minimum(counts - (self.sinks if others is None else others)).clamp(min=self.keep_last)
 
     def ranked(
-        self, importance: Tensor, counts: HeadCounts, valid: Tensor | None, protected: Tensor | None = None
+        self,
+        importance: Tensor,
+        counts: HeadCounts,
+        valid: Tensor | None,
+        protected: Tensor | None = None,
+        past: Tensor | None = None,
     ) -> tuple[Tensor, HeadCounts]:
         """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
 
@@ -109,13 +114,15 @@ class Method:
                 theirs where the budget policy hands some on to other heads of the layer (`BudgetPolicy.spreads`).
             valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
             protected: tokens that are kept too, bool `[B, K, T]`; `None` for none. Each head is allotted enough.
+            past: tokens that no later query sees, bool `[B, K, T]`: kept only where there are no others;
+                `None` for none.
 
         Returns:
             float `[B, K, T]`, padding at minus infinity; and how many each head keeps.
         """
         if protected is not None:
             importance = importance.masked_fill(protected, float("inf"))
-        ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last)
+        ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last, past=past)
         always_kept: Tensor | None = None if protected is None else (ranked == float("inf")).sum(dim=-1)
         if self.budget.spreads:
             kept = self.always_kept if always_kept is None else always_kept
@@ -123,7 +130,7 @@ class Method:
         if self.recent_share:
             others = None if always_kept is None else always_kept - self.keep_last
             last = self.last_tokens_kept(counts.counts, others)
-            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=last)
+            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=last, past=past)
         return ranked, counts
 
     def check_budget(self, budget: Budget, name: str = "") -> None:
@@ -133,10 +140,13 @@ class Method:
         """
         if budget.above is None or self.importance.has_scale or self.keeps_everything:
             return
+        called = f"The method {name!r}" if name else "This method"
+        mend = "choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap methods"
+        if self.importance.norms:
+            called, mend = f"{called} with norms", "leave norms away"
         raise UsageError(
-            f"{f'The method {name!r}' if name else 'This method'} judges tokens by a score without a fixed scale, on "
-            "which no threshold can be set: choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap "
-            "methods, or give a budget of tokens, a share or bytes."
+            f"{called} judges tokens by a score without a fixed scale, on which no threshold can be set: {mend}, or "
+            "give a budget of tokens, a share or bytes."
         )
 
     def for_observers(self, count: int) -> Method:
