@@ -74,6 +74,6 @@ def test_rows_that_overflow_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
         cache.head_layers[0].storage.rows.values[0] = torch.inf
         return logits
 
-    monkeypatch.setattr("headprof.compression.generation.prefill", damaging)
+    monkeypatch.setattr("headprof.compression.filling.prefill", damaging)
     with pytest.raises(ModelError, match="overflow"):
         compress_document(loaded, TEXT, plan)

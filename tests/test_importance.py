@@ -51,7 +51,7 @@ VARIANTS = [
     ExpectedAttention(future=2, skip_first=0, covariance=False, epsilon=0.1),
     ExpectedAttention(future=9, skip_first=2, value_norm=False),
 ]
-USED = {method.importance for method in METHODS.values()}
+USED = {method.importance for method in METHODS.values() if not method.importance.needs_surrogate}
 
 
 def exact(importance):

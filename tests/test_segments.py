@@ -471,7 +471,7 @@ def test_one_segment_is_what_it_was():
     loaded = load_tiny()
     document = PromptEncoder(loaded.tokenizer).document_ids(TEXT)
     ids = [*document, *PromptEncoder(loaded.tokenizer).repetition_ids(document)]
-    plan = make_plan(loaded.model, method="kvzip", budget=16)
+    plan = make_plan(loaded.model, method="adakv-kvzip", budget=16)
     cache = HeadCache(plan.for_observers(len(ids) - len(document)))
     cache.expect_observers(len(ids) - len(document))
     with attending_ragged(loaded.model), torch.no_grad():
@@ -480,7 +480,7 @@ def test_one_segment_is_what_it_was():
     assert kept_positions(made) == kept_positions(cache)
     for layer, other in zip(made.head_layers, cache.head_layers, strict=True):
         assert torch.equal(layer.storage.compact().keys, other.storage.compact().keys)
-    parts = make_plan(loaded.model, method="kvzip", budget=16, segment=20)
+    parts = make_plan(loaded.model, method="adakv-kvzip", budget=16, segment=20)
     assert kept_positions(compress_document(loaded, TEXT, parts)) != kept_positions(cache)
 
 
@@ -536,7 +536,7 @@ def test_a_model_that_cannot_be_told_positions_is_refused(kind):
 
 def test_segments_are_refused_with_padding_or_a_mask_of_ones_own():
     model = tiny_model()
-    plan = make_plan(model, method="kvzip", budget=10).for_observers(sum(SEGMENTS))
+    plan = make_plan(model, method="adakv-kvzip", budget=10).for_observers(sum(SEGMENTS))
     ids = drawn_prompt()
     mask = torch.ones_like(ids)
     padded, own = mask.clone(), torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
@@ -577,7 +577,9 @@ def test_no_such_segment_or_norms(value):
 def test_several_caches_are_filled_from_segments_together():
     model = tiny_model()
     ids, count = drawn_prompt(), sum(SEGMENTS)
-    plans = [make_plan(model, method="kvzip", budget=budget, norms=norms) for budget, norms in ((9, False), (12, True))]
+    plans = [
+        make_plan(model, method="adakv-kvzip", budget=budget, norms=norms) for budget, norms in ((9, False), (12, True))
+    ]
     plans = [plan.for_observers(count) for plan in plans]
     caches = [HeadCache(plan) for plan in plans]
     with attending_ragged(model), torch.no_grad():
@@ -595,7 +597,12 @@ def test_several_caches_are_filled_from_segments_together():
 def test_each_candidate_is_judged_by_its_own_segments():
     loaded = load_tiny()
     question = invented_question(loaded, reply="It is")
-    wanted = (("kvzip", "16"), ("full", ""), ("kvzip:segment=40", "16"), ("kvzip:segment=40:norms=true", "16"))
+    wanted = (
+        ("adakv-kvzip", "16"),
+        ("full", ""),
+        ("adakv-kvzip:segment=40", "16"),
+        ("adakv-kvzip:segment=40:norms=true", "16"),
+    )
     candidates = candidates_for(loaded, *wanted)
     together = Asker(loaded, candidates, False, (), repeat=True)
     answers = together.ask(question)

@@ -51,7 +51,9 @@ def compress(
     compressing: CompressOptions = CompressOptions(budget="256"),
     max_loss: Annotated[
         float | None,
-        typer.Option("--max-loss", help="Nats a token that may be lost: in place of --budget, the smallest that does."),
+        typer.Option(
+            "--max-loss", max=1000, help="Nats a token that may be lost; finds the smallest --budget that does."
+        ),
     ] = None,
     keeping: KeepOptions,
     max_new_tokens: MaxNewTokens = 128,

@@ -168,6 +168,7 @@ class CompressOptions:
         float | None,
         typer.Option(
             min=0,
+            max=1,
             help="Keep what is looked at more than this (0.01), for the kvzip methods: what the text holds decides "
             "how much. A --budget is then the most that is kept.",
         ),

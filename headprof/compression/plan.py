@@ -155,9 +155,13 @@ class CompressionPlan:
         shares = (counts - self.method.always_kept).clamp(min=0).float()
         return replace(self, shares=shares[0] if len(shares) == 1 else shares, _known=[])
 
-    def after_prompt(
-        self, counts: torch.Tensor, prompt_length: int, protected: ProtectedTokens | None = None
-    ) -> CompressionPlan:
+    def goes_by_prompt(self, prompt_length: int) -> bool:
+        """Whether what heads keep of a prompt of this many tokens says what they hold after it (`after_prompt`)."""
+        if self.budget.above is not None:
+            return True
+        return self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
+
+    def after_prompt(self, counts: torch.Tensor, protected: ProtectedTokens | None = None) -> CompressionPlan:
         """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
 
         Where heads' shares depend on the length, or a threshold decided, those of the prompt hold from now on; but for
@@ -168,8 +172,7 @@ class CompressionPlan:
             least = self.method.always_kept + max(self.protected_later(protected), default=0)
             budget = self.decode_budget or Budget(max(1, least, largest), "tokens")
             return replace(self.sharing_by(counts), decode_budget=budget)
-        by_prompt = self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
-        return self.sharing_by(counts) if by_prompt else self
+        return self.sharing_by(counts)
 
     def of_sequences(self, indices: torch.Tensor) -> CompressionPlan:
         """This plan for some sequences of a batch, in this order; one may come more than once."""

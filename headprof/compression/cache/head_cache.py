@@ -212,9 +212,8 @@ class HeadCache(PromptCache):
 
     def all_filled(self) -> None:
         """All layers have been filled: go on by what that came to, where the plan does so."""
-        plan = self.plan.after_prompt(self.lengths.transpose(0, 1), self.get_seq_length(), self.protected)
-        if plan is not self.plan:
-            self.continue_with(plan)
+        if self.plan.goes_by_prompt(self.get_seq_length()):
+            self.continue_with(self.plan.after_prompt(self.lengths.transpose(0, 1), self.protected))
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:

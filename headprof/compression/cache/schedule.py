@@ -28,6 +28,11 @@ class Sizes(Protocol):
         """Of each head, `B * K` numbers."""
         ...
 
+    @property
+    def num_heads(self) -> int:
+        """How many heads there are, `B * K`, which the host always knows."""
+        ...
+
     def sums(self, num_kv_heads: int) -> Sequence[int]:
         """Of the heads of each sequence together, `B` numbers."""
         ...
@@ -222,7 +227,7 @@ class LayerSchedule:
         if self._left is None or self.plan.buffer is None:
             return usual, []
         heads = self.plan.shape.num_kv_heads
-        targets = self.targets(seen, len(held.lengths) // heads)
+        targets = self.targets(seen, held.num_heads // heads)
         buffer, left = min(self.plan.buffer, usual), max(0, min(self._left, usual))
         if not self.plan.method.budget.spreads:
             return left, (targets + buffer).flatten().tolist()
@@ -233,7 +238,7 @@ class LayerSchedule:
         """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
         buffer, heads = self.plan.buffer, self.plan.shape.num_kv_heads
         assert buffer is not None
-        targets = self.targets(seen, len(held.lengths) // heads)
+        targets = self.targets(seen, held.num_heads // heads)
         if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
             return min(self._spare(targets, buffer, held)) // heads
         allowed = (targets + buffer).flatten().tolist()

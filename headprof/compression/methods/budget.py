@@ -52,6 +52,11 @@ class Budget:
     unit: str
     above: float | None = None
 
+    def __repr__(self) -> str:
+        """As it was before there were thresholds, where there is none: kept results are told apart by it."""
+        above = "" if self.above is None else f", above={self.above!r}"
+        return f"Budget(amount={self.amount!r}, unit={self.unit!r}{above})"
+
     @classmethod
     def parse(cls, text: str | int | Budget) -> Budget:
         """Read `64` (tokens per KV head), `1.5%` (of the prompt) or `512MB` (`kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`).
