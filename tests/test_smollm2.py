@@ -61,12 +61,19 @@ def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
     assert headkv.divergence < snapkv.divergence / 2
 
 
-def test_every_task_of_ruler_at_a_compression_ratio(smollm2, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ("ruler/niah_single_1", "ruler/vt", "ruler/qa_1"),
+        pytest.param(BENCHMARKS["ruler"], marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_tasks_of_ruler_at_a_compression_ratio(smollm2, tmp_path, monkeypatch, tasks):
     """An example each, the question read afterwards: half the rows are left; the full cache finds a needle."""
     monkeypatch.setattr(questions, "Grading", lambda score, done, most: Grading(score, done, min(most, 12)))
     data = write_question_files(tmp_path)
     request = EvalRequest(
-        ("ruler",),
+        tasks,
         ("full", "snapkv"),
         ("ratio 0.5", "ratio 0"),
         lengths=(1024,),
@@ -76,7 +83,7 @@ def test_every_task_of_ruler_at_a_compression_ratio(smollm2, tmp_path, monkeypat
     )
     assert not request.check()
     answers = EvalRun(smollm2, None, request).evaluate().answers
-    assert [answer.task for answer in answers[::3]] == list(BENCHMARKS["ruler"])
+    assert [answer.task for answer in answers[::3]] == list(tasks)
     for full, half, whole in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
         assert (full.budget, half.budget, whole.budget) == ("", "ratio 0.5", "ratio 0")
         assert (whole.text, whole.score) == (full.text, full.score)

@@ -241,7 +241,8 @@ class Fit(Reduction):
             drawn = self._weights(among, wanted * chosen) * chosen
             worth = wanted - (gram @ drawn[..., None])[..., 0]
             worth = worth.masked_fill(~own, float("-inf")).masked_fill(chosen, float("inf"))
-            chosen = largest(worth, always.sum(dim=-1) + free * number // self.rounds, most=counts.most)
+            so_many = (always.sum(dim=-1) + free * number // self.rounds).minimum(counts.counts)
+            chosen = largest(worth, so_many, most=counts.most)
         found = torch.zeros_like(choice.kept, dtype=torch.int32)
         found = found.scatter_add_(2, index, (chosen & own).int()) > 0  # slots that are none may repeat a row
         return found.where(self._enough(seen, counts)[..., None], choice.kept)
