@@ -161,7 +161,7 @@ def seen_by(fit, observed):
 
 
 @given(layers())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_it_equals_its_slow_twin(given_layer):
     observed, counts, fit = given_layer
     evicted, fitted = reduced(fit, observed, counts)
@@ -192,7 +192,7 @@ def test_it_equals_its_slow_twin(given_layer):
 
 
 @given(layers(), st.sampled_from(["importance", "omp"]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_output_is_never_further_away_than_that_of_evicted_rows(given_layer, choose):
     observed, counts, fit = given_layer
     evicted, fitted = reduced(replace(fit, choose=choose), observed, counts)
@@ -297,7 +297,7 @@ def test_pursuit_equals_its_slow_twin(seed):
 
 
 @given(layers(), st.integers(1, 5), st.sampled_from([1.0, 1.5, 4.0]), st.integers(0, 2), st.integers(0, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_pursuit_keeps_as_many_rows_and_those_that_must_stay(given_layer, rounds, breadth, sinks, keep_last):
     observed, counts, fit = given_layer
     counts = HeadCounts.of(

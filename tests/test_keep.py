@@ -169,7 +169,7 @@ def test_a_budget_of_the_whole_context_is_the_full_cache(model, name):
             assert torch.equal(model.generate(ids, max_new_tokens=12, **GREEDY), full)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_recency_keeps_what_loops_would(model, data):
     """StreamingLLM's choice is known: sinks, what is protected, and the latest of the rest."""
@@ -190,7 +190,7 @@ def test_recency_keeps_what_loops_would(model, data):
     assert plan.allocation(tokens).shape == (2, 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from(LOSSY), st.integers(0, 30), st.integers(1, 30), st.booleans())
 def test_the_least_budget_that_is_named_works_and_no_less(model, name, start, width, generates):
     tokens, spans = 30, [(start, min(30, start + width))]
@@ -624,7 +624,7 @@ def test_what_matches_nothing_is_said_before_a_model_is_loaded(tmp_path):
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("place", ["document", "system"])
+@pytest.mark.parametrize("place", ["system", pytest.param("document", marks=pytest.mark.slow)])
 def test_a_rule_that_is_lost_under_a_small_budget_is_followed_when_it_is_kept(smollm2, place):
     """Of a document that is compressed before the question is known; the full cache answers right."""
     rule, text = "The password of the harbor office is silver heron.", demo_document()[0][:2000]

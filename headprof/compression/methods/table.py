@@ -227,6 +227,7 @@ METHODS: dict[str, Method] = {
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
     "learned-kvzip": Method(Reconstruction(), LearnedBudget(), Evict()),
     "headkv-fit": Method(Reconstruction(), ProfileBudget("reasoning"), Fit()),
+    "learned-fit": Method(Reconstruction(), LearnedBudget(), Fit()),
     "kvzap": Method(SurrogateImportance(), AdaptiveBudget(), Evict()),
     "headkv-kvzap": Method(SurrogateImportance(), ProfileBudget("reasoning"), Evict()),
     "learned-kvzap": Method(SurrogateImportance(), LearnedBudget(), Evict()),
