@@ -312,6 +312,7 @@ def test_a_file_that_promises_what_cannot_be(tmp_path, value):
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_a_real_model_keeps_its_promise_on_what_it_was_measured_by(smollm2):
     text = (Path(__file__).parents[1] / "data/demo/document.txt").read_text("utf-8").strip()[:1200]
     plan = make_plan(smollm2.model, method="adakv-kvzip")
