@@ -22,7 +22,10 @@ from headprof.bench import measure
 from headprof.bench.generate import BenchRequest, BenchResult, Measurement
 from headprof.cli import main
 from headprof.cli.tables.bench import decoding, decoding_remarks
-from headprof.compression.cache.head_cache import SLACK, HeadCache, HeadCacheLayer, PromptLayer
+from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.cache.head_layer import HeadCacheLayer
+from headprof.compression.cache.prompt_layer import PromptLayer
+from headprof.compression.cache.storage import SLACK
 from headprof.compression.decode_steps import DecodeSteps
 from headprof.compression.session import compressed
 from headprof.errors import ModelError, ProfileError, UsageError

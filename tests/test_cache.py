@@ -10,7 +10,8 @@ from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.rows import Rows
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, ModelError, UsageError

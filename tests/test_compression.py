@@ -13,7 +13,8 @@ from support.tiny_models import tiny_model
 from support.twins import slow_score
 from transformers.cache_utils import DynamicCache
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.methods.reduction import largest, ranking
 from headprof.compression.methods.table import METHODS, find_method, parse_settings
 from headprof.compression.methods.window_attention import WindowAttention

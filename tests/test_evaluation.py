@@ -13,7 +13,8 @@ from support.prompts import random_ids
 from support.tiny_models import EOS, load_tiny, tiny_model
 
 from headprof.compression import continuing
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache, stack_caches
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker, Sharing

@@ -12,7 +12,9 @@ from support.tiny_models import load_tiny, tiny_model
 from test_decoding import check_same, head_positions
 from test_reconstruction import TEXT, kept_positions, repeated
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache, RankingCache, stack_caches
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.cache.prompt_cache import RankingCache
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import ask, compress_document

@@ -21,7 +21,8 @@ from support.tiny_models import load_tiny, tiny_model, tiny_tokenizer
 
 from headprof import METHODS, HeadCache, ask, compress_document, compressed, load_document, make_plan, save_document
 from headprof.compression import pattern_search
-from headprof.compression.cache.head_cache import FanOutCache, stack_caches
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import stack_caches
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.generation import generate_text
 from headprof.compression.inputs import demo_document

@@ -25,7 +25,8 @@ from test_reconstruction import SCRIPT, kept_positions
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from headprof.cli import main
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import ask, compress_document
 from headprof.compression.methods.budget import UniformBudget

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.observers import Observers
 from headprof.compression.session import prefill
 
@@ -47,7 +48,7 @@ def read_document_into(
     tokens = len(document_ids)
     ids = torch.tensor([[*document_ids, *observers.ids]], device=model.device)
     # What nothing observes is not read apart: the model itself sees to both readings then.
-    judged = [cache for cache in caches if len(observers) and cache.before_reading(tokens) is not None]
+    judged = [cache for cache in caches if len(observers) and cache.is_ranked_first(tokens)]
     ranking = FanOutCache(judged).before_reading(tokens) if judged else None
     first = caches[0] if len(caches) == 1 and not judged else FanOutCache(_without(caches, judged), ranking)
     first.expect_observers(len(observers), observers.segments)
@@ -61,7 +62,7 @@ def read_document_into(
 
 def count_readings(caches: Sequence[HeadCache], tokens: int) -> int:
     """How often a document of so many tokens is read for these caches."""
-    return 1 if all(cache.before_reading(tokens) is None for cache in caches) else 2
+    return 2 if any(cache.is_ranked_first(tokens) for cache in caches) else 1
 
 
 def _without(caches: Sequence[HeadCache], others: Sequence[HeadCache]) -> list[HeadCache]:

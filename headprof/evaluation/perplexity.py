@@ -11,7 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from headprof.compression.cache.head_cache import FanOutCache, HeadCache
+from headprof.compression.cache.fan_out import FanOutCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate

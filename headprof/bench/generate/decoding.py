@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from headprof.bench.generate.cases import Case
 from headprof.bench.generate.full_cache import compile_config
 from headprof.bench.measure import PeakMemory, now
-from headprof.compression.cache.head_cache import PromptLayer
+from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.generation import cache_nbytes
 from headprof.models.changing import Changes
 

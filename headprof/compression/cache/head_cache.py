@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 from weakref import ref
 
 import torch
-from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_layer import HeadCacheLayer
-from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
-from headprof.compression.cache.ranking_layer import RankingLayer, Verdict, most_queries
+from headprof.compression.cache.prompt_cache import PromptCache, RankingCache
 from headprof.compression.cache.storage import SLACK
-from headprof.compression.methods.global_budget import ranked_together
-from headprof.compression.methods.importance import Importance, assessed
-from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.step_cache import StepLayer
@@ -24,172 +18,6 @@ from headprof.errors import CacheError
 
 _MOST_PARTS = 256
 """Pieces of token ids, one of each forward pass, before they are laid together."""
-
-
-class FanOutLayer(PromptLayer):
-    """The same layer of several caches, filled from one prefill; methods of one importance share what it says.
-
-    Args:
-        layers: of the caches.
-        ranking: of a cache that takes no more than what its importances say of the prompt, if there is one.
-    """
-
-    def __init__(self, layers: list[HeadCacheLayer], ranking: RankingLayer | None = None):
-        super().__init__()
-        self.layers = layers
-        self.ranking = ranking
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if self.is_initialized or any(layer.seen for layer in self.layers):
-            raise CacheError("A fan-out cache takes one prompt: continue with one of the caches it filled.")
-        return self.gather(key_states, value_states)
-
-    @property
-    def weighs_norms(self) -> bool:
-        return any(layer.weighs_norms for layer in self._taking)
-
-    @property
-    def _taking(self) -> list[PromptLayer]:
-        return [*self.layers, *([] if self.ranking is None else [self.ranking])]
-
-    def queries_needed(self) -> int | None:
-        return most_queries(layer.queries_needed() for layer in self._taking)
-
-    def filled(self, observed: Observation) -> None:
-        said: dict[Importance, Assessment] = {}
-
-        def says(importance: Importance) -> Assessment:
-            if importance not in said:
-                said[importance] = assessed(importance, observed)
-            return said[importance]
-
-        for layer in self.layers:
-            verdict = layer.verdict
-            layer.lazy_initialization(observed.keys, observed.values)
-            layer.seen, layer.observers = self.seen, self.observers
-            layer.compress(observed, says(layer.schedule.importance) if verdict is None else verdict.assessment)
-            layer.forget_prompt()
-        if self.ranking is not None:
-            known = {importance: says(own) for importance, own in self.ranking.asked.items()}
-            self.ranking.take(observed, known, self.seen, self.observers)
-        self.is_initialized = True
-
-
-class PromptCache(Cache):
-    """A cache whose layers are filled from a prompt as soon as they have attended over it."""
-
-    layers: list[Any]  # of PromptLayer
-
-    def __init__(self, layers: Sequence[PromptLayer]):
-        super().__init__(layers=list(layers))
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """As Transformers' caches.
-
-        Raises:
-            CacheError: the layer before has not been compressed, or its rows not been read, so this package's attention
-                is not in use.
-        """
-        before = self.layers[layer_idx - 1]  # before the first one, the last one of the pass before
-        if before.unread or (layer_idx and before.seen and not before.is_initialized):
-            raise outside_context()
-        return self.layers[layer_idx].update(key_states, value_states)
-
-    def note_tokens(self, ids: torch.Tensor | None) -> None:
-        """Take the ids of the tokens that come next, `[B, N]`; `None` where they are not known."""
-        if ids is not None and self.layers[0].observers:
-            ids = ids[:, : max(0, ids.shape[1] - self.layers[0].observers)]
-        self._noted(ids)
-
-    def _noted(self, ids: torch.Tensor | None) -> None:
-        raise NotImplementedError
-
-    def expect(self, prompt_tokens: int) -> None:
-        """Announce a prompt that each layer will get in chunks."""
-        for layer in self.layers:
-            if not layer.is_initialized:
-                layer.expected = prompt_tokens
-
-    def expect_observers(self, tokens: int, segments: Sequence[int] = ()) -> None:
-        """Announce that the last tokens of the coming prompt only observe those before them.
-
-        So a document can be compressed by what questions about it would look at, before there is a question: let the
-        model read the document and a stand-in for a question, and keep the document's tokens only.
-
-        Args:
-            tokens: how many observe.
-            segments: tokens of each segment of these, if they are in segments that do not see one another; the
-                positions of each then begin right after the document.
-
-        Raises:
-            ValueError: the segments are of another number of tokens.
-        """
-        if segments and sum(segments) != tokens:
-            raise ValueError(f"segments of {sum(segments)} tokens are not the {tokens} that observe")
-        for layer in self.layers:
-            layer.observers, layer.segments = tokens, tuple(segments)
-
-    @property
-    def segments(self) -> tuple[int, ...]:
-        """Tokens of each segment in which the coming prompt's observers are, if they are in segments."""
-        return self.layers[0].segments
-
-    @property
-    def weighs_norms(self) -> bool:
-        """Whether a prompt is judged by norms of hidden states too."""
-        return any(layer.weighs_norms for layer in self.layers)
-
-    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
-        """A cache to fill from the coming prompt before this one, which is then `judged_by` it; `None` if none.
-
-        Args:
-            prompt_tokens: of the prompt, padding included; there are no observers among them.
-        """
-        return None
-
-    def judged_by(self, ranking: RankingCache) -> None:
-        """Take what a cache that `before_reading` gave has found of the prompt, which comes once more."""
-
-
-class RankingCache(PromptCache):
-    """Keeps of a prompt what importances say of its rows, and ranks those of all layers together.
-
-    Args:
-        importances: of the methods that rank so.
-        num_layers: of the model.
-    """
-
-    def __init__(self, importances: Sequence[Importance], num_layers: int):
-        self.importances = importances
-        super().__init__([RankingLayer(importances, index) for index in range(num_layers)])
-
-    def _noted(self, ids: torch.Tensor | None) -> None:
-        """The ids are those of the next pass, too."""
-
-    def verdicts(self, plan: CompressionPlan, protected: ProtectedTokens | None = None) -> list[Verdict]:
-        """What a plan decides on the rows of each layer, of which every head keeps those that are protected.
-
-        Raises:
-            UsageError: the budget is below what every head keeps.
-            CacheError: there are no such tokens as those that are protected.
-        """
-        method = plan.method
-        layers: list[RankingLayer] = self.layers
-        if protected is not None:
-            protected = protected.for_batch(len(layers[0].marked), layers[0].seen)
-            plan.check(layers[0].seen, protected)
-        ranked = [layer.ranked(method, protected) for layer in layers]
-        rows = sum((each > float("-inf")).sum(dim=(1, 2)).cpu() for each in ranked)
-        assert isinstance(rows, torch.Tensor)
-        totals = [
-            min(plan.total(length), there)
-            for length, there in zip(layers[0].known_lengths(), rows.tolist(), strict=True)
-        ]
-        counts = ranked_together(ranked, totals, method.importance.noise).cpu()
-        return [
-            Verdict(layer.said[method.importance], counts[:, index], layer.by_observers)
-            for index, layer in enumerate(layers)
-        ]
 
 
 class HeadCache(PromptCache):
@@ -399,9 +227,14 @@ class HeadCache(PromptCache):
             for layer in self.head_layers:
                 layer.schedule.plan = plan
 
-    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
+    def is_ranked_first(self, prompt_tokens: int) -> bool:
+        """Whether another cache has to be filled from a coming prompt of so many tokens before (`before_reading`)."""
         first = self.head_layers[0]
-        if first.seen or first.observers or first.verdict is not None or not self.plan.ranks_together(prompt_tokens):
+        fresh = not first.seen and not first.observers and first.verdict is None
+        return fresh and self.plan.ranks_together(prompt_tokens)
+
+    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
+        if not self.is_ranked_first(prompt_tokens):
             return None
         return RankingCache([self.plan.method.importance], len(self.layers))
 
@@ -443,34 +276,3 @@ def stack_caches(caches: Sequence[HeadCache]) -> HeadCache:
     known = [cache.token_ids for cache in caches]
     parts = [ids for ids in known if ids is not None]
     return stack.with_tokens(torch.cat(parts) if len(parts) == len(known) else None)
-
-
-class FanOutCache(PromptCache):
-    """Fills several caches from one prefill: the model runs over the prompt once for all of them.
-
-    Args:
-        caches: to be filled; at least one, or a `ranking`.
-        ranking: what takes from the same prefill what others need to know before the prompt is read to fill them.
-    """
-
-    def __init__(self, caches: list[HeadCache], ranking: RankingCache | None = None):
-        self.caches = caches
-        taking: list[RankingLayer | None] = [None] * len(caches[0].layers) if ranking is None else ranking.layers
-        of_caches = [[cache.head_layers[index] for cache in caches] for index in range(len(taking))]
-        super().__init__([FanOutLayer(own, other) for own, other in zip(of_caches, taking, strict=True)])
-
-    def before_reading(self, prompt_tokens: int) -> RankingCache | None:
-        if self.layers[0].observers:
-            return None
-        found = [ranking for cache in self.caches if (ranking := cache.before_reading(prompt_tokens)) is not None]
-        importances = dict.fromkeys(each for ranking in found for each in ranking.importances)
-        return RankingCache([*importances], len(self.layers)) if found else None
-
-    def judged_by(self, ranking: RankingCache) -> None:
-        for cache in self.caches:
-            if cache.before_reading(ranking.get_seq_length()) is not None:
-                cache.judged_by(ranking)
-
-    def _noted(self, ids: torch.Tensor | None) -> None:
-        for cache in self.caches:
-            cache._noted(ids)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headprof.compression.cache.head_cache import HeadCache, PromptCache
+from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.held_rows import FOLD, HeldRows
+from headprof.compression.cache.prompt_cache import PromptCache
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.storage import RowStorage
