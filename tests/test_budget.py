@@ -9,17 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headprof import HeadProfile
+from headprof.compression.methods.allocation import headkv_allocation, normalized, water_filled
 from headprof.compression.methods.budget import (
     AdaptiveBudget,
-    Budget,
     ProfileBudget,
     PyramidBudget,
     UniformBudget,
-    headkv_allocation,
-    normalized,
-    ratio_budget,
-    water_filled,
 )
+from headprof.compression.methods.given_budget import Budget, ratio_budget
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape

@@ -15,7 +15,8 @@ from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.held_rows import FOLD
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document, generate_text, question_ids
-from headprof.compression.methods.budget import Budget, UniformBudget
+from headprof.compression.methods.budget import UniformBudget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, AttentionLayer
 from headprof.compression.methods.received_attention import Accumulated

@@ -13,7 +13,8 @@ from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.kernels import looking
 from headprof.compression.kernels.backends import ragged_attention
 from headprof.compression.kernels.ragged_rows import RaggedRows
-from headprof.compression.methods.budget import Budget, UniformBudget
+from headprof.compression.methods.budget import UniformBudget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import KeyNorm
 from headprof.compression.methods.observation import Assessment
 from headprof.compression.methods.reduction import Choice, Evict, EvictThenMerge, largest, nearest, redundancy, sparsity

@@ -20,8 +20,9 @@ from headprof.cli import main
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document
-from headprof.compression.methods.budget import Budget
-from headprof.compression.promise import SHARES, Candidates, _spans, compress_to_promise
+from headprof.compression.loss_meter import _spans
+from headprof.compression.methods.given_budget import Budget
+from headprof.compression.promise import SHARES, Candidates, compress_to_promise
 from headprof.compression.session import attending_ragged, make_plan
 from headprof.errors import CacheError, UsageError
 from headprof.models.loading import load_model

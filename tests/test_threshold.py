@@ -18,7 +18,7 @@ from test_reconstruction import TEXT, kept_positions, repeated
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import ask, compress_document
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker

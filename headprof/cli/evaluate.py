@@ -237,7 +237,7 @@ def _request(
 
 def _budgets(what: WhatOptions) -> tuple[str, ...]:
     """Budgets as given, or what the compression ratios come to; raises `UsageError` when there are both."""
-    from headprof.compression.methods.budget import ratio_budget
+    from headprof.compression.methods.given_budget import ratio_budget
 
     if what.compression_ratio is None:
         return _listed(what.budgets)

@@ -183,7 +183,7 @@ class CompressOptions:
         Raises:
             UsageError: budget and ratio are both given.
         """
-        from headprof.compression.methods.budget import ratio_budget
+        from headprof.compression.methods.given_budget import ratio_budget
 
         values = asdict(self)
         ratio, threshold = values.pop("compression_ratio"), values.pop("threshold")
@@ -267,7 +267,7 @@ class DecodingOptions:
 
     def chosen(self) -> dict[str, Any]:
         """What was given; the rest keeps its default. A buffer of 0 is `None`, without bound."""
-        from headprof.compression.methods.budget import Budget
+        from headprof.compression.methods.given_budget import Budget
 
         budget = {} if self.decode_budget is None else {"decode_budget": Budget.parse(self.decode_budget)}
         return budget if self.buffer is None else budget | {"buffer": self.buffer or None}

@@ -28,7 +28,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 FORMAT = "headprof.cache"
 FORMAT_VERSION = "4"
-"""Version 3 knew neither `shares` nor `protected`; it is still read, and written where it says all."""
+"""Version 3 knew no `shares`, `protected` and surrogates; it is still read, and written where it says all."""
 _READABLE = ("3", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
 
@@ -77,6 +77,21 @@ def save_document(
             "entry point of the group headprof.methods."
         )
 
+    tensors = _tensors(cache)
+    metadata = _metadata(cache, loaded)
+    metadata |= notes or {}
+    metadata["checksum"] = checksum(tensors, metadata)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _budget_facts(budget: Budget) -> dict[str, Any]:
+    """A budget as the file has it: a threshold only where there is one."""
+    return {name: value for name, value in asdict(budget).items() if value is not None}
+
+
+def _tensors(cache: HeadCache) -> dict[str, torch.Tensor]:
+    """What a file holds of a cache, by its names there, on the CPU."""
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.head_layers):
         parts = _parts(layer).items()
@@ -91,7 +106,14 @@ def save_document(
         tensors["ids"] = ids.to("cpu", torch.int32).contiguous()
     if (protected := cache.protected) is not None:
         tensors["protected"] = protected.marks(cache.batch_size, cache.get_seq_length())
-    beyond_third = plan.shares is not None or plan.scores.ndim > 2 or protected is not None
+    return tensors
+
+
+def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
+    """What a file says of a cache."""
+    plan = cache.plan
+    new = plan.shares, plan.surrogate, cache.protected
+    beyond_third = plan.scores.ndim > 2 or any(each is not None for each in new)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION if beyond_third else _READABLE[0],
@@ -112,15 +134,7 @@ def save_document(
     left = [layer.schedule.left_to_note(layer.seen, layer.storage) for layer in cache.head_layers]
     if any(each is not None for each in left):
         metadata["left"] = json.dumps(left)
-    metadata |= notes or {}
-    metadata["checksum"] = checksum(tensors, metadata)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def _budget_facts(budget: Budget) -> dict[str, Any]:
-    """A budget as the file has it: a threshold only where there is one."""
-    return {name: value for name, value in asdict(budget).items() if value is not None}
+    return metadata
 
 
 def _logits(recent: RecentQueries) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import RECONSTRUCTION
 from headprof.compression.methods.table import Method, find_method
 from headprof.errors import UsageError

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from headprof.compression.methods.budget import Budget, headkv_allocation
+from headprof.compression.methods.allocation import headkv_allocation
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import Method
 from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.hook import attending
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import RECONSTRUCTION
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from headprof.compression.generation import generate_text
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.models.loading import LoadedModel
 

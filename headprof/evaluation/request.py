@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headprof._version import __version__
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import METHODS, find_method
 from headprof.compression.plan import BUFFER
 from headprof.compression.session import attending_ragged, make_plan, prefill

@@ -10,7 +10,7 @@ from headprof.bench.generate.full_cache import FULL_STEPS
 from headprof.bench.measure import require_at_least
 from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
-from headprof.compression.methods.budget import Budget
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.errors import UsageError
 from headprof.profile.surrogate import Surrogate

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headprof.compression.methods.budget import BudgetPolicy, ProfileBudget, normalized, to_spend, water_filled
+from headprof.compression.methods.allocation import normalized, to_spend, water_filled
+from headprof.compression.methods.budget import BudgetPolicy, ProfileBudget
 from headprof.errors import UsageError
 
 RECONSTRUCTION = "reconstruction"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from headprof.compression.methods.budget import (
     AdaptiveBudget,
-    Budget,
     BudgetPolicy,
     ProfileBudget,
     PyramidBudget,
@@ -20,6 +19,7 @@ from headprof.compression.methods.budget import (
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.fit import Fit
+from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.global_budget import GlobalBudget
 from headprof.compression.methods.importance import (
     Importance,
