@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headprof.errors import UsageError
-from headprof.evaluation.questions import Question
+from headprof.evaluation.questions import Question, of_probe
 from headprof.evaluation.results import MULTI, multi_name
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings, needles_for
-from headprof.utils.units import format_length
 
 FEWEST, MOST = 5, 10
 """Questions about one document: from about 200 tokens on, and from about 700 tokens on."""
@@ -57,17 +56,7 @@ class MultiDocuments(Sequence[Sequence[Question]]):
         turn, which = divmod(index, len(self._lengths))
         context = self._builders[which].context(turn)
         return tuple(
-            Question(
-                task=MULTI,
-                name=multi_name(index, number),
-                group=format_length(self._lengths[which]),
-                document_ids=context.context_ids,
-                asked_ids=probe.asked_ids,
-                reply_ids=probe.reply_ids,
-                reference_ids=probe.answer_ids,
-                depth=probe.depth,
-                family=probe.family,
-            )
+            of_probe(MULTI, multi_name(index, number), self._lengths[which], context, probe)
             for number, probe in enumerate(context.probes)
         )
 

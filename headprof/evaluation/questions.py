@@ -10,7 +10,7 @@ from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
-from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.utils.units import format_length
 
 
@@ -53,6 +53,21 @@ class Question:
     grading: Grading | None = None
     depth: float | None = None
     family: str = ""
+
+
+def of_probe(task: str, name: str, length: int, context: ProbeContext, probe: Probe) -> Question:
+    """What a probe asks about its context, whose prompt was to have so many tokens."""
+    return Question(
+        task=task,
+        name=name,
+        group=format_length(length),
+        document_ids=context.context_ids,
+        asked_ids=probe.asked_ids,
+        reply_ids=probe.reply_ids,
+        reference_ids=probe.answer_ids,
+        depth=probe.depth,
+        family=probe.family,
+    )
 
 
 class ProbeQuestions(Sequence[Question]):
@@ -98,17 +113,7 @@ class ProbeQuestions(Sequence[Question]):
     def __getitem__(self, index):
         context = self._builder.context(index)
         probe = context.probes[0]
-        return Question(
-            task=self.task,
-            name=str(index),
-            group=format_length(self.lengths[index % len(self.lengths)]),
-            document_ids=context.context_ids,
-            asked_ids=probe.asked_ids,
-            reply_ids=probe.reply_ids,
-            reference_ids=probe.answer_ids,
-            depth=probe.depth,
-            family=probe.family,
-        )
+        return of_probe(self.task, str(index), self.lengths[index % len(self.lengths)], context, probe)
 
     def digest(self, index: int) -> str:
         """Empty: probes follow from their settings."""
