@@ -15,19 +15,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from bench_parts import print_table
 
 from headprof.bench.measure import PeakMemory, now
 from headprof.compression.generation import compress_document
-from headprof.compression.session import make_plan
+from headprof.compression.request import CompressionRequest
 from headprof.errors import HeadprofError
 from headprof.models.loading import LoadedModel, load_model
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.utils.units import parse_lengths
 
+METHODS = {
+    "text": "snapkv",
+    "repetition": "adakv-kvzip",
+    "surrogate": "kvzap",
+    "two readings": "kvzip",
+    "fitted rows": "headkv-fit",
+}
+"""What compresses in each case. A document is judged by a fixed text in the question's place; by its own repetition; by
+what was fitted to foresee that; by it with one ranking of all layers; and by it with rows fitted to what it sees."""
 _WARM_TOKENS = 128
 _WORDS = ("rope", "pier", "letter", "harbor", "lamp", "bridge", "door", "whale", "key", "wall", "shore", "boat")
 
@@ -37,9 +45,8 @@ class Case:
     """What is done with a document.
 
     Attributes:
-        name: `plain` for a prefill into Transformers' own cache, `text` for compressing by a fixed text in the
-            question's place, `repetition` for compressing by its own repetition.
-        segment: most tokens that are repeated at once.
+        name: what is done, in a word; one of `METHODS`, or `plain` for a prefill into Transformers' own cache.
+        segment: most tokens that are repeated at once; 0 where nothing is repeated.
         prefill_chunk: as for `headprof.compressed`.
     """
 
@@ -74,9 +81,10 @@ class Cost:
 
 
 def all_cases(length: int, segment: int, chunk: int) -> list[Case]:
-    """The plain prefill, and each way to compress with and without chunks."""
+    """The plain prefill, and each way to compress: the first ones with and without chunks."""
     ways = [Case("text"), Case("repetition", length), Case("repetition", segment)]
-    return [Case("plain"), *(Case(way.name, way.segment, each) for way in ways for each in (None, chunk))]
+    chunked = [Case(way.name, way.segment, each) for way in ways for each in (None, chunk)]
+    return [Case("plain"), *chunked, Case("surrogate"), Case("two readings", length), Case("fitted rows", length)]
 
 
 def document(loaded: LoadedModel, tokens: int) -> str:
@@ -120,9 +128,8 @@ def _work(case: Case, loaded: LoadedModel, text: str, budget: int) -> Callable[[
             return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
         return plain
-    options: dict[str, Any] = {"segment": case.segment} if case.segment else {}
-    method = "kvzip" if case.name == "repetition" else "snapkv"
-    plan = make_plan(loaded.model, method=method, budget=budget, **options)
+    options = {"segment": case.segment} if case.segment else {}
+    plan = CompressionRequest(METHODS[case.name], str(budget), options=options).plan(loaded)
     return lambda: compress_document(loaded, text, plan, prefill_chunk=case.prefill_chunk).nbytes
 
 

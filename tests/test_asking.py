@@ -90,9 +90,11 @@ def test_sampled_answers_are_those_of_one_question(place):
 def test_files_that_cannot_be_asked(place, content, name, message, command):
     if content is not None:
         (place / name).write_bytes(content)
+    before = (place / "d.kv").stat().st_mtime_ns
     done = headprof(place, *command, "--questions", name)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("Error") == 1
     assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+    assert (place / "d.kv").stat().st_mtime_ns == before  # nothing was compressed first
 
 
 @pytest.mark.parametrize(

@@ -613,7 +613,7 @@ def test_a_loaded_document_goes_on_as_the_one_in_memory(tiny, tmp_path, name, de
     assert loaded.plan.method == plan.method and loaded.plan.buffer == 6
     for seen in (200, 500):
         assert torch.equal(loaded.plan.decode_allocation(seen), plan.decode_allocation(seen))
-    ids = question_ids(tiny, cache, "How many boats were there?", 60)
+    ids = question_ids(tiny, cache.get_seq_length(), "How many boats were there?", 60)
     made = [generate_text(tiny, ids, cache=each, max_new_tokens=60) for each in (cache, loaded)]
     assert made[0].text == made[1].text and made[0].new_tokens == made[1].new_tokens
     check_same(cache, loaded)

@@ -29,7 +29,7 @@ from headprof.compression.generation import ask, compress_document, generate_tex
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.models.loading import load_model
-from headprof.models.prompt_encoder import PromptEncoder
+from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
 from headprof.utils.tensor_files import checksum
 
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
@@ -52,7 +52,7 @@ def test_a_loaded_document_answers_as_the_one_that_was_saved(tiny, tmp_path, met
     assert loaded.get_seq_length() == cache.get_seq_length() and torch.equal(loaded.lengths, cache.lengths)
     assert loaded.nbytes == cache.nbytes
     for question in QUESTIONS:
-        ids = question_ids(tiny, cache, question, 16)
+        ids = question_ids(tiny, cache.get_seq_length(), question, 16)
         answers = [generate_text(tiny, ids, cache=stack_caches([each]), max_new_tokens=16) for each in (cache, loaded)]
         assert answers[0].text == answers[1].text and answers[0].new_tokens == answers[1].new_tokens
         assert answers[0].cached_tokens == cache.get_seq_length()
@@ -60,14 +60,35 @@ def test_a_loaded_document_answers_as_the_one_that_was_saved(tiny, tmp_path, met
 
 def test_a_document_kept_whole_answers_as_the_full_cache(tiny):
     cache = compressed_document(tiny, "full")
-    made = generate_text(tiny, question_ids(tiny, cache, QUESTIONS[0], 32), cache=cache, max_new_tokens=32)
+    made = generate_text(
+        tiny, question_ids(tiny, cache.get_seq_length(), QUESTIONS[0], 32), cache=cache, max_new_tokens=32
+    )
     whole = generate_text(tiny, prompt_ids(tiny, TEXT, QUESTIONS[0], 32), max_new_tokens=32)
     assert made.text == whole.text and made.prompt_tokens == whole.prompt_tokens
 
 
+@pytest.mark.parametrize(("method", "read"), [("knorm", 0), ("streamingllm", 0), ("full", 0), ("snapkv", 1)])
+def test_only_who_asks_queries_has_a_document_observed(tiny, method, read):
+    lengths, plan = [], make_plan(tiny.model, method=method, budget=24)
+    hook = tiny.model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append((args[0] if args else given["input_ids"]).shape[1]), with_kwargs=True
+    )
+    try:
+        cache = compress_document(tiny, TEXT, plan)
+    finally:
+        hook.remove()
+    observers = len(PromptEncoder(tiny.tokenizer).question_ids(OBSERVATION))
+    assert lengths == [cache.get_seq_length() + read * observers]
+    if read:
+        assert compress_document(tiny, TEXT, plan, observe="Who?").get_seq_length() == cache.get_seq_length()
+    else:
+        with pytest.raises(UsageError, match=f"^The method '{method}' asks no queries, so .* leave --observe away"):
+            compress_document(tiny, TEXT, plan, observe="Who?")
+
+
 def question_and_answer(loaded, cache, question, **options):
     """What the obvious call makes of a question's tokens alone."""
-    ids = question_ids(loaded, cache, question, 12)
+    ids = question_ids(loaded, cache.get_seq_length(), question, 12)
     with attending_ragged(loaded.model):
         made = loaded.model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, **options)
     assert torch.equal(made[:, : ids.shape[1]], ids)
@@ -100,7 +121,7 @@ def test_the_obvious_call_asks_a_loaded_document(tiny, tmp_path, ids_known):
         assert (cache.token_ids is not None) == ids_known
         expected = ask(tiny, cache, question, max_new_tokens=12)
         assert expected.cached_tokens == cache.get_seq_length()
-        seen, ids = cache.get_seq_length(), question_ids(tiny, cache, question, 12)
+        seen, ids = cache.get_seq_length(), question_ids(tiny, cache.get_seq_length(), question, 12)
         for width in (ids.shape[1], seen + ids.shape[1]):
             mask = torch.ones(1, width, dtype=torch.int64)
             assert question_and_answer(tiny, stack_caches([cache]), question, attention_mask=mask) == expected.text
@@ -111,7 +132,7 @@ def test_more_tokens_than_were_seen_must_begin_with_those(tiny):
     """Else they may be a question longer than its document, or a text that was split otherwise."""
     cache = compressed_document(tiny)
     with attending_ragged(tiny.model):
-        ids = question_ids(tiny, cache, QUESTIONS[0], 4).repeat(1, 90)
+        ids = question_ids(tiny, cache.get_seq_length(), QUESTIONS[0], 4).repeat(1, 90)
         with pytest.raises(CacheError, match="cannot be told which of these"):
             tiny.model.generate(ids, past_key_values=cache, max_new_tokens=4)
         mask = torch.ones(1, cache.get_seq_length() + ids.shape[1], dtype=torch.int64)
@@ -124,12 +145,12 @@ def test_a_conversation_goes_on_with_new_tokens_or_with_all_of_them(tiny):
     other = stack_caches([cache])
     greedy = {"max_new_tokens": 5, "do_sample": False}
     with attending_ragged(tiny.model):
-        ids = question_ids(tiny, cache, QUESTIONS[0], 5)
+        ids = question_ids(tiny, cache.get_seq_length(), QUESTIONS[0], 5)
         first = tiny.model.generate(ids, past_key_values=cache, **greedy)
         whole = tiny.model.generate(torch.cat([other.token_ids, ids], dim=1), past_key_values=other, **greedy)
         assert torch.equal(whole[:, -first.shape[1] :], first)
         assert torch.equal(cache.token_ids, whole[:, :-1]) and torch.equal(other.token_ids, whole[:, :-1])
-        following = torch.cat([first[:, -1:], question_ids(tiny, cache, QUESTIONS[1], 5)], dim=1)
+        following = torch.cat([first[:, -1:], question_ids(tiny, cache.get_seq_length(), QUESTIONS[1], 5)], dim=1)
         then = tiny.model.generate(following, past_key_values=cache, **greedy)
         both = tiny.model.generate(torch.cat([whole[:, :-1], following], dim=1), past_key_values=other, **greedy)
         assert torch.equal(both[:, -then.shape[1] :], then)
@@ -167,7 +188,7 @@ def test_a_streamer_and_a_processor_get_what_they_would_without_a_cache(tiny):
         seen.append(ids.clone())
         return scores
 
-    known, ids = cache.token_ids, question_ids(tiny, cache, QUESTIONS[0], 4)
+    known, ids = cache.token_ids, question_ids(tiny, cache.get_seq_length(), QUESTIONS[0], 4)
     with attending_ragged(tiny.model):
         made = tiny.model.generate(
             ids, past_key_values=cache, max_length=ids.shape[1] + 4, streamer=Streamer(), logits_processor=[processor]
@@ -182,7 +203,7 @@ def test_an_older_file_refuses_what_would_look_at_its_tokens(tiny, tmp_path):
     save_document(compressed_document(tiny), path, tiny)
     without_ids(path)
     cache, _ = load_document(path, tiny)
-    ids = question_ids(tiny, cache, QUESTIONS[0], 4)
+    ids = question_ids(tiny, cache.get_seq_length(), QUESTIONS[0], 4)
     with attending_ragged(tiny.model):
         for options in ({"repetition_penalty": 1.2}, {"logits_processor": [lambda ids, scores: scores]}):
             with pytest.raises(CacheError, match=f"{next(iter(options))} looks at the ids of all tokens"):

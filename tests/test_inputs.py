@@ -159,7 +159,7 @@ def test_times_are_taken_of_what_ran_before(budget):
     assert len(runs) == 6  # three tokens with either cache
     assert generate_text(loaded, prompt.ids, plan, max_new_tokens=8).text == cold.text
     cached = compress_document(loaded, TEXT, plan)
-    held = replace(prompt, ids=question_ids(loaded, cached, "Who?", 8), plan=None, cache=cached)
+    held = replace(prompt, ids=question_ids(loaded, cached.get_seq_length(), "Who?", 8), plan=None, cache=cached)
     seen = cached.get_seq_length()
     held.warm_up(loaded, full=False, backend="auto", prefill_chunk=None)
     assert cached.get_seq_length() == seen

@@ -99,7 +99,7 @@ def test_without_a_chat_template_every_user_of_documents_gets_the_frame_of_probe
     plan = make_plan(loaded.model, method="snapkv", budget=24)
     cache = compress_document(loaded, DOCUMENT, plan)
     assert cache.get_seq_length() == len(document)
-    assert question_ids(loaded, cache, QUESTION, 8).tolist() == [question]
+    assert question_ids(loaded, cache.get_seq_length(), QUESTION, 8).tolist() == [question]
     request = EvalRequest(("niah",), ("snapkv",), ("8",), question_known=False, observe=QUESTION)
     assert request.observer_ids(loaded) == question
 

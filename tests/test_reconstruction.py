@@ -359,7 +359,7 @@ def test_decoding_goes_on_in_constant_memory_by_the_queries_since():
     plan = make_plan(loaded.model, method="kvzip", budget=20, buffer=8)
     cache = compress_document(loaded, TEXT, plan)
     assert cache.plan.method.importance.window == 16
-    ids = question_ids(loaded, cache, "Who counted?", 60)
+    ids = question_ids(loaded, cache.get_seq_length(), "Who counted?", 60)
     held = []
     handle = loaded.model.register_forward_hook(lambda *_: held.append(int(cache.lengths.sum())))
     made = generate_text(loaded, ids, cache=cache, max_new_tokens=60)

@@ -385,7 +385,7 @@ def test_a_saved_document_goes_on_as_the_one_that_was_saved(tmp_path, method):
     again, notes = load_document(path, loaded)
     assert notes["surrogate"] == surrogate.digest() == again.plan.surrogate.digest()
     assert again.plan.name == method
-    ids = question_ids(loaded, cache, "Who counted?", 40)
+    ids = question_ids(loaded, cache.get_seq_length(), "Who counted?", 40)
     made = [generate_text(loaded, ids, cache=stack_caches([each]), max_new_tokens=40) for each in (cache, again)]
     assert made[0].text == made[1].text and made[0].new_tokens == 40
     with attending_ragged(loaded.model):

@@ -76,9 +76,9 @@ def compress(
     headprof compress --file report.txt --questions questions.txt
     headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
     """
-    from headprof.compression.batches import answer_each
+    from headprof.compression.batches import answer_each, question_tokens
     from headprof.compression.document import FORMAT, save_document
-    from headprof.compression.generation import compress_document
+    from headprof.compression.generation import compress_document, encoded_document
     from headprof.compression.inputs import checked_prompt, read_document, read_questions
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
@@ -99,6 +99,8 @@ def compress(
     )
     check_outputs({target: FORMAT}, read)
     loaded = load(model, loading)
+    if asked:
+        question_tokens(loaded, len(encoded_document(loaded, document, wanted)[0]), asked, max_new_tokens)
     plan = request.plan(loaded)
     how: dict[str, Any] = {"observe": observe, "backend": reading.backend, "prefill_chunk": reading.prefill_chunk}
     how |= asdict(wanted)

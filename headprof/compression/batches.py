@@ -108,7 +108,7 @@ def answer_each(
     if batch < 1:
         raise UsageError(f"A batch of {batch} questions answers none: give --batch at least 1.")
     distinct = list(dict.fromkeys(questions))
-    encoded = [_encoded(loaded, cache, each, max_new_tokens, questions) for each in distinct]
+    encoded = question_tokens(loaded, cache.get_seq_length(), questions, max_new_tokens)
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
     takes_positions = "position_ids" in signature(running_model(loaded.model).forward).parameters
     if min(batch, len(distinct)) > 1 and temperature == 0 and takes_positions:
@@ -119,16 +119,23 @@ def answer_each(
     return _in_order(made, distinct, questions)
 
 
-def _encoded(
-    loaded: LoadedModel, cache: HeadCache, question: str, max_new_tokens: int, questions: Sequence[str]
-) -> torch.Tensor:
-    """The question's tokens, `[1, Q]`; raises `UsageError` that says which of several questions is too long."""
-    try:
-        return question_ids(loaded, cache, question, max_new_tokens)
-    except UsageError as error:
-        if len(questions) == 1:
-            raise
-        raise UsageError(f"Question {questions.index(question) + 1} is too long: {error}") from None
+def question_tokens(
+    loaded: LoadedModel, seen: int, questions: Sequence[str], max_new_tokens: int
+) -> list[torch.Tensor]:
+    """Tokens of each distinct question about a document of `seen` tokens, int64 `[1, Q]`.
+
+    Raises:
+        UsageError: a question is too long for the model's context; of several, the message says which.
+    """
+    tokens = []
+    for question in dict.fromkeys(questions):
+        try:
+            tokens.append(question_ids(loaded, seen, question, max_new_tokens))
+        except UsageError as error:
+            if len(questions) == 1:
+                raise
+            raise UsageError(f"Question {questions.index(question) + 1} is too long: {error}") from None
+    return tokens
 
 
 def _in_order(

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.filling import count_readings, read_document_into
 from headprof.compression.keeping import Keeping
-from headprof.compression.observers import Observers, repeating_observers, repeats, text_observers
+from headprof.compression.observers import document_observers
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.session import attending_ragged
@@ -101,8 +101,8 @@ def encoded_prompt(
     return _fitting(loaded, ids, 0, max_new_tokens), protected
 
 
-def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of a question about a document that a cache holds, int64 `[1, Q]`.
+def question_ids(loaded: LoadedModel, seen: int, question: str, max_new_tokens: int) -> torch.Tensor:
+    """Tokens of a question about a document of `seen` tokens, int64 `[1, Q]`.
 
     Raises:
         UsageError: document, question and answer together are longer than the model's context.
@@ -110,7 +110,23 @@ def question_ids(loaded: LoadedModel, cache: HeadCache, question: str, max_new_t
     encoder = PromptEncoder(loaded.tokenizer)
     _check_length(loaded, encoder, question)
     ids = encoder.question_ids(question)
-    return _fitting(loaded, ids, cache.get_seq_length(), max_new_tokens)
+    return _fitting(loaded, ids, seen, max_new_tokens)
+
+
+def encoded_document(loaded: LoadedModel, document: str, keeping: Keeping) -> tuple[list[int], ProtectedTokens | None]:
+    """Token ids of everything before the question about a document, and which of them every head keeps.
+
+    Raises:
+        UsageError: the document is longer than the model's context, what is to be kept is not there, or there is no
+            place for a system message.
+    """
+    encoder = keeping.encoder(loaded.tokenizer)
+    for text in (document, keeping.system or ""):
+        _check_length(loaded, encoder, text)
+    keeping.check(document)
+    ids, protected = keeping.document(encoder, document)
+    _fitting(loaded, ids, 0, 0)
+    return ids, protected
 
 
 def check_length(loaded: LoadedModel, text: str) -> None:
@@ -198,16 +214,11 @@ def compress_under_each(
     Other arguments and errors are those of `compress_document`.
     """
     encoder = keeping.encoder(loaded.tokenizer)
-    for text in (document, observe or "", keeping.system or ""):
-        _check_length(loaded, encoder, text)
-    keeping.check(document)
-    document_ids, protected = keeping.document(encoder, document)
-    if repeats(plans[0].method, observe):
-        _fitting(loaded, document_ids, 0, 0)
-        observers = repeating_observers(loaded, encoder, document_ids, plans[0].method)
-    else:
-        observers = Observers(tuple(text_observers(encoder, observe)))
-        _fitting(loaded, document_ids, len(observers), 0)
+    if observe:
+        _check_length(loaded, encoder, observe)
+    document_ids, protected = encoded_document(loaded, document, keeping)
+    observers = document_observers(loaded, encoder, document_ids, plans[0], observe)
+    _fitting(loaded, document_ids, observers.longest, 0)
     for plan in plans:
         plan.check(len(document_ids), protected)
     caches = [HeadCache(plan.for_observers(len(observers))).protect(protected) for plan in plans]
@@ -274,7 +285,7 @@ def ask(
         UsageError: document, question and answer together are longer than the model's context.
         CacheError: a setting of the model looks at the document's tokens, which an older file does not hold.
     """
-    ids = question_ids(loaded, cache, question, max_new_tokens)
+    ids = question_ids(loaded, cache.get_seq_length(), question, max_new_tokens)
     return generate_text(loaded, ids, cache=stack_caches([cache]), max_new_tokens=max_new_tokens, **options)
 
 

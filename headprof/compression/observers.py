@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from headprof.compression.methods.table import Method
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.segments import require_positions
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
@@ -37,6 +38,33 @@ class Observers:
 def repeats(method: Method, observe: str | None) -> bool:
     """Whether a document is judged by its own repetition: if its method asks for that, and the user for no text."""
     return observe is None and method.importance.asks_for_repetition
+
+
+def document_observers(
+    loaded: LoadedModel, encoder: PromptEncoder, document_ids: Sequence[int], plan: CompressionPlan, observe: str | None
+) -> Observers:
+    """What observes a document: its repetition, a text in the question's place, or nothing for who asks no queries.
+
+    Args:
+        loaded: the model.
+        encoder: of its texts.
+        document_ids: the document's tokens.
+        plan: how it is to be compressed.
+        observe: the text; `None` for what the method asks for, empty for none.
+
+    Raises:
+        UsageError: the model's context is too short for the repetition, or a text is given to a method that asks no
+            queries.
+        ModelError: the model cannot read segments.
+    """
+    method = plan.method
+    if repeats(method, observe):
+        return repeating_observers(loaded, encoder, document_ids, method)
+    if not method.asks_queries:
+        if observe:
+            raise UsageError(f"The method {plan.name!r} asks no queries, so no text can judge: leave --observe away.")
+        return Observers(())
+    return Observers(tuple(text_observers(encoder, observe)))
 
 
 def text_observers(encoder: PromptEncoder, observe: str | None) -> list[int]:

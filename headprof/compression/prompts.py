@@ -96,7 +96,7 @@ def prompt_about(
         UsageError: document, question and answer are longer than the model's context.
     """
     cache, label = document_cache(loaded, file, decoding)
-    ids = question_ids(loaded, cache, question, max_new_tokens)
+    ids = question_ids(loaded, cache.get_seq_length(), question, max_new_tokens)
     return Prompt(ids, label, cache=cache)
 
 

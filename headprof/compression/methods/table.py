@@ -80,6 +80,11 @@ class Method:
         return isinstance(self.importance, KeepAll)
 
     @property
+    def asks_queries(self) -> bool:
+        """Whether what is kept of a prompt depends on any of its queries."""
+        return self.importance.queries != 0 or self.reduction.prompt_queries != 0
+
+    @property
     def always_kept(self) -> int:
         """Tokens that every head keeps, whatever its budget."""
         return self.sinks + self.keep_last
