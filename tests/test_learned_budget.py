@@ -342,6 +342,39 @@ def test_an_interrupted_run_leaves_the_profile_as_it_was(tmp_path, monkeypatch):
     assert {each.name for each in tmp_path.glob("*.safetensors*")} == {"p.safetensors"}
 
 
+def test_a_document_is_compressed_by_what_its_profile_has(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    (tmp_path / "doc.txt").write_text(TEXT)
+    with_budgets = replace(random_profile(tiny_model()), model_name="tiny")
+    compress = (
+        "compress",
+        "--model",
+        "tiny",
+        "--file",
+        "doc.txt",
+        "--budget",
+        "16",
+        "--json",
+        "--profile",
+        "p.safetensors",
+    )
+    hint = "The profile has no budgets for learned-kvzip: headprof score --reconstruction learns them."
+    for profile, more, method in (
+        (with_budgets, (), "learned-kvzip"),
+        (with_budgets, ("--set", "mix=0.5"), "learned-kvzip"),
+        (with_budgets, ("--observe", "Who?"), "headkv-r2"),
+        (with_budgets, ("--method", "snapkv"), "snapkv"),
+        (replace(with_budgets, kept_shares=None), (), "headkv-kvzip"),
+    ):
+        profile.save(tmp_path / "p.safetensors")
+        made = headprof(tmp_path, *compress, *more)
+        assert made.returncode == 0 and json.loads(made.stdout)["method"] == method, made.stderr
+        assert (hint in " ".join(made.stderr.split())) == (method == "headkv-kvzip")
+    (tmp_path / "p.safetensors").unlink()
+    without = headprof(tmp_path, *compress)
+    assert without.returncode == 1 and "There is no profile file at p.safetensors" in " ".join(without.stderr.split())
+
+
 def test_generate_with_learned_budgets():
     model = tiny_model()
     ids = torch.randint(3, 500, (1, 60), generator=torch.Generator().manual_seed(0))

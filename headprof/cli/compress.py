@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,7 @@ def compress(
     questions: Questions = None,
     batch: Batch = 8,
     model: Model = None,
-    compressing: CompressOptions = CompressOptions(budget="256"),
+    compressing: CompressOptions = CompressOptions(method="auto", budget="256"),
     max_loss: Annotated[
         float | None,
         typer.Option(
@@ -67,7 +67,8 @@ def compress(
     """Compress a document's cache to a file that answers questions in later processes.
 
     The answers to --question and --questions go to stdout, one a line; without questions, the path of the file. The
-    questions do not change the file: any other can be asked of it.
+    questions do not change the file: any other can be asked of it. The method auto is learned-kvzip, headkv-kvzip if
+    the profile has no budgets for that, or headkv-r2 if a text judges (--observe).
 
     [dim]headprof compress --file report.txt --budget 128 -o report.kv.safetensors
     headprof compress --file report.txt --max-loss 0.05
@@ -82,9 +83,13 @@ def compress(
     from headprof.compression.inputs import checked_prompt, read_document, read_questions
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
+    from headprof.compression.request import AUTO, document_method
 
     given = given_options(context, CompressOptions)
     check_promise(max_loss, given)
+    chosen = compressing.method == AUTO
+    if chosen:
+        compressing = replace(compressing, method=document_method(model, compressing.profile, observe))
     request = compression_request(compressing, tuning, decoding, reading, given)
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
@@ -119,6 +124,8 @@ def compress(
     _show(figures | (promise.figures() if promise else {}), answered, json)
     for remark in promise.remarks() if promise else ():
         terminal.remark(remark)
+    if chosen and request.method == "headkv-kvzip":
+        terminal.remark("The profile has no budgets for learned-kvzip: headprof score --reconstruction learns them.")
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

@@ -13,9 +13,35 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
+from headprof.errors import ProfileError
+from headprof.models.finding import model_name
 from headprof.models.loading import LoadedModel
-from headprof.profile.finding import load_profile
+from headprof.profile.finding import find_profile, load_profile
+from headprof.profile.head_profile import HeadProfile
 from headprof.profile.surrogate import load_surrogate
+
+AUTO = "auto"
+"""In place of a method: what `document_method` chooses."""
+
+
+def document_method(model: str | None, profile: Path | None, observe: str | None) -> str:
+    """The method by which a document is compressed when the user names none.
+
+    Its own repetition judges it, at budgets that the model's profile has learned from that of other texts, or
+    HeadKV-R2's if it has learned none. A text that is to judge judges as it did when HeadKV-R2 was made.
+
+    Args:
+        model: as the user names it; `None` for the embedded one.
+        profile: file of the head profile; `None` to find the model's own.
+        observe: a text that judges in place of the repetition; `None` for none.
+    """
+    if observe is not None:
+        return "headkv-r2"
+    try:
+        learned = HeadProfile.load(find_profile(model_name(model), profile)).kept_shares
+    except ProfileError:  # of which the plan tells, once it is asked for one
+        learned = None
+    return "headkv-kvzip" if learned is None else "learned-kvzip"
 
 
 @dataclass(frozen=True)
