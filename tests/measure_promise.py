@@ -5,7 +5,7 @@ asked before is fed to the full cache and to the compressed one, with its right 
 tokens is what has truly been lost. Documents are needle probes of the held-out half, and a user's own: NAME.txt beside
 NAME.questions.jsonl, each line of it {"question": ..., "answer": ...}.
 
-python tests/measure_promise.py --documents 40 --losses 0.02,0.05,0.1,0.2 --method headkv-kvzip -o results/promise
+python tests/measure_promise.py --documents 40 --losses 0.02,0.05,0.1,0.2 --method learned-kvzip -o results/promise
 
 Answers are appended to answers.jsonl, document by document; the same command goes on where it was.
 """
@@ -191,7 +191,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="as for headprof compress; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--method", default="headkv-kvzip", help="of compression")
+    parser.add_argument("--method", default="learned-kvzip", help="of compression")
+    parser.add_argument("--profile", type=Path, help="head profile; by default the one for the model")
     parser.add_argument("--documents", type=int, default=40, help="needle probes of the held-out half")
     parser.add_argument("--length", default="1k", help="of these, in tokens")
     parser.add_argument("--folder", type=Path, help="texts of your own: NAME.txt and NAME.questions.jsonl")
@@ -210,7 +211,7 @@ def _run(given: argparse.Namespace) -> None:
     losses, (length,) = [float(each) for each in given.losses.split(",")], parse_lengths(given.length)
     loaded = load_model(given.model, device=given.device)
     needs_profile = find_method(given.method).budget.profile_scores
-    profile = load_profile(loaded.name, None, loaded.shape, loaded.given) if needs_profile else None
+    profile = load_profile(loaded.name, given.profile, loaded.shape, loaded.given) if needs_profile else None
     plan = make_plan(loaded.model, profile, method=given.method)
     run = {
         "model": loaded.name,
