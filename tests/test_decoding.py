@@ -14,13 +14,15 @@ from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.held_rows import FOLD
 from headprof.compression.document import load_document, save_document
-from headprof.compression.generation import compress_document, generate_text, question_ids
+from headprof.compression.encoding import question_ids
+from headprof.compression.generation import compress_document, generate_text
 from headprof.compression.methods.budget import UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.observation import Assessment, AttentionLayer
 from headprof.compression.methods.received_attention import Accumulated
-from headprof.compression.methods.reduction import Evict, EvictThenMerge
+from headprof.compression.methods.reduction import Evict
 from headprof.compression.methods.table import METHODS, Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS

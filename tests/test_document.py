@@ -25,7 +25,8 @@ from headprof.compression.document import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from headprof.compression.generation import ask, compress_document, generate_text, prompt_ids, question_ids
+from headprof.compression.encoding import prompt_ids, question_ids
+from headprof.compression.generation import ask, compress_document, generate_text
 from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.models.loading import load_model

@@ -9,7 +9,8 @@ import pytest
 from support.commands import headprof
 from support.tiny_models import load_tiny, save_tiny, tiny_tokenizer
 
-from headprof.compression.generation import compress_document, generate_text, prompt_ids, question_ids
+from headprof.compression.encoding import prompt_ids, question_ids
+from headprof.compression.generation import compress_document, generate_text
 from headprof.compression.inputs import read_document, what_to_ask
 from headprof.compression.prompts import Prompt
 from headprof.compression.session import make_plan

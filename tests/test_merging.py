@@ -16,8 +16,9 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.budget import UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import KeyNorm
+from headprof.compression.methods.merging import EvictThenMerge, nearest, redundancy, sparsity
 from headprof.compression.methods.observation import Assessment
-from headprof.compression.methods.reduction import Choice, Evict, EvictThenMerge, largest, nearest, redundancy, sparsity
+from headprof.compression.methods.reduction import Choice, Evict, largest
 from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import Rows
@@ -407,7 +408,7 @@ def test_classes_are_the_same_however_many_similarities_are_held_at_once(monkeyp
     is_centre = torch.arange(7) < torch.tensor([[7], [2], [0]])
     whole = nearest(candidates, centres, ~is_centre, 0.2)
     assert len(whole[0].unique()) == 8 and whole[1].max() == 2 and not whole[2].any()
-    monkeypatch.setattr("headprof.compression.methods.reduction._SIMILARITIES", 100)
+    monkeypatch.setattr("headprof.compression.methods.merging._SIMILARITIES", 100)
     assert torch.equal(nearest(candidates, centres, ~is_centre, 0.2), whole)
 
 

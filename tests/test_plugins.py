@@ -18,9 +18,9 @@ from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document
 from headprof.compression.methods.budget import ProfileBudget
 from headprof.compression.methods.importance import Importance
+from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.names import METHOD_NAMES, method_names
 from headprof.compression.methods.observation import Assessment
-from headprof.compression.methods.reduction import EvictThenMerge
 from headprof.compression.methods.table import find_method, name_of
 from headprof.compression.session import prefill
 from headprof.errors import CacheError, ProfileError, UsageError

@@ -8,7 +8,8 @@ import pytest
 from support.tiny_models import BOS, load_tiny, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from headprof.compression.generation import compress_document, prompt_ids, question_ids
+from headprof.compression.encoding import prompt_ids, question_ids
+from headprof.compression.generation import compress_document
 from headprof.compression.session import make_plan
 from headprof.evaluation.questions import ExampleQuestions
 from headprof.evaluation.request import EvalRequest

@@ -22,7 +22,8 @@ from test_evaluation import candidates_for, invented_question
 from headprof.cli import main
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document
-from headprof.compression.generation import ask, compress_document, generate_text, question_ids
+from headprof.compression.encoding import question_ids
+from headprof.compression.generation import ask, compress_document, generate_text
 from headprof.compression.kernels import torch_column_sums as plain
 from headprof.compression.kernels.column_sums import column_maxima
 from headprof.compression.methods.budget import ProfileBudget, UniformBudget

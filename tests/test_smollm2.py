@@ -3,7 +3,8 @@
 import pytest
 from support.question_files import write_question_files
 
-from headprof.compression.generation import generate_text, prompt_ids
+from headprof.compression.encoding import prompt_ids
+from headprof.compression.generation import generate_text
 from headprof.compression.inputs import demo_document
 from headprof.compression.session import make_plan
 from headprof.evaluation import questions

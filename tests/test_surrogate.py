@@ -17,7 +17,8 @@ from support.tiny_models import load_tiny, save_tiny, tiny_model
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.document import load_document, save_document
-from headprof.compression.generation import compress_document, generate_text, prompt_ids, question_ids
+from headprof.compression.encoding import prompt_ids, question_ids
+from headprof.compression.generation import compress_document, generate_text
 from headprof.compression.methods.table import METHODS, name_of
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import CacheError, HeadprofError, ProfileError, UsageError

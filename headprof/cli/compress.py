@@ -79,7 +79,8 @@ def compress(
     """
     from headprof.compression.batches import answer_each, question_tokens
     from headprof.compression.document import FORMAT, save_document
-    from headprof.compression.generation import compress_document, encoded_document
+    from headprof.compression.encoding import encoded_document
+    from headprof.compression.generation import compress_document
     from headprof.compression.inputs import checked_prompt, read_document, read_questions
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures

@@ -19,7 +19,8 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.together import TogetherCache
-from headprof.compression.generation import Generation, ask, question_ids, token_choice
+from headprof.compression.encoding import question_ids
+from headprof.compression.generation import Generation, ask, token_choice
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.models.decoder import running_model

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.encoding import check_length, encoded_document, fitting, question_ids
 from headprof.compression.filling import count_readings, read_document_into
 from headprof.compression.keeping import Keeping
 from headprof.compression.observers import document_observers
@@ -24,7 +25,6 @@ from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel, require_finite
-from headprof.models.prompt_encoder import PromptEncoder
 
 LOWEST_TEMPERATURE = 1e-4
 """But for 0, which is greedy decoding; divided by less, logits overflow."""
@@ -74,90 +74,6 @@ class _FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         require_finite(scores.amax(dim=-1), scores.dtype)  # some models rule tokens out by -inf
         return scores
-
-
-def prompt_ids(loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of a prompt, with the document before it if there is one, framed by `PromptEncoder`, int64 `[1, T]`.
-
-    Raises:
-        UsageError: prompt and answer together are longer than the model's context.
-    """
-    return encoded_prompt(loaded, document, prompt, max_new_tokens)[0]
-
-
-def encoded_prompt(
-    loaded: LoadedModel, document: str | None, prompt: str, max_new_tokens: int, keeping: Keeping = Keeping()
-) -> tuple[torch.Tensor, ProtectedTokens | None]:
-    """As `prompt_ids`, and which of the tokens every head is to keep.
-
-    Raises:
-        UsageError: the prompt is too long, or what is to be kept cannot be found.
-    """
-    encoder = keeping.encoder(loaded.tokenizer)
-    for text in (document or "", prompt, keeping.system or ""):
-        _check_length(loaded, encoder, text)
-    keeping.check(document, prompt)
-    ids, protected = keeping.prompt(encoder, document, prompt)
-    return _fitting(loaded, ids, 0, max_new_tokens), protected
-
-
-def question_ids(loaded: LoadedModel, seen: int, question: str, max_new_tokens: int) -> torch.Tensor:
-    """Tokens of a question about a document of `seen` tokens, int64 `[1, Q]`.
-
-    Raises:
-        UsageError: document, question and answer together are longer than the model's context.
-    """
-    encoder = PromptEncoder(loaded.tokenizer)
-    _check_length(loaded, encoder, question)
-    ids = encoder.question_ids(question)
-    return _fitting(loaded, ids, seen, max_new_tokens)
-
-
-def encoded_document(loaded: LoadedModel, document: str, keeping: Keeping) -> tuple[list[int], ProtectedTokens | None]:
-    """Token ids of everything before the question about a document, and which of them every head keeps.
-
-    Raises:
-        UsageError: the document is longer than the model's context, what is to be kept is not there, or there is no
-            place for a system message.
-    """
-    encoder = keeping.encoder(loaded.tokenizer)
-    for text in (document, keeping.system or ""):
-        _check_length(loaded, encoder, text)
-    keeping.check(document)
-    ids, protected = keeping.document(encoder, document)
-    _fitting(loaded, ids, 0, 0)
-    return ids, protected
-
-
-def check_length(loaded: LoadedModel, text: str) -> None:
-    """Raise `UsageError` for a text that is longer than the model's context, before all of it is encoded."""
-    _check_length(loaded, PromptEncoder(loaded.tokenizer), text)
-
-
-def _check_length(loaded: LoadedModel, encoder: PromptEncoder, text: str) -> None:
-    """Refuse a text that is far too long before all of it is encoded, which takes minutes for some megabytes."""
-    if encoder.texts.is_longer(text, loaded.max_positions):
-        raise UsageError(
-            f"The text of {len(text)} characters has more tokens than the {loaded.max_positions} that {loaded.name} "
-            "can read: shorten it."
-        )
-
-
-def _fitting(loaded: LoadedModel, ids: list[int], seen: int, max_new_tokens: int) -> torch.Tensor:
-    prompt = seen + len(ids)
-    needed = prompt + max_new_tokens
-    if needed > loaded.max_positions and not max_new_tokens:
-        raise UsageError(
-            f"The document of {prompt} tokens exceeds the {loaded.max_positions} that {loaded.name} can read: shorten "
-            f"it by {needed - loaded.max_positions} tokens."
-        )
-    if needed > loaded.max_positions:
-        raise UsageError(
-            f"The prompt of {prompt} tokens and {max_new_tokens} new ones exceed the {loaded.max_positions} that "
-            f"{loaded.name} can read: shorten the document by {needed - loaded.max_positions} tokens or lower "
-            "--max-new-tokens."
-        )
-    return torch.tensor([ids])
 
 
 def compress_document(
@@ -215,10 +131,10 @@ def compress_under_each(
     """
     encoder = keeping.encoder(loaded.tokenizer)
     if observe:
-        _check_length(loaded, encoder, observe)
+        check_length(loaded, observe)
     document_ids, protected = encoded_document(loaded, document, keeping)
     observers = document_observers(loaded, encoder, document_ids, plans[0], observe)
-    _fitting(loaded, document_ids, observers.longest, 0)
+    fitting(loaded, document_ids, observers.longest, 0)
     for plan in plans:
         plan.check(len(document_ids), protected)
     caches = [HeadCache(plan.for_observers(len(observers))).protect(protected) for plan in plans]

@@ -22,7 +22,8 @@ from statistics import fmean
 from typing import Any
 
 from headprof.compression.cache.head_cache import HeadCache
-from headprof.compression.generation import check_length, compress_under_each
+from headprof.compression.encoding import check_length
+from headprof.compression.generation import compress_under_each
 from headprof.compression.keeping import Keeping
 from headprof.compression.loss_meter import QUESTIONS, LossMeter
 from headprof.compression.methods.given_budget import Budget

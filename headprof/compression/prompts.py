@@ -12,7 +12,8 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
 from headprof.compression.document_checks import promised_loss
-from headprof.compression.generation import Generation, encoded_prompt, generate_text, question_ids
+from headprof.compression.encoding import encoded_prompt, question_ids
+from headprof.compression.generation import Generation, generate_text
 from headprof.compression.keeping import Keeping
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens

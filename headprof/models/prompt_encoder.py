@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from headprof.errors import ModelError, ProbeError, UsageError
-from headprof.models.checkpoint import one_line
+from headprof.errors import ProbeError, UsageError
+from headprof.models.chat_template import between_turns, parts_with_system, template_parts
 from headprof.models.text_encoder import Characters, TextEncoder
 
 Span = tuple[int, int]
@@ -38,11 +38,6 @@ RESUMPTION = "Repeat the part of the previous context that begins with:"
 
 _CUE = 8
 """How many of these there are."""
-
-_MARK, _SYSTEM_MARK = "HEADPROF-CONTENT", "HEADPROF-SYSTEM"
-# Templates that print today's date or open a thinking block would make the prompt differ from day to day, or part the
-# question from its answer; templates that know neither ignore both.
-_TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "01 Jan 2025", "enable_thinking": False}
 
 _QUESTION, _ANSWER = "Question: ", "\nAnswer:"
 _COLONS = (":", "：")
@@ -118,10 +113,10 @@ class PromptEncoder:
             )
         self._templated = not raw and bool(getattr(tokenizer, "chat_template", None))
         self._plain = not raw and not self._templated
-        self._before, self._after = _template_parts(tokenizer) if self._templated else ("", "")
+        self._before, self._after = template_parts(tokenizer) if self._templated else ("", "")
         self._system: Characters | None = None  # where it stands in what is before the user's text
         if system is not None:
-            first, between, self._after = _parts_with_system(tokenizer, self._templated)
+            first, between, self._after = parts_with_system(tokenizer, self._templated)
             self._before, self._system = f"{first}{system}{between}", (len(first), len(first) + len(system))
         source = str(tokenizer.chat_template) if self._templated else ""  # which may name tokens of other turns
         written = "".join(self._before[start:stop] for start, stop in self._template_in(self._before))
@@ -184,7 +179,7 @@ class PromptEncoder:
         Raises:
             ModelError: the chat template does not repeat the texts of several turns.
         """
-        between = _between_turns(self._tokenizer) if self._templated else GAP
+        between = between_turns(self._tokenizer) if self._templated else GAP
         return self._framed(between, "")
 
     def repetition_ids(self, document_ids: Sequence[int]) -> list[int]:
@@ -334,89 +329,6 @@ class PromptEncoder:
                 "Which tokens a text is made of is told by fast tokenizers only, so none can be protected: leave "
                 "--keep away and pass --no-keep-system, or convert the tokenizer to tokenizer.json."
             )
-
-
-def _parts_with_system(tokenizer: Any, templated: bool) -> tuple[str, str, str]:
-    """What the chat template writes before a system message, between that and the user's text, and after it.
-
-    Raises:
-        UsageError: it has no place for a system message, or there is no template.
-    """
-    mend = "leave --system away and begin the document or the prompt with its text"
-    if not templated:
-        raise UsageError(f"Without a chat template there is no place for a system message: {mend}.")
-    messages = [{"role": "system", "content": _SYSTEM_MARK}, {"role": "user", "content": _MARK}]
-    try:
-        rendered = _rendered(tokenizer, messages)
-    except Exception:  # a template is a program: this is how some refuse the role
-        rendered = ""
-    first, found, rest = rendered.partition(_SYSTEM_MARK)
-    between, also_found, after = rest.partition(_MARK)
-    if not (found and also_found) or _MARK in first + after or _SYSTEM_MARK in between + after:
-        raise UsageError(
-            f"The model's chat template has no system role: {mend}, or pass --chat-template with one that has it."
-        )
-    return first, between, after
-
-
-def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS)
-
-
-def _template_parts(tokenizer: Any) -> tuple[str, str]:
-    """What the chat template writes before and after the user's text, generation prompt included.
-
-    Raises:
-        ModelError: the chat template fails, or does not repeat the user's text.
-    """
-    messages = [{"role": "user", "content": _MARK}]
-    try:
-        rendered = _rendered(tokenizer, messages)
-    except Exception as error:  # a template is a program that comes with the model, and may fail in any way
-        raise ModelError(
-            f"The tokenizer's chat template cannot be used ({one_line(error).replace(_MARK, '...')}): pass "
-            f"--chat-template none to ask without it, {_other_templates(tokenizer)}."
-        ) from error
-    if rendered.count(_MARK) != 1:
-        raise ModelError(
-            "The tokenizer's chat template does not repeat the user's text exactly once: pass --chat-template none to "
-            "ask without it, or a file with another template."
-        )
-    before, after = rendered.split(_MARK)
-    return before, after
-
-
-def _between_turns(tokenizer: Any) -> str:
-    """What the chat template writes between the model's reply and the user's next text.
-
-    Raises:
-        ModelError: the chat template fails at a second turn, or does not repeat the texts of several.
-    """
-    reply, more = f"{_MARK}-REPLY", f"{_MARK}-MORE"
-    turns = (("user", _MARK), ("assistant", reply), ("user", more))
-    messages = [{"role": role, "content": text} for role, text in turns]
-    try:
-        rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **_TEMPLATE_OPTIONS
-        )
-    except Exception as error:  # as in `_template_parts`
-        raise ModelError(
-            f"The tokenizer's chat template cannot be used for a second turn ({one_line(error).replace(_MARK, '...')}):"
-            f" pass --chat-template none to ask without it, {_other_templates(tokenizer)}."
-        ) from error
-    if rendered.count(reply) != 1 or rendered.count(more) != 1 or rendered.index(more) < rendered.index(reply):
-        raise ModelError(
-            "The tokenizer's chat template does not repeat the texts of several turns exactly once: pass "
-            "--chat-template none to ask without it, or a file with another template."
-        )
-    return rendered.partition(reply)[2].partition(more)[0]
-
-
-def _other_templates(tokenizer: Any) -> str:
-    named = tokenizer.chat_template
-    if not isinstance(named, dict):
-        return "or a file with another template"
-    return f"one of its names ({', '.join(sorted(named))}), or a file with another template"
 
 
 def _first_ids(tokenizer: Any) -> list[int]:

@@ -30,11 +30,12 @@ from headprof.compression.methods.importance import (
     check_importance,
 )
 from headprof.compression.methods.learned_budget import LearnedBudget
+from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
-from headprof.compression.methods.reduction import Evict, EvictThenMerge, Reduction, ranking
+from headprof.compression.methods.reduction import Evict, Reduction, ranking
 from headprof.compression.methods.surrogate import SurrogateImportance
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.rows import HeadCounts
