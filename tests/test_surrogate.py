@@ -471,7 +471,25 @@ def test_what_score_writes_serves_all_commands(place):
     assert found.returncode == 0, found.stderr
     surrogate = Surrogate.load(place / "profiles/model.surrogate.safetensors")
     first = json.loads((place / "results/answers.jsonl").read_text().splitlines()[0])
-    assert surrogate.digest() in json.dumps(first) or first["run"]
+    assert first["run"]["surrogate"] == surrogate.digest()
+
+
+def test_a_surrogate_is_found_beside_the_profile_that_is_named(place, tmp_path):
+    (tmp_path / "model").symlink_to(place / "model")
+    (tmp_path / "report.txt").write_text(TEXT)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/p.surrogate.safetensors").write_bytes(
+        (place / "profiles/model.surrogate.safetensors").read_bytes()
+    )
+    replace(random_profile(tiny_model()), model_name="model").save(tmp_path / "mine/p.safetensors")
+    evaluate = ("eval", "--methods", "headkv-kvzap", "--budgets", "12", "--probes", "2", "--lengths", "400")
+    for command in (
+        ("compress", "--method", "headkv-kvzap", "--budget", "12", "--file", "report.txt"),
+        (*evaluate, "--query-agnostic"),
+    ):
+        assert headprof(tmp_path, *command, "--model", "model").returncode == 1
+        done = headprof(tmp_path, *command, "--model", "model", "--profile", "mine/p.safetensors")
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_surrogate_can_be_named(place):

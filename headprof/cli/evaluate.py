@@ -168,7 +168,8 @@ def evaluate(
     """
     from headprof.evaluation.run import EvalRun
 
-    request = replace(_request(what, caches, data, seed, observe, tuning, decoding), surrogate=surrogate)
+    request = _request(what, caches, data, seed, observe, tuning, decoding)
+    request = replace(request, surrogate=surrogate, profile=profile)
     needs_profile = request.check()
     _check_outputs(output, model, profile, data, loading, surrogate)
     team = join_team()
@@ -200,8 +201,9 @@ def _check_outputs(
     loading: LoadOptions,
     surrogate: Path | None = None,
 ) -> None:
-    given = [path for path in (data.prompts, surrogate) if path is not None]
-    read = (given, data_of_eval(data.data_dir, output), profile_input(model, profile), model_inputs(model, loading))
+    given = [] if data.prompts is None else [data.prompts]
+    beside = profile_input(model, profile, surrogate)
+    read = (given, data_of_eval(data.data_dir, output), beside, model_inputs(model, loading))
     check_outputs(outputs_of_eval(output), chain.from_iterable(read))
 
 

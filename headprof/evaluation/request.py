@@ -130,6 +130,7 @@ class EvalRequest:
             matter to perplexity alone: what a model answers is kept.
         step: how decode steps are run, as for `headprof.compressed`; answers are the same.
         surrogate: file of the surrogate; `None` to find the model's own, for methods that judge rows by one.
+        profile: file of the head profile if the user named one: a surrogate is looked for beside it first.
     """
 
     tasks: tuple[str, ...]
@@ -152,6 +153,7 @@ class EvalRequest:
     decoding: dict[str, Any] = field(default_factory=dict)
     step: str = "auto"
     surrogate: Path | None = None
+    profile: Path | None = None
 
     def check(self) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.
@@ -294,14 +296,15 @@ class EvalRequest:
         """
         if not any(find_method(name).importance.needs_surrogate for name in self.methods):
             return None
-        return load_surrogate(loaded, self.surrogate)
+        return load_surrogate(loaded, self.surrogate, self.profile)
 
     def key(self, loaded: LoadedModel, profile: HeadProfile | None) -> dict[str, Any]:
         """Everything that an answer depends on, as JSON has it; how many questions are asked is left out."""
         settings = {
             name: str(value) if isinstance(value, Path | Budget) else value
             for name, value in asdict(self).items()
-            if name not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate")
+            if name
+            not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate", "profile")
         }
         surrogate = self._surrogate(loaded)
         return {
