@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from functools import partial
 from statistics import NormalDist
 from weakref import WeakSet
 
@@ -12,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.profiles import random_profile
 from support.prompts import random_ids
-from support.tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from support.tiny_models import VOCAB_SIZE, load_tiny, tiny_model, tiny_tokenizer
 
 from headprof.compression.cache.head_cache import HeadCache
-from headprof.compression.session import compressed, make_plan
+from headprof.compression.filling import read_document_into
+from headprof.compression.observers import Observers, repeating_observers
+from headprof.compression.session import attending_ragged, compressed, make_plan
 from headprof.errors import UsageError
 from headprof.evaluation import perplexity
+from headprof.evaluation.asker import Asker
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import (
     Document,
@@ -29,6 +33,7 @@ from headprof.evaluation.perplexity import (
 )
 from headprof.evaluation.results import results_csv
 from headprof.evaluation.texts import Text
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.models.text_encoder import TextEncoder
 from headprof.utils.intervals import t_95
 
@@ -95,6 +100,36 @@ def test_candidates_together_predict_as_each_alone():
             assert (one.document, one.method, one.cache_bytes) == (other.document, other.method, other.cache_bytes)
     assert len({round(loss.nll, 2) for loss in together}) == 8
     assert together[1].cache_bytes < together[0].cache_bytes
+
+
+@torch.no_grad()
+def test_beginnings_are_judged_by_their_repetition_where_that_is_asked_for():
+    loaded = load_tiny()
+    model, document = loaded.model, random_documents(1, prefix=90, continuation=20)[0]
+    cases = (("full", ""), ("adakv-kvzip", "90"), ("adakv-kvzip", "9"), ("snapkv", "9"))
+    candidates = [candidate(model, *case) for case in cases]
+    asker = Asker(loaded, candidates, question_known=False, repeat=True)
+    fill = partial(asker.read, of=("perplexity", ""))
+    losses = measure_perplexity(model, [document], candidates, chunk=7, fill=fill)
+    whole = plain_nll(model, document)
+    assert [loss.nll for loss in losses[:2]] == pytest.approx([whole, whole], rel=1e-5)
+    assert [loss.tokens for loss in losses] == [20] * len(candidates)
+    for each, loss in zip(candidates[2:], losses[2:], strict=True):
+        *prefix, last = document.prefix
+        observers = Observers(())
+        if each.method == "adakv-kvzip":
+            observers = repeating_observers(loaded, PromptEncoder(loaded.tokenizer), prefix, each.plan.method)
+            assert list(observers.ids[-len(prefix) :]) == prefix
+        alone = HeadCache(each.plan.for_observers(len(observers)))
+        with attending_ragged(model):
+            read_document_into(model, [alone], prefix, observers)
+            fed = torch.tensor([[last, *document.continuation[:-1]]])
+            logits = [model(part, past_key_values=alone).logits[0] for part in fed.split(7, dim=1)]
+        said = torch.cat(logits).double().log_softmax(dim=-1)
+        nll = -sum(said[place, token].item() for place, token in enumerate(document.continuation))
+        assert loss.nll == pytest.approx(nll, rel=1e-5) and abs(nll - whole) > 1e-3
+    plain = measure_perplexity(model, [document], candidates[2:], chunk=7)
+    assert losses[2].nll != pytest.approx(plain[0].nll, rel=1e-4)
 
 
 @torch.no_grad()

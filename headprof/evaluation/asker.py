@@ -91,7 +91,7 @@ class Asker:
         if self.question_known and len(questions) > 1:
             raise ValueError("a cache that was compressed for one question is not asked others")
         with attending_ragged(self.loaded.model, step=self.step):
-            caches = self._read(self._split(questions[0])[0], questions[0])
+            caches = self.read(self._split(questions[0])[0], (questions[0].task, questions[0].group))
             return [answer for question in questions for answer in self._answers(question, caches)]
 
     def _answers(self, question: Question, caches: list[HeadCache]) -> list[Answer]:
@@ -136,12 +136,16 @@ class Asker:
         return len(self._split(question)[0])
 
     def check(self, question: Question) -> None:
+        """As `check_prompt`, for what is compressed of a question."""
+        self.check_prompt(self._split(question)[0])
+
+    def check_prompt(self, prompt: list[int]) -> None:
         """
         Raises:
             UsageError: a method is to be judged by the repetition of a document that is too long for it.
         """
         if any(self._repeats(candidate) for candidate in self.candidates):
-            self._observers(self._split(question)[0])
+            self._observers(prompt)
 
     def _repeats(self, candidate: Candidate) -> bool:
         return self.repeat and not self.question_known and repeats(candidate.plan.method, None)
@@ -162,15 +166,20 @@ class Asker:
             for candidate in self.candidates
         ]
 
-    def _read(self, prompt: list[int], question: Question) -> list[HeadCache]:
-        """A filled cache for each candidate; those that have the same observers are filled together."""
+    def read(self, prompt: list[int], of: tuple[str, str]) -> list[HeadCache]:
+        """A filled cache for each candidate; those that have the same observers are filled together.
+
+        Args:
+            prompt: what is compressed.
+            of: task and group, of which one prompt is read once more to see what that takes.
+        """
         every = self._observers(prompt)
         caches: dict[int, HeadCache] = {}
         for observers in {id(each): each for each in every}.values():
             numbers = [number for number, its in enumerate(every) if its is observers]
             plans = [self._plan(number, len(observers)) for number in numbers]
             how = f", repeated in {len(observers.segments) or 1}" if self._repeats(self.candidates[numbers[0]]) else ""
-            kind = (question.task, f"{question.group}{how}")
+            kind = (of[0], f"{of[1]}{how}")
             caches |= zip(numbers, self._filled(plans, prompt, observers, kind), strict=True)
         self.sharing.questions += 1
         return [caches[number] for number in range(len(every))]

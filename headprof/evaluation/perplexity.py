@@ -160,11 +160,13 @@ def measure_perplexity(
     on_document: Callable[[list[Loss]], None] = lambda _: None,
     *,
     chunk: int = CHUNK,
+    fill: Callable[[list[int]], list[HeadCache]] | None = None,
 ) -> list[Loss]:
     """Predict every document's continuation under every candidate, after one prefill of its prefix for all of them.
 
-    The continuation is fed in chunks over the compressed prefix, so each of its tokens, the first one too, is predicted
-    from what the cache still holds. Logits of one chunk, `[chunk, vocabulary]`, are in memory at a time.
+    The continuation is fed in chunks over the compressed prefix, so each of its tokens but the first is predicted from
+    what the cache still holds; the first one too with `fill`. Logits of one chunk, `[chunk, vocabulary]`, are in memory
+    at a time.
 
     Args:
         model: the model that predicts.
@@ -172,6 +174,8 @@ def measure_perplexity(
         candidates: methods at budgets; one with the method `full` is what the others are compared with.
         on_document: called with each document's losses, one per candidate.
         chunk: tokens of the continuation that are fed at once.
+        fill: gives a cache for each candidate that holds these tokens, in the place of a plain prefill: those of a
+            prefix but for the last, which is fed with the continuation.
 
     Raises:
         UsageError: a budget cannot be met.
@@ -182,9 +186,13 @@ def measure_perplexity(
     losses: list[Loss] = []
     with attending_ragged(model):
         for number, document in enumerate(documents):
-            caches = [HeadCache(candidate.plan) for candidate in candidates]
-            prefix = torch.tensor([document.prefix], device=model.device)
-            last_logits = prefill(model, prefix, FanOutCache(list(caches)))
+            last_logits = None
+            if fill is not None:
+                caches = fill(list(document.prefix[:-1]))
+            else:
+                caches = [HeadCache(candidate.plan) for candidate in candidates]
+                prefix = torch.tensor([document.prefix], device=model.device)
+                last_logits = prefill(model, prefix, FanOutCache(list(caches)))
             batch = [  # `pop`, so that a candidate's cache is freed before the next one grows
                 _loss(model, number, document, candidate, caches.pop(0), last_logits, chunk) for candidate in candidates
             ]
@@ -199,18 +207,25 @@ def _loss(
     document: Document,
     candidate: Candidate,
     cache: HeadCache,
-    last_logits: torch.Tensor,
+    last_logits: torch.Tensor | None,
     chunk: int,
 ) -> Loss:
-    """Feed a document's continuation over its compressed prefix, whose last logits are `[1, vocabulary]`."""
-    ids = torch.tensor([document.continuation], device=model.device)
-    fed, predicted = ids[:, :-1], ids[0, 1:]
-    total = _nll(last_logits, ids[0, :1])
+    """Feed a document's continuation over its compressed prefix.
+
+    `last_logits` are those of the prefix, `[1, vocabulary]`; without them its last token is fed first.
+    """
+    ids = torch.tensor([[*document.prefix[-1:], *document.continuation]], device=model.device)
+    fed, predicted, total = ids[:, :-1], ids[0, 1:], 0.0
+    if last_logits is not None:
+        total = _nll(last_logits, predicted[:1])
+        fed, predicted = fed[:, 1:], predicted[1:]
     for start in range(0, len(predicted), chunk):
         part = slice(start, start + chunk)
         total += _nll(model(fed[:, part], past_key_values=cache, use_cache=True).logits[0], predicted[part])
     require_finite(torch.tensor(total), model.dtype)
-    return Loss(number, document.name, candidate.method, candidate.budget, ids.shape[1], total, cache.nbytes)
+    return Loss(
+        number, document.name, candidate.method, candidate.budget, len(document.continuation), total, cache.nbytes
+    )
 
 
 def _nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -84,18 +84,26 @@ class MultiTask:
 
 @dataclass
 class PerplexityTask:
-    """Texts whose ends are predicted."""
+    """Texts whose ends are predicted.
+
+    With an `asker` their beginnings are read as documents are about which there is no question yet: judged by their own
+    repetition where a method asks for that, by their ends where it does not.
+    """
 
     loaded: LoadedModel
     documents: Sequence[Document]
     candidates: Sequence[Candidate]
     chunk: int
+    asker: Asker | None = None
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def run(self, number: int) -> Results:
-        losses = measure_perplexity(self.loaded.model, [self.documents[number]], self.candidates, chunk=self.chunk)
+        asker = self.asker
+        fill = None if asker is None else partial(asker.read, of=("perplexity", ""))
+        document = self.documents[number]
+        losses = measure_perplexity(self.loaded.model, [document], self.candidates, chunk=self.chunk, fill=fill)
         return [replace(loss, document=number) for loss in losses]
 
     def digest(self, number: int) -> str:
@@ -153,7 +161,10 @@ class EvalRun:
             texts = read_texts(request.data_dir)
             documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions)
             self._check(settings.prefix)
-            return PerplexityTask(loaded, documents, request.candidates(loaded, self.profile), settings.chunk)
+            asker = replace(self.asker, observer_ids=(), sharing=Sharing()) if request.repeats else None
+            if asker is not None:
+                asker.check_prompt(list(documents[0].prefix[:-1]))
+            return PerplexityTask(loaded, documents, self.asker.candidates, settings.chunk, asker)
         lengths = tuple(dict.fromkeys(request.lengths or DEFAULT_LENGTHS))
         if name == MULTI:
             number = request.probes_of(name, lengths)
