@@ -51,7 +51,7 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     others = ((name, text) for name, text in profile.metadata.items() if name not in ("settings", "accuracy"))
-    return facts + [(name.replace("_", " "), text) for name, text in sorted(others)]
+    return facts + [(name.replace("_", " "), text.replace("\n", " ")) for name, text in sorted(others)]
 
 
 def family_accuracy(profile: HeadProfile) -> tuple[list[str], Rows]:
