@@ -108,6 +108,12 @@ class Source:
     kinds: tuple[str, ...]
     chosen: bool = True
 
+    @property
+    def model(self) -> str | None:
+        """What the file calls its model, if it does; raises `ProfileError` when it cannot be read."""
+        read = FORMS[self.form].model if self.form in FORMS else None
+        return read(self.path) if read else None
+
     def require_model(self) -> None:
         """For when nobody has said which model the scores are of: refuse to guess, unless the file names every head.
 
@@ -116,10 +122,8 @@ class Source:
         """
         if self.form in (CSV, PAPERS):
             return
-        named = FORMS[self.form].model
-        known = named(self.path) if named else None
-        if known is not None:
-            raise UsageError(f"{self.path} is of {known} by its own words: say so with --model {known}.")
+        if (named := self.model) is not None:
+            raise UsageError(f"{self.path} is of {named} by its own words: say so with --model {named}.")
         raise UsageError(
             f"{self.path} does not say which model its scores are of: name it with --model, and with --shape what "
             "shape it has if its configuration cannot be read."
@@ -172,7 +176,7 @@ def beside(profile: HeadProfile, path: Path, form: str | None = None) -> HeadPro
         return HeadProfile.load(path)
     form = form or recognised(path)
     source = Source(path, form, () if form == CSV else profile.kinds)
-    return import_profile([source], profile.model_name, profile.shape)
+    return import_profile([source], source.model or "model not named", profile.shape)
 
 
 def notes(profile: HeadProfile) -> list[str]:

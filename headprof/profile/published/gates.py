@@ -32,7 +32,10 @@ def gate_scores(path: Path, shape: HeadShape) -> ImportedScores:
     """
     import torch
 
-    lines = read_text(path).rstrip("\n").split("\n")
+    text = read_text(path)
+    if not text.endswith("\n"):  # a number that is cut off is one too
+        raise ProfileError(f"{path} does not end with the end of a line, as if it were cut off: download it again.")
+    lines = text.rstrip("\n").split("\n")
     rows = [[_parse_gate(path, number, cell) for cell in line.split("\t")] for number, line in enumerate(lines, 1)]
     for number, row in enumerate(rows):
         if len(row) != len(rows[0]):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from headprof.models.shape import HeadShape
 
 _SET = "attn_head_set"
-_LARGEST_FILE = 2**20
+_LARGEST_FILE, _MOST_BRACKETS = 2**16, 64
+"""Beyond these PyYAML may take hours; a list of five thousand heads has 30 kB."""
 _OF_VALUES = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
 """What PyYAML lets through of values that are not what their tags say."""
 _NO_LIST = f'{{path}} lists no heads: give a text such as "13-18,13-21" as its {_SET}.'
@@ -101,6 +102,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     text = read_text(path)
+    if text.count("[") + text.count("{") > _MOST_BRACKETS:
+        raise ProfileError(_NO_LIST.format(path=path))
     try:
         # What a file refers to twice can be made to grow without end, and none of these has a reason to.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):

@@ -65,9 +65,11 @@ def _read(path: Path) -> np.ndarray:
         raise ProfileError(
             f"{path} is no array of numbers that NumPy wrote, or was cut off: download it again."
         ) from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise ProfileError(f"{path} is no single array of floating-point numbers: give the file of the curves.")
-    return np.array(array, dtype=np.float64)
+    if not isinstance(array, np.ndarray):
+        array.close()
+    elif array.dtype.kind == "f":
+        return np.array(array, dtype=np.float64)
+    raise ProfileError(f"{path} is no single array of floating-point numbers: give the file of the curves.")
 
 
 def _check_rows(path: Path, pruned: Tensor) -> None:
