@@ -20,6 +20,7 @@ from support.commands import invoke
 from support.profiles import small_profile
 from support.tiny_models import save_tiny, tiny_model
 
+from headprof.cli.profile import FORMAT_HELP
 from headprof.compression.methods.learned_budget import kept_at
 from headprof.compression.session import make_plan
 from headprof.errors import ProfileError
@@ -186,6 +187,7 @@ def imported(name: str, *arguments: str) -> HeadProfile:
 
 def test_every_form_is_tested():
     assert PUBLISHED.keys() == FORMS.keys()
+    assert all(name in FORMAT_HELP for name in (*FORMS, CSV))
 
 
 @pytest.mark.parametrize("form", PUBLISHED)
