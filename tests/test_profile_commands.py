@@ -498,18 +498,17 @@ MISTAKES = {
     "nothing to import": (
         ["import"],
         2,
-        "No file was given: give one CSV file, or the papers' JSON with --retrieval, --reasoning or both.",
+        "No file was given: give one file of head scores, or files with --retrieval, --reasoning or both.",
     ),
     "two tables": (
         ["import", "a.csv", "b.csv"],
         2,
-        "2 files were given where one CSV can be imported: give JSON files with --retrieval and --reasoning.",
+        "2 files were given where one can be imported: give one, or one each with --retrieval and --reasoning.",
     ),
     "a table and JSON": (
         ["import", "scores.csv", "--retrieval", "heads.json"],
         2,
-        "Both a CSV and JSON files were given: give one CSV file, or the papers' JSON with --retrieval, --reasoning or "
-        "both.",
+        "Files were given in both ways: give one file of head scores, or files with --retrieval, --reasoning or both.",
     ),
     "no such file": (
         ["import", "--reasoning", "absent.json"],
@@ -524,7 +523,7 @@ MISTAKES = {
     "JSON without its kind": (
         ["import", "heads.json"],
         2,
-        "heads.json does not say which scores it holds: give it with --retrieval or --reasoning.",
+        "heads.json does not say which scores it holds: add --as retrieval, --as reasoning or --as both.",
     ),
     "a profile to import": (
         ["import", "mine.safetensors"],

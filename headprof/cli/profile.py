@@ -13,10 +13,16 @@ from headprof.cli.context import terminal
 from headprof.cli.options import MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
+from headprof.errors import UsageError
 
 if TYPE_CHECKING:
     from headprof.profile.comparing import Agreement
     from headprof.profile.head_profile import HeadProfile
+
+FORMAT_HELP = (
+    "What FILE is, where its content does not tell: retrieval-heads, locos, duoattention, rlkv, kvzip, qrhead, lu-kv, "
+    "attention-matching or csv."
+)
 
 profiles = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", help="List, show, compare, import and export head profiles."
@@ -56,7 +62,10 @@ def show(
         str | None,
         typer.Argument(help="File of a head profile, or name of its model. Default: SmolLM2-135M-Instruct."),
     ] = None,
-    other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
+    other: Annotated[
+        str | None, typer.Argument(help="Another one, or a file that profile import reads, to compare it with.")
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
     top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
@@ -64,19 +73,23 @@ def show(
     """Show what a profile holds and where it comes from, or how two profiles agree.
 
     [dim]headprof profile show meta-llama/Meta-Llama-3-8B-Instruct
-    headprof profile show mine.safetensors theirs.safetensors --top 20[/]
+    headprof profile show mine.safetensors theirs.safetensors --top 20
+    headprof profile show mine.safetensors full_attention_heads.tsv[/]
     """
     from headprof.profile.comparing import compare_profiles
     from headprof.profile.finding import locate_profile
     from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.interchange import beside
 
+    if form is not None and other is None:
+        raise UsageError("A --format is that of a file to compare with: name it after the profile.")
     path = locate_profile(profile)
     first = HeadProfile.load(path)
     if other is None:
         _show_profile(path, first, which, top, json)
         return
     other_path = locate_profile(other)
-    second = HeadProfile.load(other_path)
+    second = beside(first, other_path, form)
     agreements = compare_profiles(first, second, which, top)
     _show_agreement([(path, first), (other_path, second)], agreements, json)
 
@@ -85,12 +98,16 @@ def show(
 @command
 def import_command(
     *,
-    files: Annotated[list[Path] | None, typer.Argument(metavar="CSV", help="Table of scores, one row a head.")] = None,
-    retrieval: Annotated[
-        Path | None,
-        typer.Option(help='Retrieval scores as the papers publish them: JSON from "layer-head" to scores.'),
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE", help="Head scores as a paper published them, or a CSV.")
     ] = None,
-    reasoning: Annotated[Path | None, typer.Option(help="Reasoning scores in the same format.")] = None,
+    retrieval: Annotated[Path | None, typer.Option(help="Instead: a file whose scores are for retrieval.")] = None,
+    reasoning: Annotated[Path | None, typer.Option(help="And one whose scores are for reasoning.")] = None,
+    taken_as: Annotated[
+        str | None,
+        typer.Option("--as", help="What FILE holds: retrieval (for headkv), reasoning (for headkv-r2) or both."),
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
     model: Model = None,
     shape: Annotated[
         str | None, typer.Option(help="Published shape of the model (llama-3-8b, ...): no configuration is read.")
@@ -99,21 +116,27 @@ def import_command(
     output: ProfileOutput = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Make a head profile of other people's scores: the papers' JSON, or a CSV.
+    """Make a head profile of other people's scores.
 
-    Of the model only the configuration is read; with --shape not even that.
+    Read are the files of HeadKV and Retrieval Head, LOCOS, DuoAttention, RLKV, KVzip, QRHead, LU-KV and Attention
+    Matching, and CSV. Of the model only the configuration is read; with --shape not even that.
 
     [dim]headprof profile import --retrieval heads.json --model meta-llama/Meta-Llama-3-8B-Instruct --shape llama-3-8b
+    headprof profile import full_attention_heads.tsv --model meta-llama/Llama-3.1-8B-Instruct
     headprof profile import scores.csv --model mistralai/Mistral-7B-Instruct-v0.3[/]
     """
     from headprof.profile.head_profile import FORMAT
     from headprof.profile.importing import ImportRequest
+    from headprof.profile.interchange import Given, notes
 
-    request = ImportRequest(files or [], retrieval, reasoning, model, shape, source, output, trust_remote_code)
+    by_kind = {"retrieval": retrieval, "reasoning": reasoning}
+    given = Given(files or [], {kind: path for kind, path in by_kind.items() if path is not None}, taken_as, form)
+    request = ImportRequest(given, model, shape, source, output, trust_remote_code)
     request.check()
-    given = [*(files or []), *(path for path in (retrieval, reasoning) if path is not None)]
-    check_outputs({request.target: FORMAT}, chain(given, model_inputs(model)))
+    check_outputs({request.target: FORMAT}, chain(given.files, given.by_kind.values(), model_inputs(model)))
     imported = request.carry_out()
+    for note in notes(imported):
+        terminal.remark(note)
     for kind in imported.kinds:
         terminal.table(*ranked_heads(imported, kind, 5))
     terminal.result(str(request.target))
@@ -144,7 +167,8 @@ def export(
 
 
 def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int, json: bool) -> None:
-    from headprof.profile.describing import agreement_sentence, compare_kinds, describe_profile
+    from headprof.profile.comparing import compare_within
+    from headprof.profile.describing import agreement_sentence, describe_profile
 
     kinds = [which] if which else profile.kinds
     if json:
@@ -159,7 +183,7 @@ def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int,
     for table in tables:
         terminal.result("")
         terminal.result_table(*table)
-    if between := compare_kinds(profile):
+    if between := compare_within(profile):
         terminal.result("")
         terminal.result(agreement_sentence("Retrieval and reasoning scores", between))
 
@@ -178,7 +202,7 @@ def _show_agreement(compared: list[tuple[Path, HeadProfile]], agreements: dict[s
     terminal.result_table(*overlaps(agreements))
     for kind, agreement in agreements.items():
         terminal.result("")
-        terminal.result(f"{kind}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} heads")
+        terminal.result(f"{kind}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} {agreement.heads}")
         for which, heads in (("first", agreement.only_first), ("second", agreement.only_second)):
             names = ", ".join(f"{layer}-{head}" for layer, head in heads) or "none"
             terminal.result(f"only in the top {agreement.k} of the {which}: {names}")

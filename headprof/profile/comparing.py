@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import HeadProfile
+from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.utils.ranks import spearman, top_indices, top_overlap
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Agreement:
         k: the number of top heads that the next two lists are about.
         only_first: (layer, head) of heads in the first top `k` and not the second, best first.
         only_second: the same the other way round.
+        of_kv_heads: whether these heads are KV heads.
     """
 
     num_heads: int
@@ -36,6 +37,12 @@ class Agreement:
     k: int
     only_first: list[tuple[int, int]]
     only_second: list[tuple[int, int]]
+    of_kv_heads: bool = False
+
+    @property
+    def heads(self) -> str:
+        """What was ranked, in words: `heads`, or `KV heads`."""
+        return "KV heads" if self.of_kv_heads else "heads"
 
     def expected_overlap(self, k: int) -> float:
         """Overlap of two top `k` picked at random, `k / num_heads`."""
@@ -71,6 +78,9 @@ def compare(a: Tensor, b: Tensor, k: int = 10) -> Agreement:
 def compare_profiles(a: HeadProfile, b: HeadProfile, which: str | None = None, k: int = 10) -> dict[str, Agreement]:
     """Compare two profiles by each kind of score that both hold, or by kind `which` alone.
 
+    Scores that were published for KV heads tell nothing of the query heads that share one: then KV heads are compared,
+    each by the best score of its query heads.
+
     Raises:
         ProfileError: their layers or heads differ, they share no kind, or one lacks `which`.
         UsageError: `which` is no kind of score, or `k` is negative.
@@ -84,4 +94,25 @@ def compare_profiles(a: HeadProfile, b: HeadProfile, which: str | None = None, k
         raise ProfileError(
             f"One profile holds {a.kinds[0]} scores alone and the other {b.kinds[0]}: choose two with a kind in common."
         )
-    return {kind: compare(a.scores_of(kind), b.scores_of(kind), k) for kind in kinds}
+    return {kind: _compare_kinds(a, kind, b, kind, k) for kind in kinds}
+
+
+def compare_within(profile: HeadProfile, k: int = 10) -> Agreement | None:
+    """The same for a profile's retrieval and reasoning scores; `None` if it lacks one of them."""
+    retrieval, reasoning = KINDS
+    return _compare_kinds(profile, retrieval, profile, reasoning, k) if len(profile.kinds) == 2 else None
+
+
+def _compare_kinds(a: HeadProfile, kind_a: str, b: HeadProfile, kind_b: str, k: int) -> Agreement:
+    if a.shape.num_kv_heads == b.shape.num_kv_heads and (_is_of_kv_heads(a, kind_a) or _is_of_kv_heads(b, kind_b)):
+        return replace(compare(a.kv_head_scores(kind_a), b.kv_head_scores(kind_b), k), of_kv_heads=True)
+    return compare(a.scores_of(kind_a), b.scores_of(kind_b), k)
+
+
+def _is_of_kv_heads(profile: HeadProfile, kind: str) -> bool:
+    """Whether all query heads that share a KV head have one score, though not all heads have the same."""
+    import torch
+
+    scores, shape = profile.scores_of(kind), profile.shape
+    spread = profile.kv_head_scores(kind).repeat_interleave(shape.group_size, dim=1)
+    return shape.group_size > 1 and torch.equal(scores, spread) and bool((scores != scores[0, 0]).any())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from headprof.profile.comparing import Agreement, compare
+from headprof.profile.comparing import Agreement, compare_within
 from headprof.profile.finding import FoundProfile
 from headprof.profile.head_profile import HeadProfile
 
@@ -22,7 +22,7 @@ def describe_found(found: FoundProfile) -> dict[str, Any]:
 
 def describe_profile(path: Path, profile: HeadProfile, kinds: Sequence[str], top: int) -> dict[str, Any]:
     """All that a profile says about itself, and the `top` best heads of some kinds of score."""
-    between = compare_kinds(profile)
+    between = compare_within(profile)
     return {
         "file": str(path),
         **_summary(profile),
@@ -38,6 +38,7 @@ def describe_agreement(agreement: Agreement) -> dict[str, Any]:
     """A comparison; the correlation is `None` where one side's scores are constant."""
     return {
         "num_heads": agreement.num_heads,
+        "heads": agreement.heads,
         "spearman": None if math.isnan(agreement.spearman) else agreement.spearman,
         "overlap": {
             str(count): {"share": share, "by_chance": agreement.expected_overlap(count)}
@@ -49,14 +50,9 @@ def describe_agreement(agreement: Agreement) -> dict[str, Any]:
     }
 
 
-def compare_kinds(profile: HeadProfile) -> Agreement | None:
-    """How alike a profile's retrieval and reasoning scores are; `None` if it lacks one of them."""
-    return compare(profile.retrieval, profile.reasoning) if len(profile.kinds) == 2 else None
-
-
 def agreement_sentence(what: str, agreement: Agreement) -> str:
     """A comparison of `what` in words."""
-    text = f"{what}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} heads"
+    text = f"{what}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} {agreement.heads}"
     if 10 not in agreement.overlaps:
         return text
     return (

@@ -175,7 +175,10 @@ class HeadProfile:
             "model": self.model_name,
             "fingerprint": json.dumps(self.shape.to_dict()),
         }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # Copies: two kinds of score may be one tensor, and safetensors takes none twice.
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         content = save(tensors, metadata=with_checksum(tensors, header | dict(self.metadata)))
         with atomic_write(path) as temporary:
             temporary.write_bytes(content)

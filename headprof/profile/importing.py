@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from headprof.models.loading import model_shape, published_shape
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import default_output
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.interchange import check_import, import_profile
+from headprof.profile.interchange import Given, import_profile
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,7 @@ class ImportRequest:
     """Other people's scores, and the model that they are of.
 
     Attributes:
-        tables: CSV files, of which there may be one.
-        retrieval, reasoning: papers' JSON, instead.
+        given: the files, and what they are said to hold.
         model: as for `load_model`; `None` for the embedded model.
         shape: name of a published shape, if the model's configuration is not to be read.
         source: where the scores come from, as text.
@@ -29,9 +27,7 @@ class ImportRequest:
         trust_remote_code: run code that comes with the model's configuration.
     """
 
-    tables: Sequence[Path] = ()
-    retrieval: Path | None = None
-    reasoning: Path | None = None
+    given: Given
     model: str | None = None
     shape: str | None = None
     source: str | None = None
@@ -42,21 +38,15 @@ class ImportRequest:
         """Find mistakes that need no model and no scores.
 
         Raises:
-            UsageError: as `check_import`; the model has no name; or the output is no name of a profile.
+            UsageError: as `Given.check`; the model has no name; or the output is no name of a profile.
         """
-        check_import(self.tables, self.papers)
+        self.given.check()
         if self.shape and self.model is None:
             raise UsageError(f"The scores are of some model of the shape {self.shape}: name it with --model.")
         if self.target.suffix != ".safetensors" or self.target.is_dir():
             raise UsageError(
                 f"A head profile cannot be written to {self.target}: give the name of a .safetensors file with -o."
             )
-
-    @property
-    def papers(self) -> dict[str, Path]:
-        """The papers' JSON by kind."""
-        given = {"retrieval": self.retrieval, "reasoning": self.reasoning}
-        return {kind: path for kind, path in given.items() if path is not None}
 
     @property
     def target(self) -> Path:
@@ -80,10 +70,14 @@ class ImportRequest:
         """Write the profile.
 
         Raises:
+            UsageError: a file does not say which scores it holds, or of which model, and nobody else does.
             ProfileError: a file is malformed, or its layers and heads are not the model's.
             HeadprofError: the model's shape cannot be had, or the disk refused.
         """
-        name = model_name(self.model)
-        imported = import_profile(self.tables, self.papers, name, self.head_shape(), self.source)
+        sources = self.given.sources()
+        if self.model is None:
+            for each in sources:
+                each.require_model()
+        imported = import_profile(sources, model_name(self.model), self.head_shape(), self.source)
         imported.save(self.target)
         return imported

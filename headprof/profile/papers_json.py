@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from headprof.errors import ProfileError
 from headprof.profile.head_profile import LARGEST_SCORE, HeadProfile
 from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
+from headprof.profile.imported_scores import ImportedScores, of_results, to_profile
 from headprof.utils.files import atomic_write
 
 if TYPE_CHECKING:
@@ -32,16 +33,25 @@ def read_papers_json(path: str | Path) -> Tensor:
 
 def read_papers_samples(path: str | Path) -> Tensor:
     """Every probe's score of a papers' file, float64 `[L, H, N]`; raises `ProfileError` like `read_papers_json`."""
-    import torch
-
     path = Path(path)
+    return parse_samples(path, read_json(path))
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value; raises `ProfileError` when it cannot be read, or names something twice."""
     try:
-        table = json.loads(read_text(path), object_pairs_hook=_without_repeats)
+        return json.loads(read_text(path), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path} is not valid JSON ({error}): export it again.") from error
+
+
+def parse_samples(path: Path, table: Any, least: float = 0) -> Tensor:
+    """Results `[L, H, N]`, float64, of such an object; raises `ProfileError` when one of them is below `least`."""
+    import torch
+
     if not isinstance(table, dict) or not table:
         raise ProfileError(f'{path} holds no head scores: give a JSON object such as {{"0-0": [0.1], ...}}.')
-    samples = {parse_head_key(path, key): _parse_samples(path, key, values) for key, values in table.items()}
+    samples = {parse_head_key(path, key): _parse_samples(path, key, values, least) for key, values in table.items()}
     if len(samples) < len(table):
         raise ProfileError(f"{path} lists a head twice: give every head one list.")
     num_layers, num_heads = grid_size(path, samples)
@@ -67,6 +77,19 @@ def write_papers_json(path: str | Path, scores: Tensor) -> None:
         temporary.write_text(json.dumps(table), encoding="utf-8")
 
 
+def papers_scores(path: Path, shape: HeadShape) -> ImportedScores:
+    """Scores of a papers' file with errors and intervals (see `import_papers_json`).
+
+    Raises:
+        ProfileError: the file is malformed, or its layers and heads are not the model's.
+    """
+    samples = parse_samples(path, read_json(path), least=-LARGEST_SCORE)
+    if (samples < 0).any():
+        raise ProfileError(f"{path} has negative scores, as LOCOS alone has: say --format locos if it is of that form.")
+    check_grid(path, samples.shape[:2], shape)
+    return of_results(samples)
+
+
 def import_papers_json(paths: Mapping[str, Path], model_name: str, shape: HeadShape) -> HeadProfile:
     """Make a profile of papers' files, one per kind (`{"retrieval": path, "reasoning": path}`, either may be absent).
 
@@ -78,35 +101,7 @@ def import_papers_json(paths: Mapping[str, Path], model_name: str, shape: HeadSh
     Raises:
         ProfileError: a file is malformed, or its layers and heads are not the model's.
     """
-    from headprof.utils.bootstrap import bootstrap_interval, standard_error
-
-    samples = {kind: read_papers_samples(path) for kind, path in paths.items()}
-    for kind, path in paths.items():
-        check_grid(path, samples[kind].shape[:2], shape)
-    grid = (shape.num_layers, shape.num_heads)
-    errors, intervals, distinct = {}, {}, {}
-    for kind, values in samples.items():
-        probes = values.flatten(0, 1).T  # [N, L * H]
-        results, result_of = probes.unique(dim=0, return_inverse=True)
-        if len(results) < len(probes):
-            distinct[kind] = len(results)
-        if len(results) > 1:
-            clusters = result_of.tolist()
-            errors[kind] = standard_error(probes, clusters).view(grid)
-            low, high = bootstrap_interval(probes, clusters)
-            intervals[kind] = low.view(grid), high.view(grid)
-    metadata = {"imported_from": ", ".join(Path(path).name for path in paths.values())}
-    if distinct:
-        metadata["distinct_results"] = ", ".join(f"{kind} {count}" for kind, count in distinct.items())
-    return HeadProfile(
-        model_name=model_name,
-        shape=shape,
-        scores={kind: values.mean(dim=-1).float() for kind, values in samples.items()},
-        standard_errors=errors,
-        probes_used={kind: values.shape[-1] for kind, values in samples.items() if values.shape[-1] > 1},
-        metadata=metadata,
-        intervals=intervals,
-    )
+    return to_profile({kind: papers_scores(path, shape) for kind, path in paths.items()}, paths, model_name, shape)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,10 +112,10 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _parse_samples(path: Path, key: str, values: Any) -> list[float]:
+def _parse_samples(path: Path, key: str, values: Any, least: float) -> list[float]:
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or not values or not all(0 <= v <= LARGEST_SCORE for v in values):
+    if not numbers or not values or not all(least <= v <= LARGEST_SCORE for v in values):
         raise ProfileError(
-            f"{path} has no usable scores for head {key}: give a list of numbers from 0 to {LARGEST_SCORE:g}."
+            f"{path} has no usable scores for head {key}: give a list of numbers from {least:g} to {LARGEST_SCORE:g}."
         )
     return values

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from headprof.profile.finding import FoundProfile
     from headprof.profile.head_profile import HeadProfile
 
+MOST_NAMED = 12
+"""Shares that are named one by one."""
+
 
 def found_profiles(found: Iterable[FoundProfile]) -> tuple[list[str], Rows]:
     """Every profile that is found, a row each."""
@@ -47,11 +50,11 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
         ("probes used", ", ".join(f"{kind} {profile.probes_used.get(kind, 'unknown')}" for kind in profile.kinds)),
     ]
     if profile.kept_shares is not None:
-        facts.append(("learned budgets", f"of each KV head where all keep {', '.join(profile.shares_together)}"))
+        facts.append(("learned budgets", f"of each KV head where all keep {_shares(profile.shares_together)}"))
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     others = ((name, text) for name, text in profile.metadata.items() if name not in ("settings", "accuracy"))
-    return facts + [(name.replace("_", " "), text) for name, text in sorted(others)]
+    return facts + [(name.replace("_", " "), text.replace("\n", " ")) for name, text in sorted(others)]
 
 
 def family_accuracy(profile: HeadProfile) -> tuple[list[str], Rows]:
@@ -90,6 +93,13 @@ def overlaps(agreements: Mapping[str, Agreement]) -> tuple[list[str], Rows]:
         for count, share in agreement.overlaps.items()
     ]
     return ["scores", "top heads", "in common", "by chance"], rows
+
+
+def _shares(shares: list[str]) -> str:
+    """Shares of all tokens, each of them unless they are many."""
+    if len(shares) <= MOST_NAMED:
+        return ", ".join(shares)
+    return f"{shares[0]} to {shares[-1]} ({len(shares)} shares)"
 
 
 def _short(folder: Path) -> str:
