@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -240,9 +241,11 @@ def _add_reconstruction(
 
 
 def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> None:
-    """Write the profile with budgets learned from reconstruction."""
+    """Write the profile with budgets learned from reconstruction, mixed with HeadKV-R2's if it can have these."""
     from headprof.scoring.reconstruction import with_reconstruction
+    from headprof.tuning.mixing import with_mixing
 
+    unmixed = "" if "reasoning" in profile.scores else "The profile has no reasoning scores"
     with terminal.progress() as report:
         learned = with_reconstruction(
             profile,
@@ -251,7 +254,14 @@ def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSetti
             command=command_line(),
             on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
         )
+        if not unmixed:
+            try:
+                learned = with_mixing(learned, loaded, partial(report, f"Mixing budgets with {loaded.name}"))
+            except UsageError as error:  # the model's context is too short
+                unmixed = str(error).rstrip(".")
     learned.save(target)
+    if unmixed:
+        terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
 
 
 def _has_learned_budgets(target: Path) -> bool:
