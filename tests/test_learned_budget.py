@@ -278,7 +278,8 @@ def test_a_document_with_altered_shares_is_refused(tiny, tmp_path):
 # The command.
 
 
-def test_the_command_adds_to_a_profile(tmp_path):
+def test_the_command_adds_to_a_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr("headprof.tuning.mixing.PROBES", 1)
     save_tiny(tmp_path / "tiny", chat=True)
     profile = replace(random_profile(tiny_model()), kept_shares=None, model_name="tiny")
     profile.save(tmp_path / "p.safetensors")
