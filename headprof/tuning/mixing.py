@@ -145,7 +145,7 @@ def with_mixing(
     Raises:
         UsageError: as `find_mixing`.
     """
-    found = find_mixing(loaded, profile, probes=PROBES, on_question=on_question)
+    found = find_mixing(loaded, profile, probes=PROBES, length=LENGTH, on_question=on_question)
     kept = mixed_shares(profile.reconstruction, profile.kv_head_scores("reasoning"), found.mixes)
     noted = parse_object(profile.metadata["reconstruction"]) | found.notes()
     return replace(profile, kept_shares=kept, metadata={**profile.metadata, "reconstruction": json.dumps(noted)})
