@@ -19,7 +19,7 @@ def heatmap(
     *,
     profile: ProfileFile = None,
     model: Model = None,
-    which: Annotated[str, typer.Option(help="retrieval, reasoning or both.")] = "both",
+    which: Annotated[str, typer.Option(help="A kind of score (retrieval, reasoning, write), both, or all.")] = "all",
     top: Annotated[int, typer.Option(min=0, max=MOST, help="Heads to mark and list.")] = 10,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Show how sure each score is; dash heads that may not be in the top.")

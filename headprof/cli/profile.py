@@ -57,7 +57,9 @@ def show(
         typer.Argument(help="File of a head profile, or name of its model. Default: SmolLM2-135M-Instruct."),
     ] = None,
     other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
-    which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
+    which: Annotated[
+        str | None, typer.Option(help="A kind of score (retrieval, reasoning, write). Default: every kind there is.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
 ) -> None:
@@ -125,7 +127,9 @@ def export(
     *,
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="File of a head profile, or name of its model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json, .csv or .safetensors.")],
-    which: Annotated[str | None, typer.Option(help="For .json, which holds one kind: retrieval or reasoning.")] = None,
+    which: Annotated[
+        str | None, typer.Option(help="For .json, which holds one kind of score (retrieval, reasoning, write).")
+    ] = None,
 ) -> None:
     """Write a profile in another format, by the suffix of the file.
 
@@ -159,9 +163,10 @@ def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int,
     for table in tables:
         terminal.result("")
         terminal.result_table(*table)
-    if between := compare_kinds(profile):
+    if compared := compare_kinds(profile):
         terminal.result("")
-        terminal.result(agreement_sentence("Retrieval and reasoning scores", between))
+    for (one, other), agreement in compared.items():
+        terminal.result(agreement_sentence(f"{one.capitalize()} and {other} scores", agreement))
 
 
 def _show_agreement(compared: list[tuple[Path, HeadProfile]], agreements: dict[str, Agreement], json: bool) -> None:

@@ -312,6 +312,8 @@ def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> Score
 def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
     for kind in profile.scores:
         terminal.table(*ranked_heads(profile, kind, 5))
+    if reason := profile.metadata.get("no_write_scores"):
+        terminal.remark(reason)
     if stopping:
         terminal.remark(stability(profile))
     terminal.result(str(target))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from headprof.profile.comparing import Agreement, compare
 from headprof.profile.finding import FoundProfile
-from headprof.profile.head_profile import HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 
 
 def describe_found(found: FoundProfile) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def describe_found(found: FoundProfile) -> dict[str, Any]:
 
 def describe_profile(path: Path, profile: HeadProfile, kinds: Sequence[str], top: int) -> dict[str, Any]:
     """All that a profile says about itself, and the `top` best heads of some kinds of score."""
-    between = compare_kinds(profile)
+    compared = {pair: describe_agreement(each) for pair, each in compare_kinds(profile).items()}
     return {
         "file": str(path),
         **_summary(profile),
@@ -30,7 +31,8 @@ def describe_profile(path: Path, profile: HeadProfile, kinds: Sequence[str], top
         "accuracy": profile.accuracy,
         "metadata": dict(profile.metadata),
         "top": {kind: [_head(profile, kind, *head) for head in profile.top_heads(kind, top)] for kind in kinds},
-        "retrieval_and_reasoning": between and describe_agreement(between),
+        "retrieval_and_reasoning": compared.get(PROBE_KINDS),
+        "kinds_compared": {f"{one}_and_{other}": each for (one, other), each in compared.items()},
     }
 
 
@@ -49,9 +51,10 @@ def describe_agreement(agreement: Agreement) -> dict[str, Any]:
     }
 
 
-def compare_kinds(profile: HeadProfile) -> Agreement | None:
-    """How alike a profile's retrieval and reasoning scores are; `None` if it lacks one of them."""
-    return compare(profile.retrieval, profile.reasoning) if len(profile.kinds) == 2 else None
+def compare_kinds(profile: HeadProfile) -> dict[tuple[str, str], Agreement]:
+    """How alike each two kinds of a profile's scores are."""
+    pairs = combinations(profile.kinds, 2)
+    return {(one, other): compare(profile.scores[one], profile.scores[other]) for one, other in pairs}
 
 
 def agreement_sentence(what: str, agreement: Agreement) -> str:
