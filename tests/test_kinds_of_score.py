@@ -30,7 +30,8 @@ OTHERS = [kind for kind in KINDS if kind not in PROBE_KINDS]
 
 
 def profile_of(kinds=KINDS, seed=0) -> HeadProfile:
-    return small_profile(seed, kinds=kinds, probes_used=dict.fromkeys(kinds, 12))
+    counted = [kind for kind in kinds if kind != "reconstruction"]
+    return small_profile(seed, kinds=kinds, probes_used=dict.fromkeys(counted, 12))
 
 
 def version_of(path) -> str:
@@ -177,5 +178,7 @@ def test_a_kind_that_the_profile_lacks_is_refused_in_one_sentence():
 def test_a_kind_that_there_is_not_is_refused_before_any_profile():
     with pytest.raises(UsageError, match="no kind of head score named 'speed': choose retrieval, reasoning"):
         find_method("headkv-r2:scores=speed")
+    with pytest.raises(ValueError, match="counts probes of reconstruction scores, which are from none"):
+        small_profile(kinds=("reconstruction",), probes_used={"reconstruction": 3})
     with pytest.raises(UsageError, match="no parameter 'scores'"):
         find_method("snapkv:scores=write")

@@ -214,7 +214,7 @@ def test_other_suffixes_are_refused(tmp_path, name):
 
 
 def test_unknown_words_are_usage_errors(tmp_path):
-    with pytest.raises(UsageError, match="choose retrieval, reasoning or write"):
+    with pytest.raises(UsageError, match="choose retrieval, reasoning, write or reconstruction"):
         heatmap(make_profile(), tmp_path / "heads.png", which="speed")
     with pytest.raises(UsageError, match="0 or more"):
         heatmap(make_profile(), tmp_path / "heads.png", top=-1)

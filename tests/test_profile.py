@@ -336,7 +336,7 @@ def test_top_heads_match_a_sort(profile, k):
 
 def test_unknown_words_are_usage_errors():
     profile = make_profile()
-    with pytest.raises(UsageError, match="choose retrieval, reasoning or"):
+    with pytest.raises(UsageError, match="choose retrieval, reasoning, write or"):
         profile.top_heads("speed", 3)
     with pytest.raises(UsageError, match="choose max or mean"):
         profile.kv_head_scores("retrieval", "median")  # pyright: ignore[reportArgumentType]

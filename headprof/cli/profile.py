@@ -10,7 +10,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.options import KIND, MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
 
@@ -58,7 +58,8 @@ def show(
     ] = None,
     other: Annotated[str | None, typer.Argument(help="Another one, to compare it with.")] = None,
     which: Annotated[
-        str | None, typer.Option(help="A kind of score (retrieval, reasoning, write). Default: every kind there is.")
+        str | None,
+        typer.Option(help=f"{KIND}. Default: every kind there is."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
@@ -128,7 +129,8 @@ def export(
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="File of a head profile, or name of its model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json, .csv or .safetensors.")],
     which: Annotated[
-        str | None, typer.Option(help="For .json, which holds one kind of score (retrieval, reasoning, write).")
+        str | None,
+        typer.Option(help=f"For .json, which holds one kind. {KIND}."),
     ] = None,
 ) -> None:
     """Write a profile in another format, by the suffix of the file.

@@ -104,7 +104,7 @@ def _budget_scores(
     if which not in profile.kinds:
         raise ProfileError(
             f"{_called(name)} spends its budget by {which} scores, which the profile of {profile.model_name} does not "
-            f"hold: run `{score_command(profile.model_name)}`, or choose another kind, such as "
+            f"hold: run `{score_command(profile.model_name, which)}`, or choose another kind, such as "
             f"scores={profile.kinds[0]}."
         )
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 PROBE_KINDS = ("retrieval", "reasoning")
 """Kinds of score that have probes of their own."""
-KINDS = (*PROBE_KINDS, "write")
-"""All kinds of score: where attention goes, and what heads write from there."""
+_COUNTED = (*PROBE_KINDS, "write")
+"""Kinds that a file counts the probes of, from version 4 on."""
+KINDS = (*_COUNTED, "reconstruction")
+"""All kinds of score: where attention goes, what heads write from there, and what they look at to repeat a text."""
 FORMAT = "headprof.profile"
 FORMAT_VERSION = "4"
 """Version 1 had no intervals, version 2 no budgets learned from reconstruction, version 3 no scores of other kinds than
@@ -33,6 +35,8 @@ FORMAT_VERSION = "4"
 _READABLE = ("1", "2", "3", FORMAT_VERSION)
 _KEPT = "reconstruction"
 """The tensor of `HeadProfile.kept_shares` in a file."""
+_NAMES = {"reconstruction": "reconstruction_scores"}
+"""Tensors of scores in a file that are not named as their kind is."""
 _RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
 _LARGEST_FILE = 2**26
 _MOST_PROBES = 2**53
@@ -87,7 +91,7 @@ class HeadProfile:
         if self.kept_shares is None:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no budgets learned from reconstruction: add them with "
-                f"`{score_command(self.model_name)} --reconstruction --add-to PROFILE`."
+                f"`{score_command(self.model_name, 'reconstruction')}`."
             )
         return self.kept_shares
 
@@ -130,7 +134,7 @@ class HeadProfile:
         if which not in self.scores:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no {which} scores: use its {self.kinds[0]} scores, "
-                f"or run `{score_command(self.model_name)}`."
+                f"or run `{score_command(self.model_name, which)}`."
             )
         return self.scores[which]
 
@@ -164,10 +168,10 @@ class HeadProfile:
         import torch
         from safetensors.torch import save
 
-        tensors = {kind: self.scores[kind] for kind in self.kinds}
-        tensors |= {f"{kind}_se": errors for kind, errors in self.standard_errors.items()}
+        tensors = {_NAMES.get(kind, kind): self.scores[kind] for kind in self.kinds}
+        tensors |= {f"{_NAMES.get(kind, kind)}_se": errors for kind, errors in self.standard_errors.items()}
         for kind, (low, high) in self.intervals.items():
-            tensors |= {f"{kind}_low": low, f"{kind}_high": high}
+            tensors |= {f"{_NAMES.get(kind, kind)}_low": low, f"{_NAMES.get(kind, kind)}_high": high}
         if self.kept_shares is not None:
             tensors[_KEPT] = self.kept_shares
         version = FORMAT_VERSION if set(self.kinds) - set(PROBE_KINDS) else "2" if self.kept_shares is None else "3"
@@ -237,20 +241,22 @@ def _check_parts(file: TensorFile) -> None:
     """Look at what a file says it holds before any of it is read; raises `ValueError` saying which part is wrong."""
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
-    known = {"probes_used", _KEPT, *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
+    names = {kind: _NAMES.get(kind, kind) for kind in KINDS}
+    known = {"probes_used", _KEPT}
+    known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
     counted = len(_counted_kinds(file.metadata.get("format_version", "")))
     if file.stored.get("probes_used") != Stored("I64", (counted,)):
         raise ValueError(f"its probes_used is not {counted} int64 counts")
-    for kind in KINDS:
-        if (f"{kind}_low" in file.stored) != (f"{kind}_high" in file.stored):
+    for kind, name in names.items():
+        if (f"{name}_low" in file.stored) != (f"{name}_high" in file.stored):
             raise ValueError(f"its {kind} intervals have one end")
 
 
 def _counted_kinds(version: str) -> tuple[str, ...]:
     """The kinds whose probes a file of this format version counts, in the order of `probes_used`."""
-    return KINDS if version == FORMAT_VERSION else PROBE_KINDS
+    return _COUNTED if version == FORMAT_VERSION else PROBE_KINDS
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> HeadProfile:
@@ -261,11 +267,12 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Head
     except (KeyError, ValueError) as error:
         raise ValueError("its model name or fingerprint is missing or unreadable") from error
     counts = tensors["probes_used"]
+    names = [(kind, _NAMES.get(kind, kind)) for kind in KINDS]
     return HeadProfile(
         model_name=model_name,
         shape=shape,
-        scores={kind: tensors[kind] for kind in KINDS if kind in tensors},
-        standard_errors={kind: tensors[f"{kind}_se"] for kind in KINDS if f"{kind}_se" in tensors},
+        scores={kind: tensors[name] for kind, name in names if name in tensors},
+        standard_errors={kind: tensors[f"{name}_se"] for kind, name in names if f"{name}_se" in tensors},
         probes_used={
             kind: count
             for kind, count in zip(_counted_kinds(metadata["format_version"]), counts.tolist(), strict=True)
@@ -273,9 +280,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Head
         },
         metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
         intervals={
-            kind: (tensors[f"{kind}_low"], tensors[f"{kind}_high"])
-            for kind in KINDS
-            if f"{kind}_low" in tensors and f"{kind}_high" in tensors
+            kind: (tensors[f"{name}_low"], tensors[f"{name}_high"]) for kind, name in names if f"{name}_low" in tensors
         },
         kept_shares=tensors.get(_KEPT),
     )
@@ -297,6 +302,8 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
             return f"it has {orphans[0]} {name} but no {orphans[0]} scores"
     if unknown := [kind for kind in profile.scores if kind not in KINDS]:
         return f"it holds scores of an unknown kind {unknown[0]!r}"
+    if uncounted := [kind for kind in profile.probes_used if kind not in _COUNTED]:
+        return f"it counts probes of {uncounted[0]} scores, which are from none"
     if any(count < 0 for count in profile.probes_used.values()):
         return "it counts fewer than zero probes"
     if any(count > _MOST_PROBES for count in profile.probes_used.values()):
@@ -327,6 +334,7 @@ def named_kinds() -> str:
     return f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 
 
-def score_command(model_name: str | None) -> str:
-    """The command that makes a profile of `model_name`, as the user would type it."""
-    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}"
+def score_command(model_name: str | None, kind: str = "") -> str:
+    """The command that makes a profile of `model_name`, or adds a kind of score to one, as the user would type it."""
+    adding = " --reconstruction --add-to PROFILE" if kind == "reconstruction" else ""
+    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}{adding}"

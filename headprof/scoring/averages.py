@@ -111,7 +111,8 @@ def make_profile(
         if len(values) < min(MIN_COUNTED, asked) or not len(values):
             raise ProbeError(
                 f"The model answered {len(values)} of {asked} {kind} probes, too few for a profile: try shorter "
-                "--lengths, more --probes or easier needles, or count failed ones too with --resume --include-failed."
+                "--lengths, more --probes or easier needles, or count failed ones too with --resume --include-failed; "
+                "--reconstruction --no-probes needs none."
             )
     writes = counted_writes(results, clusters, include_failed)
     if len(writes[0]) >= min(MIN_COUNTED, max(1, len(results))):
