@@ -131,7 +131,11 @@ def test_a_heatmap_shows_the_kinds_asked_for(tmp_path, which, marked):
 
 
 def test_a_page_shows_every_kind(tmp_path):
-    assert [kind["name"] for kind in page_data(profile_of(), KINDS, 3)["kinds"]] == list(KINDS)
+    data = page_data(profile_of(), KINDS, 3)
+    assert [kind["name"] for kind in data["kinds"]] == list(KINDS)
+    assert [kind["unit"] for kind in data["kinds"]] == ["logits" if kind == "write" else "" for kind in KINDS]
+    assert "12 retrieval + 12 reasoning probes" in data["facts"]
+    assert "12 write probes" in page_data(profile_of(("write",)), ["write"], 3)["facts"]
     assert heatmap(profile_of(OTHERS[:1]), tmp_path / "heads.html").is_file()
     with pytest.raises(ProfileError, match="holds no retrieval scores"):
         heatmap(profile_of(OTHERS[:1]), tmp_path / "heads.svg", which="both")

@@ -93,7 +93,7 @@ def calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
     from headprof.scoring.reconstruction import TEXTS
 
     if learning.add_to is not None and not learning.reconstruction:
-        raise UsageError("--add-to adds budgets learned from repeated texts: add --reconstruction, or leave it away.")
+        raise UsageError("--add-to adds what is learned from repeated texts: add --reconstruction, or leave it away.")
     if learning.no_probes and (learning.add_to is not None or not learning.reconstruction):
         fault = "with --add-to none are asked in any case" if learning.reconstruction else "add --reconstruction"
         raise UsageError(
@@ -113,7 +113,7 @@ def calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
 def add_reconstruction(
     profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
 ) -> None:
-    """Add learned budgets to a profile that is there already; of several processes, the first one does."""
+    """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
     from headprof.profile.head_profile import FORMAT, HeadProfile
     from headprof.utils.files import check_writable
 
