@@ -22,7 +22,7 @@ def eager_rows(model, ids, rows):
 
 def keep(seen):
     """A sink that keeps each layer's only part."""
-    return lambda layer, part, rows: seen.__setitem__(layer, rows)
+    return lambda layer, part, rows, values: seen.__setitem__(layer, rows)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])

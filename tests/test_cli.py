@@ -450,7 +450,7 @@ def test_score_heatmap_generate_in_that_order(place):
     result = headprof(place, *SCORE)
     assert result.stdout.strip() == "profiles/tiny.safetensors"
     profile = HeadProfile.load(place / "profiles" / "tiny.safetensors")
-    assert profile.retrieval.shape == (3, 4) and profile.probes_used == {"retrieval": 6, "reasoning": 6}
+    assert profile.retrieval.shape == (3, 4) and profile.probes_used == {"retrieval": 6, "reasoning": 6, "write": 12}
     assert json.loads(profile.metadata["settings"])["seed"] == 0
     assert profile.metadata["command"].startswith("headprof score --model tiny")
     picture = headprof(place, "heatmap", "--model", "tiny", "-o", "heads.svg")
@@ -669,7 +669,7 @@ def test_needles_of_the_papers_format(place):
     )
     assert result.returncode == 0, result.stderr
     profile = HeadProfile.load(place / "p.safetensors")
-    assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning"]
+    assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning", "write"]
 
 
 LONG = ("score", "--model", "tiny", "--probes", "60", "--pack", "1", "--include-failed")

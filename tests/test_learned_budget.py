@@ -22,12 +22,13 @@ from headprof.compression.methods.learned_budget import LearnedBudget, kept_at
 from headprof.compression.methods.reduction import ranking
 from headprof.compression.session import compressed, make_plan
 from headprof.errors import CacheError, ProfileError, UsageError
+from headprof.models.loading import load_model
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.models.shape import HeadShape
 from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.calibration import CalibrationSettings, repeated_documents
-from headprof.scoring.reconstruction import kept_shares, learn_shares, reconstruction_scores
+from headprof.scoring.reconstruction import head_scores, kept_shares, largest_attention, learn, of_groups
 from headprof.utils.tensor_files import with_checksum
 
 # What is learned.
@@ -37,10 +38,16 @@ from headprof.utils.tensor_files import with_checksum
 def test_scores_are_those_of_the_whole_matrices(arch):
     loaded, twin = load_tiny(arch), tiny_model(arch, attn="eager")
     document, observers = repeated(loaded, TEXT)
-    found = reconstruction_scores(loaded, document, observers)
+    found = largest_attention(loaded, document, observers)
     attentions = twin(torch.tensor([document + observers]), output_attentions=True, use_cache=False).attentions
-    paid = [each[0, :, len(document) :, : len(document)].unflatten(0, (2, -1)).amax(dim=(1, 2)) for each in attentions]
-    torch.testing.assert_close(found, torch.stack(paid), atol=1e-5, rtol=1e-4)
+    paid = torch.stack([each[0, :, len(document) :, : len(document)] for each in attentions])  # [L, H, Q, T]
+    torch.testing.assert_close(found, paid.amax(dim=2), atol=1e-5, rtol=1e-4)
+    grouped = paid.unflatten(1, (2, -1)).amax(dim=(2, 3))
+    torch.testing.assert_close(of_groups(found, 2), grouped, atol=1e-5, rtol=1e-4)
+    for layer in range(len(paid)):
+        for head in range(paid.shape[1]):
+            tokens = [max(row[token] for row in paid[layer, head].tolist()) for token in range(1, len(document) - 2)]
+            assert float(head_scores(found)[layer, head]) == pytest.approx(sum(tokens) / len(tokens), rel=1e-4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,12 +98,23 @@ def test_documents_that_the_model_cannot_repeat():
 
 def test_learning_is_the_mean_over_texts():
     loaded, asked = load_tiny(), CalibrationSettings(texts=3, lengths=(320,))
-    kept, made = learn_shares(loaded, asked)
+    learned = learn(loaded, asked)
+    kept, scores = learned.kept, learned.scores
     pairs = repeated_documents(loaded, asked, ()).pairs
-    each = [kept_shares(reconstruction_scores(loaded, *pair)) for pair in pairs]
+    largest = [largest_attention(loaded, *pair) for pair in pairs]
+    each = [kept_shares(of_groups(text, 2)) for text in largest]
     torch.testing.assert_close(kept.double(), torch.stack(each).mean(dim=0))
-    assert made["texts"] == 3 and kept.shape == (8, 2, 2)
+    of_texts = torch.stack([head_scores(text) for text in largest])
+    torch.testing.assert_close(scores.scores, of_texts.mean(dim=0))
+    torch.testing.assert_close(scores.error, of_texts.std(dim=0) / 3**0.5)
+    assert ((scores.interval[0] <= scores.scores) & (scores.scores <= scores.interval[1])).all()
+    assert learned.made["texts"] == 3 and kept.shape == (8, 2, 2)
     assert HeadProfile("tiny", loaded.shape, random_profile(loaded.model).scores, kept_shares=kept)
+
+
+def test_one_text_says_nothing_of_others():
+    scores = learn(load_tiny(), CalibrationSettings(texts=1, lengths=(320,))).scores
+    assert scores.error is None and scores.interval is None and (scores.scores > 0).all()
 
 
 def repetition(loaded, text):
@@ -289,12 +307,60 @@ def test_the_command_adds_to_a_profile(tmp_path, monkeypatch):
     learned = HeadProfile.load(tmp_path / "p.safetensors")
     assert learned.kept_shares.shape == (8, 2, 2) and torch.equal(learned.reasoning, profile.reasoning)
     assert json.loads(learned.metadata["reconstruction"])["lengths"] == [320]
+    assert learned.kinds == ("retrieval", "reasoning", "reconstruction")
     shown = headprof(tmp_path, "profile", "show", "p.safetensors")
     assert "learned budgets" in shown.stdout and "2%" in shown.stdout
     (tmp_path / "doc.txt").write_text(TEXT)
     compress = ("compress", "--file", "doc.txt", "--method", "learned-kvzip", "--budget", "16", "--json")
     made = headprof(tmp_path, *compress, "--model", "tiny", "--profile", "p.safetensors")
     assert made.returncode == 0 and json.loads(made.stdout)["tokens_per_head"] == 16, made.stderr
+
+
+def test_the_command_makes_a_profile_without_probes(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    asked = ("score", "--model", "tiny", "--reconstruction", "--no-probes", "--texts", "2", "--text-lengths", "320")
+    done = headprof(tmp_path, *asked, "-o", "p.safetensors")
+    assert done.returncode == 0 and done.stdout.strip() == "p.safetensors", done.stderr
+    assert "Top reconstruction heads" in done.stderr
+    made = HeadProfile.load(tmp_path / "p.safetensors")
+    assert made.kinds == ("reconstruction",) and made.kept_shares is not None and not made.probes_used
+    assert format_version(tmp_path / "p.safetensors") == "4" and not list(tmp_path.glob("*.probes.safetensors"))
+    added = learn(load_model(str(tmp_path / "tiny"), device="cpu"), CalibrationSettings(2, (320,)))
+    torch.testing.assert_close(made.scores["reconstruction"], added.scores.scores)
+    again = headprof(tmp_path, *asked, "-o", "p.safetensors")
+    assert again.returncode == 0 and HeadProfile.load(tmp_path / "p.safetensors").digest() == made.digest()
+    (tmp_path / "doc.txt").write_text(TEXT)
+    compress = (
+        "compress",
+        "--file",
+        "doc.txt",
+        "--budget",
+        "16",
+        "--json",
+        "--model",
+        "tiny",
+        "--profile",
+        "p.safetensors",
+    )
+    by = headprof(tmp_path, *compress, "--model", "tiny", "--method", "headkv-r2:scores=reconstruction")
+    assert by.returncode == 0 and json.loads(by.stdout)["tokens_per_head"] == 16, by.stderr
+    lacking = headprof(tmp_path, *compress, "--model", "tiny", "--method", "headkv-r2")
+    assert lacking.returncode == 1 and "choose another kind, such as scores=reconstruction" in one_line(lacking.stderr)
+    shown = headprof(tmp_path, "profile", "show", "p.safetensors")
+    assert "probes used      none" in shown.stdout and "Top reconstruction heads" in shown.stdout
+
+
+def test_scores_from_probes_are_not_replaced_by_none(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    small_profile().save(tmp_path / "p.safetensors")
+    before = (tmp_path / "p.safetensors").read_bytes()
+    done = headprof(tmp_path, "score", "--model", "tiny", "--reconstruction", "--no-probes", "-o", "p.safetensors")
+    assert done.returncode == 2 and "give --add-to p.safetensors in place of --no-probes" in one_line(done.stderr)
+    assert (tmp_path / "p.safetensors").read_bytes() == before
+
+
+def one_line(text):
+    return " ".join(text.split())
 
 
 def test_the_command_refuses_in_one_sentence(tmp_path):
@@ -308,6 +374,9 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         ((*adding, "--probes", "4"), "With --add-to no probes are asked: leave --probes away"),
         ((*adding, "--resume"), "With --add-to no probes are asked: leave --resume away"),
         ((*adding, "--preset", "standard"), "With --add-to no probes are asked: leave --preset away"),
+        (("--no-probes",), "learned from repeated texts: add --reconstruction, or leave it away"),
+        ((*adding, "--no-probes"), "with --add-to none are asked in any case, or leave it away"),
+        (("--reconstruction", "--no-probes", "--probes", "4"), "With --no-probes no probes are asked: leave --probes"),
         (("--reconstruction", "--text-folder", "nowhere"), "There is no folder nowhere"),
         (("--reconstruction", "--text-lengths", "9k"), "tiny can repeat texts of at most"),
         (("--reconstruction", "--text-folder", "tiny"), "The .txt files in tiny hold 0 texts"),

@@ -24,7 +24,7 @@ from headprof.plots.heads import _draw, heatmap
 from headprof.plots.heads_layout import tick_step
 from headprof.plots.heads_list import decimals_of
 from headprof.plots.style import bar_ticks, even_ticks
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -62,7 +62,7 @@ def test_svg_marks_the_top_heads_of_each_kind(tmp_path, layers, heads, kv_heads)
     path = heatmap(make_profile(layers, heads, kv_heads), tmp_path / "heads.svg")
     count = min(10, layers * heads)
     assert ET.parse(path).getroot().tag == f"{SVG}svg"
-    assert sorted(marked(path)) == sorted(f"top-{kind}-{rank}" for kind in KINDS for rank in range(1, count + 1))
+    assert sorted(marked(path)) == sorted(f"top-{kind}-{rank}" for kind in PROBE_KINDS for rank in range(1, count + 1))
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv_heads"), SIZES[:3])
@@ -76,7 +76,7 @@ def test_png_is_valid_and_large_enough_to_read(tmp_path, layers, heads, kv_heads
 @pytest.mark.parametrize(("which", "top"), [("retrieval", 3), ("reasoning", 24), ("both", 0), ("both", 999)])
 def test_which_and_top_choose_what_is_marked(tmp_path, which, top):
     path = heatmap(make_profile(), tmp_path / "heads.svg", which=which, top=top)
-    kinds = KINDS if which == "both" else (which,)
+    kinds = PROBE_KINDS if which == "both" else (which,)
     assert len(marked(path)) == len(kinds) * min(top, 24)
     assert {name.split("-")[1] for name in marked(path)} == (set(kinds) if top else set())
 
@@ -103,7 +103,7 @@ def test_layer_0_is_on_top_and_the_panel_ends_at_its_cells():
 @pytest.mark.parametrize(("layers", "heads", "kv_heads"), SIZES)
 def test_cells_are_roughly_square_and_labels_stay_apart(layers, heads, kv_heads):
     profile = make_profile(layers, heads, kv_heads)
-    figure = _draw(profile, {kind: profile.top_heads(kind, 10) for kind in KINDS})
+    figure = _draw(profile, {kind: profile.top_heads(kind, 10) for kind in PROBE_KINDS})
     panel = figure.axes[0]
     box = panel.get_window_extent()
     assert 0.95 <= (box.width / heads) / (box.height / layers) <= 1.45
@@ -120,7 +120,7 @@ def test_no_text_leaves_the_picture(layers, heads, kv_heads):
     profile = make_profile(
         layers, heads, kv_heads, name="organization/A-Model-With-A-Very-Long-Name-Indeed-70B-Instruct"
     )
-    for kinds in (KINDS, KINDS[:1]):
+    for kinds in (PROBE_KINDS, PROBE_KINDS[:1]):
         figure = _draw(profile, {kind: profile.top_heads(kind, 10) for kind in kinds})
         figure.canvas.draw()
         width, height = figure.get_size_inches() * figure.dpi
@@ -214,7 +214,7 @@ def test_other_suffixes_are_refused(tmp_path, name):
 
 
 def test_unknown_words_are_usage_errors(tmp_path):
-    with pytest.raises(UsageError, match="choose retrieval or reasoning"):
+    with pytest.raises(UsageError, match="choose retrieval, reasoning, write or reconstruction"):
         heatmap(make_profile(), tmp_path / "heads.png", which="speed")
     with pytest.raises(UsageError, match="0 or more"):
         heatmap(make_profile(), tmp_path / "heads.png", top=-1)
@@ -259,7 +259,7 @@ def test_small_helpers():
     ]
 
 
-def drawn_with_uncertainty(profile: HeadProfile, kinds=KINDS, top: int = 10):
+def drawn_with_uncertainty(profile: HeadProfile, kinds=PROBE_KINDS, top: int = 10):
     figure = _draw(profile, {kind: profile.top_heads(kind, top) for kind in kinds}, uncertainty=True)
     figure.canvas.draw()
     return figure
@@ -280,7 +280,7 @@ def test_the_panel_of_uncertainty_shows_half_the_width_of_each_interval(layers, 
     profile = make_profile(layers, heads, kv_heads)
     profile = with_intervals(profile) if has_intervals else profile
     figure = drawn_with_uncertainty(profile)
-    for kind, scores, shown in zip(KINDS, figure.axes[0::4], figure.axes[2::4], strict=True):
+    for kind, scores, shown in zip(PROBE_KINDS, figure.axes[0::4], figure.axes[2::4], strict=True):
         box, other = scores.get_window_extent(), shown.get_window_extent()
         assert (box.width, box.height) == pytest.approx((other.width, other.height))
         values = shown.collections[0].get_array().reshape(layers, heads)
@@ -349,7 +349,7 @@ def test_the_words_of_a_picture_with_uncertainty():
 
 
 @pytest.mark.parametrize(("layers", "heads", "kv_heads"), SIZES)
-@pytest.mark.parametrize("kinds", [KINDS, KINDS[:1]])
+@pytest.mark.parametrize("kinds", [PROBE_KINDS, PROBE_KINDS[:1]])
 def test_with_uncertainty_no_text_leaves_the_picture_or_touches_another(layers, heads, kv_heads, kinds):
     profile = with_intervals(make_profile(layers, heads, kv_heads, name="organization/A-Model-With-A-Long-Name-70B"))
     figure = drawn_with_uncertainty(profile, kinds)
@@ -378,7 +378,7 @@ def test_uncertainty_that_is_not_known_is_a_usage_error(tmp_path, suffix):
 
 
 def test_uncertainty_of_zero_is_drawn(tmp_path):
-    profile = replace(make_profile(), standard_errors={kind: torch.zeros(4, 6) for kind in KINDS})
+    profile = replace(make_profile(), standard_errors={kind: torch.zeros(4, 6) for kind in PROBE_KINDS})
     png_size(heatmap(profile, tmp_path / "heads.png", uncertainty=True).read_bytes())
 
 

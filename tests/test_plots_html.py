@@ -16,7 +16,7 @@ from headprof.errors import HeadprofError, ProfileError
 from headprof.models.shape import HeadShape
 from headprof.plots.heads import heatmap
 from headprof.plots.heads_page import color_table, embed_json, page_data, render_page
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 
 HOSTILE = "a</script><script>alert(1)</script>&amp;\"quoted\" 'too' <!-- %%data%% \u2028 é"
 
@@ -35,10 +35,10 @@ def inlined(page: str) -> dict:
 @pytest.mark.parametrize("has_intervals", [False, True])
 def test_the_data_are_those_of_the_profile(layers, heads, kv_heads, has_intervals):
     profile = (measured if has_intervals else make_profile)(layers, heads, kv_heads)
-    data = page_data(profile, KINDS, 7)
+    data = page_data(profile, PROBE_KINDS, 7)
     assert (data["layers"], data["heads"], data["kvHeads"]) == (layers, heads, kv_heads)
-    assert [shown["name"] for shown in data["kinds"]] == list(KINDS)
-    for kind, shown in zip(KINDS, data["kinds"], strict=True):
+    assert [shown["name"] for shown in data["kinds"]] == list(PROBE_KINDS)
+    for kind, shown in zip(PROBE_KINDS, data["kinds"], strict=True):
         assert (shown["errors"] is None) == has_intervals
         for layer in range(layers):
             for head in range(heads):
@@ -80,7 +80,7 @@ def test_ranks_count_the_heads_before_and_ties_go_by_layer_then_head():
 
 
 def test_numbers_have_five_significant_digits():
-    for shown in page_data(measured(), KINDS, 10)["kinds"]:
+    for shown in page_data(measured(), PROBE_KINDS, 10)["kinds"]:
         for key in ("scores", "low", "high", "uncertainty"):
             assert all(value == float(f"{value:.5g}") for value in shown[key])
         assert shown["highest"] == float(f"{shown['highest']:.5g}")
@@ -94,7 +94,7 @@ def test_decimals_show_three_digits_of_the_best_score(highest, decimals):
 
 
 def test_the_provenance_is_told_in_phrases():
-    assert page_data(measured(), KINDS, 10)["facts"] == [
+    assert page_data(measured(), PROBE_KINDS, 10)["facts"] == [
         "30 layers × 9 query heads on 3 KV heads",
         "60 retrieval + 60 reasoning probes",
         "contexts of 500, 1k, 4k tokens",

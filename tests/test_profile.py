@@ -182,7 +182,10 @@ def fingerprint(**fields):
 
 DAMAGE = {
     "another format": (note("format", "other"), "not a head profile"),
-    "a newer version": (note("format_version", "4"), "version 4 where this headprof reads 1, 2 and 3: update headprof"),
+    "a newer version": (
+        note("format_version", "5"),
+        "version 5 where this headprof reads 1, 2, 3 and 4: update",
+    ),
     "score not a number": (change("retrieval", poke(math.nan)), "retrieval scores are not all finite"),
     "score infinite": (change("reasoning", poke(math.inf)), "reasoning scores are not all finite"),
     "score negative": (change("reasoning", poke(-0.1)), "reasoning scores are not all zero or more"),
@@ -192,12 +195,12 @@ DAMAGE = {
     "layer lost": (change("retrieval", lambda t: t[1:].clone()), r"have shape \[4, 6\] where the fingerprint says \[5"),
     "transposed": (change("reasoning", lambda t: t.T.contiguous()), r"reasoning scores have shape \[6, 5\]"),
     "error of other shape": (change("reasoning_se", torch.Tensor.flatten), r"errors have shape \[30\]"),
-    "no scores": (remove("retrieval", "reasoning", "retrieval_se", "reasoning_se"), "holds neither retrieval nor"),
+    "no scores": (remove("retrieval", "reasoning", "retrieval_se", "reasoning_se"), "it holds no scores"),
     "one kind lost": (remove("reasoning"), "reasoning standard errors but no reasoning scores"),
     "kind lost with its errors": (remove("reasoning", "reasoning_se"), "reasoning probes but no reasoning scores"),
-    "counts lost": (remove("probes_used"), "probes_used is not two int64 counts"),
-    "counts of other type": (change("probes_used", torch.Tensor.float), "probes_used is not two int64 counts"),
-    "one count": (change("probes_used", lambda t: t[:1].clone()), "probes_used is not two int64 counts"),
+    "counts lost": (remove("probes_used"), "probes_used is not 2 int64 counts"),
+    "counts of other type": (change("probes_used", torch.Tensor.float), "probes_used is not 2 int64 counts"),
+    "one count": (change("probes_used", lambda t: t[:1].clone()), "probes_used is not 2 int64 counts"),
     "negative count": (change("probes_used", torch.neg), "counts fewer than zero probes"),
     "stranger": (lambda tensors, metadata: tensors.update(speed=torch.ones(2)), "unknown tensor speed"),
     "fingerprint of other heads": (fingerprint(num_heads=8), "where the fingerprint says"),
@@ -280,7 +283,7 @@ def test_a_profile_of_another_model_says_what_differs_and_which_command_mends_it
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"scores": {}}, "neither retrieval nor reasoning"),
+        ({"scores": {}}, "holds no scores"),
         ({"scores": {"retrieval": torch.ones(5, 7), "reasoning": torch.ones(5, 6)}}, r"retrieval scores have shape"),
         ({"scores": {"speed": torch.ones(5, 6)}, "standard_errors": {}, "probes_used": {}}, "unknown kind 'speed'"),
         ({"metadata": {"format": "mine"}}, "may not hold 'format'"),
@@ -333,7 +336,7 @@ def test_top_heads_match_a_sort(profile, k):
 
 def test_unknown_words_are_usage_errors():
     profile = make_profile()
-    with pytest.raises(UsageError, match="choose retrieval or reasoning"):
+    with pytest.raises(UsageError, match="choose retrieval, reasoning, write or"):
         profile.top_heads("speed", 3)
     with pytest.raises(UsageError, match="choose max or mean"):
         profile.kv_head_scores("retrieval", "median")  # pyright: ignore[reportArgumentType]

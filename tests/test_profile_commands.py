@@ -585,7 +585,7 @@ MISTAKES = {
     "an unknown kind": (
         ["export", "mine.safetensors", "out.json", "--which", "speed"],
         2,
-        "There is no kind of head score named 'speed': choose retrieval or reasoning.",
+        "There is no kind of head score named 'speed': choose retrieval, reasoning, write or reconstruction.",
     ),
     "a kind for a table": (
         ["export", "mine.safetensors", "out.csv", "--which", "reasoning"],

@@ -12,10 +12,11 @@ from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring import run
 from headprof.scoring import shared_context as asking
+from headprof.scoring.averages import make_profile
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
-from headprof.scoring.run import StopRule, make_profile, score_heads
+from headprof.scoring.run import StopRule, score_heads
 from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
@@ -67,6 +68,7 @@ def test_shared_passes_equal_single_ones(arch, attn):
         alone = prober.run(context)
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a.write, b.write, atol=1e-5, rtol=1e-3)
         assert a.answered == b.answered
 
 
@@ -117,6 +119,7 @@ def test_contexts_that_share_a_filler_are_scored_as_if_alone():
         shared = [prober.run(context, anew=number == 0)[0] for number, context in enumerate(contexts)]
     for a, b in zip(alone, shared, strict=True):
         torch.testing.assert_close(a.scores, b.scores, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(a.write, b.write, atol=1e-5, rtol=1e-3)
 
 
 def test_greedy_answers_are_the_models_own():
@@ -147,7 +150,8 @@ def stop_after(probes):
 
 def assert_same(one, other):
     assert one.probes_used == other.probes_used and one.metadata["accuracy"] == other.metadata["accuracy"]
-    for which in ("retrieval", "reasoning"):
+    assert one.kinds == other.kinds == ("retrieval", "reasoning", "write")
+    for which in one.kinds:
         assert torch.equal(one.scores[which], other.scores[which])
         assert torch.equal(one.standard_errors[which], other.standard_errors[which])
         assert all(map(torch.equal, one.intervals[which], other.intervals[which]))
@@ -165,7 +169,7 @@ def test_a_run_resumes_to_identical_tensors(tmp_path):
     resumed = score_heads(loaded, builder, **options, resume=True, on_progress=lambda now: seen.append(now.done))
     assert seen == [16, 16, 20, 24, 24]
     assert_same(resumed, whole)
-    assert resumed.probes_used == {"retrieval": 12, "reasoning": 12}
+    assert resumed.probes_used == {"retrieval": 12, "reasoning": 12, "write": 24}
     again = score_heads(loaded, builder, **options, resume=True, on_progress=lambda now: seen.append(now.done))
     assert seen[5:] == [16, 24]  # nothing was left to ask
     assert_same(again, whole)
@@ -204,7 +208,7 @@ def test_a_run_stops_when_its_ranking_is_stable(tmp_path, monkeypatch):
     rule = StopRule(top=3, tolerance=0.1)
     profile = score_heads(loaded, builder, **options, stop=rule, on_progress=seen.append)
     # Of each kind there are 4 new probes a round of 4 contexts of 2: 1.5 / 16 is the first not above 0.1.
-    assert profile.probes_used == {"retrieval": 16, "reasoning": 16}
+    assert profile.probes_used == {"retrieval": 16, "reasoning": 16, "write": 32}
     assert seen[-1].done == 32 and seen[-1].change == {"retrieval": 1.5 / 16, "reasoning": 1.5 / 16}
     noted = profile.settings
     assert noted["asked"] == 32 and noted["probes"] == 200

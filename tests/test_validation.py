@@ -21,7 +21,7 @@ from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, validation_plot
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.validation import causal_check as validation
 from headprof.validation.causal_check import (
     NOTHING,
@@ -42,7 +42,7 @@ from headprof.validation.verdict import Verdict, curve, verdict
 SMALL = ValidationSettings(top=2, counts=(1,), probes=8, length=500, pack=2, draws=2)
 
 
-def make_profile(loaded, kinds=KINDS) -> HeadProfile:
+def make_profile(loaded, kinds=PROBE_KINDS) -> HeadProfile:
     return random_profile(loaded.model, seed=1, kinds=kinds, name=loaded.name)
 
 
@@ -422,7 +422,7 @@ def test_equal_results_give_equal_pictures(tmp_path, suffix):
 def test_the_picture_holds_a_line_for_each_kind_and_family(tmp_path):
     path = validation_plot(whole_result(), tmp_path / "v.svg")
     names = {element.get("id", "") for element in ElementTree.parse(path).iter()}
-    assert {f"{kind}-{family}" for kind in KINDS for family in validation.FAMILIES} <= names
+    assert {f"{kind}-{family}" for kind in PROBE_KINDS for family in validation.FAMILIES} <= names
     with pytest.raises(UsageError, match=r"written as \.png or \.svg, not as 'v\.pdf'"):
         validation_plot(whole_result(), tmp_path / "v.pdf")
 
@@ -540,4 +540,4 @@ def test_json_holds_every_figure_and_a_confirmed_profile_ends_well(place, monkey
     ]
     assert len(figures["points"]) == 2 * 2 * 3 * 4  # with counts of 0, 1, 2 and 5
     assert len(figures["per_head"]["drops"]["reasoning"]) == 3
-    assert [each["kind"] for each in figures["per_head"]["agreement"]] == list(KINDS)
+    assert [each["kind"] for each in figures["per_head"]["agreement"]] == list(PROBE_KINDS)

@@ -10,7 +10,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import MOST, Model, ProfileFile
+from headprof.cli.options import KIND, MOST, Model, ProfileFile
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 
 
@@ -19,7 +19,7 @@ def heatmap(
     *,
     profile: ProfileFile = None,
     model: Model = None,
-    which: Annotated[str, typer.Option(help="retrieval, reasoning or both.")] = "both",
+    which: Annotated[str, typer.Option(help=f"{KIND}, both (retrieval and reasoning), or all.")] = "all",
     top: Annotated[int, typer.Option(min=0, max=MOST, help="Heads to mark and list.")] = 10,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Show how sure each score is; dash heads that may not be in the top.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MOST = 2**31 - 1
 """Of whatever is counted in tokens or heads: more than any model has."""
+KIND = "A kind of score: retrieval, reasoning, write or reconstruction"
 MOST_PROBES = 1_000_000
 MOST_SEED = 2**63 - 1
 BOTH = "A compression ratio is a budget too: leave --compression-ratio or {} away."

@@ -10,7 +10,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import terminal
-from headprof.cli.options import MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
+from headprof.cli.options import KIND, MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
 from headprof.errors import UsageError
@@ -66,7 +66,7 @@ def show(
         str | None, typer.Argument(help="Another one, or a file that profile import reads, to compare it with.")
     ] = None,
     form: Annotated[str | None, typer.Option("--format", help=FORMAT_HELP)] = None,
-    which: Annotated[str | None, typer.Option(help="retrieval or reasoning. Default: every kind there is.")] = None,
+    which: Annotated[str | None, typer.Option(help=f"{KIND}. Default: every kind there is.")] = None,
     top: Annotated[int, typer.Option(min=1, max=MOST, help="Heads to list, or to tell apart.")] = 10,
     json: JsonFlag = False,
 ) -> None:
@@ -148,7 +148,10 @@ def export(
     *,
     profile: Annotated[str, typer.Argument(metavar="PROFILE", help="File of a head profile, or name of its model.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="File to write: .json, .csv or .safetensors.")],
-    which: Annotated[str | None, typer.Option(help="For .json, which holds one kind: retrieval or reasoning.")] = None,
+    which: Annotated[
+        str | None,
+        typer.Option(help=f"For .json, which holds one kind. {KIND}."),
+    ] = None,
 ) -> None:
     """Write a profile in another format, by the suffix of the file.
 
@@ -183,9 +186,10 @@ def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int,
     for table in tables:
         terminal.result("")
         terminal.result_table(*table)
-    if between := compare_within(profile):
+    if compared := compare_within(profile):
         terminal.result("")
-        terminal.result(agreement_sentence("Retrieval and reasoning scores", between))
+    for (one, other), agreement in compared.items():
+        terminal.result(agreement_sentence(f"{one.capitalize()} and {other} scores", agreement))
 
 
 def _show_agreement(compared: list[tuple[Path, HeadProfile]], agreements: dict[str, Agreement], json: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,16 +13,15 @@ from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
+from headprof.cli.reconstruction import LearningOptions, add_reconstruction, calibration, holds, learn, without_probes
 from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
-from headprof.errors import HeadprofError, UsageError
+from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
-    from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
-    from headprof.scoring.calibration import CalibrationSettings
     from headprof.scoring.request import ScoreRequest
 
 
@@ -67,58 +65,6 @@ class CountingOptions:
     ] = 0.05
 
 
-@dataclass(frozen=True)
-class LearningOptions:
-    """What is learned from how the model repeats texts."""
-
-    reconstruction: Annotated[
-        bool,
-        typer.Option(
-            "--reconstruction",
-            help="Learn budgets for learned-kvzip too, from how the model repeats texts.",
-            rich_help_panel="Reconstruction",
-        ),
-    ] = False
-    add_to: Annotated[
-        Path | None,
-        typer.Option(
-            help="Head profile that gets them; no probes are asked. It is replaced, unless -o names another file.",
-            rich_help_panel="Reconstruction",
-        ),
-    ] = None
-    surrogate: Annotated[
-        bool,
-        typer.Option(
-            "--surrogate",
-            help="Fit the surrogate of the kvzap methods instead: NAME.surrogate.safetensors beside the profile.",
-            rich_help_panel="Reconstruction",
-        ),
-    ] = False
-    texts: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_PROBES,
-            help="How many texts. Default: 12 for --reconstruction, 36 for --surrogate.",
-            rich_help_panel="Reconstruction",
-        ),
-    ] = None
-    text_lengths: Annotated[
-        str | None,
-        typer.Option(
-            help="Tokens of a text, in turns. Default: 512,1k,2k, as far as the model can repeat them; 400,700,1000 "
-            "for --surrogate.",
-            rich_help_panel="Reconstruction",
-        ),
-    ] = None
-    text_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of .txt files to read them from, instead of built-in texts.", rich_help_panel="Reconstruction"
-        ),
-    ] = None
-
-
 @command
 def score(
     *,
@@ -139,7 +85,8 @@ def score(
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
-    With --reconstruction it holds budgets for documents whose question is not known, too (method learned-kvzip).
+    With --reconstruction it holds a score for how heads repeat texts, and budgets for documents whose question is not
+    known, too (method learned-kvzip).
     The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
     processes share the work.
 
@@ -162,12 +109,16 @@ def score(
     from headprof.scoring.reconstruction import check_texts
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
-    settings = _calibration(learning, seed)
+    settings = calibration(learning, seed)
     request = _request(asked, counting, seed)
     request.check()
     if learning.add_to is not None:
         _refuse_probe_options(context, "With --add-to no probes are asked")
-        _add_reconstruction(learning.add_to, output or learning.add_to, model, loading, settings)
+        add_reconstruction(learning.add_to, output or learning.add_to, model, loading, settings)
+        return
+    if learning.no_probes:
+        _refuse_probe_options(context, "With --no-probes no probes are asked")
+        without_probes(output, model, loading, settings)
         return
     _check_outputs(output, model, asked, loading)
     team = join_team()
@@ -178,7 +129,7 @@ def score(
     target = output or default_output(loaded.name)
     if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
         terminal.remark(remark)
-    if not learning.reconstruction and _has_learned_budgets(target):
+    if not learning.reconstruction and holds(target, lambda profile: profile.kept_shares is not None):
         terminal.remark(f"The budgets learned for {target} go with it: learn them again with --reconstruction.")
     with terminal.progress() as report:
         profile = score_to_file(
@@ -194,84 +145,8 @@ def score(
     team.leave()
     if team.rank == 0:
         if learning.reconstruction:
-            _learn(loaded, profile, settings, target)
+            learn(loaded, profile, settings, target)
         _show(profile, target, stopping=request.stop is not None)
-
-
-def _calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
-    """Which texts to repeat, checked.
-
-    Raises:
-        UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
-    """
-    from headprof.scoring.calibration import CalibrationSettings
-    from headprof.scoring.reconstruction import TEXTS
-
-    if learning.add_to is not None and not learning.reconstruction:
-        raise UsageError("--add-to adds budgets learned from repeated texts: add --reconstruction, or leave it away.")
-    if not learning.reconstruction and learning != LearningOptions():
-        raise UsageError(
-            "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
-            "--reconstruction or --surrogate, or leave them away."
-        )
-    lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
-    settings = CalibrationSettings(learning.texts or TEXTS, lengths, seed, learning.text_folder)
-    settings.check()
-    return settings
-
-
-def _add_reconstruction(
-    profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
-) -> None:
-    """Add learned budgets to a profile that is there already; of several processes, the first one does."""
-    from headprof.profile.head_profile import FORMAT, HeadProfile
-    from headprof.utils.files import check_writable
-
-    folder = [] if settings.folder is None else [settings.folder]
-    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
-    HeadProfile.load(profile)  # complaints come before the weights
-    check_writable(target)
-    team = join_team()
-    team.leave()
-    if team.rank:
-        return
-    loaded = load(model, loading)
-    _learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
-    terminal.result(str(target))
-
-
-def _learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> None:
-    """Write the profile with budgets learned from reconstruction, mixed with HeadKV-R2's if it can have these."""
-    from headprof.scoring.reconstruction import with_reconstruction
-    from headprof.tuning.mixing import with_mixing
-
-    unmixed = "" if "reasoning" in profile.scores else "The profile has no reasoning scores"
-    with terminal.progress() as report:
-        learned = with_reconstruction(
-            profile,
-            loaded,
-            settings,
-            command=command_line(),
-            on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
-        )
-        if not unmixed:
-            try:
-                learned = with_mixing(learned, loaded, partial(report, f"Mixing budgets with {loaded.name}"))
-            except UsageError as error:  # the model's context is too short
-                unmixed = str(error).rstrip(".")
-    learned.save(target)
-    if unmixed:
-        terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
-
-
-def _has_learned_budgets(target: Path) -> bool:
-    """Whether a profile with learned budgets is there, which a run for probes alone replaces by one without."""
-    from headprof.profile.head_profile import HeadProfile
-
-    try:
-        return target.is_file() and HeadProfile.load(target).kept_shares is not None
-    except HeadprofError:
-        return False
 
 
 def _refuse_probe_options(context: typer.Context, reason: str) -> None:
@@ -322,6 +197,8 @@ def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> Score
 def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
     for kind in profile.scores:
         terminal.table(*ranked_heads(profile, kind, 5))
+    if reason := profile.metadata.get("no_write_scores"):
+        terminal.remark(reason)
     if stopping:
         terminal.remark(stability(profile))
     terminal.result(str(target))

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.learned_budget import RECONSTRUCTION
+from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.table import Method, find_method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
 from headprof.profile.surrogate import check_parts
 from headprof.profile.surrogate import check_stored as check_surrogate
@@ -194,7 +194,7 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     shape, stored = facts.shape, dict(file.stored)
     grid = (shape.num_layers, shape.num_kv_heads)
     scores = stored.pop("scores", Stored("", ()))
-    learned = facts.method.budget.profile_scores == RECONSTRUCTION
+    learned = facts.method.budget.profile_scores == LEARNED
     if scores.dtype != "F32" or scores.shape[-2:] != grid or not _right_number(scores.shape[:-2], learned):
         raise ValueError("its scores are not float32, one for each KV head")
     surrogate = {name: stored.pop(name) for name in list(stored) if name.startswith(SURROGATE)}
@@ -268,7 +268,7 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
     """Look at the numbers themselves; raises `ValueError` naming a tensor that holds what cannot be."""
     if facts.method.importance.needs_surrogate:
         check_parts({name.removeprefix(SURROGATE): part for name, part in tensors.items() if SURROGATE in name})
-    if facts.method.budget.profile_scores == RECONSTRUCTION:
+    if facts.method.budget.profile_scores == LEARNED:
         learned = tensors["scores"][:-1] if getattr(facts.method.budget, "mix", 0) else tensors["scores"]
         if fault := kept_shares_fault(learned, facts.shape):
             raise ValueError(f"its scores {fault}")

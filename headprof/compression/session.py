@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.hook import attending
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.learned_budget import RECONSTRUCTION
+from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.table import Method, find_method, name_of
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
@@ -23,6 +23,7 @@ from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.profile.head_profile import score_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,11 +96,17 @@ def _budget_scores(
     if profile is None:
         raise ProfileError(f"{_called(name)} needs a head profile: make one with `headprof score`, or choose snapkv.")
     _check_profile(profile, shape)
-    if which == RECONSTRUCTION:
+    if which == LEARNED:
         kept = profile.reconstruction
         if getattr(method.budget, "mix", 0):
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
+    if which not in profile.kinds:
+        raise ProfileError(
+            f"{_called(name)} spends its budget by {which} scores, which the profile of {profile.model_name} does not "
+            f"hold: run `{score_command(profile.model_name, which)}`, or choose another kind, such as "
+            f"scores={profile.kinds[0]}."
+        )
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()
 
 

@@ -26,12 +26,13 @@ def attention_modules(model: PreTrainedModel) -> dict[int, torch.nn.Module]:
     found: dict[int, torch.nn.Module] = {}
     for module in decoder_of(model).modules():
         layer = getattr(module, "layer_idx", None)
-        if isinstance(layer, int) and _projection(module) is not None:
+        if isinstance(layer, int) and projection_of(module) is not None:
             found[layer] = module
     return found
 
 
-def _projection(attention: torch.nn.Module) -> Any:
+def projection_of(attention: torch.nn.Module) -> Any:
+    """The output projection of an attention module; `None` if it has none under a known name."""
     return next((part for name in _NAMES if (part := attention._modules.get(name)) is not None), None)
 
 
@@ -48,7 +49,7 @@ def projecting_modules(model: PreTrainedModel, shape: HeadShape, what: str) -> l
     found = attention_modules(model)
     modules = [found[layer] for layer in range(shape.num_layers) if layer in found]
     width = shape.num_heads * shape.head_dim
-    if len(modules) < shape.num_layers or any(_width(_projection(module)) != width for module in modules):
+    if len(modules) < shape.num_layers or any(_width(projection_of(module)) != width for module in modules):
         raise ModelError(
             f"{what} needs the output projection of each layer's attention, which {type(model).__name__} has not where "
             "Transformers' Llama has it: leave norms away."
@@ -65,7 +66,7 @@ def _width(projection: Any) -> int | None:
 @torch.no_grad()
 def output_weights(attention: torch.nn.Module, num_heads: int) -> Tensor:
     """By what each head's output is multiplied before all are added up, float32 `[H, D, E]`."""
-    projection = _projection(attention)
+    projection = projection_of(attention)
     if type(projection) is torch.nn.Linear:
         return projection.weight.T.float().unflatten(0, (num_heads, -1))
     weight, width = next(projection.parameters()), _width(projection)

@@ -24,7 +24,7 @@ from headprof.plots.style import (
     shape_fact,
     write_line,
 )
-from headprof.profile.head_profile import HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ FORMATS = (".png", ".svg", ".html")
 
 
 def heatmap(
-    profile: HeadProfile, path: str | Path, which: str = "both", top: int = 10, uncertainty: bool = False
+    profile: HeadProfile, path: str | Path, which: str = "all", top: int = 10, uncertainty: bool = False
 ) -> Path:
     """Draw a profile as layers by query heads and write it atomically; the same profile gives the same bytes.
 
@@ -50,7 +50,8 @@ def heatmap(
     Args:
         profile: what to draw.
         path: the picture, PNG, SVG or HTML by its suffix.
-        which: `retrieval`, `reasoning`, or `both` (the one it holds, for a profile of one kind).
+        which: a kind of score; `all` for those that the profile holds; or `both` for retrieval and reasoning (the one
+            that it holds, for a profile with one of these).
         top: number of heads to mark in each panel.
         uncertainty: draw the panels of uncertainty too; in HTML, begin with uncertainty.
 
@@ -63,7 +64,7 @@ def heatmap(
         HeadprofError: the disk refused.
     """
     path = checked_path(path, FORMATS, what="A heatmap", mend="choose one with -o")
-    kinds = profile.kinds if which == "both" else (which,)
+    kinds = _chosen_kinds(profile, which)
     best = {kind: profile.top_heads(kind, top) for kind in kinds}
     if uncertainty:
         check_known(profile, kinds)
@@ -71,6 +72,13 @@ def heatmap(
         return write_page(profile, path, kinds, top, uncertainty)
     save_picture(lambda: _draw(profile, best, uncertainty), path)
     return path
+
+
+def _chosen_kinds(profile: HeadProfile, which: str) -> tuple[str, ...]:
+    if which == "all":
+        return profile.kinds
+    of_probes = tuple(kind for kind in PROBE_KINDS if kind in profile.scores)
+    return (of_probes or PROBE_KINDS) if which == "both" else (which,)
 
 
 def _draw(profile: HeadProfile, best: dict[str, list[tuple[int, int, float]]], uncertainty: bool = False) -> Figure:

@@ -97,6 +97,7 @@ def kind_data(profile: HeadProfile, kind: str, top: int) -> dict[str, Any]:
     where the uncertainty is known, `low` and `high` (ends of the 95 % interval) and `uncertainty` (half its width), or
     null. `errors` holds the standard errors of a profile without intervals, else null. `top` holds the flat indices of
     the best heads, best first, and `unsure` whether each one's membership is uncertain. `decimals` are for printing.
+    Kinds of one `unit` are drawn to one scale.
     """
     scores = profile.scores_of(kind)
     interval = interval_of(profile, kind)
@@ -111,6 +112,7 @@ def kind_data(profile: HeadProfile, kind: str, top: int) -> dict[str, Any]:
     widest = 0.0 if widths is None else float(widths.max())
     return {
         "name": kind,
+        "unit": "logits" if kind == "write" else "",
         "scores": _shorten(scores),
         "ranks": ranks,
         "low": _shorten(low),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
-from headprof.profile.head_profile import HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.utils.files import atomic_write
 from headprof.utils.printable import printable
 from headprof.utils.units import format_length
@@ -124,10 +124,11 @@ def shape_fact(profile: HeadProfile) -> str:
     return f"{shape.num_layers} layers × {heads}"
 
 
-def probe_facts(profile: HeadProfile, kinds: Iterable[str]) -> list[str]:
+def probe_facts(profile: HeadProfile, kinds: Sequence[str]) -> list[str]:
     """How many probes of which lengths (tokens) the scores of `kinds` rest on, as far as the profile says."""
     facts = []
-    counted = [f"{profile.probes_used[kind]} {kind}" for kind in kinds if profile.probes_used.get(kind)]
+    asked = [kind for kind in kinds if kind in PROBE_KINDS] or kinds  # whose probes write scores are of
+    counted = [f"{profile.probes_used[kind]} {kind}" for kind in asked if profile.probes_used.get(kind)]
     if counted:
         facts.append(f"{' + '.join(counted)} probes")
     lengths = profile.settings.get("lengths")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.ranks import spearman, top_indices, top_overlap
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ def compare_profiles(a: HeadProfile, b: HeadProfile, which: str | None = None, k
     return {kind: _compare_kinds(a, kind, b, kind, k) for kind in kinds}
 
 
-def compare_within(profile: HeadProfile, k: int = 10) -> Agreement | None:
-    """The same for a profile's retrieval and reasoning scores; `None` if it lacks one of them."""
-    retrieval, reasoning = KINDS
-    return _compare_kinds(profile, retrieval, profile, reasoning, k) if len(profile.kinds) == 2 else None
+def compare_within(profile: HeadProfile, k: int = 10) -> dict[tuple[str, str], Agreement]:
+    """The same for each two kinds of a profile's own scores."""
+    pairs = combinations(profile.kinds, 2)
+    return {(one, other): _compare_kinds(profile, one, profile, other, k) for one, other in pairs}
 
 
 def _compare_kinds(a: HeadProfile, kind_a: str, b: HeadProfile, kind_b: str, k: int) -> Agreement:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import KINDS, LARGEST_SCORE, HeadProfile
+from headprof.profile.faults import LARGEST_SCORE
+from headprof.profile.head_profile import KINDS, PROBE_KINDS, HeadProfile, named_kinds
 from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
 from headprof.utils.files import atomic_write
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
     from headprof.models.shape import HeadShape
 
-_COLUMNS = ["layer", "head", *(column for kind in KINDS for column in (kind, f"{kind}_se"))]
+_COLUMNS = ["layer", "head", *(column for kind in PROBE_KINDS for column in (kind, f"{kind}_se"))]
+"""What every table has; other kinds stand in it where a profile holds them."""
+_SCORES = [column for kind in KINDS for column in (kind, f"{kind}_se")]
 _KEPT = "kept_"
 _INTERVAL_COLUMNS = {kind: (f"{kind}_low", f"{kind}_high") for kind in KINDS}
 
@@ -39,13 +42,14 @@ def read_csv(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def write_csv(path: str | Path, profile: HeadProfile) -> None:
     """Write a profile atomically as CSV, a row a head: layer, head, then score and standard error of each kind.
 
-    The ends of the intervals follow for the kinds that have them, and, where budgets have been learned, what share of
-    its tokens the head's KV head keeps: `kept_1`, `kept_2` ... Numbers read back to the same float32; a kind or an
-    error that the profile lacks is an empty column.
+    Kinds without probes of their own have columns where the profile holds them. The ends of the intervals follow for
+    the kinds that have them, and, where budgets have been learned, what share of its tokens the head's KV head keeps:
+    `kept_1`, `kept_2` ... Numbers read back to the same float32; a kind or an error that the profile lacks is an empty
+    column.
     """
     tables = {kind: short_floats(scores) for kind, scores in profile.scores.items()}
     tables |= {f"{kind}_se": short_floats(errors) for kind, errors in profile.standard_errors.items()}
-    columns = list(_COLUMNS)
+    columns = [*_COLUMNS, *(name for name in _SCORES if name in tables and name not in _COLUMNS)]
     for kind, interval in profile.intervals.items():
         columns += _INTERVAL_COLUMNS[kind]
         tables |= {name: short_floats(end) for name, end in zip(_INTERVAL_COLUMNS[kind], interval, strict=True)}
@@ -92,13 +96,13 @@ def _read_columns(path: Path) -> dict[str, Tensor]:
     heads = [(layer, head) for layer in range(num_layers) for head in range(num_heads)]
     filled: dict[str, Tensor] = {}
     kept = [f"{_KEPT}{number}" for number in range(1, MOST_SHARES + 1) if f"{_KEPT}{number}" in columns]
-    for name in (*_COLUMNS[2:], *(end for ends in _INTERVAL_COLUMNS.values() for end in ends), *kept):
+    for name in (*_SCORES, *(end for ends in _INTERVAL_COLUMNS.values() for end in ends), *kept):
         cells = [(by_head[head].get(name) or "").strip() for head in heads]
         if any(cells):
             values = [_parse_cell(path, name, head, cell) for head, cell in zip(heads, cells, strict=True)]
             filled[name] = torch.tensor(values, dtype=torch.float64).float().view(num_layers, num_heads)
     if not set(KINDS).intersection(filled):
-        raise ProfileError(f"{path} holds no scores: fill its column retrieval or reasoning.")
+        raise ProfileError(f"{path} holds no scores: fill its column {named_kinds()}.")
     return filled
 
 

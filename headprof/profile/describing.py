@@ -9,7 +9,7 @@ from typing import Any
 
 from headprof.profile.comparing import Agreement, compare_within
 from headprof.profile.finding import FoundProfile
-from headprof.profile.head_profile import HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 
 
 def describe_found(found: FoundProfile) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe_found(found: FoundProfile) -> dict[str, Any]:
 
 def describe_profile(path: Path, profile: HeadProfile, kinds: Sequence[str], top: int) -> dict[str, Any]:
     """All that a profile says about itself, and the `top` best heads of some kinds of score."""
-    between = compare_within(profile)
+    compared = {pair: describe_agreement(each) for pair, each in compare_within(profile).items()}
     return {
         "file": str(path),
         **_summary(profile),
@@ -30,7 +30,8 @@ def describe_profile(path: Path, profile: HeadProfile, kinds: Sequence[str], top
         "accuracy": profile.accuracy,
         "metadata": dict(profile.metadata),
         "top": {kind: [_head(profile, kind, *head) for head in profile.top_heads(kind, top)] for kind in kinds},
-        "retrieval_and_reasoning": between and describe_agreement(between),
+        "retrieval_and_reasoning": compared.get(PROBE_KINDS),
+        "kinds_compared": {f"{one}_and_{other}": each for (one, other), each in compared.items()},
     }
 
 

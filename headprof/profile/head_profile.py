@@ -1,4 +1,4 @@
-"""The head profile: a retrieval and a reasoning score per query head, how sure they are, and where they came from."""
+"""The head profile: scores of several kinds per query head, how sure they are, and where they came from."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
+from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
 from headprof.profile.kept_shares import kept_shares_fault
 from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
@@ -21,18 +22,23 @@ from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, TensorFile, is_a
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS = ("retrieval", "reasoning")
+PROBE_KINDS = ("retrieval", "reasoning")
+"""Kinds of score that have probes of their own."""
+_COUNTED = (*PROBE_KINDS, "write")
+"""Kinds that a file counts the probes of, from version 4 on."""
+KINDS = (*_COUNTED, "reconstruction")
+"""All kinds of score: where attention goes, what heads write from there, and what they look at to repeat a text."""
 FORMAT = "headprof.profile"
-FORMAT_VERSION = "3"
-"""Version 1 had no intervals, version 2 no budgets learned from reconstruction; both are still read."""
-_READABLE = ("1", "2", FORMAT_VERSION)
+FORMAT_VERSION = "4"
+"""Version 1 had no intervals, version 2 no budgets learned from reconstruction, version 3 no scores of other kinds than
+`PROBE_KINDS`; all are still read, and what fits into an older one is written as that."""
+_READABLE = ("1", "2", "3", FORMAT_VERSION)
 _KEPT = "reconstruction"
 """The tensor of `HeadProfile.kept_shares` in a file."""
+_NAMES = {"reconstruction": "reconstruction_scores"}
+"""Tensors of scores in a file that are not named as their kind is."""
 _RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
-LARGEST_SCORE = 1e30
-"""Beyond all scores; sums of as many as there can be are finite still."""
 _LARGEST_FILE = 2**26
-_LONGEST_NAME, _LONGEST_NOTE, _MOST_NOTES = 1000, 2**16, 1000
 _MOST_PROBES = 2**53
 
 
@@ -43,7 +49,7 @@ class HeadProfile:
     Attributes:
         model_name: hub id or folder of the model.
         shape: the model's fingerprint.
-        scores: kind (`retrieval`, `reasoning`) to float32 `[L, H]`, zero or more; an imported profile may hold one.
+        scores: kind (one of `KINDS`) to float32 `[L, H]`, zero or more; any of them may be missing, but not all.
         standard_errors: the same for the standard error of each score; a kind is absent when its error is unknown.
         intervals: the same for the two ends of each score's 95 % bootstrap interval; absent when unknown.
         kept_shares: what share of its tokens each KV head keeps where the rows of all heads are ranked together by how
@@ -85,7 +91,7 @@ class HeadProfile:
         if self.kept_shares is None:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no budgets learned from reconstruction: add them with "
-                f"`{score_command(self.model_name)} --reconstruction --add-to PROFILE`."
+                f"`{score_command(self.model_name, 'reconstruction')}`."
             )
         return self.kept_shares
 
@@ -124,11 +130,11 @@ class HeadProfile:
     def scores_of(self, which: str) -> Tensor:
         """Scores `[L, H]` of one kind; raises `UsageError` for an unknown kind, `ProfileError` for one not held."""
         if which not in KINDS:
-            raise UsageError(f"There is no kind of head score named {which!r}: choose retrieval or reasoning.")
+            raise UsageError(f"There is no kind of head score named {which!r}: choose {named_kinds()}.")
         if which not in self.scores:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no {which} scores: use its {self.kinds[0]} scores, "
-                f"or run `{score_command(self.model_name)}`."
+                f"or run `{score_command(self.model_name, which)}`."
             )
         return self.scores[which]
 
@@ -162,16 +168,18 @@ class HeadProfile:
         import torch
         from safetensors.torch import save
 
-        tensors = {kind: self.scores[kind] for kind in self.kinds}
-        tensors |= {f"{kind}_se": errors for kind, errors in self.standard_errors.items()}
+        tensors = {_NAMES.get(kind, kind): self.scores[kind] for kind in self.kinds}
+        tensors |= {f"{_NAMES.get(kind, kind)}_se": errors for kind, errors in self.standard_errors.items()}
         for kind, (low, high) in self.intervals.items():
-            tensors |= {f"{kind}_low": low, f"{kind}_high": high}
+            tensors |= {f"{_NAMES.get(kind, kind)}_low": low, f"{_NAMES.get(kind, kind)}_high": high}
         if self.kept_shares is not None:
             tensors[_KEPT] = self.kept_shares
-        tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in KINDS], dtype=torch.int64)
+        version = FORMAT_VERSION if set(self.kinds) - set(PROBE_KINDS) else "2" if self.kept_shares is None else "3"
+        counted = _counted_kinds(version)
+        tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in counted], dtype=torch.int64)
         header = {
             "format": FORMAT,
-            "format_version": "2" if self.kept_shares is None else FORMAT_VERSION,
+            "format_version": version,
             "model": self.model_name,
             "fingerprint": json.dumps(self.shape.to_dict()),
         }
@@ -219,7 +227,7 @@ class HeadProfile:
 def _named_model(metadata: Mapping[str, str]) -> str | None:
     """The model that a file is for, if that is a name to be shown."""
     name = metadata.get("model", "")
-    return name if name.isprintable() and len(name) <= _LONGEST_NAME else None
+    return name if name.isprintable() and len(name) <= LONGEST_NAME else None
 
 
 def _check_format(path: Path, metadata: Mapping[str, str], mend: str) -> None:
@@ -236,14 +244,22 @@ def _check_parts(file: TensorFile) -> None:
     """Look at what a file says it holds before any of it is read; raises `ValueError` saying which part is wrong."""
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
-    known = {"probes_used", _KEPT, *(f"{kind}{part}" for kind in KINDS for part in ("", "_se", "_low", "_high"))}
+    names = {kind: _NAMES.get(kind, kind) for kind in KINDS}
+    known = {"probes_used", _KEPT}
+    known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
-    if file.stored.get("probes_used") != Stored("I64", (len(KINDS),)):
-        raise ValueError("its probes_used is not two int64 counts")
-    for kind in KINDS:
-        if (f"{kind}_low" in file.stored) != (f"{kind}_high" in file.stored):
+    counted = len(_counted_kinds(file.metadata.get("format_version", "")))
+    if file.stored.get("probes_used") != Stored("I64", (counted,)):
+        raise ValueError(f"its probes_used is not {counted} int64 counts")
+    for kind, name in names.items():
+        if (f"{name}_low" in file.stored) != (f"{name}_high" in file.stored):
             raise ValueError(f"its {kind} intervals have one end")
+
+
+def _counted_kinds(version: str) -> tuple[str, ...]:
+    """The kinds whose probes a file of this format version counts, in the order of `probes_used`."""
+    return _COUNTED if version == FORMAT_VERSION else PROBE_KINDS
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> HeadProfile:
@@ -254,17 +270,20 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Head
     except (KeyError, ValueError) as error:
         raise ValueError("its model name or fingerprint is missing or unreadable") from error
     counts = tensors["probes_used"]
+    names = [(kind, _NAMES.get(kind, kind)) for kind in KINDS]
     return HeadProfile(
         model_name=model_name,
         shape=shape,
-        scores={kind: tensors[kind] for kind in KINDS if kind in tensors},
-        standard_errors={kind: tensors[f"{kind}_se"] for kind in KINDS if f"{kind}_se" in tensors},
-        probes_used={kind: count for kind, count in zip(KINDS, counts.tolist(), strict=True) if count},
+        scores={kind: tensors[name] for kind, name in names if name in tensors},
+        standard_errors={kind: tensors[f"{name}_se"] for kind, name in names if f"{name}_se" in tensors},
+        probes_used={
+            kind: count
+            for kind, count in zip(_counted_kinds(metadata["format_version"]), counts.tolist(), strict=True)
+            if count
+        },
         metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
         intervals={
-            kind: (tensors[f"{kind}_low"], tensors[f"{kind}_high"])
-            for kind in KINDS
-            if f"{kind}_low" in tensors and f"{kind}_high" in tensors
+            kind: (tensors[f"{name}_low"], tensors[f"{name}_high"]) for kind, name in names if f"{name}_low" in tensors
         },
         kept_shares=tensors.get(_KEPT),
     )
@@ -276,7 +295,7 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
     if min(shape.num_layers, shape.num_heads, shape.num_kv_heads) < 1 or shape.num_heads % shape.num_kv_heads:
         return f"its fingerprint has {shape.num_heads} query heads for {shape.num_kv_heads} KV heads"
     if not profile.scores:
-        return "it holds neither retrieval nor reasoning scores"
+        return "it holds no scores"
     for name, kinds in (
         ("standard errors", profile.standard_errors),
         ("intervals", profile.intervals),
@@ -286,11 +305,13 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
             return f"it has {orphans[0]} {name} but no {orphans[0]} scores"
     if unknown := [kind for kind in profile.scores if kind not in KINDS]:
         return f"it holds scores of an unknown kind {unknown[0]!r}"
+    if uncounted := [kind for kind in profile.probes_used if kind not in _COUNTED]:
+        return f"it counts probes of {uncounted[0]} scores, which are from none"
     if any(count < 0 for count in profile.probes_used.values()):
         return "it counts fewer than zero probes"
     if any(count > _MOST_PROBES for count in profile.probes_used.values()):
         return "it counts more probes than anybody asks"
-    if fault := _text_fault(profile.model_name, profile.metadata):
+    if fault := text_fault(profile.model_name, profile.metadata):
         return fault
     if reserved := [key for key in _RESERVED if key in profile.metadata]:
         return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
@@ -302,7 +323,7 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         ("upper interval ends", highs),
     ):
         for kind, tensor in tensors.items():
-            if fault := _tensor_fault(tensor, shape):
+            if fault := tensor_fault(tensor, shape):
                 return f"its {kind} {name} {fault}"
     if profile.kept_shares is not None and (fault := kept_shares_fault(profile.kept_shares, shape)):
         return f"its shares kept in reconstruction {fault}"
@@ -311,34 +332,12 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
     return None
 
 
-def _text_fault(model_name: str, metadata: Mapping[str, str]) -> str | None:
-    """Texts are shown, so they have bounds."""
-    if len(model_name) > _LONGEST_NAME:
-        return f"its model's name is longer than {_LONGEST_NAME} characters"
-    if len(metadata) > _MOST_NOTES:
-        return f"its metadata have more than {_MOST_NOTES} entries"
-    if any(len(name) > _LONGEST_NAME or len(text) > _LONGEST_NOTE for name, text in metadata.items()):
-        return f"its metadata hold a text of more than {_LONGEST_NOTE} characters"
-    return None
+def named_kinds() -> str:
+    """All kinds of score, for a message: `retrieval, reasoning or ...`."""
+    return f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
 
 
-def _tensor_fault(tensor: Tensor, shape: HeadShape) -> str | None:
-    import torch
-
-    expected = (shape.num_layers, shape.num_heads)
-    if tensor.dtype != torch.float32:
-        return f"are {str(tensor.dtype).removeprefix('torch.')}, not float32"
-    if tuple(tensor.shape) != expected:
-        return f"have shape {list(tensor.shape)} where the fingerprint says {list(expected)}"
-    if not torch.isfinite(tensor).all():
-        return "are not all finite"
-    if (tensor < 0).any():
-        return "are not all zero or more"
-    if (tensor > LARGEST_SCORE).any():
-        return f"are not all below {LARGEST_SCORE:g}"
-    return None
-
-
-def score_command(model_name: str | None) -> str:
-    """The command that makes a profile of `model_name`, as the user would type it."""
-    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}"
+def score_command(model_name: str | None, kind: str = "") -> str:
+    """The command that makes a profile of `model_name`, or adds a kind of score to one, as the user would type it."""
+    adding = " --reconstruction --add-to PROFILE" if kind == "reconstruction" else ""
+    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}{adding}"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import LARGEST_SCORE, HeadProfile
+from headprof.profile.faults import LARGEST_SCORE
+from headprof.profile.head_profile import HeadProfile
 from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.profile.imported_scores import ImportedScores, of_results, to_profile
 from headprof.utils.files import atomic_write

@@ -21,8 +21,9 @@ from headprof.models.shape import HeadShape
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RowSink = Callable[[int, int, torch.Tensor], None]
-"""Takes a layer's number, the number of a part of the rows asked for, and these attention rows, float32 `[H, N, T]`."""
+RowSink = Callable[[int, int, torch.Tensor, torch.Tensor], None]
+"""Takes a layer's number, that of a part of the rows asked for, these attention rows, float32 `[H, N, T]`, and the
+layer's values, float32 `[K, T, D]`."""
 
 _MOST_BYTES = 1 << 28
 """Of attention rows that are held at once."""
@@ -137,19 +138,27 @@ class RowReader:
                 function = eager_attention if extras else ALL_ATTENTION_FUNCTIONS["sdpa"]
             output = function(module, query, key, value, attention_mask, **kwargs)
             if self._request is not None:
-                self._read(module.layer_idx, query, key, attention_mask if masked else None, kwargs)
+                self._read(module.layer_idx, query, key, value, attention_mask if masked else None, kwargs)
             return output
 
         return attention
 
-    def _read(self, layer: int, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs) -> None:
+    def _read(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs,
+    ) -> None:
         assert self._request is not None
         parts, sink = self._request
         if query.shape[1] != self._shape.num_heads or query.shape[-1] != key.shape[-1]:
             raise self._refused(f"has {query.shape[1]} query heads in layer {layer} instead of {self._shape.num_heads}")
         self._layers[layer] += 1
         num_keys, scaling = key.shape[2], kwargs.get("scaling")
-        keys = key[0].float()  # once, not for each part
+        keys, values = key[0].float(), value[0].float()  # once, not for each part
         most = max(1, _MOST_BYTES // (4 * query.shape[1] * num_keys))
         for numbers in _joined([len(part) for part in parts], most):
             rows = torch.cat([parts[number] for number in numbers]).to(query.device)
@@ -167,7 +176,7 @@ class RowReader:
                 sinks=kwargs.get("s_aux"),
             )
             for number, part in zip(numbers, attention.split([len(parts[n]) for n in numbers], dim=1), strict=True):
-                sink(layer, number, part)
+                sink(layer, number, part, values)
 
 
 def _joined(sizes: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.probes.needles import KINDS
-from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.faults import LARGEST_SCORE
 from headprof.scoring.prober import ProbeResult
 from headprof.utils.files import atomic_write, remove_leftovers
 from headprof.utils.records import parse_object
@@ -33,6 +33,9 @@ Results = dict[int, list[ProbeResult]]
 
 class ProbesFile:
     """A safetensors file of all results: scores `[n, L, H]`, and of each probe its context, kind, family and answer.
+
+    Write scores `[n, L, H]` are there if any probe has them; those of a probe without are not a number. Files from
+    before there were any are read too.
 
     A `ResultsFile`, written anew every `SAVE_EVERY` seconds.
     """
@@ -93,6 +96,9 @@ class ProbesFile:
             "kind": torch.tensor([names.index(result.kind) for _, result in flat]),
             "family": torch.tensor([names.index(result.family) for _, result in flat]),
         }
+        if any(result.write is not None for _, result in flat):
+            unknown = torch.full_like(tensors["scores"][0], torch.nan)
+            tensors["write"] = torch.stack([unknown if result.write is None else result.write for _, result in flat])
         metadata = {"key": json.dumps(self._key, sort_keys=True), "names": "\n".join(names)}
         content = save(tensors, metadata=with_checksum(tensors, metadata))
         with atomic_write(self.path) as temporary:
@@ -137,6 +143,8 @@ def _check_stored(file: TensorFile, key: dict[str, Any]) -> None:
         "kind": numbers,
         "family": numbers,
     }
+    if "write" in file.stored:
+        wanted["write"] = wanted["scores"]
     if file.stored != wanted or len(scores.shape) != 3 or file.size > _LARGEST_FILE:
         raise ValueError("its tensors are not those of probes")
 
@@ -146,6 +154,9 @@ def _check_numbers(tensors: dict[str, torch.Tensor], names: list[str], key: dict
     scores, context = tensors["scores"], tensors["context"]
     if not ((scores >= 0) & (scores <= LARGEST_SCORE)).all() or (context < 0).any():
         raise ValueError("its scores or contexts are no such numbers")
+    write = tensors.get("write", scores)
+    if not ((write.abs() <= LARGEST_SCORE) | write.isnan().all(dim=(1, 2), keepdim=True)).all():
+        raise ValueError("its write scores are no such numbers")
     for part in ("kind", "family"):
         if ((tensors[part] < 0) | (tensors[part] >= len(names))).any():
             raise ValueError(f"a {part} has no name")
@@ -160,6 +171,11 @@ def _check_numbers(tensors: dict[str, torch.Tensor], names: list[str], key: dict
 def _results_of(tensors: dict[str, torch.Tensor], names: list[str]) -> Results:
     by_context: Results = {}
     columns = (tensors[name].tolist() for name in ("context", "kind", "family", "answered"))
-    for (context, kind, family, answered), scores in zip(zip(*columns, strict=True), tensors["scores"], strict=True):
-        by_context.setdefault(context, []).append(ProbeResult(names[kind], names[family], answered, scores))
+    count = len(tensors["scores"])
+    writes = (
+        [None if each.isnan().all() else each for each in tensors["write"]] if "write" in tensors else [None] * count
+    )
+    rows = zip(zip(*columns, strict=True), tensors["scores"], writes, strict=True)
+    for (context, kind, family, answered), scores, write in rows:
+        by_context.setdefault(context, []).append(ProbeResult(names[kind], names[family], answered, scores, write))
     return by_context

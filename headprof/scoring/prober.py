@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
 
+from headprof.errors import ModelError
 from headprof.models.decoder import end_tokens
 from headprof.models.shape import HeadShape
+from headprof.models.write_path import WritePath, find_write_path
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.estimators import reasoning_score, retrieval_score
 from headprof.scoring.shared_context import SharedContext, teacher_forced
+from headprof.scoring.write import WriteMeter
 from headprof.utils.word_overlap import token_f1
 
 
@@ -27,12 +31,15 @@ class ProbeResult:
         family: the probe's family.
         answered: whether the model gave the right answer.
         scores: float32 `[L, H]`.
+        write: what each head writes from the needle towards the answer (`WriteMeter`), in logits, float32 `[L, H]`,
+            below zero where that is against it; `None` where it cannot be told, or was not when the probe was asked.
     """
 
     kind: str
     family: str
     answered: bool
     scores: torch.Tensor
+    write: torch.Tensor | None = None
 
 
 class Prober:
@@ -57,6 +64,7 @@ class Prober:
         self._reader = RowReader(model)
         self._context = SharedContext(model, self._reader.base)
         self._installed = self._reader.installed()
+        self._found: WritePath | str | None = None
 
     def __enter__(self) -> Prober:
         self._installed.__enter__()
@@ -64,6 +72,15 @@ class Prober:
 
     def __exit__(self, *exception) -> None:
         self._installed.__exit__(*exception)
+
+    def write_path(self) -> WritePath | str:
+        """The way from the model's heads to its logits, or, as a sentence, why it is not known."""
+        if self._found is None:
+            try:
+                self._found = find_write_path(self.model, self.shape)
+            except ModelError as error:
+                self._found = str(error)
+        return self._found
 
     @torch.inference_mode()
     def run(self, context: ProbeContext, *, anew: bool = True) -> list[ProbeResult]:
@@ -90,16 +107,24 @@ class Prober:
         suffixes, rows = teacher_forced([probe.question_ids for probe in probes], said)
         token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)), device=self.model.device)
         scores = torch.zeros(len(probes), self.shape.num_layers, self.shape.num_heads)
+        path = self.write_path()
+        meter = None
+        if isinstance(path, WritePath):
+            needles = [probe.needle_span for probe in probes]
+            meter = WriteMeter(path, self.shape.num_heads, needles, said, rows, len(context_ids))
 
-        def score_layer(layer: int, number: int, attention: torch.Tensor) -> None:
+        def score_layer(layer: int, number: int, attention: torch.Tensor, values: torch.Tensor) -> None:
             scores[number, layer] = _estimate(probes[number], attention, token_ids, said[number])
+            if meter is not None:
+                meter.take(layer, number, attention, values)
 
-        with self._reader.reading(rows, score_layer):
+        with self._reader.reading(rows, score_layer), nullcontext() if meter is None else meter.reading():
             logits = self._context.ask(suffixes, torch.cat(rows))
         choices = logits.argmax(dim=-1).split([len(answer) for answer in said])
+        writes = [None] * len(probes) if meter is None else meter.scores()
         return [
-            ProbeResult(probe.kind, probe.family, self._is_answered(probe, answer, chosen.tolist()), each)
-            for probe, answer, chosen, each in zip(probes, said, choices, scores, strict=True)
+            ProbeResult(probe.kind, probe.family, self._is_answered(probe, answer, chosen.tolist()), each, write)
+            for probe, answer, chosen, each, write in zip(probes, said, choices, scores, writes, strict=True)
         ]
 
     def _is_answered(self, probe: Probe, said: Sequence[int], choices: Sequence[int]) -> bool:

@@ -33,13 +33,18 @@ class RepeatedLayer:
         index: its number.
         keys: of the document, at their positions, `[K, T, D]`.
         values: `[K, T, D]`.
-        importance: float32 `[K, T]`, 0 to 1.
+        largest: the largest attention that each query head pays to each token, float32 `[H, T]`, 0 to 1.
     """
 
     index: int
     keys: Tensor
     values: Tensor
-    importance: Tensor
+    largest: Tensor
+
+    @property
+    def importance(self) -> Tensor:
+        """The largest of each group, float32 `[K, T]`."""
+        return self.largest.unflatten(0, (len(self.keys), -1)).amax(dim=1)
 
 
 @torch.no_grad()
@@ -69,8 +74,8 @@ def repeat_document(
             if query.shape[1] != shape.num_heads or query.shape[-1] != key.shape[-1]:
                 raise _refused(model)
             layers[module.layer_idx] += 1
-            importance = _largest(query[0], key[0], count, kwargs)
-            sink(RepeatedLayer(module.layer_idx, key[0, :, :count], value[0, :, :count], importance))
+            largest = _largest(query[0], key[0], count, kwargs)
+            sink(RepeatedLayer(module.layer_idx, key[0, :, :count], value[0, :, :count], largest))
             return output
 
         return attention
@@ -84,7 +89,7 @@ def repeat_document(
 
 
 def _largest(query: Tensor, key: Tensor, count: int, how: dict) -> Tensor:
-    """The largest attention of queries from `count` on to each of the first `count` keys, float32 `[K, count]`."""
+    """The largest attention of queries from `count` on to each of the first `count` keys, float32 `[H, count]`."""
     scaling, (num_heads, num_tokens, head_dim) = how.get("scaling"), query.shape
     keys, largest = key.float(), query.new_zeros(num_heads, count, dtype=torch.float32)
     step = max(1, _MOST_BYTES // (4 * num_heads * num_tokens))
@@ -100,7 +105,7 @@ def _largest(query: Tensor, key: Tensor, count: int, how: dict) -> Tensor:
             sinks=how.get("s_aux"),
         )
         largest = largest.maximum(rows[..., :count].amax(dim=1))
-    return largest.unflatten(0, (key.shape[0], -1)).amax(dim=1)
+    return largest
 
 
 def _refused(model: PreTrainedModel) -> ModelError:

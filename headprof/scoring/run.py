@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headprof._version import __version__
-from headprof.errors import ProbeError, UsageError
+from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
+from headprof.scoring.averages import MIN_COUNTED, SEED_OF_RESAMPLES, counted_values, make_profile
 from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
-from headprof.utils.bootstrap import bootstrap_interval, expected_change, standard_error
+from headprof.utils.bootstrap import expected_change
 from headprof.utils.resuming import KeptResults
-from headprof.utils.run_record import library_versions, today
 from headprof.utils.team import Team
-
-MIN_COUNTED = 8
-"""Fewest answered probes of a kind from which a profile is made."""
 
 ROUND = 4
 """Groups of contexts between two looks at the ranking, and between two meetings of a team."""
-
-_SEED_OF_RESAMPLES = 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +138,7 @@ def score_heads(
         decode=decode,
         stop=None if stop is None else asdict(stop) | {"change": run.change, "stable": run.is_stable},
         command=command,
+        no_write=run.no_write,
     )
 
 
@@ -168,6 +161,8 @@ class _Run:
         file = ProbesFile(results_path) if results_path is not None and team.rank == 0 else None
         self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder.settings, decode), file)
         self.change: dict[str, float] = {}
+        self.no_write = "The results kept from before hold no write scores, which a run without --resume finds."
+        """Why no probe has write scores, where none has."""
 
     @property
     def is_stable(self) -> bool:
@@ -193,6 +188,8 @@ class _Run:
         """Ask the probes of `groups`, those that have no results yet, and tell all processes of the outcome."""
         missing = [group for group in groups if not self._has(group)]
         mine: dict[int, list[ProbeResult]] = {}
+        if missing and isinstance(path := prober.write_path(), str):
+            self.no_write = path
         for group in self.team.claim(missing):
             new = {context: prober.run(self.builder.context(context), anew=context == group.start) for context in group}
             self.kept.add(new)
@@ -219,7 +216,7 @@ class _Run:
         for kind, (scores, clusters) in values.items():
             if len(scores) < MIN_COUNTED or len(set(clusters)) < MIN_COUNTED:
                 return {}
-            changes[kind] = expected_change(scores, clusters, self.stop.top, _SEED_OF_RESAMPLES)
+            changes[kind] = expected_change(scores, clusters, self.stop.top, SEED_OF_RESAMPLES)
         return changes
 
 
@@ -239,92 +236,3 @@ def run_key(loaded: LoadedModel, settings: ProbeSettings, decode: str) -> dict[s
         "settings": json.loads(json.dumps(depends)),  # without tuples
         "decode": decode,
     }
-
-
-def counted_values(
-    results: Sequence[ProbeResult], clusters: Sequence[int], include_failed: bool
-) -> dict[str, tuple[torch.Tensor, list[int]]]:
-    """Of each kind, retrieval first, the scores float32 `[n, L * H]` of the probes that count, and their clusters."""
-    values = {}
-    for kind in sorted({result.kind for result in results}, reverse=True):
-        counted = [
-            (result.scores.flatten(), cluster)
-            for result, cluster in zip(results, clusters, strict=True)
-            if result.kind == kind and (result.answered or include_failed)
-        ]
-        rows = [scores for scores, _ in counted]
-        values[kind] = (torch.stack(rows) if rows else torch.zeros(0, 0), [cluster for _, cluster in counted])
-    return values
-
-
-def make_profile(
-    loaded: LoadedModel,
-    settings: ProbeSettings,
-    results: Sequence[ProbeResult],
-    include_failed: bool = False,
-    *,
-    clusters: Sequence[int] | None = None,
-    decode: str = "teacher",
-    stop: dict | None = None,
-    command: str = "",
-) -> HeadProfile:
-    """Average the counted probes of each kind into a profile, with standard errors and intervals of the mean.
-
-    These stay unknown where all probes share one context, which says nothing of others.
-
-    Args:
-        loaded, settings, decode, stop, command: noted in the profile.
-        results: of all probes.
-        include_failed: let probes count that were answered wrongly.
-        clusters: which context each probe belongs to; `None` if each has its own.
-
-    Raises:
-        ProbeError: fewer than `MIN_COUNTED` probes of a kind count.
-    """
-    scores: dict[str, torch.Tensor] = {}
-    errors: dict[str, torch.Tensor] = {}
-    intervals: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    counted_probes: dict[str, int] = {}
-    grid = (loaded.shape.num_layers, loaded.shape.num_heads)
-    if clusters is None:
-        clusters = range(len(results))
-    for kind, (values, of_values) in counted_values(results, clusters, include_failed).items():
-        asked = sum(result.kind == kind for result in results)
-        if len(values) < min(MIN_COUNTED, asked) or not len(values):
-            raise ProbeError(
-                f"The model answered {len(values)} of {asked} {kind} probes, too few for a profile: try shorter "
-                "--lengths, more --probes or easier needles, or count failed ones too with --resume --include-failed."
-            )
-        scores[kind] = values.mean(dim=0).view(grid)
-        if len(set(of_values)) > 1:
-            errors[kind] = standard_error(values, of_values).view(grid)
-            low, high = bootstrap_interval(values, of_values, _SEED_OF_RESAMPLES)
-            intervals[kind] = (low.view(grid), high.view(grid))
-        counted_probes[kind] = len(values)
-    noted = {"decode": decode, "include_failed": include_failed, "asked": len(results)}
-    return HeadProfile(
-        model_name=loaded.name,
-        shape=loaded.shape,
-        scores=scores,
-        standard_errors=errors,
-        intervals=intervals,
-        probes_used=counted_probes,
-        metadata={
-            "settings": json.dumps(asdict(settings) | noted | ({} if stop is None else {"until_stable": stop})),
-            "seed": str(settings.seed),
-            "accuracy": json.dumps(family_accuracy(results)),
-            "versions": json.dumps(library_versions()),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "date": today(),
-            "command": command,
-        },
-    )
-
-
-def family_accuracy(results: Sequence[ProbeResult]) -> dict[str, list[int]]:
-    """Probes answered and probes asked, per family: `{"family": [answered, asked]}`."""
-    tally: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for result in results:
-        tally[result.family][0] += result.answered
-        tally[result.family][1] += 1
-    return dict(sorted(tally.items()))

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from headprof.errors import ProbeError, UsageError
+from headprof.errors import ProbeError, ProfileError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile, score_command
 from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.validation.silence import Head, silenced
@@ -145,7 +145,7 @@ class Validation:
     @property
     def probe_kinds(self) -> list[str]:
         """The kinds of the probes, retrieval first."""
-        return [kind for kind in KINDS if self.probe_indices(kind)]
+        return [kind for kind in PROBE_KINDS if self.probe_indices(kind)]
 
     @property
     def counts(self) -> list[int]:
@@ -164,10 +164,25 @@ class Validation:
         return [index for index, probe in enumerate(self.probes) if probe.kind == kind]
 
 
+def checked_kinds(profile: HeadProfile) -> tuple[str, ...]:
+    """The kinds of a profile's scores that have probes of their own, by which they can be checked.
+
+    Raises:
+        ProfileError: it has none.
+    """
+    kinds = tuple(kind for kind in PROBE_KINDS if kind in profile.scores)
+    if not kinds:
+        raise ProfileError(
+            f"The profile of {profile.model_name} holds neither retrieval nor reasoning scores, which probes can "
+            f"check: run `{score_command(profile.model_name)}`."
+        )
+    return kinds
+
+
 def choose_sets(profile: HeadProfile, settings: ValidationSettings) -> list[HeadSet]:
     """The heads to silence: for each kind of score and each count the top, the random picks and the bottom."""
     sets = []
-    for kind in profile.kinds:
+    for kind in checked_kinds(profile):
         scores = profile.scores[kind]
         for count in settings.all_counts(scores.numel()):
             top = [(layer, head) for layer, head, _ in profile.top_heads(kind, count)]
@@ -249,6 +264,7 @@ def validate(
     Raises:
         UsageError: the settings do not fit the model.
         ProbeError: fewer than `MIN_RIGHT` probes of a kind are answered without silent heads.
+        ProfileError: the profile holds no scores of a kind of probe.
         ModelError: the model's attention cannot be reached.
     """
     settings.check(loaded.shape.num_layers * loaded.shape.num_heads)
@@ -267,11 +283,12 @@ def validate(
 
         for context in contexts:
             ask(context, to_run[:1], "prompt")
-        _check_answered(probes, torch.cat(answers[to_run[0]], dim=1)[0], profile.kinds)
+        _check_answered(probes, torch.cat(answers[to_run[0]], dim=1)[0], checked_kinds(profile))
         for context in contexts:
             ask(context, to_run[1:], settings.where)
     right, log_probs = torch.stack([torch.cat(answers[frozenset(each.heads)], dim=1) for each in sets], dim=1)
-    return Validation(loaded.name, profile.kinds, settings, tuple(sets), tuple(probes), right.bool(), log_probs)
+    kinds = checked_kinds(profile)
+    return Validation(loaded.name, kinds, settings, tuple(sets), tuple(probes), right.bool(), log_probs)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from headprof.models.decoder import decoder_layers
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.memory import free_bytes
@@ -142,7 +142,7 @@ def agreements(profile: HeadProfile, drops: HeadDrops, top: int = 10) -> list[Dr
 
 def drops_csv(profile: HeadProfile, drops: HeadDrops) -> str:
     """A line a head: layer, head, and for each kind of probe the score, the drop (nats) and its standard error."""
-    kinds = sorted(drops.drops, key=KINDS.index)
+    kinds = sorted(drops.drops, key=PROBE_KINDS.index)
     lines = [["layer", "head", *(f"{kind}_{part}" for kind in kinds for part in ("score", "drop", "drop_se"))]]
     for layer, head in product(range(profile.shape.num_layers), range(profile.shape.num_heads)):
         line = [str(layer), str(head)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.profile.random_scores import random_surrogate as drawn_surrogate
 
 SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
@@ -16,7 +16,7 @@ SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1
 SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
 
 
-def random_profile(model, seed=0, kinds=KINDS, name="tiny") -> HeadProfile:
+def random_profile(model, seed=0, kinds=PROBE_KINDS, name="tiny") -> HeadProfile:
     """A profile that fits `model`: most heads near zero, few far above, and for each kind others."""
     shape = HeadShape.from_config(model.config)
     generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def random_shares(shape: HeadShape, seed: int = 0) -> torch.Tensor:
     return torch.stack([(heads * times / heads.max()) for times in (0.1, 0.3, 0.8)])
 
 
-def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=KINDS, **parts) -> HeadProfile:
+def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=PROBE_KINDS, **parts) -> HeadProfile:
     """A profile of `shape` with everything that scoring notes, and `parts` in place of its parts."""
     generator = torch.Generator().manual_seed(seed)
     grid = (shape.num_layers, shape.num_heads)
@@ -49,7 +49,9 @@ def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=KINDS, **parts)
     )
 
 
-def make_profile(layers: int = 4, heads: int = 6, kv_heads: int = 2, kinds=KINDS, name="org/Model") -> HeadProfile:
+def make_profile(
+    layers: int = 4, heads: int = 6, kv_heads: int = 2, kinds=PROBE_KINDS, name="org/Model"
+) -> HeadProfile:
     """A profile to draw, with scores like measured ones: most near zero and a few far above."""
     generator = torch.Generator().manual_seed(layers * heads)
     scores = {kind: torch.rand(layers, heads, generator=generator) ** 12 * 0.6 for kind in kinds}

@@ -10,9 +10,9 @@ import torch
 
 from headprof.bench.score.request import PACKED, UNPACKED, ScoreBenchRequest
 from headprof.bench.score.sides import Side
-from headprof.profile.head_profile import KINDS
+from headprof.profile.head_profile import PROBE_KINDS
+from headprof.scoring.averages import counted_values
 from headprof.scoring.prober import ProbeResult
-from headprof.scoring.run import counted_values
 from headprof.utils.ranks import spearman, top_overlap
 
 
@@ -48,7 +48,7 @@ def agreements(sides: Sequence[Side], request: ScoreBenchRequest) -> list[Agreem
     for other in run.values():
         for over in ("answered", "all") if request.include_failed else ("answered",):
             a, b = (_mean_scores(each.results, over == "all") for each in (ours, other))
-            found += [_agreement(other, kind, over, a[kind], b[kind], request.top) for kind in KINDS if kind in a]
+            found += [_agreement(other, kind, over, a[kind], b[kind], request.top) for kind in PROBE_KINDS if kind in a]
     return found
 
 

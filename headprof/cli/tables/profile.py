@@ -42,12 +42,12 @@ def found_profiles(found: Iterable[FoundProfile]) -> tuple[list[str], Rows]:
 
 def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     """What a profile says about itself, as names and texts: model, shape, probes, settings, provenance."""
-    shape = profile.shape
+    shape, asked = profile.shape, [kind for kind in profile.kinds if kind != "reconstruction"]
     facts = [
         ("file", str(path)),
         ("model", profile.model_name),
         ("shape", f"{shape.architecture}, {_grid(profile)} of {shape.head_dim}, vocabulary {shape.vocab_size}"),
-        ("probes used", ", ".join(f"{kind} {profile.probes_used.get(kind, 'unknown')}" for kind in profile.kinds)),
+        ("probes used", ", ".join(f"{kind} {profile.probes_used.get(kind, 'unknown')}" for kind in asked) or "none"),
     ]
     if profile.kept_shares is not None:
         facts.append(("learned budgets", f"of each KV head where all keep {_shares(profile.shares_together)}"))

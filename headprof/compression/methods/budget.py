@@ -16,6 +16,7 @@ from headprof.compression.methods.observation import per_head
 from headprof.compression.methods.reduction import largest
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
+from headprof.profile.head_profile import KINDS, named_kinds
 
 
 class BudgetPolicy(Protocol):
@@ -32,7 +33,7 @@ class BudgetPolicy(Protocol):
 
     @property
     def profile_scores(self) -> str | None:
-        """What it needs of a profile: `"retrieval"` or `"reasoning"` scores, `"reconstruction"`, or `None`."""
+        """What it needs of a profile: a kind of score, `LEARNED` budgets (`LearnedBudget`), or `None`."""
         ...
 
     def allocate(self, scores: torch.Tensor, *, budget: int, context_length: int, always_kept: int) -> torch.Tensor:
@@ -158,7 +159,8 @@ class ProfileBudget(BudgetPolicy):
     """Heads keep tokens in proportion to their score in a head profile (HeadKV and HeadKV-R2, Fu et al. 2025).
 
     Attributes:
-        profile_scores: `"retrieval"` (HeadKV) or `"reasoning"` (HeadKV-R2).
+        profile_scores: a kind of score: `"retrieval"` (HeadKV), `"reasoning"` (HeadKV-R2), or any other that profiles
+            hold; `scores` for short.
         pool_factor: the paper's `beta`.
         temperature: exponent on the scores.
         minimum: fewest tokens of a head beside those that every head keeps.
@@ -172,6 +174,8 @@ class ProfileBudget(BudgetPolicy):
     aggregate: str = "max"
 
     def __post_init__(self) -> None:
+        if self.profile_scores is not None and self.profile_scores not in KINDS:
+            raise UsageError(f"There is no kind of head score named {self.profile_scores!r}: choose {named_kinds()}.")
         if self.pool_factor < 1:
             raise UsageError(f"A pool factor of {self.pool_factor} would give heads less than nothing: give 1 or more.")
         if self.temperature < 0 or self.minimum < 0:

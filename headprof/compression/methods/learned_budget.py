@@ -14,7 +14,7 @@ from headprof.compression.methods.allocation import normalized, to_spend, water_
 from headprof.compression.methods.budget import BudgetPolicy, ProfileBudget
 from headprof.errors import UsageError
 
-RECONSTRUCTION = "reconstruction"
+LEARNED = "learned"
 """What these budgets need of a profile, made by `headprof score --reconstruction`."""
 
 
@@ -32,7 +32,7 @@ class LearnedBudget(BudgetPolicy):
 
     mix: float = 0.0
 
-    profile_scores = RECONSTRUCTION
+    profile_scores = LEARNED
     goes_by_share = True
 
     def __post_init__(self) -> None:

@@ -42,6 +42,8 @@ from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 
 _SIMPLE = (bool, int, float, str)
+_LONG = {"scores": "profile_scores"}
+"""Parameters with a short name too."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +184,19 @@ class Method:
         for name, value in options.items():
             if value is None:
                 continue
-            holder = method._holder(name)
+            holder, full = method._holder(name), _LONG.get(name, name)
             if holder is None:
                 raise UsageError(f"This method has no parameter {name!r}: choose among {', '.join(self.options())}.")
             part: Any = method if holder == "method" else getattr(method, holder)
-            part = replace(part, **{name: _of_kind(name, value, getattr(part, name))})
+            part = replace(part, **{full: _of_kind(name, value, getattr(part, full))})
             method = part if holder == "method" else replace(method, **{holder: part})
         return method
 
     def _holder(self, name: str) -> str | None:
         """The part that has a parameter: `"method"`, or the name of one of the three axes."""
         parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
-        return next((holder for holder, part in parts.items() if name in _parameters(part)), None)
+        full = _LONG.get(name, name)
+        return next((holder for holder, part in parts.items() if full in _parameters(part)), None)
 
 
 def _parameters(part: Any) -> dict[str, Any]:

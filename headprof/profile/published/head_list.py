@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.head_table import parse_head_key, read_text
 from headprof.profile.imported_scores import ImportedScores
 from headprof.profile.papers_json import read_json

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.faults import LARGEST_SCORE
 
 if TYPE_CHECKING:
     from torch import Tensor

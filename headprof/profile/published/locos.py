@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import ProfileError
-from headprof.profile.head_profile import LARGEST_SCORE
+from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.head_table import check_grid
 from headprof.profile.imported_scores import ImportedScores, of_results
 from headprof.profile.papers_json import parse_samples, read_json

@@ -1,0 +1,203 @@
+"""What `headprof score --reconstruction` learns from how a model repeats texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.options import MOST_PROBES, LoadOptions
+from headprof.cli.outputs import check_outputs, model_inputs
+from headprof.cli.tables.profile import ranked_heads
+from headprof.errors import HeadprofError, UsageError
+from headprof.utils.units import parse_lengths
+
+if TYPE_CHECKING:
+    from headprof.models.loading import LoadedModel
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.scoring.calibration import CalibrationSettings
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """What is learned from how the model repeats texts."""
+
+    reconstruction: Annotated[
+        bool,
+        typer.Option(
+            "--reconstruction",
+            help="Learn reconstruction scores and budgets for learned-kvzip too, from how the model repeats texts.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
+    no_probes: Annotated[
+        bool,
+        typer.Option(
+            "--no-probes",
+            help="Ask no probes: the profile holds what --reconstruction learns, and nothing else.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
+    add_to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Head profile that gets them; no probes are asked. It is replaced, unless -o names another file.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
+    surrogate: Annotated[
+        bool,
+        typer.Option(
+            "--surrogate",
+            help="Fit the surrogate of the kvzap methods instead: NAME.surrogate.safetensors beside the profile.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
+    texts: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_PROBES,
+            help="How many texts. Default: 12 for --reconstruction, 36 for --surrogate.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
+    text_lengths: Annotated[
+        str | None,
+        typer.Option(
+            help="Tokens of a text, in turns. Default: 512,1k,2k, as far as the model can repeat them; 400,700,1000 "
+            "for --surrogate.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = None
+    text_folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of .txt files to read them from, instead of built-in texts.", rich_help_panel="Reconstruction"
+        ),
+    ] = None
+
+
+def calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
+    """Which texts to repeat, checked.
+
+    Raises:
+        UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
+    """
+    from headprof.scoring.calibration import CalibrationSettings
+    from headprof.scoring.reconstruction import TEXTS
+
+    if learning.add_to is not None and not learning.reconstruction:
+        raise UsageError("--add-to adds what is learned from repeated texts: add --reconstruction, or leave it away.")
+    if learning.no_probes and (learning.add_to is not None or not learning.reconstruction):
+        fault = "with --add-to none are asked in any case" if learning.reconstruction else "add --reconstruction"
+        raise UsageError(
+            f"--no-probes makes a profile of what is learned from repeated texts: {fault}, or leave it away."
+        )
+    if not learning.reconstruction and learning != LearningOptions():
+        raise UsageError(
+            "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
+            "--reconstruction or --surrogate, or leave them away."
+        )
+    lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
+    settings = CalibrationSettings(learning.texts or TEXTS, lengths, seed, learning.text_folder)
+    settings.check()
+    return settings
+
+
+def add_reconstruction(
+    profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
+) -> None:
+    """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
+    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.utils.files import check_writable
+
+    folder = [] if settings.folder is None else [settings.folder]
+    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
+    HeadProfile.load(profile)  # complaints come before the weights
+    check_writable(target)
+    team = join_team()
+    team.leave()
+    if team.rank:
+        return
+    loaded = load(model, loading)
+    learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
+    terminal.result(str(target))
+
+
+def without_probes(output: Path | None, model: str | None, loading: LoadOptions, settings: CalibrationSettings) -> None:
+    """Make a profile of repeated texts alone; of several processes, the first one does.
+
+    Raises:
+        UsageError: there are scores from probes where it would be written.
+    """
+    from headprof.models.finding import model_name
+    from headprof.profile.finding import default_output
+    from headprof.profile.head_profile import FORMAT
+    from headprof.scoring.reconstruction import RECONSTRUCTION, reconstruction_profile
+    from headprof.utils.files import check_writable
+
+    target = output or default_output(model_name(model))
+    folder = [] if settings.folder is None else [settings.folder]
+    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
+    if holds(target, lambda profile: profile.kinds != (RECONSTRUCTION,)):
+        raise UsageError(
+            f"{target} holds scores from probes, which would go: give --add-to {target} in place of --no-probes, or "
+            "name another file with -o."
+        )
+    check_writable(target)
+    team = join_team()
+    team.leave()
+    if team.rank:
+        return
+    loaded = load(model, loading)
+    with terminal.progress() as report:
+        profile = reconstruction_profile(
+            loaded,
+            settings,
+            command=command_line(),
+            on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
+        )
+    profile.save(target)
+    terminal.table(*ranked_heads(profile, RECONSTRUCTION, 5))
+    terminal.result(str(target))
+
+
+def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> None:
+    """Write the profile with what is learned from repeated texts, budgets mixed with HeadKV-R2's if there are such."""
+    from headprof.scoring.reconstruction import with_reconstruction
+    from headprof.tuning.mixing import with_mixing
+
+    unmixed = "" if "reasoning" in profile.scores else "The profile has no reasoning scores"
+    with terminal.progress() as report:
+        learned = with_reconstruction(
+            profile,
+            loaded,
+            settings,
+            command=command_line(),
+            on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
+        )
+        if not unmixed:
+            try:
+                learned = with_mixing(learned, loaded, partial(report, f"Mixing budgets with {loaded.name}"))
+            except UsageError as error:  # the model's context is too short
+                unmixed = str(error).rstrip(".")
+    learned.save(target)
+    if unmixed:
+        terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
+
+
+def holds(target: Path, something: Callable[[HeadProfile], bool]) -> bool:
+    """Whether a profile that holds something is there, which this run would replace by one without."""
+    from headprof.profile.head_profile import HeadProfile
+
+    try:
+        return target.is_file() and something(HeadProfile.load(target))
+    except HeadprofError:
+        return False
