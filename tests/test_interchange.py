@@ -736,3 +736,11 @@ def test_yaml_is_what_it_would_be_elsewhere(tmp_path):
     scores = FORMS["qrhead"].read(tmp_path / "heads.yaml", SHAPE).scores
     ranked = scores.flatten().argsort(descending=True, stable=True)[: len(names)].tolist()
     assert [f"{index // HEADS}-{index % HEADS}" for index in ranked] == names
+
+
+def test_results_of_probes_can_be_taken_for_both_kinds(work):
+    Path("rh.json").write_text(json.dumps({f"{layer}-{head}": [0.25, 0.75] for layer in range(3) for head in range(4)}))
+    both = imported("rh.json", "--as", "both")
+    assert both.kinds == ("retrieval", "reasoning") and torch.equal(both.retrieval, both.reasoning)
+    code, _, said = headprof("import", "rh.json", "--as", "reconstruction", *MODEL)
+    assert code == 2 and "choose retrieval, reasoning or both" in said

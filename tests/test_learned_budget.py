@@ -450,3 +450,28 @@ def test_generate_with_learned_budgets():
     ids = torch.randint(3, 500, (1, 60), generator=torch.Generator().manual_seed(0))
     with compressed(model, random_profile(model), method="learned-kvzip", budget=12), torch.no_grad():
         assert model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 64)
+
+
+def test_no_profile_is_hidden_by_one_without_probes(tmp_path):
+    save_tiny(tmp_path / "tiny", chat=True)
+    (tmp_path / "data-home/profiles").mkdir(parents=True)
+    replace(random_profile(tiny_model()), model_name="tiny").save(tmp_path / "data-home/profiles/tiny.safetensors")
+    learning = ("score", "--model", "tiny", "--reconstruction", "--no-probes", "--texts", "1", "--text-lengths", "64")
+    done = headprof(tmp_path, *learning)
+    said = " ".join(done.stderr.split())
+    assert done.returncode == 2 and "which would not be found any more: give --add-to" in said
+    assert not (tmp_path / "profiles").exists()
+    assert headprof(tmp_path, *learning, "-o", "other.safetensors").returncode == 0
+
+
+def test_texts_may_lie_beside_the_profile(tmp_path, monkeypatch):
+    monkeypatch.setattr("headprof.tuning.mixing.PROBES", 1)
+    save_tiny(tmp_path / "tiny", chat=True)
+    replace(random_profile(tiny_model()), model_name="tiny", kept_shares=None).save(tmp_path / "p.safetensors")
+    (tmp_path / "doc.txt").write_text(TEXT * 3)
+    adding = ("score", "--model", "tiny", "--reconstruction", "--add-to", "p.safetensors", "--texts", "1")
+    done = headprof(tmp_path, *adding, "--text-lengths", "64", "--text-folder", ".")
+    assert done.returncode == 0, done.stderr
+    assert HeadProfile.load(tmp_path / "p.safetensors").kept_shares is not None
+    refused = headprof(tmp_path, *adding, "--text-lengths", "64", "--text-folder", ".", "-o", "doc.txt")
+    assert refused.returncode != 0 and (tmp_path / "doc.txt").read_text() == TEXT * 3

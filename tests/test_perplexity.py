@@ -106,8 +106,8 @@ def test_candidates_together_predict_as_each_alone():
 def test_beginnings_are_judged_by_their_repetition_where_that_is_asked_for():
     loaded = load_tiny()
     model, document = loaded.model, random_documents(1, prefix=90, continuation=20)[0]
-    cases = (("full", ""), ("adakv-kvzip", "90"), ("adakv-kvzip", "9"), ("snapkv", "9"))
-    candidates = [candidate(model, *case) for case in cases]
+    cases = (("full", ""), ("adakv-kvzip", "120"), ("adakv-kvzip", "9"), ("snapkv", "9"))
+    candidates = [candidate(model, *case, buffer=8) for case in cases]
     asker = Asker(loaded, candidates, question_known=False, repeat=True)
     fill = partial(asker.read, of=("perplexity", ""))
     losses = measure_perplexity(model, [document], candidates, chunk=7, fill=fill)
@@ -123,11 +123,13 @@ def test_beginnings_are_judged_by_their_repetition_where_that_is_asked_for():
         alone = HeadCache(each.plan.for_observers(len(observers)))
         with attending_ragged(model):
             read_document_into(model, [alone], prefix, observers)
+            alone.continue_with(each.plan)  # from here on the last queries judge
             fed = torch.tensor([[last, *document.continuation[:-1]]])
             logits = [model(part, past_key_values=alone).logits[0] for part in fed.split(7, dim=1)]
         said = torch.cat(logits).double().log_softmax(dim=-1)
         nll = -sum(said[place, token].item() for place, token in enumerate(document.continuation))
         assert loss.nll == pytest.approx(nll, rel=1e-5) and abs(nll - whole) > 1e-3
+        assert loss.cache_bytes == alone.nbytes
     plain = measure_perplexity(model, [document], candidates[2:], chunk=7)
     assert losses[2].nll != pytest.approx(plain[0].nll, rel=1e-4)
 

@@ -31,6 +31,7 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.compress import document_table
+from headprof.errors import UsageError
 
 
 @command
@@ -88,6 +89,8 @@ def compress(
 
     given = given_options(context, CompressOptions)
     check_promise(max_loss, given)
+    if compressing.method.startswith(f"{AUTO}:"):
+        raise UsageError("Parameters of the method that is chosen for you go with --set, such as --set segment=1024.")
     chosen = compressing.method == AUTO
     if chosen:
         compressing = replace(compressing, method=document_method(model, compressing.profile, observe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -15,7 +16,7 @@ from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST_PROBES, LoadOptions
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import ranked_heads
-from headprof.errors import HeadprofError, UsageError
+from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -118,8 +119,7 @@ def add_reconstruction(
     from headprof.profile.head_profile import FORMAT, HeadProfile
     from headprof.utils.files import check_writable
 
-    folder = [] if settings.folder is None else [settings.folder]
-    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
+    check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
     HeadProfile.load(profile)  # complaints come before the weights
     check_writable(target)
     team = join_team()
@@ -138,19 +138,27 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
         UsageError: there are scores from probes where it would be written.
     """
     from headprof.models.finding import model_name
-    from headprof.profile.finding import default_output
+    from headprof.profile.finding import default_output, find_profile
     from headprof.profile.head_profile import FORMAT
     from headprof.scoring.reconstruction import RECONSTRUCTION, reconstruction_profile
     from headprof.utils.files import check_writable
 
     target = output or default_output(model_name(model))
-    folder = [] if settings.folder is None else [settings.folder]
-    check_outputs({target: FORMAT}, chain(folder, model_inputs(model, loading)))
-    if holds(target, lambda profile: profile.kinds != (RECONSTRUCTION,)):
-        raise UsageError(
-            f"{target} holds scores from probes, which would go: give --add-to {target} in place of --no-probes, or "
-            "name another file with -o."
-        )
+    check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
+    places = [target]
+    if output is None:  # where it would be found before what is found now
+        with suppress(ProfileError):
+            places.append(find_profile(model_name(model)))
+    for place in places:
+        if holds(place, lambda profile: profile.kinds != (RECONSTRUCTION,)):
+            if place == target:
+                loss, adding = "go", f"--add-to {place}"
+            else:
+                loss, adding = "not be found any more", f"--add-to {place} -o {target}"
+            raise UsageError(
+                f"{place} holds scores from probes, which would {loss}: give {adding} in place of --no-probes, or name "
+                "another file with -o."
+            )
     check_writable(target)
     team = join_team()
     team.leave()
@@ -169,7 +177,12 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
     terminal.result(str(target))
 
 
-def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> None:
+def _texts_of(settings: CalibrationSettings) -> list[Path]:
+    """The user's own files that are repeated."""
+    return [] if settings.folder is None else sorted(settings.folder.rglob("*.txt"))
+
+
+def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> HeadProfile:
     """Write the profile with what is learned from repeated texts, budgets mixed with HeadKV-R2's if there are such."""
     from headprof.scoring.reconstruction import with_reconstruction
     from headprof.tuning.mixing import with_mixing
@@ -191,6 +204,7 @@ def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettin
     learned.save(target)
     if unmixed:
         terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
+    return learned
 
 
 def holds(target: Path, something: Callable[[HeadProfile], bool]) -> bool:

@@ -99,8 +99,12 @@ def score(
     """
     if learning.surrogate:
         _refuse_probe_options(context, "A surrogate is fitted to texts, not to probes")
-        if learning.reconstruction or learning.add_to:
-            other = "--reconstruction" if learning.reconstruction else "--add-to"
+        others = {
+            "--reconstruction": learning.reconstruction,
+            "--add-to": learning.add_to,
+            "--no-probes": learning.no_probes,
+        }
+        if other := next((name for name, given in others.items() if given), None):
             raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")
         to = fit_settings(asked.preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
         fit(to, model, output, command_line(), loading)
@@ -145,7 +149,7 @@ def score(
     team.leave()
     if team.rank == 0:
         if learning.reconstruction:
-            learn(loaded, profile, settings, target)
+            profile = learn(loaded, profile, settings, target)
         _show(profile, target, stopping=request.stop is not None)
 
 

@@ -98,9 +98,10 @@ def fitting(loaded: LoadedModel, ids: list[int], seen: int, max_new_tokens: int)
             f"it by {needed - loaded.max_positions} tokens."
         )
     if needed > loaded.max_positions:
+        excess = needed - loaded.max_positions
+        what = "question" if seen and excess >= seen else "document"
         raise UsageError(
             f"The prompt of {prompt} tokens and {max_new_tokens} new ones exceed the {loaded.max_positions} that "
-            f"{loaded.name} can read: shorten the document by {needed - loaded.max_positions} tokens or lower "
-            "--max-new-tokens."
+            f"{loaded.name} can read: shorten the {what} by {excess} tokens or lower --max-new-tokens."
         )
     return torch.tensor([ids])

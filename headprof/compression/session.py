@@ -99,6 +99,10 @@ def _budget_scores(
     if which == LEARNED:
         kept = profile.reconstruction
         if getattr(method.budget, "mix", 0):
+            if "reasoning" not in profile.scores:
+                raise ProfileError(
+                    f"{_called(name)} with a mix needs reasoning scores, which the profile lacks: leave mix away."
+                )
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
     if which not in profile.kinds:

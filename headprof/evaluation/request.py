@@ -184,6 +184,10 @@ class EvalRequest:
         observe = self.observe or ""
         if observe != observe.encode("utf-8", "replace").decode("utf-8"):
             raise UsageError("The text to observe with is not UTF-8: give another with --observe.")
+        if self.observe is not None and self.question_known:
+            raise UsageError("A known question observes by itself: leave --observe away, or add --query-agnostic.")
+        if self.observe is not None and "perplexity" in self.all_tasks:
+            raise UsageError("For perplexity no text is read in a question's place: leave --observe away.")
         for budget in map(Budget.parse, self.budgets):
             for method in self.methods:
                 find_method(method).check_budget(budget, method)

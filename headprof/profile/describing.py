@@ -53,6 +53,8 @@ def describe_agreement(agreement: Agreement) -> dict[str, Any]:
 
 def agreement_sentence(what: str, agreement: Agreement) -> str:
     """A comparison of `what` in words."""
+    if math.isnan(agreement.spearman):
+        return f"{what}: some are the same for all {agreement.heads}, so that there are no ranks to compare"
     text = f"{what}: Spearman {agreement.spearman:.3f} over {agreement.num_heads} {agreement.heads}"
     if 10 not in agreement.overlaps:
         return text

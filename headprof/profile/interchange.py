@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from headprof._version import __version__
 from headprof.errors import UsageError
 from headprof.profile.csv_table import import_csv, write_csv
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.profile.imported_scores import ImportedScores, to_profile
 from headprof.profile.papers_json import write_papers_json
 from headprof.profile.published.forms import CSV, FORMS, PAPERS, check_form, is_published, recognised
@@ -57,7 +57,7 @@ class Given:
             fault = "Files were given in both ways" if self.by_kind else "No file was given"
             raise UsageError(f"{fault}: give one file of head scores, or files with --retrieval, --reasoning or both.")
         check_form(self.form)
-        if self.taken_as is not None and self.taken_as not in (*KINDS, BOTH):
+        if self.taken_as is not None and self.taken_as not in (*PROBE_KINDS, BOTH):
             raise UsageError(f"Scores cannot be taken as {self.taken_as!r}: choose retrieval, reasoning or both.")
         if self.taken_as is not None and self.by_kind:
             raise UsageError("The options --retrieval and --reasoning say what a file holds: leave --as away.")
@@ -89,7 +89,7 @@ class Given:
             raise UsageError(
                 f"{path} does not say which scores it holds: add --as retrieval, --as reasoning or --as both."
             )
-        return Source(path, form, KINDS if taken_as == BOTH else (taken_as,), chosen=bool(kind or self.taken_as))
+        return Source(path, form, PROBE_KINDS if taken_as == BOTH else (taken_as,), chosen=bool(kind or self.taken_as))
 
 
 @dataclass(frozen=True)
