@@ -276,7 +276,8 @@ MISTAKES = {
         tuple(part for part in SCORE if part != "--include-failed"),
         1,
         r"The model answered \d of 6 retrieval probes, too few for a profile: try shorter --lengths, more --probes or "
-        "easier needles, or count failed ones too with --resume --include-failed; --reconstruction --no-probes needs none.",
+        "easier needles, or count failed ones too with --resume --include-failed; --reconstruction --no-probes needs "
+        "none.",
     ),
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
