@@ -117,16 +117,12 @@ def add_reconstruction(
 ) -> None:
     """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
     from headprof.profile.head_profile import FORMAT, HeadProfile
-    from headprof.utils.files import check_writable
 
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
     HeadProfile.load(profile)  # complaints come before the weights
-    check_writable(target)
-    team = join_team()
-    team.leave()
-    if team.rank:
+    loaded = _load_once(target, model, loading)
+    if loaded is None:
         return
-    loaded = load(model, loading)
     learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
     terminal.result(str(target))
 
@@ -141,7 +137,6 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
     from headprof.profile.finding import default_output, find_profile
     from headprof.profile.head_profile import FORMAT
     from headprof.scoring.reconstruction import RECONSTRUCTION, reconstruction_profile
-    from headprof.utils.files import check_writable
 
     target = output or default_output(model_name(model))
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
@@ -159,12 +154,9 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
                 f"{place} holds scores from probes, which would {loss}: give {adding} in place of --no-probes, or name "
                 "another file with -o."
             )
-    check_writable(target)
-    team = join_team()
-    team.leave()
-    if team.rank:
+    loaded = _load_once(target, model, loading)
+    if loaded is None:
         return
-    loaded = load(model, loading)
     with terminal.progress() as report:
         profile = reconstruction_profile(
             loaded,
@@ -175,6 +167,16 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
     profile.save(target)
     terminal.table(*ranked_heads(profile, RECONSTRUCTION, 5))
     terminal.result(str(target))
+
+
+def _load_once(target: Path, model: str | None, loading: LoadOptions) -> LoadedModel | None:
+    """The model, once the target is known to be writable; `None` in all but the first of several processes."""
+    from headprof.utils.files import check_writable
+
+    check_writable(target)
+    team = join_team()
+    team.leave()
+    return None if team.rank else load(model, loading)
 
 
 def _texts_of(settings: CalibrationSettings) -> list[Path]:

@@ -119,11 +119,11 @@ def find_mixing(
     """
     kept, scores = profile.reconstruction, profile.kv_head_scores("reasoning")
     shares = [share for share in kept.double().mean(dim=(1, 2)).tolist() if share < LARGEST]
-    plans = [make_plan(loaded.model, method="full", budget=1, buffer=None)]
+    plans = [make_plan(loaded.model, method="full", budget=1)]
     for share in shares:
         for mix in MIXES:
             mixed = replace(profile, kept_shares=mixed_shares(kept, scores, [mix] * len(shares)))
-            plans.append(make_plan(loaded.model, mixed, method=METHOD, budget=f"{share:.4%}", buffer=None))
+            plans.append(make_plan(loaded.model, mixed, method=METHOD, budget=f"{share:.4%}"))
     settings = ProbeSettings(probes=probes, lengths=(length,), needles_per_context=None, seed=seed)
     builder = ProbeBuilder(loaded.tokenizer, settings, max_positions=loaded.max_positions)
     total, asked = torch.zeros(len(plans), dtype=torch.float64), 0
