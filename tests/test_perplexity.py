@@ -123,7 +123,7 @@ def test_beginnings_are_judged_by_their_repetition_where_that_is_asked_for():
         alone = HeadCache(each.plan.for_observers(len(observers)))
         with attending_ragged(model):
             read_document_into(model, [alone], prefix, observers)
-            alone.continue_with(each.plan)  # from here on the last queries judge
+            assert alone.plan.method == each.plan.method  # from here on the last queries judge
             fed = torch.tensor([[last, *document.continuation[:-1]]])
             logits = [model(part, past_key_values=alone).logits[0] for part in fed.split(7, dim=1)]
         said = torch.cat(logits).double().log_softmax(dim=-1)

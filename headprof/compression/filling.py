@@ -38,7 +38,7 @@ def read_document_into(
 
     Args:
         model: the model.
-        caches: empty, each of a plan for so many observers (`CompressionPlan.for_observers`).
+        caches: empty, each of a plan for so many observers (`CompressionPlan.for_observers`), which they leave behind.
         document_ids: the document's tokens.
         observers: what observes them and is not kept.
 
@@ -57,6 +57,8 @@ def read_document_into(
         alone = FanOutCache(judged)
         alone.judged_by(ranking)
         readings.append(Reading(tokens, len(judged), prefill(model, ids[:, :tokens], alone)))
+    for cache in caches:
+        cache.continue_with(cache.plan.after_observers())
     return readings
 
 

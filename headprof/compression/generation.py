@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,12 +144,11 @@ def compress_under_each(
     ):
         logits = read_document_into(loaded.model, caches, document_ids, observers)[-1].logits
     require_finite(logits.amax(), logits.dtype)
-    for plan, cache in zip(plans, caches, strict=True):
+    for cache in caches:
         for layer in cache.head_layers:  # a merge may overflow where the model does not
             rows = layer.storage.compact()
             require_finite(rows.keys, rows.keys.dtype)
             require_finite(rows.values, rows.values.dtype)
-        cache.continue_with(replace(cache.plan, method=plan.method))
     return caches
 
 

@@ -41,6 +41,7 @@ class CompressionPlan:
         shares: how the heads share the budget while generating, float `[L, K]`, or `[B, L, K]` for several sequences,
             where what a prompt holds has decided how many tokens each head kept of it; `None` to share it as the
             method's budget policy says.
+        unobserved: of a plan for observers, the method that judges what comes after them.
     """
 
     method: Method
@@ -54,6 +55,7 @@ class CompressionPlan:
     buffer: int | None = BUFFER
     windows: tuple[int | None, ...] = ()
     shares: torch.Tensor | None = None
+    unobserved: Method | None = None
     _known: list[_Allocation] = field(default_factory=list, repr=False)
 
     @property
@@ -70,7 +72,13 @@ class CompressionPlan:
 
     def for_observers(self, count: int) -> CompressionPlan:
         """This plan for a prompt whose last `count` tokens only observe (`PromptCache.expect_observers`)."""
-        return replace(self, method=self.method.for_observers(count), _known=[]) if count else self
+        if not count:
+            return self
+        return replace(self, method=self.method.for_observers(count), unobserved=self.method, _known=[])
+
+    def after_observers(self) -> CompressionPlan:
+        """This plan for what comes after such a prompt: who observed that does not judge what is read later."""
+        return self if self.unobserved is None else replace(self, method=self.unobserved, unobserved=None)
 
     @property
     def compresses_while_generating(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -182,8 +182,6 @@ class Asker:
             kind = (of[0], f"{of[1]}{how}")
             caches |= zip(numbers, self._filled(plans, prompt, observers, kind), strict=True)
         self.sharing.questions += 1
-        for number, cache in caches.items():  # who observed a document does not judge what comes after it
-            cache.continue_with(replace(cache.plan, method=self.candidates[number].plan.method))
         return [caches[number] for number in range(len(every))]
 
     def _plan(self, number: int, observers: int) -> CompressionPlan:
