@@ -84,6 +84,15 @@ Observe = Annotated[
 ]
 
 
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be repeated.",
+    ),
+]
+
+
 def _method_help() -> str:
     *names, last = method_names()
     return f"{', '.join(names)} or {last}: what is kept. Parameters may follow: ems:mass=false."
@@ -278,14 +287,7 @@ class DecodingOptions:
 class KeepOptions:
     """What no method may evict, and the system message."""
 
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--keep",
-            help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be "
-            "repeated.",
-        ),
-    ] = None
+    keep: Keep = None
     system: Annotated[
         str | None,
         typer.Option("--system", help="System message, kept by every head. Default: the template's own."),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headprof._version import __version__
+from headprof.compression.keeping import check_patterns
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
@@ -91,6 +92,12 @@ PRESETS = {
 }
 
 
+_APART = frozenset(
+    ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate", "profile", "keep")
+)
+"""Attributes of a request on which answers do not depend, or that their key has in another form."""
+
+
 def find_preset(name: str) -> Preset:
     """The preset of this name; raises `UsageError` when there is none."""
     if name not in PRESETS:
@@ -131,6 +138,8 @@ class EvalRequest:
         step: how decode steps are run, as for `headprof.compressed`; answers are the same.
         surrogate: file of the surrogate; `None` to find the model's own, for methods that judge rows by one.
         profile: file of the head profile if the user named one: a surrogate is looked for beside it first.
+        keep: patterns, as for `compress_document`: every head keeps the tokens of all their matches in what is
+            compressed. Each must match in some question.
     """
 
     tasks: tuple[str, ...]
@@ -154,13 +163,16 @@ class EvalRequest:
     step: str = "auto"
     surrogate: Path | None = None
     profile: Path | None = None
+    keep: tuple[str, ...] = ()
 
     def check(self) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.
 
         Raises:
-            UsageError: an unknown task or method, a budget that cannot be read, or no texts for perplexity.
+            UsageError: an unknown task or method, a budget or a pattern that cannot be read, or no texts for
+                perplexity.
         """
+        check_patterns(self.keep)
         if not self.all_tasks or not self.methods:
             raise UsageError("There is nothing to evaluate: name at least one task and one method.")
         if "perplexity" in self.all_tasks:
@@ -307,8 +319,7 @@ class EvalRequest:
         settings = {
             name: str(value) if isinstance(value, Path | Budget) else value
             for name, value in asdict(self).items()
-            if name
-            not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate", "profile")
+            if name not in _APART
         }
         surrogate = self._surrogate(loaded)
         return {
@@ -320,6 +331,7 @@ class EvalRequest:
             "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
             "profile": profile.digest() if profile is not None else "",
             **({} if surrogate is None else {"surrogate": surrogate.digest()}),
+            **({"keep": list(self.keep)} if self.keep else {}),  # answers of before there was such a thing are the same
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
             "observe": OBSERVATION if self.observe is None and not self.repeats else self.observe,
