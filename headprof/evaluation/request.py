@@ -13,6 +13,7 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER
+from headprof.compression.request import check_named_files
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate
@@ -169,8 +170,8 @@ class EvalRequest:
         """Find mistakes that need no model; returns whether a head profile is needed.
 
         Raises:
-            UsageError: an unknown task or method, a budget or a pattern that cannot be read, or no texts for
-                perplexity.
+            UsageError: an unknown task or method, a budget or a pattern that cannot be read, no texts for perplexity,
+                or a file that is not there or not needed.
         """
         check_patterns(self.keep)
         if not self.all_tasks or not self.methods:
@@ -204,7 +205,9 @@ class EvalRequest:
             for method in self.methods:
                 find_method(method).check_budget(budget, method)
         deal_options(self.methods, self.options)
-        return any(find_method(method).budget.profile_scores for method in self.methods)
+        methods = [find_method(method) for method in self.methods]
+        check_named_files(methods, self.profile, self.surrogate)
+        return any(method.budget.profile_scores for method in methods)
 
     @property
     def all_tasks(self) -> list[str]:
