@@ -86,6 +86,7 @@ def compress(
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
     from headprof.compression.request import AUTO, document_method
+    from headprof.profile.finding import learning_command
 
     given = given_options(context, CompressOptions)
     check_promise(max_loss, given)
@@ -129,7 +130,8 @@ def compress(
     for remark in promise.remarks() if promise else ():
         terminal.remark(remark)
     if chosen and request.method == "headkv-kvzip":
-        terminal.remark("The profile has no budgets for learned-kvzip: headprof score --reconstruction learns them.")
+        command = learning_command(loaded.name, request.profile, loaded.given)
+        terminal.remark(f"The profile has no budgets for learned-kvzip: `{command}` learns them.")
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

@@ -119,11 +119,11 @@ def add_reconstruction(
     from headprof.profile.head_profile import FORMAT, HeadProfile
 
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
-    HeadProfile.load(profile)  # complaints come before the weights
+    HeadProfile.load(profile, model_name=model)  # complaints come before the weights
     loaded = _load_once(target, model, loading)
     if loaded is None:
         return
-    learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
+    learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name), settings, target)
     terminal.result(str(target))
 
 

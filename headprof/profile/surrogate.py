@@ -23,8 +23,8 @@ from headprof.errors import ProfileError
 from headprof.models.fingerprints import are_alike, weights_fingerprints
 from headprof.models.rotary import Rotary
 from headprof.models.shape import HeadShape
+from headprof.profile.commands import surrogate_command
 from headprof.profile.finding import profile_dirs, profile_filename
-from headprof.profile.head_profile import score_command
 from headprof.utils.files import atomic_write
 from headprof.utils.records import parse_json, parse_object, plain
 from headprof.utils.tensor_files import (
@@ -197,16 +197,20 @@ class Surrogate:
             temporary.write_bytes(content)
 
     @classmethod
-    def load(cls, path: str | Path) -> Surrogate:
+    def load(cls, path: str | Path, given: str | None = None) -> Surrogate:
         """Read a surrogate and check it, for whatever model it is.
+
+        Args:
+            path: the file.
+            given: how the user named the model, for the command in messages.
 
         Raises:
             ProfileError: the file is missing, damaged, altered, no surrogate or of another version.
         """
         path = Path(path)
-        with open_tensors(path, "surrogate", f"run `{surrogate_command(None)}`", ProfileError) as file:
+        with open_tensors(path, "surrogate", f"run `{surrogate_command(given)}`", ProfileError) as file:
             metadata = file.metadata
-            mend = f"run `{surrogate_command(_named(metadata))}`"
+            mend = f"run `{surrogate_command(given or _named(metadata))}`"
             _check_format(path, metadata, mend)
             try:
                 shape = _shape_of(metadata)
@@ -258,11 +262,6 @@ def standardized(features: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return ((features - mean[:, None]) / scale[:, None]).clamp(-_FARTHEST, _FARTHEST)
 
 
-def surrogate_command(model_name: str | None) -> str:
-    """The command that makes a surrogate of `model_name`, as the user would type it."""
-    return f"{score_command(model_name)} --surrogate"
-
-
 def surrogate_path(profile: Path) -> Path:
     """Where a surrogate is kept: `NAME.surrogate.safetensors` beside the profile `NAME.safetensors`."""
     return profile.with_name(f"{profile.name.removesuffix('.safetensors')}{SUFFIX}")
@@ -302,7 +301,7 @@ def load_surrogate(loaded: LoadedModel, explicit: Path | None = None, profile: P
         ProfileError: there is none, it is damaged, or it is for another model.
     """
     given = loaded.given or loaded.name
-    surrogate = Surrogate.load(find_surrogate(loaded.name, explicit, loaded.given, profile))
+    surrogate = Surrogate.load(find_surrogate(loaded.name, explicit, loaded.given, profile), given)
     surrogate.check_model(loaded.model, loaded.shape, given)
     return surrogate
 

@@ -192,5 +192,5 @@ def reconstruction_profile(
         "command": command,
     }
     grid = torch.zeros(loaded.shape.num_layers, loaded.shape.num_heads)
-    empty = HeadProfile(loaded.name, loaded.shape, {RECONSTRUCTION: grid}, metadata=metadata)
+    empty = HeadProfile(loaded.name, loaded.shape, {RECONSTRUCTION: grid}, metadata=metadata, given=loaded.given)
     return with_reconstruction(empty, loaded, settings, command=command, on_text=on_text)
