@@ -12,7 +12,14 @@ from headprof.cli.command import command
 from headprof.cli.context import terminal
 from headprof.cli.options import KIND, MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
-from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
+from headprof.cli.tables.profile import (
+    family_accuracy,
+    found_profiles,
+    learned_budgets,
+    overlaps,
+    profile_facts,
+    ranked_heads,
+)
 from headprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -177,6 +184,8 @@ def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int,
         terminal.json(describe_profile(path, profile, kinds, top))
         return
     tables: list[tuple[Any, ...]] = [family_accuracy(profile)] if profile.accuracy else []
+    learned = learned_budgets(profile)
+    tables += [learned] if learned is not None else []
     tables += [ranked_heads(profile, kind, top) for kind in kinds]
     facts = profile_facts(profile, path)
     width = max(len(name) for name, _ in facts)

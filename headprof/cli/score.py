@@ -15,7 +15,7 @@ from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileO
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.reconstruction import LearningOptions, add_reconstruction, calibration, holds, learn, without_probes
 from headprof.cli.surrogate import fit, fit_settings
-from headprof.cli.tables.profile import ranked_heads
+from headprof.cli.tables.profile import learned_budgets, ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
 from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
@@ -201,6 +201,8 @@ def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> Score
 def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
     for kind in profile.scores:
         terminal.table(*ranked_heads(profile, kind, 5))
+    if (learned := learned_budgets(profile)) is not None:
+        terminal.table(*learned)
     if reason := profile.metadata.get("no_write_scores"):
         terminal.remark(reason)
     if stopping:

@@ -21,6 +21,7 @@ from torch import Tensor
 from headprof.errors import ModelError
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.learning import NOTE
 from headprof.scoring.averages import Mean
 from headprof.scoring.calibration import CalibrationSettings, repeated_documents
 from headprof.scoring.repetition import RepeatedLayer, repeat_document
@@ -168,7 +169,7 @@ def with_reconstruction(
         scores={**profile.scores, RECONSTRUCTION: learned.scores.scores},
         standard_errors=tables[0],
         intervals=tables[1],
-        metadata={**profile.metadata, "reconstruction": json.dumps(learned.made | {"command": command})},
+        metadata={**profile.metadata, NOTE: json.dumps(learned.made | {"command": command})},
     )
 
 
