@@ -296,10 +296,22 @@ class KeepOptions:
         bool, typer.Option("--keep-system/--no-keep-system", help="Whether every head keeps the system message.")
     ] = True
 
-    def keeping(self) -> Keeping:
-        """The same, to be looked for."""
+    def keeping(self, given: Sequence[str]) -> Keeping:
+        """The same, to be looked for.
+
+        Args:
+            given: those of these options that were given on the command line.
+
+        Raises:
+            UsageError: a system message is to be kept, or not, where there is none.
+        """
         from headprof.compression.keeping import Keeping
 
+        if "--keep-system" in given and self.system is None:
+            raise UsageError(
+                "There is no system message to be kept or not: add --system, or leave --keep-system and "
+                "--no-keep-system away."
+            )
         return Keeping(tuple(self.keep or ()), self.system, self.keep_system)
 
 
