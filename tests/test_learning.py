@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from support.commands import headprof
 from support.profiles import random_profile, random_shares, small_profile
 from support.tiny_models import save_tiny, tiny_model
@@ -143,3 +144,69 @@ def test_score_ends_with_what_was_learned(place, way):
         weight = learning.mixes[number] if number < len(learning.mixes) else 0
         assert any(f"{line} ".startswith(f"{share} {weight:g} ") for line in lines)
     assert done.stdout.strip() == "new.safetensors"
+
+
+# A run for more probes.
+
+
+SCORE = ("score", "--model", "tiny", *PROBES, "-o", "p.safetensors")
+
+
+def scored(place, notes, **parts):
+    """A profile from probes with what was learned in it, as written; `notes` say how."""
+    done = headprof(place, *SCORE)
+    assert done.returncode == 0, done.stderr
+    made, drawn = HeadProfile.load(place / "p.safetensors"), random_profile(tiny_model())
+    scores = {**made.scores, "reconstruction": drawn.scores["retrieval"]}
+    errors = {**made.standard_errors, "reconstruction": drawn.scores["reasoning"]}
+    metadata = {**made.metadata, **({} if notes is None else {NOTE: json.dumps(notes)})}
+    parts = {"scores": scores, "standard_errors": errors, "kept_shares": drawn.kept_shares} | parts
+    profile = replace(made, metadata=metadata, **parts)
+    profile.save(place / "p.safetensors")
+    return profile
+
+
+@pytest.mark.parametrize("notes", [None, NOTES, MIXED | {"mixes": [0, 0]}])
+def test_more_probes_leave_what_was_learned(place, notes):
+    before = scored(place, notes)
+    done = headprof(place, *SCORE, "--resume", "--probes", "8")
+    assert done.returncode == 0 and "What p.safetensors has learned from repeated texts stays in it." in done.stderr
+    after = HeadProfile.load(place / "p.safetensors")
+    assert torch.equal(after.kept_shares, before.kept_shares)
+    assert torch.equal(after.scores["reconstruction"], before.scores["reconstruction"])
+    assert torch.equal(after.standard_errors["reconstruction"], before.standard_errors["reconstruction"])
+    assert after.metadata.get(NOTE) == before.metadata.get(NOTE)
+    assert sum(after.probes_used.values()) > sum(before.probes_used.values())
+    (place / "p.safetensors").unlink()
+    assert headprof(place, *SCORE, "--resume", "--probes", "8").returncode == 0
+    alone = HeadProfile.load(place / "p.safetensors")
+    assert alone.kinds == tuple(kind for kind in after.kinds if kind != "reconstruction") and alone.kept_shares is None
+    assert all(torch.equal(alone.scores[kind], after.scores[kind]) for kind in alone.kinds)
+
+
+def test_scores_are_learned_without_budgets_too(place):
+    before = scored(place, None, kept_shares=None)
+    assert headprof(place, *SCORE, "--resume", "--probes", "8").returncode == 0
+    after = HeadProfile.load(place / "p.safetensors")
+    assert torch.equal(after.scores["reconstruction"], before.scores["reconstruction"]) and after.kept_shares is None
+
+
+def test_budgets_that_were_mixed_are_learned_again_or_kept_as_they_are(place):
+    scored(place, MIXED)
+    before = (place / "p.safetensors").read_bytes()
+    done = headprof(place, *SCORE, "--resume", "--probes", "8")
+    assert done.returncode == 2 and "add --reconstruction to learn them again, or move that file away" in done.stderr
+    assert (place / "p.safetensors").read_bytes() == before
+    learn = ("--resume", "--probes", "8", "--reconstruction", "--texts", "1", "--text-lengths", "320")
+    assert headprof(place, *SCORE, *learn).returncode == 0
+    learning = Learning.of(HeadProfile.load(place / "p.safetensors").metadata)
+    assert learning.texts == 1 and learning.probes == 1
+
+
+@pytest.mark.parametrize("other", [{"model_name": "other"}, {"layers": 3}])
+def test_what_another_model_has_learned_does_not_stay(place, other):
+    model = tiny_model(layers=other.get("layers", 2))
+    replace(random_profile(model), model_name=other.get("model_name", "tiny")).save(place / "p.safetensors")
+    done = headprof(place, *SCORE, "--resume")
+    assert done.returncode == 0 and "The budgets learned for p.safetensors go with it" in done.stderr
+    assert HeadProfile.load(place / "p.safetensors").kept_shares is None

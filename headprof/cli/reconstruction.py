@@ -219,6 +219,28 @@ def show_learned(profile: HeadProfile) -> None:
         terminal.table(*table)
 
 
+def learned_before(target: Path, model: str | None) -> HeadProfile | None:
+    """A model's profile that a resumed run replaces, if it has learned from repeated texts what can stay.
+
+    Raises:
+        UsageError: its budgets are mixed by reasoning scores, which the run finds anew.
+    """
+    from headprof.models.finding import model_name
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.learning import is_mixed
+    from headprof.scoring.reconstruction import RECONSTRUCTION
+
+    if not holds(target, lambda profile: profile.model_name == model_name(model)):
+        return None
+    earlier = HeadProfile.load(target)
+    if earlier.kept_shares is not None and is_mixed(earlier.metadata):
+        raise UsageError(
+            f"The budgets learned for {target} are mixed with headkv-r2's by reasoning scores that this run finds "
+            "anew: add --reconstruction to learn them again, or move that file away."
+        )
+    return earlier if earlier.kept_shares is not None or RECONSTRUCTION in earlier.scores else None
+
+
 def holds(target: Path, something: Callable[[HeadProfile], bool]) -> bool:
     """Whether a profile that holds something is there, which this run would replace by one without."""
     from headprof.profile.head_profile import HeadProfile
