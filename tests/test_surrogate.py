@@ -25,7 +25,9 @@ from headprof.errors import CacheError, HeadprofError, ProfileError, UsageError
 from headprof.models.decoder import sliding_windows
 from headprof.models.rotary import rotary_of
 from headprof.profile.finding import list_profiles, user_profile_dir
-from headprof.profile.surrogate import RowFeatures, Surrogate, find_surrogate, surrogate_path
+from headprof.profile.finding_surrogate import find_surrogate, surrogate_path
+from headprof.profile.row_features import RowFeatures
+from headprof.profile.surrogate import Surrogate
 from headprof.scoring.calibration import CalibrationSettings
 from headprof.scoring.repetition import repeat_document
 from headprof.scoring.surrogate_fit import fit_heads, fit_surrogate

@@ -114,7 +114,7 @@ def bench_generate(
         head_profile = random_profile(loaded.shape, seed)
         surrogate = random_surrogate(loaded.model, loaded.shape, seed) if request.needs_surrogate else None
     else:
-        from headprof.profile.surrogate import load_surrogate
+        from headprof.profile.finding_surrogate import load_surrogate
 
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
         surrogate = load_surrogate(loaded, profile=profile) if request.needs_surrogate else None

@@ -17,8 +17,8 @@ from headprof.errors import ProfileError, UsageError
 from headprof.models.finding import model_name
 from headprof.models.loading import LoadedModel
 from headprof.profile.finding import find_profile, load_profile
+from headprof.profile.finding_surrogate import load_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import load_surrogate
 
 AUTO = "auto"
 """In place of a method: what `document_method` chooses."""

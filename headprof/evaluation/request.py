@@ -23,8 +23,9 @@ from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
 from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
+from headprof.profile.finding_surrogate import load_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import Surrogate, load_surrogate
+from headprof.profile.surrogate import Surrogate
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,9 @@ from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import find_model, model_name
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import find_profile
+from headprof.profile.finding_surrogate import find_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import Surrogate, find_surrogate
+from headprof.profile.surrogate import Surrogate
 
 try:
     from lm_eval.api.registry import register_model
