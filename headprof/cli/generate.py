@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +46,7 @@ def generate(
     *,
     context: typer.Context,
     model: Model = None,
-    compressing: CompressOptions,
+    compressing: CompressOptions = CompressOptions(method="auto"),
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file: the context of the question.")] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="Compressed document (.kv.safetensors), instead of --file.")
@@ -90,6 +90,7 @@ def generate(
     from headprof.compression.generation import check_temperature
     from headprof.compression.inputs import check_asking, check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
+    from headprof.compression.request import AUTO, question_method
 
     given = given_options(context, CompressOptions, KeepOptions, MethodOptions)
     check_sources(file, cache, compare, given)
@@ -97,6 +98,9 @@ def generate(
     if questions is None and given_options(context, "batch"):
         raise UsageError("A single question is no batch: leave --batch away, or give a file of --questions.")
     check_temperature(temperature)
+    if compressing.method == AUTO:
+        method = "headkv-r2" if cache is not None else question_method(model, compressing.profile)
+        compressing = replace(compressing, method=method)
     request = compression_request(compressing, tuning, decoding, reading, given)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if cache is not None and questions is not None:

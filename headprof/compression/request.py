@@ -10,7 +10,7 @@ from typing import Any
 from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.table import Method, find_method
+from headprof.compression.methods.table import TUNED, Method, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
 from headprof.errors import ProfileError, UsageError
@@ -19,9 +19,26 @@ from headprof.models.loading import LoadedModel
 from headprof.profile.finding import find_profile, load_profile
 from headprof.profile.finding_surrogate import load_surrogate
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.tuned import NOTE
 
 AUTO = "auto"
-"""In place of a method: what `document_method` chooses."""
+"""In place of a method: what `question_method` or `document_method` chooses."""
+
+
+def question_method(model: str | None, profile: Path | None) -> str:
+    """The method by which a prompt is compressed that ends with its question, when the user names none.
+
+    It is HeadKV-R2, with the parameters that serve the model best if its profile holds them.
+
+    Args:
+        model: as the user names it; `None` for the embedded one.
+        profile: file of the head profile; `None` to find the model's own.
+    """
+    try:
+        tuned = NOTE in HeadProfile.load(find_profile(model_name(model), profile, model)).metadata
+    except ProfileError:  # of which the plan tells, once it is asked for one
+        tuned = False
+    return TUNED if tuned else "headkv-r2"
 
 
 def document_method(model: str | None, profile: Path | None, observe: str | None) -> str:

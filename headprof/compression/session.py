@@ -14,7 +14,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.hook import attending
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
-from headprof.compression.methods.table import Method, find_method, name_of
+from headprof.compression.methods.table import TUNED, Method, find_method, name_of, parse_settings
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -24,6 +24,7 @@ from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command
+from headprof.profile.tuned import tuned_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,9 @@ def make_plan(
     Args:
         model: the model whose cache is to be compressed, or a wrapper around it: `torch.compile`'s, an adapter of PEFT.
         profile: its head profile, for methods that need one.
-        method: a name in `METHODS` or of an installed package's method, or a `Method` itself.
+        method: a name in `METHODS` or of an installed package's method, or a `Method` itself. Where the profile says
+            what parameters it has (`headkv-tuned`), those in the name, `options`, and those of a `Method` that are not
+            the table's, stay as they are.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
         decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
         surrogate: fitted to the model, for methods that judge rows by one (`kvzap`); `load_surrogate` finds it.
@@ -63,7 +66,7 @@ def make_plan(
     if not isinstance(method, str | Method):
         raise UsageError(f"{method!r} is no method: give a name or a headprof.Method.")
     base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
-    chosen = base.with_options(**options)
+    chosen = _tuned(base, method, profile).with_options(**options)
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
@@ -84,6 +87,27 @@ def make_plan(
         buffer=buffer,
         windows=sliding_windows(model.config),
     )
+
+
+def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> Method:
+    """A method with the parameters that serve the profile's model best, if it is one that has these.
+
+    Args:
+        method: as it was made.
+        given: its name, with the parameters that the user gave there, or itself.
+        profile: the model's.
+
+    Raises:
+        ProfileError: the profile is not tuned.
+    """
+    if not method.budget.tuned or profile is None:
+        return method
+    if isinstance(given, str):
+        fixed = parse_settings(given.split(":")[1:])
+    else:
+        usual = find_method(TUNED).options()
+        fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
+    return method.with_options(**{**tuned_options(profile), **fixed})
 
 
 def _budget_scores(

@@ -22,3 +22,8 @@ def score_command(model: str | None, kind: str = "", profile: Path | None = None
 def surrogate_command(model: str | None) -> str:
     """The command that makes a model's surrogate; `model` as for `score_command`."""
     return f"{score_command(model)} --surrogate"
+
+
+def tune_command(model: str | None) -> str:
+    """The command that looks for the parameters that serve a model best; `model` as for `score_command`."""
+    return f"headprof tune --model {shlex.quote(model) if model else 'MODEL'}"

@@ -14,6 +14,8 @@ from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command
 from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
 from headprof.profile.kept_shares import kept_shares_fault
+from headprof.profile.tuned import NOTE as TUNED_NOTE
+from headprof.profile.tuned import Tuned
 from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
 from headprof.utils.records import is_whole, parse_json, parse_object, plain
@@ -162,12 +164,15 @@ class HeadProfile:
         ]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the model's shape, scores and learned budgets: equal for two that allot budgets alike."""
+        """SHA-256 (hex) of the model's shape, scores, learned budgets and tuned parameters: equal for two that serve
+        methods alike."""
         sha = hashlib.sha256(json.dumps(self.shape.to_dict(), sort_keys=True).encode())
         for kind in self.kinds:
             sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
         if self.kept_shares is not None:
             sha.update(_KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
+        if (tuned := Tuned.of(self.metadata)) is not None:
+            sha.update(TUNED_NOTE.encode() + json.dumps(tuned.options, sort_keys=True).encode())
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:

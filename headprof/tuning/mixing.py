@@ -17,19 +17,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headprof.compression.cache.head_cache import HeadCache, stack_caches
-from headprof.compression.continuing import ReferenceRun, fed_reference
-from headprof.compression.filling import read_document_into
 from headprof.compression.methods.allocation import normalized, water_filled
 from headprof.compression.methods.budget import ProfileBudget
 from headprof.compression.observers import repeating_observers
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.session import attending_ragged, make_plan
+from headprof.compression.session import make_plan
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.learning import NOTE
+from headprof.tuning.trials import divergences
 from headprof.utils.records import parse_object
 
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -152,18 +150,9 @@ def with_mixing(
     return replace(profile, kept_shares=kept, metadata={**profile.metadata, NOTE: json.dumps(noted)})
 
 
-@torch.inference_mode()
 def _divergences(loaded: LoadedModel, plans: Sequence[CompressionPlan], context: ProbeContext) -> Iterator[list[float]]:
     """Of each probe of a context, how far the cache of each plan is from the first one's."""
     document = list(context.context_ids)
-    method = plans[-1].method
-    observers = repeating_observers(loaded, PromptEncoder(loaded.tokenizer), document, method)
-    caches = [HeadCache(plan.for_observers(len(observers))) for plan in plans]
-    with attending_ragged(loaded.model):
-        read_document_into(loaded.model, caches, document, observers)
-        for probe in context.probes:
-            run = ReferenceRun(len(caches), full=0)
-            tail = [*probe.asked_ids, *probe.reply_ids]
-            for logits, wanted in fed_reference(loaded, stack_caches(caches), tail, probe.answer_ids):
-                run.add(logits, wanted)
-            yield run.divergence or [0.0] * len(caches)
+    observers = repeating_observers(loaded, PromptEncoder(loaded.tokenizer), document, plans[-1].method)
+    asked = [((*probe.asked_ids, *probe.reply_ids), probe.answer_ids) for probe in context.probes]
+    return divergences(loaded, plans, document, observers, asked)

@@ -31,6 +31,9 @@ class BudgetPolicy(Protocol):
     goes_by_share: bool = False
     """Whether heads' shares of a budget depend on what share of the context it is."""
 
+    tuned: bool = False
+    """Whether the profile says which parameters the method has (`headprof.profile.tuned`)."""
+
     @property
     def profile_scores(self) -> str | None:
         """What it needs of a profile: a kind of score, `LEARNED` budgets (`LearnedBudget`), or `None`."""
@@ -193,3 +196,10 @@ class ProfileBudget(BudgetPolicy):
             temperature=self.temperature,
             minimum=self.minimum,
         )
+
+
+@dataclass(frozen=True)
+class TunedBudget(ProfileBudget):
+    """As `ProfileBudget`, of a method whose parameters were tuned to the model, those of its importance too."""
+
+    tuned = True

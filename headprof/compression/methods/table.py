@@ -15,6 +15,7 @@ from headprof.compression.methods.budget import (
     BudgetPolicy,
     ProfileBudget,
     PyramidBudget,
+    TunedBudget,
     UniformBudget,
 )
 from headprof.compression.methods.expected_attention import ExpectedAttention
@@ -214,11 +215,15 @@ _EMS = GlobalLocal(**asdict(_TUNED), combine="sum", balance=2.0, emphasis=1.0)
 # Keys stay as they are: an average of keys at different positions is no key of any (README, "Evict, then merge").
 _MERGE = EvictThenMerge(threshold=0.4, merge_keys=False)
 
+TUNED = "headkv-tuned"
+"""HeadKV-R2 with the parameters that a profile holds."""
+
 METHODS: dict[str, Method] = {
     "full": Method(KeepAll()),
     "snapkv": Method(_SNAPKV, UniformBudget(), Evict()),
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
+    TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
     "ems": Method(_EMS, UniformBudget(), _MERGE),
     "headkv-ems": Method(
         replace(_EMS, balance=0.15, emphasis=10.0), ProfileBudget("reasoning"), replace(_MERGE, coverage=0.5)

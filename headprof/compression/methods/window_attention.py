@@ -35,6 +35,8 @@ class WindowAttention(Importance):
             square, one query or head that looks hard at a token outweighs many that glance.
         ramp: count the observing queries by their order, 1 for the oldest up to `window` for the last; padding is not
             among them, so that a short prompt is judged in a batch as it is alone.
+        shared: average the scores over the KV heads of the layer too, as TOVA does: what some of them look at matters
+            to all.
     """
 
     window: int = 16
@@ -42,6 +44,7 @@ class WindowAttention(Importance):
     pooling: str = "max"
     power: float = 1.0
     ramp: bool = False
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -78,6 +81,11 @@ class WindowAttention(Importance):
 
     def attention(self, observed: Observation) -> Tensor:
         """Each row's mean attention, before pooling, float32 `[B, K, T]`."""
+        attention = self._of_heads(observed)
+        return over_heads(attention, observed) if self.shared else attention
+
+    def _of_heads(self, observed: Observation) -> Tensor:
+        """`attention` with each KV head for itself."""
         window = min(self.window, observed.keys.shape[2] if observed.is_prompt else observed.queries.shape[2])
         if 0 < window <= observed.queries.shape[2] and serves(observed.queries):
             return self._by_kernel(observed, window)
@@ -180,14 +188,18 @@ class LastQuery(Importance):
     queries = 1
 
     def score(self, observed: Observation) -> Tensor:
-        attention = _LAST.attention(observed)
-        if observed.is_prompt:
-            return attention.mean(dim=1, keepdim=True).expand(attention.shape)
-        index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
-        total, heads = attention.new_zeros(2, *index.shape)
-        total.scatter_add_(1, index, (attention * valid).flatten(1))
-        heads.scatter_add_(1, index, valid.flatten(1))
-        return (total / heads.clamp(min=1)).gather(1, index).view(attention.shape)
+        return over_heads(_LAST.attention(observed), observed)
+
+
+def over_heads(scores: Tensor, observed: Observation) -> Tensor:
+    """Each row's mean score over the KV heads that hold its token, the same for all of them, float32 `[B, K, T]`."""
+    if observed.is_prompt:
+        return scores.mean(dim=1, keepdim=True).expand(scores.shape)
+    index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
+    total, heads = scores.new_zeros(2, *index.shape)
+    total.scatter_add_(1, index, (scores * valid).flatten(1))
+    heads.scatter_add_(1, index, valid.flatten(1))
+    return (total / heads.clamp(min=1)).gather(1, index).view(scores.shape)
 
 
 _LAST = WindowAttention(window=1, kernel=1)

@@ -1,0 +1,37 @@
+"""The table of `headprof tune`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from headprof.cli.tables.cells import Rows
+from headprof.profile.tuned import Tuned
+
+if TYPE_CHECKING:
+    from headprof.profile.head_profile import HeadProfile
+
+
+def tuned_parameters(profile: HeadProfile) -> tuple[list[str], Rows, str]:
+    """What serves the profile's model best, and what is lost with it and without."""
+    tuned = Tuned.of(profile.metadata)
+    assert tuned is not None
+    rows = [["headkv-r2", "as it is", f"{tuned.usual_loss:.1%}"]]
+    if tuned.options:
+        rows.append(["headkv-tuned", described(tuned), f"{tuned.loss:.1%}"])
+    budgets = ", ".join(map(str, tuned.budgets))
+    title = (
+        f"Of the right answers' probability is lost, on {tuned.probes} probes of {tuned.length} tokens, at budgets of "
+        f"{budgets}"
+    )
+    if not tuned.options:
+        title += "; no other parameters were better"
+    return ["method", "parameters", "lost"], rows, title
+
+
+def described(tuned: Tuned) -> str:
+    """The parameters as `--set` takes them."""
+    return " ".join(f"{name}={_shown(value)}" for name, value in tuned.options.items()) or "as headkv-r2"
+
+
+def _shown(value: bool | int | float | str) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

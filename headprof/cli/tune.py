@@ -1,0 +1,107 @@
+"""`headprof tune`, and what `headprof score` does of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headprof.cli.command import command
+from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.options import LoadOptions, Model, ProfileFile, ProfileOutput, Seed
+from headprof.cli.outputs import check_outputs, model_inputs
+from headprof.cli.tables.tune import tuned_parameters
+from headprof.errors import UsageError
+from headprof.utils.units import parse_length
+
+if TYPE_CHECKING:
+    from headprof.models.loading import LoadedModel
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.tuning.judging import TuneSettings
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What parameters are tried on."""
+
+    budgets: Annotated[str, typer.Option(help="Tokens per KV head that count alike, with commas.")] = "16,32,64"
+    length: Annotated[str, typer.Option(help="Tokens of a prompt, such as 1k.")] = "1k"
+
+
+@command
+def tune(
+    *,
+    profile: ProfileFile = None,
+    model: Model = None,
+    trying: TuneOptions,
+    seed: Seed = 5,
+    output: ProfileOutput = None,
+    loading: LoadOptions,
+) -> None:
+    """Find the parameters of headkv-r2 that serve a model best, and keep them in its profile, for headkv-tuned.
+
+    Who judges a prompt's tokens, and how closely budgets follow the scores of heads, is tried on needle probes of the
+    half that profiles are made from. The profile is replaced, unless -o names another file. headprof score does the
+    same with what is built in, unless --no-tune says not to.
+
+    [dim]headprof tune
+    headprof tune --model meta-llama/Meta-Llama-3-8B-Instruct --budgets 64,128,256 --length 8k[/]
+    """
+    from headprof.models.finding import model_name
+    from headprof.profile.finding import default_output, find_profile
+    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.utils.assets import asset_dir
+    from headprof.utils.files import check_writable
+
+    settings = _settings(trying, seed)
+    found = find_profile(model_name(model), profile, model)
+    shipped = profile is None and found.resolve().parent == asset_dir("profiles").resolve()
+    target = output or (default_output(model_name(model)) if shipped else found)
+    read = model_inputs(model, loading)
+    check_outputs({target: FORMAT}, read if target == found else chain([found], read))
+    HeadProfile.load(found).scores_of("reasoning")  # complaints come before the weights
+    check_writable(target)
+    team = join_team()
+    team.leave()
+    if team.rank:
+        return
+    loaded = load(model, loading)
+    tuned = tune_profile(loaded, HeadProfile.load(found, loaded.shape, loaded.name), target, settings)
+    terminal.table(*tuned_parameters(tuned))
+    terminal.result(str(target))
+
+
+def _settings(trying: TuneOptions, seed: int) -> TuneSettings:
+    from headprof.tuning.judging import TuneSettings
+
+    budgets = []
+    for text in trying.budgets.split(","):
+        if not text.strip().isdecimal() or not int(text):
+            raise UsageError(f"A budget of {text!r} cannot be tried: give tokens per KV head, such as 16,32,64.")
+        budgets.append(int(text))
+    settings = TuneSettings(budgets=tuple(dict.fromkeys(budgets)), length=parse_length(trying.length), seed=seed)
+    settings.check()
+    return settings
+
+
+def tune_profile(loaded: LoadedModel, profile: HeadProfile, target: Path, settings: TuneSettings) -> HeadProfile:
+    """Write the profile with the parameters that serve its model best, and return it.
+
+    Raises:
+        UsageError: prompts of this length do not fit into the model's context.
+    """
+    from headprof.tuning.judging import with_tuning
+
+    with terminal.progress() as report:
+        tuned = with_tuning(
+            profile,
+            loaded,
+            settings,
+            command=command_line(),
+            on_probe=lambda done, total: report(f"Tuning methods to {loaded.name}", done, total),
+        )
+    tuned.save(target)
+    return tuned
