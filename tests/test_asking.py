@@ -22,10 +22,8 @@ from headprof.errors import ModelError, UsageError
 from headprof.models.prompt_encoder import PromptEncoder
 
 QUESTIONS = ("Who sold rope?", "How many boats, and of which colour, were counted before breakfast?", "Where?")
-COMPRESS = (
-    *("compress", "--model", "tiny", "--file", "document.txt", "--method", "snapkv", "--budget", "24"),
-    *("-o", "d.kv", "--max-new-tokens", "12"),
-)
+SILENT = ("compress", "--model", "tiny", "--file", "document.txt", "--method", "snapkv", "--budget", "24", "-o", "d.kv")
+COMPRESS = (*SILENT, "--max-new-tokens", "12")
 GENERATE = ("generate", "--model", "tiny", "--cache", "d.kv", "--max-new-tokens", "12")
 
 
@@ -36,7 +34,7 @@ def place(tmp_path_factory):
     (folder / "document.txt").write_text(TEXT)
     (folder / "questions.txt").write_text(f"{QUESTIONS[0]}\n\n  {QUESTIONS[1]}\n{QUESTIONS[2]}\r\n", newline="")
     write_jsonl(folder / "questions.jsonl", [{"question": each, "id": n} for n, each in enumerate(QUESTIONS)])
-    done = headprof(folder, *COMPRESS)
+    done = headprof(folder, *SILENT)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -231,3 +229,43 @@ def test_lines_come_as_they_are_typed():
     assert list(typed_lines(raw)) == ["Wo?", "Über?"] and list(typed_lines(None)) == []
     with pytest.raises(UsageError, match="not UTF-8"):
         list(typed_lines(io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n"))))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--batch", "4"), "--batch"),
+        (("--max-new-tokens", "9"), "--max-new-tokens"),
+        (("--batch", "8", "--eager"), "--batch and --eager"),  # its default, but given
+        (("--compile",), "--compile"),
+        (("--backend", "torch", "--max-new-tokens", "9"), "--max-new-tokens and --backend"),
+        (("--max-loss", "0.1", "--eager", "--batch", "2"), "--batch"),
+    ],
+)
+def test_how_to_answer_is_not_said_where_nothing_is_asked(place, tmp_path, options, named):
+    silent = (*SILENT[:-1], str(tmp_path / "new.kv"))
+    if "--max-loss" in options:
+        silent = tuple(word for word in silent if word not in ("--budget", "24"))
+    done = headprof(place, *silent, *options)
+    message = f"Error: Nothing is asked about the document: add --question or --questions, or leave {named} away.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    assert not (tmp_path / "new.kv").exists()
+
+
+def test_a_promise_may_be_measured_as_the_user_says(place, tmp_path):
+    silent = tuple(word for word in SILENT[:-1] if word not in ("--budget", "24"))
+    done = headprof(place, *silent, str(tmp_path / "new.kv"), "--max-loss", "0.5", "--eager", "--backend", "torch")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("questions", [("--prompt", "Who?"), ("--chat",)])
+def test_a_single_question_is_no_batch(place, questions):
+    done = headprof(place, *GENERATE, *questions, "--batch", "4", stdin="Who?")
+    assert done.returncode == 2 and "leave --batch away, or give a file of --questions" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--keep-system", "--no-keep-system"])
+@pytest.mark.parametrize("command", [SILENT, ("generate", "--model", "tiny", "--prompt", "Who?", "--method", "snapkv")])
+def test_there_must_be_a_system_message_to_keep_or_not(place, command, option):
+    done = headprof(place, *command, option)
+    assert done.returncode == 2 and "There is no system message to be kept or not: add --system" in done.stderr

@@ -749,6 +749,8 @@ def test_the_command_prints_a_table_and_keeps_all_figures(tiny_folder, tmp_path,
         (("--shape", "gpt-5"), "gpt-5"),
         (("--shape", "smollm2-135m", "--dtype", "int4"), "There is no dtype 'int4': choose one of auto, float32"),
         (("--methods", "magic"), "There is no method 'magic'"),
+        (("--profile", "absent.safetensors"), "There is no profile file at absent.safetensors"),
+        (("--shape", "smollm2-135m", "--profile", "absent.safetensors"), "leave --profile or --shape away"),
         (("--largest-batch", "--lengths", "40", "--repeats", "1", "--new-tokens", "2"), "CUDA"),
     ],
 )

@@ -129,11 +129,11 @@ def test_a_resumed_run_asks_what_is_missing_and_finds_the_same(after, alone, loa
 def test_an_interrupt_within_a_question_keeps_the_ones_before(alone, loaded, monkeypatch, tmp_path):
     ask, calls = Asker.ask, []
 
-    def third_time_never(self, question):
+    def third_time_never(self, question, **options):
         calls.append(question)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return ask(self, question)
+        return ask(self, question, **options)
 
     monkeypatch.setattr(Asker, "ask", third_time_never)
     with pytest.raises(InterruptedRun, match="answers to 2 questions are kept"):

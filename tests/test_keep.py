@@ -571,9 +571,10 @@ def test_a_file_with_other_marks_is_refused(loaded, tmp_path, marks):
 
 def test_the_command_line_compresses_and_generates_with_them(tiny_folder, tmp_path):
     (tmp_path / "doc.txt").write_text(TEXT, "utf-8")
-    method = ["--model", str(tiny_folder), "--method", "snapkv", "--max-new-tokens", "4"]
+    model = ["--model", str(tiny_folder), "--method", "snapkv"]
+    method = [*model, "--max-new-tokens", "4"]
     given = ["--file", "doc.txt", "--keep", r"/Note \d/", "--keep", "bell"]
-    done = headprof(tmp_path, "compress", *method, *given, "--budget", "30", "--json", "-o", "a.kv.safetensors")
+    done = headprof(tmp_path, "compress", *model, *given, "--budget", "30", "--json", "-o", "a.kv.safetensors")
     assert done.returncode == 0 and json.loads(done.stdout)["protected_tokens"] > 8
     done = headprof(tmp_path, "generate", *method, *given, "--budget", "30", "--prompt", "Who?")
     assert done.returncode == 0

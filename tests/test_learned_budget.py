@@ -428,7 +428,8 @@ def test_a_document_is_compressed_by_what_its_profile_has(tmp_path):
         "--profile",
         "p.safetensors",
     )
-    hint = "The profile has no budgets for learned-kvzip: headprof score --reconstruction learns them."
+    command = "`headprof score --model tiny --reconstruction --add-to p.safetensors`"
+    hint = f"The profile has no budgets for learned-kvzip: {command} learns them."
     for profile, more, method in (
         (with_budgets, (), "learned-kvzip"),
         (with_budgets, ("--set", "mix=0.5"), "learned-kvzip"),

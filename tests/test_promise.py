@@ -209,6 +209,28 @@ def test_a_document_of_a_word_is_kept_whole():
     assert promise.measured_on == {"spans": 0, "questions": 0, "tokens": 0}
 
 
+@pytest.mark.parametrize("keep", ["/(?s).+/", "the"])
+def test_what_is_protected_may_leave_nothing_to_compress(keep):
+    loaded = load_tiny()
+    cache, promise = compress_to_promise(loaded, TEXT, plan_of(loaded), 1e6, questions=1, keep=[keep])
+    tokens, protected = cache.get_seq_length(), max(cache.protected.count(0))
+    if keep == "the":  # few enough
+        assert not promise.keeps_everything and promise.protected_tokens == 0 and promise.remarks() == []
+        return
+    assert promise.keeps_everything and cache.lengths.unique().tolist() == [tokens] and protected > 0.71 * tokens
+    assert promise.remarks() == [
+        f"Of the document's {tokens} tokens {protected} are protected, which leaves too few to compress: everything is "
+        "kept."
+    ]
+
+
+def test_a_short_document_is_short_whatever_is_protected():
+    loaded = load_tiny()
+    tokens = len(PromptEncoder(loaded.tokenizer).document_ids("a"))
+    _, promise = compress_to_promise(loaded, "a", plan_of(loaded, keep_last=tokens), 0.1, keep=["a"])
+    assert promise.remarks() == ["The document is too short to be compressed by this method: everything is kept."]
+
+
 def test_a_document_that_leaves_no_room_for_questions():
     loaded = load_tiny()
     tokens = len(PromptEncoder(loaded.tokenizer).document_ids(TEXT))

@@ -25,7 +25,9 @@ from headprof.errors import CacheError, HeadprofError, ProfileError, UsageError
 from headprof.models.decoder import sliding_windows
 from headprof.models.rotary import rotary_of
 from headprof.profile.finding import list_profiles, user_profile_dir
-from headprof.profile.surrogate import RowFeatures, Surrogate, find_surrogate, surrogate_path
+from headprof.profile.finding_surrogate import find_surrogate, surrogate_path
+from headprof.profile.row_features import RowFeatures
+from headprof.profile.surrogate import Surrogate
 from headprof.scoring.calibration import CalibrationSettings
 from headprof.scoring.repetition import repeat_document
 from headprof.scoring.surrogate_fit import fit_heads, fit_surrogate
@@ -499,6 +501,42 @@ def test_a_surrogate_can_be_named(place):
     missing = headprof(place, *common, "--surrogate", "none.safetensors")
     assert missing.returncode != 0 and missing.stderr.count("\n") <= 3
     assert "headprof score --model model --surrogate" in " ".join(missing.stderr.split())
+
+
+@pytest.mark.parametrize("file", ["none.safetensors", "profiles/model.surrogate.safetensors"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "--file", "report.txt", "--method", "snapkv"),
+        ("compress", "--file", "report.txt", "--method", "headkv-r2", "--max-loss", "0.1"),
+        ("compress", "--file", "report.txt"),
+        ("generate", "--file", "report.txt", "--prompt", "Who?", "--method", "snapkv"),
+        ("eval", "--methods", "snapkv,knorm", "--probes", "2"),
+    ],
+)
+def test_a_surrogate_by_which_nothing_is_judged_is_refused(place, command, file):
+    done = headprof(place, *command, "--model", "model", "--surrogate", file)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "Error: No method that is asked for judges by a surrogate: leave --surrogate away.\n"
+
+
+def test_of_several_methods_one_may_judge_by_the_surrogate(place):
+    evaluate = ("eval", "--model", "model", "--methods", "snapkv,kvzap", "--budgets", "12", "--probes", "2")
+    named = ("--lengths", "400", "--surrogate", "profiles/model.surrogate.safetensors", "-o", "two", "--json")
+    assert headprof(place, *evaluate, *named).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("compress", "--file", "report.txt", "--method", "snapkv"),
+        ("generate", "--prompt", "Who?", "--method", "kvzap"),
+        ("eval", "--methods", "snapkv,knorm", "--probes", "2"),
+    ],
+)
+def test_a_profile_that_is_not_there_is_missed_by_methods_that_need_none(place, command):
+    done = headprof(place, *command, "--model", "model", "--profile", "absent.safetensors")
+    assert done.returncode == 2 and "There is no profile file at absent.safetensors" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

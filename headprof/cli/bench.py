@@ -26,6 +26,7 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables import bench as tables
+from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -96,9 +97,14 @@ def bench_generate(
     headprof bench generate --shape llama-3-8b --lengths 32k --backends triton,varlen --largest-batch[/]
     """
     from headprof.bench.generate import figures, largest_batches, run_bench
+    from headprof.compression.methods.table import find_method
+    from headprof.compression.request import check_named_files
 
     request = _case_request(cases, tuning, decoding, without_full, prefill_chunk=prefill_chunk, seed=seed)
     request.check()
+    if profile is not None and shape is not None:
+        raise UsageError("Random weights have random scores: leave --profile or --shape away.")
+    check_named_files(map(find_method, request.methods), profile, None)
     _check_output(output, model, loading, profile)
     loaded = _load(model, shape, loading)
     head_profile: Any
@@ -108,7 +114,7 @@ def bench_generate(
         head_profile = random_profile(loaded.shape, seed)
         surrogate = random_surrogate(loaded.model, loaded.shape, seed) if request.needs_surrogate else None
     else:
-        from headprof.profile.surrogate import load_surrogate
+        from headprof.profile.finding_surrogate import load_surrogate
 
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
         surrogate = load_surrogate(loaded, profile=profile) if request.needs_surrogate else None

@@ -41,10 +41,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def given_options(context: typer.Context, *groups: type) -> list[str]:
-    """The options of these groups that were given on the command line, as `--name`, in the order of the help."""
-    names = {each.name for group in groups for each in fields(group)}
+def given_options(context: typer.Context, *groups: type | str) -> list[str]:
+    """The options that were given on the command line, as `--name`, in the order of the help.
+
+    Args:
+        context: of the command.
+        groups: those to look at: groups of options, or names of single parameters.
+    """
+    names = {name for group in groups for name in ([group] if isinstance(group, str) else _names(group))}
     return [max(each.opts, key=len) for each in context.command.params if each.name in names and _given(context, each)]
+
+
+def _names(group: type) -> Iterator[str]:
+    return (each.name for each in fields(group))
 
 
 def _given(context: typer.Context, parameter: Any) -> bool:

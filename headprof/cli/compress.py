@@ -82,12 +82,15 @@ def compress(
     from headprof.compression.document import FORMAT, save_document
     from headprof.compression.encoding import encoded_document
     from headprof.compression.generation import compress_document
-    from headprof.compression.inputs import checked_prompt, read_document, read_questions
+    from headprof.compression.inputs import check_answering, checked_prompt, read_document, read_questions
     from headprof.compression.promise import check_promise, compress_to_promise
     from headprof.compression.prompts import document_figures
     from headprof.compression.request import AUTO, document_method
+    from headprof.profile.finding import learning_command
 
-    given = given_options(context, CompressOptions)
+    given = given_options(context, CompressOptions, KeepOptions)
+    answering = ("batch", "max_new_tokens", *(() if max_loss is not None else ("backend", "eager", "compiles")))
+    check_answering(given_options(context, *answering), question is not None or questions is not None)
     check_promise(max_loss, given)
     if compressing.method.startswith(f"{AUTO}:"):
         raise UsageError("Parameters of the method that is chosen for you go with --set, such as --set segment=1024.")
@@ -98,7 +101,7 @@ def compress(
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
     asked += read_questions(questions, sys.stdin) if questions is not None else []
-    wanted = keeping.keeping()
+    wanted = keeping.keeping(given)
     wanted.check(document)
     target = output or Path(f"{file.stem}.kv.safetensors")
     read = chain(
@@ -129,7 +132,8 @@ def compress(
     for remark in promise.remarks() if promise else ():
         terminal.remark(remark)
     if chosen and request.method == "headkv-kvzip":
-        terminal.remark("The profile has no budgets for learned-kvzip: headprof score --reconstruction learns them.")
+        command = learning_command(loaded.name, request.profile, loaded.given)
+        terminal.remark(f"The profile has no budgets for learned-kvzip: `{command}` learns them.")
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

@@ -18,6 +18,7 @@ from headprof.cli.options import (
     DecodingOptions,
     Eager,
     JsonFlag,
+    Keep,
     LoadOptions,
     MethodOptions,
     Model,
@@ -149,6 +150,7 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Begin with the answers kept there from before.")] = False,
     json: JsonFlag = False,
     observe: Observe = None,
+    keep: Keep = None,
     surrogate: Surrogate = None,
     tuning: MethodOptions,
     decoding: DecodingOptions,
@@ -164,12 +166,13 @@ def evaluate(
     headprof eval --preset standard --query-agnostic --budgets 128,256
     headprof eval --tasks multi --query-agnostic --budgets 128,256
     headprof eval --tasks ruler --lengths 4k --query-agnostic --compression-ratio 0.5,0.75 --data-dir questions
+    headprof eval --tasks longbench/hotpotqa --query-agnostic --keep "/Passage [0-9]+:/"
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
     from headprof.evaluation.run import EvalRun
 
     request = _request(what, caches, data, seed, observe, tuning, decoding)
-    request = replace(request, surrogate=surrogate, profile=profile)
+    request = replace(request, surrogate=surrogate, profile=profile, keep=tuple(keep or ()))
     needs_profile = request.check()
     _check_outputs(output, model, profile, data, loading, surrogate)
     team = join_team()

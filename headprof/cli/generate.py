@@ -32,6 +32,7 @@ from headprof.cli.options import (
 )
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.generate import runs
+from headprof.errors import UsageError
 
 if TYPE_CHECKING:
     from headprof.compression.generation import Generation
@@ -93,6 +94,8 @@ def generate(
     given = given_options(context, CompressOptions, KeepOptions, MethodOptions)
     check_sources(file, cache, compare, given)
     check_asking(prompt, questions, chat, cache, save)
+    if questions is None and given_options(context, "batch"):
+        raise UsageError("A single question is no batch: leave --batch away, or give a file of --questions.")
     check_temperature(temperature)
     request = compression_request(compressing, tuning, decoding, reading, given)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -105,7 +108,7 @@ def generate(
     document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
-    wanted = keeping.keeping()
+    wanted = keeping.keeping(given)
     wanted.check(document, question)
     loaded = load(model, loading)
     if cache is not None:

@@ -84,6 +84,15 @@ Observe = Annotated[
 ]
 
 
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be repeated.",
+    ),
+]
+
+
 def _method_help() -> str:
     *names, last = method_names()
     return f"{', '.join(names)} or {last}: what is kept. Parameters may follow: ems:mass=false."
@@ -278,14 +287,7 @@ class DecodingOptions:
 class KeepOptions:
     """What no method may evict, and the system message."""
 
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--keep",
-            help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be "
-            "repeated.",
-        ),
-    ] = None
+    keep: Keep = None
     system: Annotated[
         str | None,
         typer.Option("--system", help="System message, kept by every head. Default: the template's own."),
@@ -294,10 +296,22 @@ class KeepOptions:
         bool, typer.Option("--keep-system/--no-keep-system", help="Whether every head keeps the system message.")
     ] = True
 
-    def keeping(self) -> Keeping:
-        """The same, to be looked for."""
+    def keeping(self, given: Sequence[str]) -> Keeping:
+        """The same, to be looked for.
+
+        Args:
+            given: those of these options that were given on the command line.
+
+        Raises:
+            UsageError: a system message is to be kept, or not, where there is none.
+        """
         from headprof.compression.keeping import Keeping
 
+        if "--keep-system" in given and self.system is None:
+            raise UsageError(
+                "There is no system message to be kept or not: add --system, or leave --keep-system and "
+                "--no-keep-system away."
+            )
         return Keeping(tuple(self.keep or ()), self.system, self.keep_system)
 
 

@@ -47,7 +47,7 @@ def profile_input(model: str | None, profile: Path | None, surrogate: Path | Non
     """The files of the profile and of the surrogate that go with a model; nothing if there is none."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import find_profile
-    from headprof.profile.surrogate import find_surrogate
+    from headprof.profile.finding_surrogate import find_surrogate
 
     with suppress(HeadprofError):
         yield find_profile(model_name(model), profile)

@@ -12,7 +12,14 @@ from headprof.cli.command import command
 from headprof.cli.context import terminal
 from headprof.cli.options import KIND, MOST, JsonFlag, Model, ProfileOutput, TrustRemoteCode
 from headprof.cli.outputs import check_outputs, model_inputs
-from headprof.cli.tables.profile import family_accuracy, found_profiles, overlaps, profile_facts, ranked_heads
+from headprof.cli.tables.profile import (
+    family_accuracy,
+    found_profiles,
+    learned_budgets,
+    overlaps,
+    profile_facts,
+    ranked_heads,
+)
 from headprof.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,14 +84,12 @@ def show(
     headprof profile show mine.safetensors full_attention_heads.tsv[/]
     """
     from headprof.profile.comparing import compare_profiles
-    from headprof.profile.finding import locate_profile
-    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.finding import load_located, locate_profile
     from headprof.profile.interchange import beside
 
     if form is not None and other is None:
         raise UsageError("A --format is that of a file to compare with: name it after the profile.")
-    path = locate_profile(profile)
-    first = HeadProfile.load(path)
+    path, first = load_located(profile)
     if other is None:
         _show_profile(path, first, which, top, json)
         return
@@ -159,13 +164,14 @@ def export(
 
     [dim]headprof profile export SmolLM2-135M-Instruct heads.json --which reasoning[/]
     """
-    from headprof.profile.finding import locate_profile
+    from headprof.profile.finding import locate_profile, names_file
     from headprof.profile.head_profile import FORMAT
     from headprof.profile.interchange import export_profile
 
     path = locate_profile(profile)
+    given = None if names_file(profile) else profile
     check_outputs({output: FORMAT if output.suffix == ".safetensors" else None}, [path])
-    export_profile(path, output, which)
+    export_profile(path, output, which, given)
     terminal.result(str(output))
 
 
@@ -178,6 +184,8 @@ def _show_profile(path: Path, profile: HeadProfile, which: str | None, top: int,
         terminal.json(describe_profile(path, profile, kinds, top))
         return
     tables: list[tuple[Any, ...]] = [family_accuracy(profile)] if profile.accuracy else []
+    learned = learned_budgets(profile)
+    tables += [learned] if learned is not None else []
     tables += [ranked_heads(profile, kind, top) for kind in kinds]
     facts = profile_facts(profile, path)
     width = max(len(name) for name, _ in facts)

@@ -15,7 +15,7 @@ import typer
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST_PROBES, LoadOptions
 from headprof.cli.outputs import check_outputs, model_inputs
-from headprof.cli.tables.profile import ranked_heads
+from headprof.cli.tables.profile import learned_budgets, ranked_heads
 from headprof.errors import HeadprofError, ProfileError, UsageError
 from headprof.utils.units import parse_lengths
 
@@ -119,11 +119,12 @@ def add_reconstruction(
     from headprof.profile.head_profile import FORMAT, HeadProfile
 
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
-    HeadProfile.load(profile)  # complaints come before the weights
+    HeadProfile.load(profile, model_name=model)  # complaints come before the weights
     loaded = _load_once(target, model, loading)
     if loaded is None:
         return
-    learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.name), settings, target)
+    learned = learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name), settings, target)
+    show_learned(learned)
     terminal.result(str(target))
 
 
@@ -165,7 +166,7 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
             on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
         )
     profile.save(target)
-    terminal.table(*ranked_heads(profile, RECONSTRUCTION, 5))
+    show_learned(profile)
     terminal.result(str(target))
 
 
@@ -207,6 +208,37 @@ def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettin
     if unmixed:
         terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
     return learned
+
+
+def show_learned(profile: HeadProfile) -> None:
+    """Show a profile's best heads by reconstruction, and at which shares its budgets were learned."""
+    from headprof.scoring.reconstruction import RECONSTRUCTION
+
+    terminal.table(*ranked_heads(profile, RECONSTRUCTION, 5))
+    if (table := learned_budgets(profile)) is not None:
+        terminal.table(*table)
+
+
+def learned_before(target: Path, model: str | None) -> HeadProfile | None:
+    """A model's profile that a resumed run replaces, if it has learned from repeated texts what can stay.
+
+    Raises:
+        UsageError: its budgets are mixed by reasoning scores, which the run finds anew.
+    """
+    from headprof.models.finding import model_name
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.learning import is_mixed
+    from headprof.scoring.reconstruction import RECONSTRUCTION
+
+    if not holds(target, lambda profile: profile.model_name == model_name(model)):
+        return None
+    earlier = HeadProfile.load(target)
+    if earlier.kept_shares is not None and is_mixed(earlier.metadata):
+        raise UsageError(
+            f"The budgets learned for {target} are mixed with headkv-r2's by reasoning scores that this run finds "
+            "anew: add --reconstruction to learn them again, or move that file away."
+        )
+    return earlier if earlier.kept_shares is not None or RECONSTRUCTION in earlier.scores else None
 
 
 def holds(target: Path, something: Callable[[HeadProfile], bool]) -> bool:

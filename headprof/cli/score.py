@@ -13,9 +13,17 @@ from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
-from headprof.cli.reconstruction import LearningOptions, add_reconstruction, calibration, holds, learn, without_probes
+from headprof.cli.reconstruction import (
+    LearningOptions,
+    add_reconstruction,
+    calibration,
+    holds,
+    learn,
+    learned_before,
+    without_probes,
+)
 from headprof.cli.surrogate import fit, fit_settings
-from headprof.cli.tables.profile import ranked_heads
+from headprof.cli.tables.profile import learned_budgets, ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
 from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
@@ -109,7 +117,6 @@ def score(
         to = fit_settings(asked.preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
         fit(to, model, output, command_line(), loading)
         return
-    from headprof.profile.finding import default_output
     from headprof.scoring.reconstruction import check_texts
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
@@ -124,16 +131,20 @@ def score(
         _refuse_probe_options(context, "With --no-probes no probes are asked")
         without_probes(output, model, loading, settings)
         return
-    _check_outputs(output, model, asked, loading)
+    target = _checked_target(output, model, asked, loading)
+    earlier = learned_before(target, model) if resume and not learning.reconstruction else None
     team = join_team()
     loaded = load(model, loading)
+    if earlier is not None and earlier.shape.differences(loaded.shape):
+        earlier = None
     if learning.reconstruction:
         check_texts(loaded, settings)
     builder = build_probes(loaded, request)
-    target = output or default_output(loaded.name)
     if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
         terminal.remark(remark)
-    if not learning.reconstruction and holds(target, lambda profile: profile.kept_shares is not None):
+    if earlier is not None:
+        terminal.remark(f"What {target} has learned from repeated texts stays in it.")
+    elif not learning.reconstruction and holds(target, lambda profile: profile.kept_shares is not None):
         terminal.remark(f"The budgets learned for {target} go with it: learn them again with --reconstruction.")
     with terminal.progress() as report:
         profile = score_to_file(
@@ -145,6 +156,7 @@ def score(
             command=command_line(),
             team=team,
             on_progress=lambda now: report(scoring_progress(loaded.name, now), now.done, now.total),
+            learned=earlier,
         )
     team.leave()
     if team.rank == 0:
@@ -167,7 +179,8 @@ def _refuse_probe_options(context: typer.Context, reason: str) -> None:
         raise UsageError(f"{reason}: leave {sorted(given)[0]} away.")
 
 
-def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> None:
+def _checked_target(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> Path:
+    """The profile to write, once it is known that neither it nor what lies beside it is read."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
     from headprof.profile.head_profile import FORMAT
@@ -178,6 +191,7 @@ def _check_outputs(output: Path | None, model: str | None, asked: ProbeOptions, 
     given = [path for path in (asked.needles, asked.haystack) if path is not None]
     read = chain(given, model_inputs(model, loading))
     check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, read)
+    return target
 
 
 def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> ScoreRequest:
@@ -201,6 +215,8 @@ def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> Score
 def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
     for kind in profile.scores:
         terminal.table(*ranked_heads(profile, kind, 5))
+    if (learned := learned_budgets(profile)) is not None:
+        terminal.table(*learned)
     if reason := profile.metadata.get("no_write_scores"):
         terminal.remark(reason)
     if stopping:

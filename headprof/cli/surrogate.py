@@ -23,7 +23,8 @@ def fit(
     """Fit a surrogate to a model, and write it."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
-    from headprof.profile.surrogate import FORMAT, surrogate_path
+    from headprof.profile.finding_surrogate import surrogate_path
+    from headprof.profile.surrogate_checks import FORMAT
     from headprof.scoring.surrogate_fit import FEWEST_TEXTS, fit_surrogate
     from headprof.utils.files import check_writable
 

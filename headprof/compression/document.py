@@ -39,7 +39,8 @@ from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerpr
 from headprof.models.output_projection import projecting_modules
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
-from headprof.profile.surrogate import Surrogate, check_parts
+from headprof.profile.surrogate import Surrogate
+from headprof.profile.surrogate_checks import check_parts
 from headprof.utils.files import atomic_write
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import checksum, open_tensors

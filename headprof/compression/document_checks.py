@@ -20,8 +20,8 @@ from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
-from headprof.profile.surrogate import check_parts
-from headprof.profile.surrogate import check_stored as check_surrogate
+from headprof.profile.surrogate_checks import check_parts
+from headprof.profile.surrogate_checks import check_stored as check_surrogate
 from headprof.utils.memory import free_bytes
 from headprof.utils.records import is_whole, make_record, parse_json, parse_object, plain
 from headprof.utils.tensor_files import Stored, TensorFile

@@ -154,9 +154,27 @@ def check_sources(file: Path | None, cache: Path | None, compare: bool, compress
             "A compressed document cannot be compared with the full cache it no longer holds: leave --compare away."
         )
     if cache is not None and compressing:
-        *others, last = compressing
-        named = f"{', '.join(others)} and {last}" if others else last
-        raise UsageError(f"A compressed document already says how it was compressed: leave {named} away.")
+        raise UsageError(f"A compressed document already says how it was compressed: leave {_named(compressing)} away.")
+
+
+def check_answering(given: Sequence[str], asked: bool) -> None:
+    """
+    Args:
+        given: options that were given to say how to answer questions about a document, such as `--batch`.
+        asked: whether there are such questions.
+
+    Raises:
+        UsageError: there are options, but no questions.
+    """
+    if given and not asked:
+        raise UsageError(
+            f"Nothing is asked about the document: add --question or --questions, or leave {_named(given)} away."
+        )
+
+
+def _named(options: Sequence[str]) -> str:
+    *others, last = options
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def read_document(path: Path) -> str:

@@ -8,7 +8,30 @@ from dataclasses import dataclass
 from headprof.compression.pattern_search import check_pattern, find_matches, shown
 from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
-from headprof.models.prompt_encoder import EncodedContext, PromptEncoder
+from headprof.models.encoded import EncodedContext, Span
+from headprof.models.prompt_encoder import PromptEncoder
+
+
+def check_patterns(keep: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: these are no list of patterns, or one of them cannot be read.
+    """
+    if isinstance(keep, str):
+        raise UsageError(f"What is kept is a list of patterns: give keep=[{keep!r}].")
+    for pattern in keep:
+        check_pattern(pattern)
+
+
+def matched_tokens(keep: Sequence[str], context: EncodedContext, body: str) -> list[Span]:
+    """The tokens that each match of the patterns in a text overlaps.
+
+    Args:
+        keep: patterns (see `find_matches`).
+        context: the text's tokens, and where they stand.
+        body: the text.
+    """
+    return [context.span(*match) for pattern in keep for match in find_matches(pattern, body)]
 
 
 @dataclass(frozen=True)
@@ -39,13 +62,10 @@ class Keeping:
         Raises:
             UsageError: the system message is empty, or a pattern cannot be read or matches nothing.
         """
-        if isinstance(self.keep, str):
-            raise UsageError(f"What is kept is a list of patterns: give keep=[{self.keep!r}].")
+        check_patterns(self.keep)
         if self.system is not None and not self.system.strip():
             raise UsageError('The system message is empty: give one with --system "...".')
         given = [text for text in (self.system, *texts) if text]
-        for pattern in self.keep:
-            check_pattern(pattern)
         for pattern in self.keep:
             if not any(find_matches(pattern, text) for text in given):
                 raise UsageError(
@@ -86,7 +106,7 @@ class Keeping:
         return ids, ProtectedTokens.of(spans)
 
     def _matches(self, context: EncodedContext, body: str) -> list[tuple[int, int]]:
-        return [context.span(*match) for pattern in self.keep for match in find_matches(pattern, body)]
+        return matched_tokens(self.keep, context, body)
 
     def _system(self, context: EncodedContext) -> list[tuple[int, int]]:
         """What is kept of the system message."""

@@ -75,6 +75,7 @@ class Promise:
         tried: of all candidates that were measured, from the largest down.
         document_tokens: what the full cache keeps.
         measured_tokens: that each candidate was judged by.
+        protected_tokens: of the document, where so many are protected that nothing but the full cache holds them.
     """
 
     promised: float
@@ -82,6 +83,7 @@ class Promise:
     tried: tuple[Loss, ...]
     document_tokens: int
     measured_tokens: int
+    protected_tokens: int = 0
 
     @property
     def keeps_everything(self) -> bool:
@@ -111,7 +113,12 @@ class Promise:
     def remarks(self) -> list[str]:
         """What the user should know of how the promise came about."""
         found = []
-        if self.keeps_everything and not self.measured_tokens:
+        if self.protected_tokens:
+            found.append(
+                f"Of the document's {self.document_tokens} tokens {self.protected_tokens} are protected, which leaves "
+                "too few to compress: everything is kept."
+            )
+        elif self.keeps_everything and not self.measured_tokens:
             found.append("The document is too short to be compressed by this method: everything is kept.")
         elif self.keeps_everything:
             found.append(f"Only the full cache loses at most {self.promised:g} nats a token: everything is kept.")
@@ -203,6 +210,7 @@ class Candidates:
         caches: from the full one down.
         tokens: average tokens per KV head of each.
         meter: what they are measured by; `None` if there is nothing but the full one.
+        protected_tokens: as in `Promise`.
     """
 
     def __init__(
@@ -230,6 +238,8 @@ class Candidates:
         self._report = report
         self._losses: list[Loss] = []
         plans = _grid(plan, len(document_ids), protected)
+        blocked = protected is not None and not plans[1:] and bool(_grid(plan, len(document_ids), None)[1:])
+        self.protected_tokens = max(protected.count(0)) if protected is not None and blocked else 0
         meter = LossMeter(loaded, encoder, document_ids, questions, backend=backend, step=step) if plans[1:] else None
         if meter is not None and meter.num_spans < 2:  # a single one does not tell how far others may be from it
             plans, meter = plans[:1], None
@@ -265,7 +275,8 @@ class Candidates:
         tried = range(min(kept + 2, len(self.caches)))
         losses = tuple(self.loss(each) for each in tried)
         measured_tokens = 0 if self.meter is None else self.meter.tokens
-        return self.caches[kept], Promise(max_loss, losses[kept], losses, self.tokens[0], measured_tokens)
+        found = Promise(max_loss, losses[kept], losses, self.tokens[0], measured_tokens, self.protected_tokens)
+        return self.caches[kept], found
 
 
 def _grid(plan: CompressionPlan, document_tokens: int, protected: ProtectedTokens | None) -> list[CompressionPlan]:

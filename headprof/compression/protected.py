@@ -110,6 +110,10 @@ class ProtectedTokens:
             return self
         return self.of_positions([self.positions[number] for number in chosen])
 
+    def before(self, stop: int) -> ProtectedTokens | None:
+        """Those at positions before `stop`; `None` if there are none."""
+        return self.of_positions([own[: bisect_left(own, stop)] for own in self.positions])
+
     def marks(self, batch: int, tokens: int) -> Tensor:
         """Which of so many tokens of so many sequences they are, bool `[B, tokens]`, on the CPU."""
         return self.among(torch.arange(tokens).expand(batch, 1, -1))[:, 0]

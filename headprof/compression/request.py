@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.table import find_method
+from headprof.compression.methods.table import Method, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
-from headprof.errors import ProfileError
+from headprof.errors import ProfileError, UsageError
 from headprof.models.finding import model_name
 from headprof.models.loading import LoadedModel
 from headprof.profile.finding import find_profile, load_profile
+from headprof.profile.finding_surrogate import load_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import load_surrogate
 
 AUTO = "auto"
 """In place of a method: what `document_method` chooses."""
@@ -42,6 +42,26 @@ def document_method(model: str | None, profile: Path | None, observe: str | None
     except ProfileError:  # of which the plan tells, once it is asked for one
         learned = None
     return "headkv-kvzip" if learned is None else "learned-kvzip"
+
+
+def check_named_files(methods: Iterable[Method], profile: Path | None, surrogate: Path | None) -> None:
+    """Refuse files that the user named and that would be passed over.
+
+    Args:
+        methods: all that are asked for.
+        profile: file of the head profile; one that is not needed must be there all the same.
+        surrogate: file of the surrogate.
+
+    Raises:
+        UsageError: no method judges by a surrogate, or none needs the profile and it is not there.
+    """
+    methods = list(methods)
+    judges = any(method.importance.needs_surrogate for method in methods)
+    if surrogate is not None and not judges:
+        raise UsageError("No method that is asked for judges by a surrogate: leave --surrogate away.")
+    needed = any(method.budget.profile_scores for method in methods)
+    if profile is not None and not needed and not profile.is_file():
+        raise UsageError(f"There is no profile file at {profile}: check the path given with --profile.")
 
 
 @dataclass(frozen=True)
@@ -72,13 +92,14 @@ class CompressionRequest:
         """Find mistakes that need no model.
 
         Raises:
-            UsageError: the backend cannot be used here, there is no such method or parameter, or the budget cannot be
-                read.
+            UsageError: the backend cannot be used here, there is no such method or parameter, the budget cannot be
+                read, or a file is named that is not there or not needed.
         """
         check_backend(self.backend)
         check_step(self.step)
         method = find_method(self.method).with_options(**self.options)
         method.check_budget(Budget.parse(self.budget), self.method)
+        check_named_files([method], self.profile, self.surrogate)
 
     @property
     def keeps_everything(self) -> bool:

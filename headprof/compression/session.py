@@ -23,7 +23,7 @@ from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import score_command
+from headprof.profile.commands import score_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def _budget_scores(
     if which not in profile.kinds:
         raise ProfileError(
             f"{_called(name)} spends its budget by {which} scores, which the profile of {profile.model_name} does not "
-            f"hold: run `{score_command(profile.model_name, which)}`, or choose another kind, such as "
+            f"hold: run `{score_command(profile.called, which)}`, or choose another kind, such as "
             f"scores={profile.kinds[0]}."
         )
     return profile.kv_head_scores(which, getattr(method.budget, "aggregate", "max")), profile.digest()

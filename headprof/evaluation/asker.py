@@ -13,6 +13,7 @@ from headprof.compression.continuing import ReferenceRun, fed_reference, said_gr
 from headprof.compression.filling import read_document_into
 from headprof.compression.observers import Observers, repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.session import attending_ragged, make_plan
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.questions import Grading, Question
@@ -82,16 +83,20 @@ class Asker:
     _plans: dict[tuple[int, int], CompressionPlan] = field(default_factory=dict)
 
     @torch.inference_mode()
-    def ask(self, *questions: Question) -> list[Answer]:
+    def ask(self, *questions: Question, protected: ProtectedTokens | None = None) -> list[Answer]:
         """The answers under each candidate, in order; to several questions about one document, one after the other.
 
         What they have in common is read and compressed once; each is asked of copies of that. Several can be asked
         only if the question is not known.
+
+        Args:
+            questions: what to ask.
+            protected: tokens of what is compressed that every head keeps.
         """
         if self.question_known and len(questions) > 1:
             raise ValueError("a cache that was compressed for one question is not asked others")
         with attending_ragged(self.loaded.model, step=self.step):
-            caches = self.read(self._split(questions[0])[0], (questions[0].task, questions[0].group))
+            caches = self.read(self._split(questions[0])[0], (questions[0].task, questions[0].group), protected)
             return [answer for question in questions for answer in self._answers(question, caches)]
 
     def _answers(self, question: Question, caches: list[HeadCache]) -> list[Answer]:
@@ -166,13 +171,15 @@ class Asker:
             for candidate in self.candidates
         ]
 
-    def read(self, prompt: list[int], of: tuple[str, str]) -> list[HeadCache]:
+    def read(self, prompt: list[int], of: tuple[str, str], protected: ProtectedTokens | None = None) -> list[HeadCache]:
         """A filled cache for each candidate; those that have the same observers are filled together.
 
         Args:
             prompt: what is compressed.
             of: task and group, of which one prompt is read once more to see what that takes.
+            protected: tokens that every head keeps, as far as the prompt has them.
         """
+        protected = protected and protected.before(len(prompt))
         every = self._observers(prompt)
         caches: dict[int, HeadCache] = {}
         for observers in {id(each): each for each in every}.values():
@@ -180,7 +187,8 @@ class Asker:
             plans = [self._plan(number, len(observers)) for number in numbers]
             how = f", repeated in {len(observers.segments) or 1}" if self._repeats(self.candidates[numbers[0]]) else ""
             kind = (of[0], f"{of[1]}{how}")
-            caches |= zip(numbers, self._filled(plans, prompt, observers, kind), strict=True)
+            filled = self._filled([HeadCache(plan).protect(protected) for plan in plans], prompt, observers, kind)
+            caches |= zip(numbers, filled, strict=True)
         self.sharing.questions += 1
         return [caches[number] for number in range(len(every))]
 
@@ -191,10 +199,9 @@ class Asker:
         return self._plans[number, observers]
 
     def _filled(
-        self, plans: list[CompressionPlan], prompt: list[int], observers: Observers, kind: tuple[str, str]
+        self, caches: list[HeadCache], prompt: list[int], observers: Observers, kind: tuple[str, str]
     ) -> list[HeadCache]:
-        """A cache for each plan, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
-        caches = [HeadCache(plan) for plan in plans]
+        """The caches, from one prefill; a prompt of each kind is read alone, too, to see what that takes."""
         start = self._now()
         readings = read_document_into(self.loaded.model, caches, prompt, observers)
         self.sharing.seconds += self._now() - start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from headprof.compression.cache.fan_out import FanOutCache
 from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.protected import ProtectedTokens
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
+from headprof.evaluation.kept_tokens import KeptTokens
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.texts import Text
 from headprof.models.loading import require_finite
@@ -56,11 +58,15 @@ class PerplexitySettings:
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of a text: what is read and compressed, and what is to be predicted."""
+    """Token ids of a text: what is read and compressed, and what is to be predicted.
+
+    `protected` are those of the prefix that every head keeps.
+    """
 
     name: str
     prefix: tuple[int, ...]
     continuation: tuple[int, ...]
+    protected: ProtectedTokens | None = field(default=None, repr=False)  # which the digests of texts do not depend on
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,19 @@ class PerplexityCell:
 
 
 def select_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[Text], settings: PerplexitySettings, max_positions: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[Text],
+    settings: PerplexitySettings,
+    max_positions: int,
+    kept: KeptTokens | None = None,
 ) -> list[Document]:
     """The first texts that are long enough, in order, cut to `prefix + continuation` tokens.
 
     Raises:
-        UsageError: too few texts are long enough, or the model cannot read so many tokens.
+        UsageError: too few texts are long enough, or the model cannot read so many tokens; or what is `kept` cannot be
+            looked for.
     """
+    kept = kept or KeptTokens()
     needed = settings.prefix + settings.continuation
     if needed > max_positions:
         raise UsageError(
@@ -138,7 +150,10 @@ def select_documents(
         ids = plain.whole(text.text)
         longest = max(longest, len(ids))
         if len(ids) >= needed:
-            found.append(Document(text.name, tuple(ids[: settings.prefix]), tuple(ids[settings.prefix : needed])))
+            is_asked = len(found) >= settings.skip
+            protected = kept.find_at_start(plain, text.text, settings.prefix) if is_asked else None
+            parts = tuple(ids[: settings.prefix]), tuple(ids[settings.prefix : needed])
+            found.append(Document(text.name, *parts, protected))
     if not found:
         raise UsageError(
             f"No text has the {needed} tokens of prefix and continuation, the longest has {longest}: lower one of "
@@ -181,8 +196,8 @@ def measure_perplexity(
         UsageError: a budget cannot be met.
     """
     for candidate in candidates:  # before any work
-        for length in {len(document.prefix) for document in documents}:
-            candidate.plan.check(length)
+        for document in documents:
+            candidate.plan.check(len(document.prefix), document.protected)
     losses: list[Loss] = []
     with attending_ragged(model):
         for number, document in enumerate(documents):
@@ -190,7 +205,7 @@ def measure_perplexity(
             if fill is not None:
                 caches = fill(list(document.prefix[:-1]))
             else:
-                caches = [HeadCache(candidate.plan) for candidate in candidates]
+                caches = [HeadCache(candidate.plan).protect(document.protected) for candidate in candidates]
                 prefix = torch.tensor([document.prefix], device=model.device)
                 last_logits = prefill(model, prefix, FanOutCache(list(caches)))
             batch = [  # `pop`, so that a candidate's cache is freed before the next one grows

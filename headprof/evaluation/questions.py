@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from headprof.evaluation.kept_tokens import LocatedText
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
+from headprof.models.encoded import located
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
@@ -41,6 +43,8 @@ class Question:
         reference_ids: a right answer, at least one token, as many as the model may generate.
         grading: of what the model generates; `None` if the reference is fed instead, and right when each of its tokens
             is the model's arg-max.
+        texts: what `document_ids` and `asked_ids` are made of, as far as it is not the chat template's; empty where
+            that was not asked for.
     """
 
     task: str
@@ -53,6 +57,7 @@ class Question:
     grading: Grading | None = None
     depth: float | None = None
     family: str = ""
+    texts: tuple[LocatedText, ...] = ()
 
 
 def of_probe(task: str, name: str, length: int, context: ProbeContext, probe: Probe) -> Question:
@@ -67,6 +72,10 @@ def of_probe(task: str, name: str, length: int, context: ProbeContext, probe: Pr
         reference_ids=probe.answer_ids,
         depth=probe.depth,
         family=probe.family,
+        texts=(
+            LocatedText(context.body, context.encoded),
+            LocatedText(probe.question, located(probe.asked_ids, probe.asked_places), len(context.context_ids)),
+        ),
     )
 
 
@@ -127,15 +136,24 @@ class ExampleQuestions(Sequence[Question]):
         loaded: the model.
         examples: of one task.
         max_prompt: tokens of a prompt; what is longer is cut in the middle. None for as many as the model can read.
+        locates: whether questions have `texts`.
 
     Raises:
-        UsageError: from the items: instructions and question alone are too long.
+        UsageError: from the items: instructions and question alone are too long, or they are to have `texts` and the
+            tokenizer does not say where its tokens stand.
     """
 
-    def __init__(self, loaded: LoadedModel, examples: Sequence[Example], max_prompt: int | None = None):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        examples: Sequence[Example],
+        max_prompt: int | None = None,
+        locates: bool = False,
+    ):
         self._loaded = loaded
         self._examples = examples
         self._max_prompt = max_prompt
+        self._locates = locates
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -143,16 +161,23 @@ class ExampleQuestions(Sequence[Question]):
     def __getitem__(self, index):
         encoder = self._encoder(self._examples[index])
         example = self._cut(self._examples[index], encoder)
+        start = example.before + example.document + example.lead
         end = encoder.encode_end(example.after, example.reply, example.reference)
+        document_ids = tuple(encoder.start_ids(start))
+        texts: tuple[LocatedText, ...] = ()
+        if self._locates:
+            asked = LocatedText(example.after, located(end.asked, end.places), len(document_ids))
+            texts = (LocatedText(start, encoder.encode_start(start)), asked)
         return Question(
             task=example.task,
             name=example.name,
             group=example.group,
-            document_ids=tuple(encoder.start_ids(example.before + example.document + example.lead)),
+            document_ids=document_ids,
             asked_ids=end.asked,
             reply_ids=end.reply,
             reference_ids=end.answer[: example.max_new_tokens],
             grading=Grading(example.score, example.is_complete, example.max_new_tokens),
+            texts=texts,
         )
 
     def _encoder(self, example: Example) -> PromptEncoder:

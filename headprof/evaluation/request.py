@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from headprof._version import __version__
+from headprof.compression.keeping import check_patterns
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER
+from headprof.compression.request import check_named_files
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate
@@ -21,8 +23,9 @@ from headprof.evaluation.tasks import BENCHMARKS, TaskRequest, expand
 from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import OBSERVATION, PromptEncoder
+from headprof.profile.finding_surrogate import load_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import Surrogate, load_surrogate
+from headprof.profile.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ PRESETS = {
 }
 
 
+_APART = frozenset(
+    ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate", "profile", "keep")
+)
+"""Attributes of a request on which answers do not depend, or that their key has in another form."""
+
+
 def find_preset(name: str) -> Preset:
     """The preset of this name; raises `UsageError` when there is none."""
     if name not in PRESETS:
@@ -131,6 +140,8 @@ class EvalRequest:
         step: how decode steps are run, as for `headprof.compressed`; answers are the same.
         surrogate: file of the surrogate; `None` to find the model's own, for methods that judge rows by one.
         profile: file of the head profile if the user named one: a surrogate is looked for beside it first.
+        keep: patterns, as for `compress_document`: every head keeps the tokens of all their matches in what is
+            compressed. Each must match in some question.
     """
 
     tasks: tuple[str, ...]
@@ -154,13 +165,16 @@ class EvalRequest:
     step: str = "auto"
     surrogate: Path | None = None
     profile: Path | None = None
+    keep: tuple[str, ...] = ()
 
     def check(self) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.
 
         Raises:
-            UsageError: an unknown task or method, a budget that cannot be read, or no texts for perplexity.
+            UsageError: an unknown task or method, a budget or a pattern that cannot be read, no texts for perplexity,
+                or a file that is not there or not needed.
         """
+        check_patterns(self.keep)
         if not self.all_tasks or not self.methods:
             raise UsageError("There is nothing to evaluate: name at least one task and one method.")
         if "perplexity" in self.all_tasks:
@@ -192,7 +206,9 @@ class EvalRequest:
             for method in self.methods:
                 find_method(method).check_budget(budget, method)
         deal_options(self.methods, self.options)
-        return any(find_method(method).budget.profile_scores for method in self.methods)
+        methods = [find_method(method) for method in self.methods]
+        check_named_files(methods, self.profile, self.surrogate)
+        return any(method.budget.profile_scores for method in methods)
 
     @property
     def all_tasks(self) -> list[str]:
@@ -307,8 +323,7 @@ class EvalRequest:
         settings = {
             name: str(value) if isinstance(value, Path | Budget) else value
             for name, value in asdict(self).items()
-            if name
-            not in ("tasks", "probes", "limit", "documents", "decoding", "prompts", "step", "surrogate", "profile")
+            if name not in _APART
         }
         surrogate = self._surrogate(loaded)
         return {
@@ -320,6 +335,7 @@ class EvalRequest:
             "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
             "profile": profile.digest() if profile is not None else "",
             **({} if surrogate is None else {"surrogate": surrogate.digest()}),
+            **({"keep": list(self.keep)} if self.keep else {}),  # answers of before there was such a thing are the same
             **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
             "prompts": None if self.prompts is None else sha256(self.prompts.read_bytes()).hexdigest(),
             "observe": OBSERVATION if self.observe is None and not self.repeats else self.observe,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
+from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker, Sharing
 from headprof.evaluation.journal import Journal, QuestionKey, Results
+from headprof.evaluation.kept_tokens import KeptTokens
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.multi import FirstQuestions, MultiDocuments
 from headprof.evaluation.perplexity import Document, Loss, measure_perplexity, select_documents, tabulate_losses
@@ -30,7 +32,6 @@ from headprof.utils.team import Team
 
 ROUND = 4
 """Questions for each process between two meetings of a team."""
-AnyQuestions = TypeVar("AnyQuestions", ProbeQuestions, ExampleQuestions, FirstQuestions)
 
 
 class RunnableTask(Protocol):
@@ -49,16 +50,17 @@ class RunnableTask(Protocol):
 
 @dataclass
 class QuestionTask:
-    """Questions that are answered."""
+    """Questions that are answered; `protected` are the tokens that every head keeps of each, where there are such."""
 
     questions: ProbeQuestions | ExampleQuestions
     asker: Asker
+    protected: Mapping[int, ProtectedTokens] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.questions)
 
     def run(self, number: int) -> Results:
-        return self.asker.ask(self.questions[number])
+        return self.asker.ask(self.questions[number], protected=self.protected.get(number))
 
     def digest(self, number: int) -> str:
         return self.questions.digest(number)
@@ -66,16 +68,17 @@ class QuestionTask:
 
 @dataclass
 class MultiTask:
-    """Documents, about each of which many questions are answered."""
+    """Documents, about each of which many questions are answered; `protected` as in `QuestionTask`."""
 
     documents: MultiDocuments
     asker: Asker
+    protected: Mapping[int, ProtectedTokens] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def run(self, number: int) -> Results:
-        return self.asker.ask(*self.documents[number])
+        return self.asker.ask(*self.documents[number], protected=self.protected.get(number))
 
     def digest(self, number: int) -> str:
         """Empty: needles follow from their settings."""
@@ -100,9 +103,8 @@ class PerplexityTask:
         return len(self.documents)
 
     def run(self, number: int) -> Results:
-        asker = self.asker
-        fill = None if asker is None else partial(asker.read, of=("perplexity", ""))
-        document = self.documents[number]
+        document, asker = self.documents[number], self.asker
+        fill = None if asker is None else partial(asker.read, of=("perplexity", ""), protected=document.protected)
         losses = measure_perplexity(self.loaded.model, [document], self.candidates, chunk=self.chunk, fill=fill)
         return [replace(loss, document=number) for loss in losses]
 
@@ -123,8 +125,8 @@ class EvalRun:
         on_progress: called with the task, the number of questions done and that of all, by process 0.
 
     Raises:
-        UsageError: the request asks for something that does not exist, does not fit, or cannot be had; `output` holds
-            the answers of another run.
+        UsageError: the request asks for something that does not exist, does not fit, or cannot be had; what is to be
+            kept is nowhere, or more than a budget; `output` holds the answers of another run.
     """
 
     def __init__(
@@ -145,7 +147,9 @@ class EvalRun:
         self.asker = Asker(
             loaded, candidates, request.question_known, observers, request.step, repeat=request.observe is None
         )
+        self._protecting = KeptTokens(request.keep)
         self.tasks = {name: self._task(name) for name in request.all_tasks}
+        self._protecting.check(list(self.tasks))
         results = [(candidate.method, candidate.budget) for candidate in candidates]
         journal = None
         if output is not None and self.team.rank == 0:
@@ -159,8 +163,11 @@ class EvalRun:
             assert request.data_dir is not None
             settings = request.perplexity_settings()
             texts = read_texts(request.data_dir)
-            documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions)
+            documents = select_documents(loaded.tokenizer, texts, settings, loaded.max_positions, self._protecting)
             self._check(settings.prefix)
+            for document in documents:
+                if document.protected is not None:
+                    self._check(settings.prefix, f"The text {document.name}: ", document.protected)
             asker = replace(self.asker, observer_ids=(), sharing=Sharing()) if request.repeats else None
             if asker is not None:
                 asker.check_prompt(list(documents[0].prefix[:-1]))
@@ -169,24 +176,33 @@ class EvalRun:
         if name == MULTI:
             number = request.probes_of(name, lengths)
             asked = MultiDocuments(loaded, number, lengths, request.families, request.seed)
-            self._checked(name, FirstQuestions(asked))
-            return MultiTask(asked, self.asker)
+            return MultiTask(asked, self.asker, self._checked(name, FirstQuestions(asked)))
         if name in PROBE_TASKS:
             number = request.probes_of(name, lengths)
             probes = ProbeQuestions(loaded, name, number, lengths, request.families, request.seed)
-            return QuestionTask(self._checked(name, probes), self.asker)
+            return QuestionTask(probes, self.asker, self._checked(name, probes))
         examples = by_turns(TASKS[name].examples(request.task_request(loaded)))
-        questions = ExampleQuestions(loaded, examples, request.max_prompt)
+        questions = ExampleQuestions(loaded, examples, request.max_prompt, locates=bool(request.keep))
         questions.check()
-        return QuestionTask(self._checked(name, questions), self.asker)
+        return QuestionTask(questions, self.asker, self._checked(name, questions))
 
-    def _checked(self, name: str, questions: AnyQuestions) -> AnyQuestions:
-        """The questions, once the first one can be asked and the budgets can be met; raises `UsageError`."""
+    def _checked(self, name: str, questions: Sequence[Question]) -> dict[int, ProtectedTokens]:
+        """What every head keeps of each question, where it does, once the budgets can be met; raises `UsageError`.
+
+        If nothing tells questions apart, only the first one is looked at.
+        """
         shares = self.request.has_shares  # of what is compressed: the shortest has the smallest budget
-        numbers = range(len(questions) if shares or self.request.repeats else 1)
-        shortest = min(self._checked_length(name, questions[number]) for number in numbers)
+        all_differ = shares or self.request.repeats or self.request.keep
+        lengths, found = [], {}
+        for number in range(len(questions) if all_differ else 1):
+            question = questions[number]
+            lengths.append(self._checked_length(name, question))
+            if (protected := self._protecting.find(question.texts, lengths[-1])) is not None:
+                self._check(lengths[-1], f"Question {question.name} of {name}: ", protected)
+                found[number] = protected
+        shortest = min(lengths)
         self._check(shortest, f"The shortest text of {name} to be compressed has {shortest} tokens: " if shares else "")
-        return questions
+        return found
 
     def _checked_length(self, name: str, question: Question) -> int:
         """Tokens of a question that are compressed, if they can be repeated where they have to; raises `UsageError`."""
@@ -196,11 +212,11 @@ class EvalRun:
             raise UsageError(f"A text of {name} is too long for --query-agnostic: {error}") from None
         return self.asker.compressed_length(question)
 
-    def _check(self, length: int, where: str = "") -> None:
+    def _check(self, length: int, where: str = "", protected: ProtectedTokens | None = None) -> None:
         """Budgets that cannot be met are errors before any work; raises `UsageError`."""
         for candidate in self.asker.candidates:
             try:
-                candidate.plan.check(length)
+                candidate.plan.check(length, protected)
             except UsageError as error:
                 raise UsageError(f"{where}{error}") from None
 

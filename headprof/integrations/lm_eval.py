@@ -43,8 +43,9 @@ from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import find_model, model_name
 from headprof.models.shape import HeadShape
 from headprof.profile.finding import find_profile
+from headprof.profile.finding_surrogate import find_surrogate
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.surrogate import Surrogate, find_surrogate
+from headprof.profile.surrogate import Surrogate
 
 try:
     from lm_eval.api.registry import register_model
@@ -102,18 +103,17 @@ class HeadprofLM(HFLM):
         settings = {name: options.pop(name) for name in _SETTINGS & options.keys()}
         check_backend(attention_backend)
         check_step(step)
-        name = model_name(pretrained if isinstance(pretrained, str) else pretrained.name_or_path)
+        given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
+        name = model_name(given)
         chosen = find_method(method).with_options(**settings)  # complaints come before the weights
         if not isinstance(profile, HeadProfile):
             needed = chosen.budget.profile_scores is not None
-            given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
             profile = find_profile(name, Path(profile) if profile else None, given) if needed else None
         if not isinstance(surrogate, Surrogate):
             needed = chosen.importance.needs_surrogate
             beside = profile if isinstance(profile, Path) else None
-            given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
             file = find_surrogate(name, Path(surrogate) if surrogate else None, given, beside) if needed else None
-            surrogate = None if file is None else Surrogate.load(file)
+            surrogate = None if file is None else Surrogate.load(file, given)
         if isinstance(pretrained, str) and name == EMBEDDED:
             pretrained = find_model(pretrained, no_progress).location
 
@@ -123,7 +123,7 @@ class HeadprofLM(HFLM):
                 f"{name} is no decoder, so its cache cannot be compressed: choose a causal language model."
             )
         if isinstance(profile, Path):
-            profile = HeadProfile.load(profile, HeadShape.from_config(self.model.config), model_name=name)
+            profile = HeadProfile.load(profile, HeadShape.from_config(self.model.config), model_name=given)
         self.plan = make_plan(
             self.model,
             profile,

@@ -7,18 +7,15 @@ once and asked about many times.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from headprof.errors import ProbeError, UsageError
+from headprof.errors import ProbeError
 from headprof.models.chat_template import between_turns, parts_with_system, template_parts
+from headprof.models.encoded import EncodedContext, EncodedQuestion, located
 from headprof.models.text_encoder import Characters, TextEncoder
-
-Span = tuple[int, int]
-"""`[start, stop)` token positions in the full prompt."""
 
 GAP = "\n\n"
 """Between a document and a question about it."""
@@ -41,44 +38,6 @@ _CUE = 8
 
 _QUESTION, _ANSWER = "Question: ", "\nAnswer:"
 _COLONS = (":", "：")
-
-
-@dataclass(frozen=True)
-class EncodedContext:
-    """Token ids of a context, and where in its body each token stands.
-
-    Attributes:
-        ids: token ids, template and instruction included.
-        starts, stops: character offsets of each token, counted from the first character of the body.
-        system: where the user's own system message stands, which is before the body; `None` if there is none.
-    """
-
-    ids: tuple[int, ...]
-    starts: tuple[int, ...]
-    stops: tuple[int, ...]
-    system: Characters | None = None
-
-    def span(self, start: int, stop: int) -> Span:
-        """The tokens that overlap the characters `[start, stop)` of the body."""
-        return bisect_right(self.stops, start), bisect_left(self.starts, stop)
-
-
-@dataclass(frozen=True)
-class EncodedQuestion:
-    """Token ids that follow a context or document.
-
-    Attributes:
-        asked: the question, the end of the user's turn and the beginning of the model's.
-        reply: the given beginning of the model's reply.
-        answer: what the model should say then.
-    """
-
-    asked: tuple[int, ...]
-    reply: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.asked) + len(self.reply) + len(self.answer)
 
 
 class PromptEncoder:
@@ -145,7 +104,7 @@ class PromptEncoder:
         Raises:
             UsageError: the tokenizer does not say.
         """
-        self._require_offsets()
+        self.texts.require_offsets()
         return self._started(f"{INSTRUCTION}{GAP}" if self._plain else "", f"{document}{GAP}")
 
     def encode_prompt(self, prompt: str) -> EncodedContext:
@@ -154,7 +113,7 @@ class PromptEncoder:
         Raises:
             UsageError: the tokenizer does not say.
         """
-        self._require_offsets()
+        self.texts.require_offsets()
         return self._started("", prompt, self._after)
 
     def encode_asked(self, question: str) -> EncodedContext:
@@ -163,7 +122,7 @@ class PromptEncoder:
         Raises:
             UsageError: the tokenizer does not say.
         """
-        self._require_offsets()
+        self.texts.require_offsets()
         before, question, after = self._asked(question)
         return self._located(GAP if self._plain else "", before, f"{question}{after}", template=len(after))
 
@@ -230,6 +189,15 @@ class PromptEncoder:
         """Token ids of the beginning of a prompt, of which `encode_end` encodes the rest."""
         return self._first + self._framed(self._before, text)
 
+    def encode_start(self, text: str) -> EncodedContext:
+        """As `start_ids`, and where in the text each token stands.
+
+        Raises:
+            UsageError: the tokenizer does not say.
+        """
+        self.texts.require_offsets()
+        return self._started("", text)
+
     def encode_end(self, text: str, reply: str, answer: str) -> EncodedQuestion:
         """Token ids of the end of a prompt, the given beginning of the reply, and an answer after a blank.
 
@@ -241,8 +209,11 @@ class PromptEncoder:
             return self._encode_together("", text, reply, f" {answer}", frame=("", ""))
         last = reply or ("" if self._templated else text)
         blank = " " if last and not last[-1].isspace() else ""
-        parts = (("", text, self._after), ("", reply), ("", f"{blank}{answer}"))
-        return EncodedQuestion(*(tuple(self._framed(*part)) for part in parts))
+        later = tuple(self._framed("", reply)), tuple(self._framed("", f"{blank}{answer}"))
+        if not self.texts.gives_offsets:
+            return EncodedQuestion(tuple(self._framed("", text, self._after)), *later)
+        asked = self._located("", "", f"{text}{self._after}", template=len(self._after))
+        return EncodedQuestion(asked.ids, *later, tuple(zip(asked.starts, asked.stops, strict=True)))
 
     def cued(self, text: str, reply: str) -> tuple[str, str]:
         """The end of a prompt and the given beginning of the reply, such that a model without a chat format answers.
@@ -281,9 +252,14 @@ class PromptEncoder:
         ends = [len(lead), len(lead) + len(asked), len(lead) + len(text) - len(answer), len(lead) + len(text)]
         template = [(ends[1] - len(after), ends[1])]
         parts: list[list[int]] = [[] for _ in ends]
-        for token, (_, stop) in zip(*self.texts.with_offsets(f"{lead}{text}", template), strict=True):
-            parts[bisect_left(ends, stop)].append(token)
-        return EncodedQuestion(*map(tuple, parts[1:]))
+        places, first = [], len(lead) + len(before)
+        for token, (start, stop) in zip(*self.texts.with_offsets(f"{lead}{text}", template), strict=True):
+            part = bisect_left(ends, stop)
+            parts[part].append(token)
+            if part == 1:
+                places.append((start - first, stop - first))
+        _, own, given, wanted = map(tuple, parts)
+        return EncodedQuestion(own, given, wanted, tuple(places))
 
     def _framed(self, before: str, text: str, after: str = "") -> list[int]:
         """Token ids of a text between parts of the template."""
@@ -319,16 +295,10 @@ class PromptEncoder:
         whole, start = f"{lead}{head}{body}", len(lead) + len(head)
         own = [(len(lead) + first, len(lead) + stop) for first, stop in of_head]
         ids, offsets = self.texts.with_offsets(whole, [*own, (len(whole) - template, len(whole))])
-        kept = [(token, *place) for token, place in zip(ids, offsets, strict=True) if not lead or place[1] > len(lead)]
-        tokens, starts, stops = zip(*kept, strict=True) if kept else ((), (), ())
-        return EncodedContext(tokens, tuple(each - start for each in starts), tuple(each - start for each in stops))
-
-    def _require_offsets(self) -> None:
-        if not self.texts.gives_offsets:
-            raise UsageError(
-                "Which tokens a text is made of is told by fast tokenizers only, so none can be protected: leave "
-                "--keep away and pass --no-keep-system, or convert the tokenizer to tokenizer.json."
-            )
+        kept = [pair for pair in zip(ids, offsets, strict=True) if not lead or pair[1][1] > len(lead)]
+        return located(
+            tuple(token for token, _ in kept), tuple((first - start, stop - start) for _, (first, stop) in kept)
+        )
 
 
 def _first_ids(tokenizer: Any) -> list[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
+
+from headprof.errors import UsageError
 
 _PIECE = 4096  # characters
 _SURELY = 1.1
@@ -46,8 +49,23 @@ class TextEncoder:
 
     def whole(self, text: str) -> list[int]:
         """Token ids of a text that stands alone, with what the tokenizer puts around it."""
-        options = {"split_special_tokens": True} if self.has_control(text) else {}
-        return self._encode(text, add_special_tokens=True, **options).input_ids
+        return self._whole(text).input_ids
+
+    def whole_with_offsets(self, text: str) -> tuple[list[int], list[Characters]]:
+        """As `whole`, and the characters that each token stands for; none for what the tokenizer puts around it.
+
+        Raises:
+            UsageError: the tokenizer does not say.
+        """
+        self.require_offsets()
+        encoded = self._whole(text, return_offsets_mapping=True)
+        starts, stops = zip(*encoded.offset_mapping, strict=True) if encoded.input_ids else ((), ())
+        # Tokens at the end that stand for nothing are said to be at 0, as if they came first.
+        return encoded.input_ids, list(zip(accumulate(starts, max), accumulate(stops, max), strict=True))
+
+    def _whole(self, text: str, **options: Any) -> Any:
+        split = {"split_special_tokens": True} if self.has_control(text) else {}
+        return self._encode(text, add_special_tokens=True, **split, **options)
 
     def ids_of_each(self, texts: list[str]) -> list[list[int]]:
         """Token ids of several texts, none of which comes from the template."""
@@ -68,6 +86,14 @@ class TextEncoder:
                 ids += encoded.input_ids
                 offsets += [(start + first, start + last) for first, last in encoded.offset_mapping]
         return ids, offsets
+
+    def require_offsets(self) -> None:
+        """Raise `UsageError` for a tokenizer that does not say which characters a token stands for."""
+        if not self.gives_offsets:
+            raise UsageError(
+                "Which tokens a text is made of is told by fast tokenizers only, so none can be protected: leave "
+                "--keep away, and pass --no-keep-system beside a --system, or convert the tokenizer to tokenizer.json."
+            )
 
     def is_longer(self, text: str, tokens: int) -> bool:
         """Whether a text surely has more than so many tokens, found without encoding much more than these.

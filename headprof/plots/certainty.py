@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
-from headprof.profile.head_profile import HeadProfile, score_command
+from headprof.profile.commands import score_command
+from headprof.profile.head_profile import HeadProfile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ def check_known(profile: HeadProfile, kinds: Sequence[str]) -> None:
         if half_width(profile, kind) is None:
             raise UsageError(
                 f"The profile of {profile.model_name} holds neither intervals nor standard errors of its {kind} "
-                f"scores: leave out --uncertainty, or run `{score_command(profile.model_name)}`."
+                f"scores: leave out --uncertainty, or run `{score_command(profile.called)}`."
             )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import sqrt
 from typing import Any
 
 from headprof.errors import UsageError
-from headprof.models.prompt_encoder import EncodedContext, EncodedQuestion, PromptEncoder, Span
+from headprof.models.encoded import EncodedContext, EncodedQuestion, Span
+from headprof.models.prompt_encoder import PromptEncoder
+from headprof.models.text_encoder import Characters
 from headprof.probes.haystack import Haystack
 from headprof.probes.layout import fit
 from headprof.probes.needles import KINDS, SPLITS, Family, Needle, Split, load_families
@@ -32,6 +34,7 @@ class Probe:
         reply_ids: the given beginning of the reply.
         answer_ids: tokens that the model should then say.
         needle_span, answer_span, distractor_spans: token positions in the full prompt, all within the context.
+        asked_places: where in the question each token of `asked_ids` stands, counted from its first character.
     """
 
     family: str
@@ -45,6 +48,7 @@ class Probe:
     distractor_spans: tuple[Span, ...]
     question: str
     answer: str
+    asked_places: tuple[Characters, ...] = field(default=(), repr=False)
 
     @property
     def question_ids(self) -> tuple[int, ...]:
@@ -54,11 +58,20 @@ class Probe:
 
 @dataclass(frozen=True)
 class ProbeContext:
-    """A context and the probes that share it: one prefill, and a short suffix for each question."""
+    """A context and the probes that share it: one prefill, and a short suffix for each question.
+
+    `encoded` has the tokens before a question, the template's among them, and where in the text `body` they stand.
+    """
 
     index: int
-    context_ids: tuple[int, ...]
+    body: str
+    encoded: EncodedContext
     probes: tuple[Probe, ...]
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Token ids of all that comes before a question."""
+        return self.encoded.ids
 
 
 @dataclass(frozen=True)
@@ -181,7 +194,7 @@ class ProbeBuilder:
             _make_probe(needle, suffix, depth, start, layout.encoded)
             for needle, suffix, depth, start in zip(needles, suffixes, layout.depths, layout.starts, strict=True)
         )
-        return ProbeContext(index, layout.encoded.ids, probes)
+        return ProbeContext(index, layout.body, layout.encoded, probes)
 
     def _rng(self, *purpose: object) -> random.Random:
         return random.Random(f"{self.settings.seed}/{self.settings.split}/{'/'.join(map(str, purpose))}")
@@ -291,6 +304,7 @@ def _make_probe(
         distractor_spans=tuple(encoded.span(start + first, start + stop) for first, stop in needle.distractors),
         question=needle.question,
         answer=needle.answer,
+        asked_places=suffix.places,
     )
 
 

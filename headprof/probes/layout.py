@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 from headprof.errors import ProbeError
-from headprof.models.prompt_encoder import EncodedContext, PromptEncoder
+from headprof.models.encoded import EncodedContext
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.haystack import join_sentences
 
 _COUNT_BLOCK = 64
@@ -21,11 +22,13 @@ class Layout:
     """A finished context.
 
     Attributes:
+        body: its text.
         encoded: its tokens.
         depths: share of the filler that stands before each needle, 0 to 1.
         starts: character of the context's body at which each needle begins.
     """
 
+    body: str
     encoded: EncodedContext
     depths: list[float]
     starts: list[int]
@@ -103,7 +106,7 @@ def _lay_out(
     body, starts = join_sentences(sentences)
     total = max(1, before[-1])
     depths_reached = [before[boundary] / total for boundary in boundaries]
-    return Layout(encoder.encode_context(body), depths_reached, [starts[at] for at in needle_at])
+    return Layout(body, encoder.encode_context(body), depths_reached, [starts[at] for at in needle_at])
 
 
 def _boundaries(before: Sequence[int], depths: Sequence[float]) -> list[int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from headprof.errors import HeadprofError, ProfileError
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import HeadProfile, score_command
+from headprof.profile.commands import score_command
+from headprof.profile.head_profile import HeadProfile
 from headprof.utils.assets import asset_dir
 
 _BESIDE = (".probes.safetensors", ".surrogate.safetensors")
@@ -64,6 +65,22 @@ def find_profile(model_name: str, explicit: Path | None = None, given: str | Non
     raise ProfileError(f"There is no head profile for {model_name}: run `{score_command(given or model_name)}`.")
 
 
+def learning_command(model_name: str, explicit: Path | None = None, given: str | None = None) -> str:
+    """The command that adds what repetition teaches to a model's profile, or to a copy of one that ships.
+
+    Args:
+        model_name, explicit, given: as for `find_profile`.
+
+    Raises:
+        ProfileError: there is no profile.
+    """
+    path, shipped = find_profile(model_name, explicit, given), asset_dir("profiles").resolve()
+    command = score_command(given or model_name, "reconstruction", path)
+    if path.resolve().parent != shipped or shipped == Path("profiles").resolve():
+        return command
+    return f"{command} -o {shlex.quote(str(default_output(model_name)))}"
+
+
 def load_profile(
     model_name: str, explicit: Path | None = None, shape: HeadShape | None = None, given: str | None = None
 ) -> HeadProfile:
@@ -77,7 +94,7 @@ def load_profile(
         ProfileError: there is none, it is damaged, or it is for another model.
     """
     path = find_profile(model_name, explicit, given)
-    return HeadProfile.load(path, shape, model_name=None if shape is None else given or model_name)
+    return HeadProfile.load(path, shape, model_name=given or (None if shape is None else model_name))
 
 
 def locate_profile(name: str | None) -> Path:
@@ -88,10 +105,23 @@ def locate_profile(name: str | None) -> Path:
     """
     from headprof.models.finding import model_name
 
+    return Path(name or "").expanduser() if names_file(name) else find_profile(model_name(name), given=name)
+
+
+def load_located(name: str | None) -> tuple[Path, HeadProfile]:
+    """A profile's file as `locate_profile` finds it, and what it holds.
+
+    Raises:
+        ProfileError: the model has none, or it cannot be used.
+    """
+    path = locate_profile(name)
+    return path, HeadProfile.load(path, model_name=None if names_file(name) else name)
+
+
+def names_file(name: str | None) -> bool:
+    """Whether the user named a file, not a model."""
     path = Path(name or "").expanduser()
-    if path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf"):
-        return path
-    return find_profile(model_name(name), given=name)
+    return path.suffix == ".safetensors" or (path.is_file() and path.suffix != ".gguf")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
+from headprof.profile.commands import score_command
 from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
 from headprof.profile.kept_shares import kept_shares_fault
 from headprof.utils.files import atomic_write
@@ -57,6 +57,7 @@ class HeadProfile:
             when unknown.
         probes_used: probes counted per kind; 0 when unknown.
         metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
+        given: how the user named the model, for commands in messages; in no file, empty where it is not known.
 
     Raises:
         ValueError: on construction, when the parts contradict each other.
@@ -70,10 +71,16 @@ class HeadProfile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     intervals: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept_shares: Tensor | None = None
+    given: str = ""
 
     def __post_init__(self) -> None:
         if complaint := _find_contradiction(self):
             raise ValueError(complaint)
+
+    @property
+    def called(self) -> str:
+        """What commands in messages call the model."""
+        return self.given or self.model_name
 
     @property
     def retrieval(self) -> Tensor:
@@ -91,7 +98,7 @@ class HeadProfile:
         if self.kept_shares is None:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no budgets learned from reconstruction: add them with "
-                f"`{score_command(self.model_name, 'reconstruction')}`."
+                f"`{score_command(self.called, 'reconstruction')}`."
             )
         return self.kept_shares
 
@@ -134,7 +141,7 @@ class HeadProfile:
         if which not in self.scores:
             raise ProfileError(
                 f"The profile of {self.model_name} holds no {which} scores: use its {self.kinds[0]} scores, "
-                f"or run `{score_command(self.model_name, which)}`."
+                f"or run `{score_command(self.called, which)}`."
             )
         return self.scores[which]
 
@@ -198,20 +205,20 @@ class HeadProfile:
         Args:
             path: the safetensors file.
             shape: shape of the model that the profile is to be used with.
-            model_name: name of that model, for the command in the error message.
+            model_name: how the user named that model, for commands in messages.
 
         Raises:
             ProfileError: the file is missing, damaged, altered, not a profile, of another version, or for another
                 model.
         """
         path = Path(path)
-        with open_tensors(path, "profile", f"run `{score_command(None)}`", ProfileError) as file:
+        with open_tensors(path, "profile", f"run `{score_command(model_name)}`", ProfileError) as file:
             mend = f"run `{score_command(model_name or _named_model(file.metadata))}`"
             _check_format(path, file.metadata, mend)
             try:
                 _check_parts(file)
                 tensors = file.read_all()
-                profile = _from_parts(tensors, file.metadata)
+                profile = _from_parts(tensors, file.metadata, model_name or "")
             except ValueError as error:
                 raise ProfileError(f"The profile {path} is damaged ({error}): restore it, or {mend}.") from error
             if is_altered(tensors, file.metadata):
@@ -262,7 +269,7 @@ def _counted_kinds(version: str) -> tuple[str, ...]:
     return _COUNTED if version == FORMAT_VERSION else PROBE_KINDS
 
 
-def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> HeadProfile:
+def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: str) -> HeadProfile:
     """Build a profile from the parts of a file; raises `ValueError` saying which part is wrong."""
     try:
         shape = HeadShape.from_dict(parse_json(metadata["fingerprint"]))
@@ -286,6 +293,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Head
             kind: (tensors[f"{name}_low"], tensors[f"{name}_high"]) for kind, name in names if f"{name}_low" in tensors
         },
         kept_shares=tensors.get(_KEPT),
+        given=given,
     )
 
 
@@ -335,9 +343,3 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
 def named_kinds() -> str:
     """All kinds of score, for a message: `retrieval, reasoning or ...`."""
     return f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
-
-
-def score_command(model_name: str | None, kind: str = "") -> str:
-    """The command that makes a profile of `model_name`, or adds a kind of score to one, as the user would type it."""
-    adding = " --reconstruction --add-to PROFILE" if kind == "reconstruction" else ""
-    return f"headprof score --model {shlex.quote(model_name) if model_name else 'MODEL'}{adding}"

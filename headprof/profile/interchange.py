@@ -220,7 +220,7 @@ def _taken_as(source: Source) -> tuple[str, ...]:
     return (f"Its scores are taken as {source.kinds[0]} scores, unless --as says otherwise.",)
 
 
-def export_profile(path: str | Path, target: Path, which: str | None = None) -> None:
+def export_profile(path: str | Path, target: Path, which: str | None = None, given: str | None = None) -> None:
     """Write the profile at `path` in the format that the suffix of `target` names: .json, .csv or .safetensors.
 
     The papers' JSON holds one kind of score and nothing else, CSV both with their errors and intervals; a
@@ -230,6 +230,7 @@ def export_profile(path: str | Path, target: Path, which: str | None = None) -> 
         path: the profile's file.
         target: the file to write.
         which: kind of score for JSON; may be left out where the profile holds one.
+        given: how the user named the model, for commands in messages.
 
     Raises:
         UsageError: `target` is a folder or of another suffix, or `which` is missing, unknown or not for this format.
@@ -241,7 +242,7 @@ def export_profile(path: str | Path, target: Path, which: str | None = None) -> 
         raise UsageError(f"{target} {fault}: give a file whose name ends in .json, .csv or .safetensors.")
     if which is not None and target.suffix != ".json":
         raise UsageError(f"A {target.suffix} file holds every kind of score: leave --which away, or export .json.")
-    profile = HeadProfile.load(path)
+    profile = HeadProfile.load(path, model_name=given)
     if target.suffix == ".csv":
         write_csv(target, profile)
     elif target.suffix == ".safetensors":

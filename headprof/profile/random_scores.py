@@ -10,7 +10,8 @@ from headprof.models.fingerprints import weights_fingerprints
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import KINDS, HeadProfile
-from headprof.profile.surrogate import RowFeatures, Surrogate
+from headprof.profile.row_features import RowFeatures
+from headprof.profile.surrogate import Surrogate
 
 
 def random_profile(shape: HeadShape, seed: int = 0) -> HeadProfile:

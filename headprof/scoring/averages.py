@@ -123,6 +123,7 @@ def make_profile(
     return HeadProfile(
         model_name=loaded.name,
         shape=loaded.shape,
+        given=loaded.given,
         scores={kind: mean.scores for kind, mean in means.items()},
         standard_errors={kind: mean.error for kind, mean in means.items() if mean.error is not None},
         intervals={kind: mean.interval for kind, mean in means.items() if mean.interval is not None},

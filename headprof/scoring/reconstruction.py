@@ -21,6 +21,7 @@ from torch import Tensor
 from headprof.errors import ModelError
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.learning import NOTE
 from headprof.scoring.averages import Mean
 from headprof.scoring.calibration import CalibrationSettings, repeated_documents
 from headprof.scoring.repetition import RepeatedLayer, repeat_document
@@ -155,20 +156,40 @@ def with_reconstruction(
         UsageError, ModelError: as `learn`.
     """
     learned = learn(loaded, settings, on_text)
+    note = json.dumps(learned.made | {"command": command})
+    return _with_learned(profile, learned.kept, learned.scores, note)
+
+
+def with_learned_of(profile: HeadProfile, earlier: HeadProfile) -> HeadProfile:
+    """A profile with what an earlier one of the same model has learned from repetition, if it has learned any.
+
+    That includes how its budgets were mixed, by whatever reasoning scores.
+    """
+    table = earlier.scores.get(RECONSTRUCTION)
+    scores = None
+    if table is not None:
+        known = earlier.standard_errors.get(RECONSTRUCTION), earlier.intervals.get(RECONSTRUCTION)
+        scores = Mean(table, *known)
+    return _with_learned(profile, earlier.kept_shares, scores, earlier.metadata.get(NOTE))
+
+
+def _with_learned(profile: HeadProfile, kept: Tensor | None, scores: Mean | None, note: str | None) -> HeadProfile:
+    """A profile with these budgets, scores and notes on them, each `None` for none, in place of those that it had."""
+    parts = (None, None, None) if scores is None else (scores.scores, scores.error, scores.interval)
+    old = (profile.scores, profile.standard_errors, profile.intervals)
     tables: list[dict[str, Any]] = [
         {kind: table for kind, table in each.items() if kind != RECONSTRUCTION}
-        for each in (profile.standard_errors, profile.intervals)
+        | ({} if part is None else {RECONSTRUCTION: part})
+        for each, part in zip(old, parts, strict=True)
     ]
-    for table, known in zip(tables, (learned.scores.error, learned.scores.interval), strict=True):
-        if known is not None:
-            table[RECONSTRUCTION] = known
+    metadata = {name: text for name, text in profile.metadata.items() if name != NOTE}
     return replace(
         profile,
-        kept_shares=learned.kept,
-        scores={**profile.scores, RECONSTRUCTION: learned.scores.scores},
-        standard_errors=tables[0],
-        intervals=tables[1],
-        metadata={**profile.metadata, "reconstruction": json.dumps(learned.made | {"command": command})},
+        kept_shares=kept,
+        scores=tables[0],
+        standard_errors=tables[1],
+        intervals=tables[2],
+        metadata=metadata if note is None else metadata | {NOTE: note},
     )
 
 
@@ -192,5 +213,5 @@ def reconstruction_profile(
         "command": command,
     }
     grid = torch.zeros(loaded.shape.num_layers, loaded.shape.num_heads)
-    empty = HeadProfile(loaded.name, loaded.shape, {RECONSTRUCTION: grid}, metadata=metadata)
+    empty = HeadProfile(loaded.name, loaded.shape, {RECONSTRUCTION: grid}, metadata=metadata, given=loaded.given)
     return with_reconstruction(empty, loaded, settings, command=command, on_text=on_text)

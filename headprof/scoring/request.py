@@ -13,6 +13,7 @@ from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.probe_results import ProbesFile, results_path
+from headprof.scoring.reconstruction import with_learned_of
 from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
 from headprof.utils.files import check_writable, remove_leftovers
 from headprof.utils.resuming import KeptResults
@@ -97,8 +98,12 @@ def score_to_file(
     command: str,
     team: Team | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    learned: HeadProfile | None = None,
 ) -> HeadProfile:
-    """Score, and write the profile; the results of each probe are kept beside it, in `NAME.probes.safetensors`."""
+    """Score, and write the profile; the results of each probe are kept beside it, in `NAME.probes.safetensors`.
+
+    What the profile `learned` of the same model has from repetition stays in it.
+    """
     team = team or Team()
     if team.rank == 0:
         for file in (target, results_path(target)):
@@ -115,6 +120,8 @@ def score_to_file(
         on_progress=on_progress,
         command=command,
     )
+    if learned is not None:
+        profile = with_learned_of(profile, learned)
     if team.rank == 0:
         remove_leftovers(target)
         profile.save(target)

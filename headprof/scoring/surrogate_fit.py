@@ -18,7 +18,8 @@ from headprof.errors import ModelError
 from headprof.models.fingerprints import weights_fingerprints
 from headprof.models.loading import LoadedModel
 from headprof.models.rotary import rotary_of
-from headprof.profile.surrogate import RowFeatures, Surrogate, predicted, standardized
+from headprof.profile.row_features import RowFeatures
+from headprof.profile.surrogate import Surrogate, predicted, standardized
 from headprof.scoring.calibration import CalibrationSettings, repeated_documents
 from headprof.scoring.repetition import RepeatedLayer, repeat_document
 from headprof.utils.ranks import rank_rows

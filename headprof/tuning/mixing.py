@@ -29,6 +29,7 @@ from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.learning import NOTE
 from headprof.utils.records import parse_object
 
 MIXES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -147,8 +148,8 @@ def with_mixing(
     """
     found = find_mixing(loaded, profile, probes=PROBES, length=LENGTH, on_question=on_question)
     kept = mixed_shares(profile.reconstruction, profile.kv_head_scores("reasoning"), found.mixes)
-    noted = parse_object(profile.metadata["reconstruction"]) | found.notes()
-    return replace(profile, kept_shares=kept, metadata={**profile.metadata, "reconstruction": json.dumps(noted)})
+    noted = parse_object(profile.metadata[NOTE]) | found.notes()
+    return replace(profile, kept_shares=kept, metadata={**profile.metadata, NOTE: json.dumps(noted)})
 
 
 @torch.inference_mode()

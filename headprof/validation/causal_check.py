@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from headprof.errors import ProbeError, ProfileError, UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile, score_command
+from headprof.profile.commands import score_command
+from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.scoring.attention_rows import RowReader
 from headprof.scoring.shared_context import SharedContext, teacher_forced
 from headprof.validation.silence import Head, silenced
@@ -174,7 +175,7 @@ def checked_kinds(profile: HeadProfile) -> tuple[str, ...]:
     if not kinds:
         raise ProfileError(
             f"The profile of {profile.model_name} holds neither retrieval nor reasoning scores, which probes can "
-            f"check: run `{score_command(profile.model_name)}`."
+            f"check: run `{score_command(profile.called)}`."
         )
     return kinds
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from headprof.cli.tables.cells import Rows
+from headprof.profile.learning import NOTE, Learning
 
 if TYPE_CHECKING:
     from headprof.profile.comparing import Agreement
@@ -51,10 +52,32 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     ]
     if profile.kept_shares is not None:
         facts.append(("learned budgets", f"of each KV head where all keep {_shares(profile.shares_together)}"))
+    learning = Learning.of(profile.metadata)
+    if learning is not None:
+        facts += _learning_facts(learning)
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
-    others = ((name, text) for name, text in profile.metadata.items() if name not in ("settings", "accuracy"))
+    shown = {"settings", "accuracy"} | (set() if learning is None else {NOTE})
+    others = ((name, text) for name, text in profile.metadata.items() if name not in shown)
     return facts + [(name.replace("_", " "), text.replace("\n", " ")) for name, text in sorted(others)]
+
+
+def learned_budgets(profile: HeadProfile) -> tuple[list[str], Rows, str] | None:
+    """At which shares budgets were learned, and what of them is HeadKV-R2's; `None` if the profile does not say."""
+    learning = Learning.of(profile.metadata)
+    if profile.kept_shares is None or learning is None:
+        return None
+    columns, rows = ["all heads keep", "weight of headkv-r2"], []
+    for number, share in enumerate(profile.shares_together):
+        tried = learning.losses[number] if number < len(learning.losses) else ()
+        row = [share, f"{learning.mixes[number] if tried else 0:g}"]
+        if learning.losses:
+            row += [f"{loss:.3g}" for loss in (min(tried), tried[0], tried[-1])] if tried else ["-"] * 3
+        rows.append(row)
+    if not learning.losses:
+        return columns, rows, "Learned budgets, mixed with no others"
+    columns += ["lost, nats a token", "without mixing", "headkv-r2 alone"]
+    return columns, rows, f"Learned budgets, mixed with headkv-r2's by what was lost on {learning.probes} probes"
 
 
 def family_accuracy(profile: HeadProfile) -> tuple[list[str], Rows]:
@@ -93,6 +116,16 @@ def overlaps(agreements: Mapping[str, Agreement]) -> tuple[list[str], Rows]:
         for count, share in agreement.overlaps.items()
     ]
     return ["scores", "top heads", "in common", "by chance"], rows
+
+
+def _learning_facts(learning: Learning) -> list[tuple[str, str]]:
+    """What was repeated, when, and by which command."""
+    *others, last = map(str, learning.lengths or ("?",))
+    lengths = f"{', '.join(others)} and {last}" if others else last
+    source = f" in {learning.folder}" if learning.folder else ""
+    text = f"{learning.texts} texts{source} of {lengths} tokens, repeated by the model; seed {learning.seed}"
+    facts = [("learned from", text), ("learned on", learning.date), ("learned by", learning.command)]
+    return [(name, text.replace("\n", " ")) for name, text in facts if text]
 
 
 def _shares(shares: list[str]) -> str:
