@@ -39,6 +39,8 @@ BOTH = GlobalLocal(
 VARIANTS = [
     WindowAttention(window=4, kernel=1, pooling="max", power=1.0, ramp=False),
     WindowAttention(window=5, kernel=3, pooling="mean", power=2.0, ramp=True),
+    WindowAttention(window=5, kernel=3, pooling="mean", power=2.0, ramp=True, shared=True),
+    WindowAttention(window=1, kernel=5, pooling="max", shared=True),
     LastQuery(),
     Accumulated(),
     KeyNorm(),

@@ -27,6 +27,7 @@ from headprof.errors import UsageError
 
 IMPORTANCES = [
     WindowAttention(5, 3),
+    WindowAttention(5, 3, shared=True),
     LastQuery(),
     Accumulated(),
     Reconstruction(5),

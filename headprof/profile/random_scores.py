@@ -12,13 +12,16 @@ from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import KINDS, HeadProfile
 from headprof.profile.row_features import RowFeatures
 from headprof.profile.surrogate import Surrogate
+from headprof.profile.tuned import NOTE, Tuned
 
 
 def random_profile(shape: HeadShape, seed: int = 0) -> HeadProfile:
     """A head profile of no model in particular: few heads with high scores, as real ones have, but any heads."""
     generator = torch.Generator().manual_seed(seed)
     draw = {which: torch.rand(shape.num_layers, shape.num_heads, generator=generator) for which in KINDS}
-    return HeadProfile("random", shape, {which: scores**4 for which, scores in draw.items()})
+    usual = Tuned({}, loss=0.0, usual_loss=0.0, budgets=(), length=0, probes=0, seed=seed)
+    scores = {which: each**4 for which, each in draw.items()}
+    return HeadProfile("random", shape, scores, metadata={NOTE: usual.note()})
 
 
 def random_surrogate(model: Any, shape: HeadShape, seed: int = 0, units: int = 64) -> Surrogate:

@@ -8,11 +8,14 @@ import torch
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
 from headprof.profile.random_scores import random_surrogate as drawn_surrogate
+from headprof.profile.tuned import Tuned
 
 SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
 """Layers, heads and KV heads of profiles to draw: common, large, without groups, with one KV head, smallest."""
 
 
+TUNED = Tuned({"window": 5, "kernel": 3, "shared": True, "temperature": 0.75}, 0.1, 0.2, (16,), 1024, 48, 5)
+"""Parameters unlike the usual ones."""
 SHAPE = HeadShape("LlamaForCausalLM", 5, 6, 2, 64, 49152)
 
 
@@ -21,7 +24,13 @@ def random_profile(model, seed=0, kinds=PROBE_KINDS, name="tiny") -> HeadProfile
     shape = HeadShape.from_config(model.config)
     generator = torch.Generator().manual_seed(seed)
     scores = {kind: torch.rand(shape.num_layers, shape.num_heads, generator=generator) ** 4 for kind in kinds}
-    return HeadProfile(model_name=name, shape=shape, scores=scores, kept_shares=random_shares(shape, seed))
+    return HeadProfile(
+        model_name=name,
+        shape=shape,
+        scores=scores,
+        kept_shares=random_shares(shape, seed),
+        metadata={"tuned": TUNED.note()},
+    )
 
 
 def random_shares(shape: HeadShape, seed: int = 0) -> torch.Tensor:

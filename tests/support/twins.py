@@ -58,6 +58,22 @@ def slow_local(importance, observed, attention, b, k):
             weights += weight * group
             total += sum(weight * float(attention[b, k * group + h, i, j]) ** importance.power for h in range(group))
         scores.append((total / weights) ** (1 / importance.power) if weights else 0.0)
+    return scores if importance.shared else slow_pooled(importance, observed, scores, b, k)
+
+
+def slow_shared(importance, observed, attention, b, k):
+    """As `slow_local`, where a layer's heads judge together: the mean over those that hold a row's token, pooled."""
+    each = [slow_local(importance, observed, attention, b, head) for head in range(observed.keys.shape[1])]
+    scores = []
+    for position in observed.positions[b, k]:
+        heads = (observed.positions[b] == position) & observed.valid[b]  # [K, T]
+        said = [each[head][row] for head, row in heads.nonzero().tolist()]
+        scores.append(sum(said) / len(said) if said else 0.0)
+    return slow_pooled(importance, observed, scores, b, k)
+
+
+def slow_pooled(importance, observed, scores, b, k):
+    """A head's scores with those of neighboring rows."""
     reach = importance.kernel // 2
     pooled = []
     for j in range(len(scores)):
@@ -112,6 +128,8 @@ def slow_score(importance, observed):
             match importance:
                 case GlobalLocal():
                     scores = slow_both(importance, observed, attention, b, k)[0]
+                case WindowAttention(shared=True):
+                    scores = slow_shared(importance, observed, attention, b, k)
                 case WindowAttention():
                     scores = slow_local(importance, observed, attention, b, k)
                 case Accumulated():

@@ -192,14 +192,19 @@ class LastQuery(Importance):
 
 
 def over_heads(scores: Tensor, observed: Observation) -> Tensor:
-    """Each row's mean score over the KV heads that hold its token, the same for all of them, float32 `[B, K, T]`."""
+    """Each row's mean score over the KV heads that hold its token, the same for all of them, float32 `[B, K, T]`.
+
+    Args:
+        scores: of each head, `[B, K, T]`, zero where there is no row; so is what is returned.
+        observed: the rows.
+    """
     if observed.is_prompt:
         return scores.mean(dim=1, keepdim=True).expand(scores.shape)
     index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
     total, heads = scores.new_zeros(2, *index.shape)
     total.scatter_add_(1, index, (scores * valid).flatten(1))
     heads.scatter_add_(1, index, valid.flatten(1))
-    return (total / heads.clamp(min=1)).gather(1, index).view(scores.shape)
+    return (total / heads.clamp(min=1)).gather(1, index).view(scores.shape) * valid
 
 
 _LAST = WindowAttention(window=1, kernel=1)
