@@ -68,7 +68,7 @@ def place(tmp_path_factory) -> Path:
 
 
 # A random model answers nothing right, so failed probes count here.
-SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed")
+SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed", "--no-tune")
 
 
 GENERATE = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--prompt", "Who counted?")
@@ -664,7 +664,7 @@ def test_a_saved_document_is_continued_as_asked(place):
 
 def test_needles_of_the_papers_format(place):
     (place / "haystack" / "a.txt").write_text("Rain fell on the roof all day. The river rose a little. " * 400)
-    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--probes", "9")
+    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--no-tune", "--probes", "9")
     result = headprof(
         place, *options, "--lengths", "512", "--include-failed", "--decode", "greedy", "-o", "p.safetensors"
     )
@@ -673,7 +673,7 @@ def test_needles_of_the_papers_format(place):
     assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning", "write"]
 
 
-LONG = ("score", "--model", "tiny", "--probes", "60", "--pack", "1", "--include-failed")
+LONG = ("score", "--model", "tiny", "--probes", "60", "--pack", "1", "--include-failed", "--no-tune")
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def test_a_profile_is_read(place, expected):
 def test_kept_probes_are_taken_as_they_are(place, expected, silent_model):
     kept = read_safetensors(FIXTURES / "profile.probes.safetensors")
     Path("profile.safetensors").unlink()
-    run(COMMANDS["score"], "--resume")
+    run(COMMANDS["score"], "--resume", "--no-tune")
     assert profile_of("profile.safetensors") == expected["profile"]
     tensors, metadata = read_safetensors(Path("profile.probes.safetensors"))
     assert metadata | kept[1] == metadata and metadata.keys() - kept[1].keys() == {"checksum", "checksum_by"}
@@ -124,7 +124,7 @@ def test_kept_probes_are_taken_as_they_are(place, expected, silent_model):
 
 
 def test_probes_asked_anew_score_the_same(place):
-    run(COMMANDS["score"], "--probes", "12", "-o", "anew.safetensors")
+    run(COMMANDS["score"], "--no-tune", "--probes", "12", "-o", "anew.safetensors")
     kept, key = read_safetensors(Path("profile.probes.safetensors"))
     anew, same_key = read_safetensors(Path("anew.probes.safetensors"))
     count = len(anew["context"])

@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("generate", "--prompt", "Hi", "--method", "snapkv"),
         ("generate", "--prompt", "Hi", "--method", "snapkv", "--temperature", "1"),
         ("compress", "--file", "text.txt", "--method", "snapkv", "-o", "out.safetensors"),
-        ("score", "--probes", "2", "--lengths", "400", "-o", "out.safetensors"),
+        ("score", "--probes", "2", "--lengths", "400", "--no-tune", "-o", "out.safetensors"),
         ("score", "--probes", "2", "--lengths", "400", "--decode", "greedy", "-o", "out.safetensors"),
     ],
 )

@@ -389,7 +389,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
 def test_a_run_for_probes_says_that_learned_budgets_go(tmp_path):
     save_tiny(tmp_path / "tiny", chat=True)
     replace(random_profile(tiny_model()), model_name="tiny").save(tmp_path / "p.safetensors")
-    probes = ("--probes", "4", "--lengths", "512", "--include-failed", "-o", "p.safetensors")
+    probes = ("--probes", "4", "--lengths", "512", "--include-failed", "--no-tune", "-o", "p.safetensors")
     said = "The budgets learned for p.safetensors go with it: learn them again with --reconstruction."
     done = headprof(tmp_path, "score", "--model", "tiny", *probes)
     assert done.returncode == 0 and said in " ".join(done.stderr.split())

@@ -121,7 +121,7 @@ LEARN = (
     "-o",
     "new.safetensors",
 )
-PROBES = ("--probes", "4", "--lengths", "512", "--include-failed")
+PROBES = ("--probes", "4", "--lengths", "512", "--include-failed", "--no-tune")
 
 
 @pytest.mark.parametrize("way", ["probes", "add-to", "no-probes"])

@@ -42,7 +42,7 @@ def place(tmp_path) -> Path:
 
 
 COMPRESS = ("compress", "-m", "tiny", "-f", "in.txt")
-SCORE = ("score", "-m", "tiny", "--probes", "2", "--lengths", "1k")
+SCORE = ("score", "-m", "tiny", "--probes", "2", "--lengths", "1k", "--no-tune")
 EVAL = ("eval", "-m", "tiny", "--methods", "snapkv", "--budgets", "16", "--tasks", "perplexity")
 VALIDATE = ("validate", "-m", "tiny", "--probes", "2", "--per-head")
 TEMPLATE = ("--chat-template", "chat.jinja")

@@ -17,7 +17,7 @@ from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.team import Team, claim_gpus
 
-RUN = ["score", "--model", "tiny", "--include-failed", "--lengths", "700,500", "--pack", "2"]
+RUN = ["score", "--model", "tiny", "--include-failed", "--lengths", "700,500", "--pack", "2", "--no-tune"]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from headprof.cli.reconstruction import (
 from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import learned_budgets, ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
+from headprof.cli.tune import tune_scored
 from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
@@ -88,11 +89,18 @@ def score(
             "--resume", help="Begin with the results kept from before: after an interruption, or for more probes."
         ),
     ] = False,
+    tuning: Annotated[
+        bool,
+        typer.Option(
+            "--tune/--no-tune", help="Find the parameters of headkv-r2 that serve the model best, as headprof tune does."
+        ),
+    ] = True,
     output: ProfileOutput = None,
     loading: LoadOptions,
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
+    It holds the parameters that serve the model best, too (method headkv-tuned).
     With --reconstruction it holds a score for how heads repeat texts, and budgets for documents whose question is not
     known, too (method learned-kvzip).
     The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
@@ -162,6 +170,8 @@ def score(
     if team.rank == 0:
         if learning.reconstruction:
             profile = learn(loaded, profile, settings, target)
+        if tuning:
+            profile = tune_scored(loaded, profile, target)
         _show(profile, target, stopping=request.stop is not None)
 
 
@@ -175,6 +185,7 @@ def _refuse_probe_options(context: typer.Context, reason: str) -> None:
         given.discard("--preset")  # which says how many texts
     if context.params.get("resume"):
         given.add("--resume")
+    given.update(given_options(context, "tuning"))
     if given:
         raise UsageError(f"{reason}: leave {sorted(given)[0]} away.")
 

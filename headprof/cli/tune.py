@@ -14,7 +14,7 @@ from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import LoadOptions, Model, ProfileFile, ProfileOutput, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.tune import tuned_parameters
-from headprof.errors import UsageError
+from headprof.errors import ProfileError, UsageError
 from headprof.utils.units import parse_length
 
 if TYPE_CHECKING:
@@ -85,6 +85,17 @@ def _settings(trying: TuneOptions, seed: int) -> TuneSettings:
     settings = TuneSettings(budgets=tuple(dict.fromkeys(budgets)), length=parse_length(trying.length), seed=seed)
     settings.check()
     return settings
+
+
+def tune_scored(loaded: LoadedModel, profile: HeadProfile, target: Path) -> HeadProfile:
+    """A profile that was just made, tuned as `tune` does by itself; as it is, with a remark, where that cannot be."""
+    from headprof.tuning.judging import TuneSettings
+
+    try:
+        return tune_profile(loaded, profile, target, TuneSettings())
+    except (ProfileError, UsageError) as error:  # no reasoning scores, or a context that is too short
+        terminal.remark(f"The profile is not tuned to {loaded.name}. {error}")
+        return profile
 
 
 def tune_profile(loaded: LoadedModel, profile: HeadProfile, target: Path, settings: TuneSettings) -> HeadProfile:
