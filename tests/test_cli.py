@@ -68,7 +68,8 @@ def place(tmp_path_factory) -> Path:
 
 
 # A random model answers nothing right, so failed probes count here.
-SCORE = ("score", "--model", "tiny", "--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed", "--no-tune")
+ASKED = ("--probes", "12", "--lengths", "1k", "--pack", "4", "--include-failed")
+SCORE = ("score", "--model", "tiny", *ASKED, "--no-tune")
 
 
 GENERATE = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--prompt", "Who counted?")
@@ -664,9 +665,9 @@ def test_a_saved_document_is_continued_as_asked(place):
 
 def test_needles_of_the_papers_format(place):
     (place / "haystack" / "a.txt").write_text("Rain fell on the roof all day. The river rose a little. " * 400)
-    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--no-tune", "--probes", "9")
+    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--probes", "9")
     result = headprof(
-        place, *options, "--lengths", "512", "--include-failed", "--decode", "greedy", "-o", "p.safetensors"
+        place, *options, "--lengths", "512", "--include-failed", "--decode", "greedy", "--no-tune", "-o", "p.safetensors"
     )
     assert result.returncode == 0, result.stderr
     profile = HeadProfile.load(place / "p.safetensors")

@@ -19,7 +19,7 @@ from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import ProfileError, UsageError
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.tuned import NOTE, Tuned, tuned_options
+from headprof.profile.tuned import NOTE, Tuned
 from headprof.tuning import judging
 from headprof.tuning.judging import BUDGETS, JUDGES, Contest, TuneSettings, tune
 from headprof.tuning.trials import known_losses
@@ -129,7 +129,7 @@ def test_a_profile_that_says_nothing_of_use_is_refused():
         make_plan(model, replace(profile, metadata={}), method="headkv-tuned")
     for wrong in ("{", "[]", "{}", json.dumps({**json.loads(TUNED.note()), "options": {"window": [1]}})):
         with pytest.raises(ProfileError, match="says of its tuned parameters what cannot be: run"):
-            tuned_options(replace(profile, metadata={NOTE: wrong}))
+            make_plan(model, replace(profile, metadata={NOTE: wrong}), method="headkv-tuned")
     strange = replace(profile, metadata={NOTE: replace(TUNED, options={"windows": 3}).note()})
     with pytest.raises(UsageError, match="This method has no parameter 'windows'"):
         make_plan(model, strange, method="headkv-tuned")

@@ -92,7 +92,8 @@ def score(
     tuning: Annotated[
         bool,
         typer.Option(
-            "--tune/--no-tune", help="Find the parameters of headkv-r2 that serve the model best, as headprof tune does."
+            "--tune/--no-tune",
+            help="Find the parameters of headkv-r2 that serve the model best, as headprof tune does.",
         ),
     ] = True,
     output: ProfileOutput = None,

@@ -24,7 +24,6 @@ from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command
-from headprof.profile.tuned import tuned_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +106,7 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
     else:
         usual = find_method(TUNED).options()
         fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
-    return method.with_options(**{**tuned_options(profile), **fixed})
+    return method.with_options(**{**profile.tuned, **fixed})
 
 
 def _budget_scores(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
-from headprof.profile.commands import score_command
+from headprof.profile.commands import score_command, tune_command
 from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
 from headprof.profile.kept_shares import kept_shares_fault
 from headprof.profile.tuned import NOTE as TUNED_NOTE
-from headprof.profile.tuned import Tuned
+from headprof.profile.tuned import Options, Tuned
 from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
 from headprof.utils.records import is_whole, parse_json, parse_object, plain
@@ -103,6 +103,20 @@ class HeadProfile:
                 f"`{score_command(self.called, 'reconstruction')}`."
             )
         return self.kept_shares
+
+    @property
+    def tuned(self) -> Options:
+        """The parameters that serve the model best, those that are not the usual ones.
+
+        Raises:
+            ProfileError: nobody has looked for them, or the metadata say of them what cannot be.
+        """
+        if (tuned := Tuned.of(self.metadata)) is None:
+            fault = "says of its tuned parameters what cannot be" if TUNED_NOTE in self.metadata else "is not tuned"
+            raise ProfileError(
+                f"The profile of {self.model_name} {fault}: run `{tune_command(self.named)}`, or choose headkv-r2."
+            )
+        return tuned.options
 
     @property
     def shares_together(self) -> list[str]:

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from headprof.errors import ProfileError
-from headprof.profile.commands import tune_command
 from headprof.utils.records import is_text, is_whole, parse_object
-
-if TYPE_CHECKING:
-    from headprof.profile.head_profile import HeadProfile
 
 NOTE = "tuned"
 """The entry of the metadata."""
@@ -58,21 +53,6 @@ class Tuned:
             return _tuned(parse_object(metadata[NOTE]))
         except (AttributeError, KeyError, TypeError, ValueError):
             return None
-
-
-def tuned_options(profile: HeadProfile) -> Options:
-    """The parameters that serve a profile's model best, of those that differ from the usual ones.
-
-    Raises:
-        ProfileError: nobody has looked for them, or the profile says nothing that could be.
-    """
-    if (tuned := Tuned.of(profile.metadata)) is None:
-        fault = "says of its tuned parameters what cannot be" if NOTE in profile.metadata else "is not tuned"
-        raise ProfileError(
-            f"The profile of {profile.model_name} {fault}: run `{tune_command(profile.model_name)}`, or choose "
-            "headkv-r2."
-        )
-    return tuned.options
 
 
 def _tuned(notes: dict[str, Any]) -> Tuned:
