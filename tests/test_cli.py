@@ -665,10 +665,9 @@ def test_a_saved_document_is_continued_as_asked(place):
 
 def test_needles_of_the_papers_format(place):
     (place / "haystack" / "a.txt").write_text("Rain fell on the roof all day. The river rose a little. " * 400)
-    options = ("score", "--model", "tiny", "--needles", "needles.jsonl", "--haystack", "haystack", "--probes", "9")
-    result = headprof(
-        place, *options, "--lengths", "512", "--include-failed", "--decode", "greedy", "--no-tune", "-o", "p.safetensors"
-    )
+    files = ("--needles", "needles.jsonl", "--haystack", "haystack", "-o", "p.safetensors")
+    asked = ("--probes", "9", "--lengths", "512", "--include-failed", "--decode", "greedy", "--no-tune")
+    result = headprof(place, "score", "--model", "tiny", *files, *asked)
     assert result.returncode == 0, result.stderr
     profile = HeadProfile.load(place / "p.safetensors")
     assert profile.probes_used["reasoning"] == 9 and list(profile.scores) == ["reasoning", "write"]

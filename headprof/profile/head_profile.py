@@ -114,7 +114,7 @@ class HeadProfile:
         if (tuned := Tuned.of(self.metadata)) is None:
             fault = "says of its tuned parameters what cannot be" if TUNED_NOTE in self.metadata else "is not tuned"
             raise ProfileError(
-                f"The profile of {self.model_name} {fault}: run `{tune_command(self.named)}`, or choose headkv-r2."
+                f"The profile of {self.model_name} {fault}: run `{tune_command(self.called)}`, or choose headkv-r2."
             )
         return tuned.options
 

@@ -73,7 +73,7 @@ class TuneSettings:
 
     budgets: tuple[int, ...] = (16, 32, 64)
     length: int = 1024
-    rounds: tuple[tuple[int, int], ...] = ((6, 5), (12, 2), (18, 1))
+    rounds: tuple[tuple[int, int], ...] = ((4, 6), (8, 2), (12, 1))
     seed: int = 5
 
     @property
