@@ -179,4 +179,5 @@ def test_the_command_tunes_and_generate_uses_it(tmp_path, monkeypatch):
     tuned = Tuned.of(profile.metadata)
     assert tuned is not None and tuned.budgets == (16,) and profile.metadata["date"] == "x"
     assert "headkv-tuned, budget 64" in headprof(tmp_path, "generate", *asked).stderr
-    assert "tuned" in headprof(tmp_path, "profile", "show", "p.safetensors").stdout
+    told = " ".join(headprof(tmp_path, "profile", "show", "p.safetensors").stdout.split())
+    assert f"{tuned.usual_loss:.1%} as headkv-r2: {tuned.probes} probes of 400 tokens at budgets of 16" in told

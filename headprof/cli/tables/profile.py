@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from headprof.cli.tables.cells import Rows
+from headprof.cli.tables.tune import described
 from headprof.profile.learning import NOTE, Learning
+from headprof.profile.tuned import NOTE as TUNED_NOTE
+from headprof.profile.tuned import Tuned
 
 if TYPE_CHECKING:
     from headprof.profile.comparing import Agreement
@@ -55,6 +58,9 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     learning = Learning.of(profile.metadata)
     if learning is not None:
         facts += _learning_facts(learning)
+    if (tuned := Tuned.of(profile.metadata)) is not None:
+        shown.add(TUNED_NOTE)
+        facts += _tuned_facts(tuned)
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     shown = {"settings", "accuracy"} | (set() if learning is None else {NOTE})
@@ -116,6 +122,14 @@ def overlaps(agreements: Mapping[str, Agreement]) -> tuple[list[str], Rows]:
         for count, share in agreement.overlaps.items()
     ]
     return ["scores", "top heads", "in common", "by chance"], rows
+
+
+def _tuned_facts(tuned: Tuned) -> list[tuple[str, str]]:
+    """What serves the model best, how much better, and how that was found."""
+    where = f"{tuned.probes} probes of {tuned.length} tokens at budgets of {', '.join(map(str, tuned.budgets))}"
+    lost = f"{tuned.loss:.1%} of the right answers' probability is lost, {tuned.usual_loss:.1%} as headkv-r2: {where}"
+    facts = [("tuned", described(tuned)), ("tuned on", lost), ("tuned by", tuned.command)]
+    return [(name, text.replace("\n", " ")) for name, text in facts if text]
 
 
 def _learning_facts(learning: Learning) -> list[tuple[str, str]]:
