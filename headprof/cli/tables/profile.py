@@ -59,11 +59,12 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     if learning is not None:
         facts += _learning_facts(learning)
     if (tuned := Tuned.of(profile.metadata)) is not None:
-        shown.add(TUNED_NOTE)
         facts += _tuned_facts(tuned)
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
-    shown = {"settings", "accuracy"} | (set() if learning is None else {NOTE})
+    shown = (
+        {"settings", "accuracy"} | (set() if learning is None else {NOTE}) | (set() if tuned is None else {TUNED_NOTE})
+    )
     others = ((name, text) for name, text in profile.metadata.items() if name not in shown)
     return facts + [(name.replace("_", " "), text.replace("\n", " ")) for name, text in sorted(others)]
 
