@@ -47,7 +47,7 @@ ProfileOutput = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
 Families = Annotated[
     str | None,
-    typer.Option(help="Only these probe families, with commas; nonliteral: those whose question shares no word."),
+    typer.Option(help="Only these needle families, with commas; nonliteral: those that share no word with questions."),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens to write.")]

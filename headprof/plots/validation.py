@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headprof.plots.labels import spread
 from headprof.plots.rank_bars import draw_ranks, rank_limits
@@ -151,7 +151,7 @@ def _draw_panel(axes: Axes, result: Validation, kind: str) -> None:
     colors, lines = _colors(result.names), []
     for family in FAMILIES:
         points, color = curve(result, kind, main, family), _COLORS.get(family, colors[main])
-        style = {"color": color, "marker": _MARKERS[family], "linestyle": _LINES[family]}
+        style: dict[str, Any] = {"color": color, "marker": _MARKERS[family], "linestyle": _LINES[family]}
         lines.append((_draw_line(axes, points, f"{kind}-{family}", band=True, **style), labels[family], color))
     for name in others:
         points, style = curve(result, kind, name, "top"), {"color": colors[name], "marker": "D", "linestyle": _DASHED}

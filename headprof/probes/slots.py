@@ -26,10 +26,15 @@ class SlotLists:
     """The lists that fill slots, each cut in two halves that share no value: one per split."""
 
     def __init__(self, sources: Mapping[str, SlotSource]) -> None:
-        self._sources = dict(sources)
-        self._known = {
-            name: dict(source) for name, source in self._sources.items() if isinstance(source, list) and _pairs(source)
-        }
+        self._sources: dict[str, list[str] | str | dict[str, int]] = {}
+        self._known: dict[str, dict[str, str]] = {}
+        for name, source in sources.items():
+            if isinstance(source, list):
+                self._sources[name] = [each if isinstance(each, str) else each[0] for each in source]
+                if pairs := {each[0]: each[1] for each in source if not isinstance(each, str)}:
+                    self._known[name] = pairs
+            else:
+                self._sources[name] = source
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -39,8 +44,7 @@ class SlotLists:
         source = self._sources[name]
         if not isinstance(source, list):
             raise TypeError(f"slot list {name!r} is composed, not enumerated")
-        values = list(self._known[name]) if name in self._known else source
-        return values[SPLITS.index(split) :: len(SPLITS)]
+        return source[SPLITS.index(split) :: len(SPLITS)]
 
     def has_known(self, name: str) -> bool:
         """Whether a list says what is known of its values."""
@@ -74,10 +78,6 @@ class SlotLists:
     @staticmethod
     def _draw_number(source: Mapping[str, int], rng: random.Random, split: Split) -> str:
         return str(rng.randrange(source["from"] + SPLITS.index(split), source["to"] + 1, len(SPLITS)))
-
-
-def _pairs(source: list) -> bool:
-    return bool(source) and isinstance(source[0], list)
 
 
 def slots_of(template: str) -> Iterator[str]:

@@ -44,11 +44,11 @@ def side_by_side(found: SideBySide) -> tuple[list[str], Rows, str]:
     In brackets 95 % intervals.
     """
     columns, rows = ["scores"], {name: [name] for name in found.names}
-    for probes in dict.fromkeys(each.probes for each in found.losses):
+    for probes in dict.fromkeys(loss.probes for loss in found.losses):
         columns.append(f"{probes} points")
-        for each in found.losses:
-            if each.probes == probes:
-                rows[each.scores].append(_points(each))
+        for loss in found.losses:
+            if loss.probes == probes:
+                rows[loss.scores].append(_points(loss))
     for yardstick in dict.fromkeys(each.yardstick for each in found.agreements):
         columns += [f"{yardstick}: rank", "shared"]
         for each in found.agreements:
