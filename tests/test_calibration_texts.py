@@ -7,7 +7,7 @@ import pytest
 from support.tiny_models import tiny_tokenizer
 
 from headprof.errors import UsageError
-from headprof.probes.needles import load_families
+from headprof.probes.families import load_families
 from headprof.scoring.calibration_texts import KINDS, calibration_texts, kind_of
 
 PLAIN_LISTS = ("name", "city", "object", "building", "job", "sport", "language", "food", "ship", "project")

@@ -283,8 +283,8 @@ MISTAKES = {
     "no such task": (
         ("eval", "--model", "tiny", "--tasks", "chess"),
         2,
-        "There is no task 'chess': choose among niah, reasoning, multi, perplexity, longbench, babilong, loogle, "
-        "ruler, ruler-generated.",
+        "There is no task 'chess': choose among niah, reasoning, nonliteral, multi, perplexity, longbench, babilong, "
+        "loogle, ruler, ruler-generated.",
     ),
     "perplexity without texts": (
         ("eval", "--model", "tiny", "--tasks", "perplexity", "--methods", "full"),

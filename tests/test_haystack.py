@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from headprof.errors import ProbeError, UsageError
+from headprof.probes.families import load_families
 from headprof.probes.haystack import PARAGRAPH_BREAK, Haystack, join_sentences, split_sentences
-from headprof.probes.needles import SPLITS, load_families
+from headprof.probes.slots import SPLITS
 
 
 @pytest.fixture(scope="module")

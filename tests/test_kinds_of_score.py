@@ -23,7 +23,7 @@ from headprof.profile.comparing import compare, compare_profiles, compare_within
 from headprof.profile.csv_table import import_csv, write_csv
 from headprof.profile.head_profile import KINDS, PROBE_KINDS, HeadProfile
 from headprof.utils.tensor_files import CHECKSUM_NAMES
-from headprof.validation.causal_check import checked_kinds
+from headprof.validation.head_sets import checked_scores
 
 OTHERS = [kind for kind in KINDS if kind not in PROBE_KINDS]
 
@@ -140,10 +140,15 @@ def test_a_page_shows_every_kind(tmp_path):
         heatmap(profile_of(OTHERS[:1]), tmp_path / "heads.svg", which="both")
 
 
-def test_only_kinds_with_probes_of_their_own_are_checked():
-    assert checked_kinds(profile_of()) == PROBE_KINDS
-    with pytest.raises(ProfileError, match=r"neither retrieval nor reasoning scores, which probes can check: run"):
-        checked_kinds(profile_of(OTHERS[:1]))
+def test_every_kind_is_checked_and_those_of_other_profiles_go_by_their_names():
+    profile, other = profile_of(), profile_of(("write",), seed=1)
+    found = checked_scores(profile, {"other": other})
+    assert [(each.name, each.kind, each.own) for each in found] == [
+        *((kind, kind, True) for kind in KINDS),
+        ("write of other", "write", False),
+    ]
+    assert torch.equal(found[2].values, profile.scores["write"])
+    assert torch.equal(found[-1].values, other.scores["write"])
 
 
 # Budgets.

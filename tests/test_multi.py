@@ -18,7 +18,7 @@ from headprof.evaluation.questions import ProbeQuestions
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.results import ALL_RIGHT, Answer, tabulate
 from headprof.evaluation.run import EvalRun, MultiTask
-from headprof.probes.needles import load_families
+from headprof.probes.families import load_families
 
 LENGTH = 1400
 MULTI = EvalRequest(("multi",), ("full", "snapkv", "kvzip"), ("24",), 11, (LENGTH,), question_known=False)

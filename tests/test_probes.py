@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from headprof.errors import ModelError, ProbeError, UsageError
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings, needles_for
+from headprof.probes.families import load_families
 from headprof.probes.haystack import Haystack
-from headprof.probes.needles import SPLITS, Family, load_families, load_needles
+from headprof.probes.needles import Family, load_needles
+from headprof.probes.slots import SPLITS
 
 CHAT = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content | trim }}</s>\n{% endfor %}"

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.profiles import random_profile
 from support.tiny_models import ARCHITECTURES, load_tiny, save_tiny, tiny_model
+from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
 
 from headprof.cli.tables import validate as tables
@@ -22,22 +23,23 @@ from headprof.errors import ProbeError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, validation_plot
 from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.scoring.shared_context import SharedContext
 from headprof.validation import causal_check as validation
-from headprof.validation.causal_check import (
+from headprof.validation.asking import AskedProbe, build_probes
+from headprof.validation.causal_check import Validation, validate
+from headprof.validation.head_drops import HeadDrops, drops_csv, per_head_drops
+from headprof.validation.head_sets import (
     NOTHING,
-    AskedProbe,
+    CheckedScores,
     HeadSet,
-    Validation,
-    ValidationSettings,
     bottom_heads,
-    build_probes,
+    checked_scores,
     choose_sets,
     same_layer_heads,
-    validate,
 )
-from headprof.validation.head_drops import HeadDrops, agreements, drops_csv, per_head_drops
-from headprof.validation.silence import silenced, silenced_each
-from headprof.validation.verdict import Verdict, curve, verdict
+from headprof.validation.settings import FAMILIES, ValidationSettings
+from headprof.validation.silence import MeanOutputs, silenced, silenced_each
+from headprof.validation.verdict import Verdict, curve, own_verdicts
 
 SMALL = ValidationSettings(top=2, counts=(1,), probes=8, length=500, pack=2, draws=2)
 
@@ -47,19 +49,19 @@ def make_profile(loaded, kinds=PROBE_KINDS) -> HeadProfile:
 
 
 @contextmanager
-def hooked(model, heads):
-    """The obvious way to silence heads: zeros in their columns of what the output projection takes in."""
+def hooked(model, heads, instead=None):
+    """The obvious way to silence heads: zeros in their columns of what the output projection takes in, or `instead`."""
     hooks = []
     for layer, head in heads:
         attention = model.model.layers[layer].self_attn
         columns = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
 
-        def zero(module, arguments, columns=columns):
+        def replace_columns(module, arguments, layer=layer, columns=columns):
             states = arguments[0].clone()
-            states[..., columns] = 0
+            states[..., columns] = 0 if instead is None else instead[layer][columns]
             return (states,)
 
-        hooks.append(attention.o_proj.register_forward_pre_hook(zero))
+        hooks.append(attention.o_proj.register_forward_pre_hook(replace_columns))
     try:
         yield
     finally:
@@ -67,16 +69,32 @@ def hooked(model, heads):
             hook.remove()
 
 
-def slow_answer(model, context, probe, heads, where):
+def slow_means(model, ids):
+    """The mean over tokens of what each layer's output projection takes in."""
+    seen, hooks = {}, []
+    for number, layer in enumerate(model.model.layers):
+
+        def note(module, arguments, number=number):
+            seen[number] = arguments[0][0].mean(dim=0)
+
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(note))
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def slow_answer(model, context, probe, heads, where, ablate="zero"):
     """Whether one probe is answered right, and the answer's log-probability, with heads silent by hooks."""
     ids = torch.tensor([[*context.context_ids, *probe.question_ids, *probe.answer_ids]])
     seen = len(context.context_ids)
+    instead = slow_means(model, ids[:, :seen]) if ablate == "mean" else None
     if where == "prompt":
-        with hooked(model, heads):
+        with hooked(model, heads, instead):
             logits = model(ids).logits
     else:
         before = model(ids[:, :seen], use_cache=True)
-        with hooked(model, heads):
+        with hooked(model, heads, instead):
             logits = model(ids[:, seen:], past_key_values=before.past_key_values).logits
     count = len(probe.answer_ids)
     log_probs = logits[0, -count - 1 : -1].log_softmax(dim=-1)
@@ -98,6 +116,36 @@ def test_silenced_heads_equal_zeroed_columns(arch, attn, num_kv_heads):
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-4)
     assert (plain - expected).abs().max() > 1e-2
     assert torch.equal(model(ids).logits, plain)  # as it was
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3"])
+def test_heads_may_put_out_their_mean_instead(arch):
+    model = tiny_model(arch)
+    text, asked, heads = torch.arange(3, 43)[None], torch.arange(50, 70)[None], [(0, 1), (1, 0), (1, 3)]
+    means = MeanOutputs()
+    with means.measuring(model):
+        plain = model(text).logits
+    assert torch.equal(plain, model(text).logits)  # measuring changes nothing
+    with hooked(model, heads, slow_means(model, text)):
+        expected = model(asked).logits
+    with silenced(model, heads, means):
+        torch.testing.assert_close(model(asked).logits, expected, atol=1e-5, rtol=1e-4)
+    with silenced(model, heads):
+        assert (model(asked).logits - expected).abs().max() > 1e-3
+
+
+def test_means_are_over_all_tokens_that_were_read():
+    model = tiny_model()
+    whole, parts = MeanOutputs(), MeanOutputs()
+    with whole.measuring(model):
+        model(torch.arange(3, 43)[None])
+    cache = DynamicCache()
+    with parts.measuring(model):
+        model(torch.arange(3, 33)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(33, 43)[None], past_key_values=cache, use_cache=True)
+    for layer in range(2):
+        assert whole.of_layer(layer).shape == (4, 16)
+        torch.testing.assert_close(parts.of_layer(layer), whole.of_layer(layer), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -168,7 +216,8 @@ def test_bottom_heads_are_the_lowest_and_equal_ones_come_from_all_layers():
 def test_sets_hold_the_top_of_each_kind_and_as_many_others():
     loaded = load_tiny(layers=3)
     profile = make_profile(loaded)
-    sets = choose_sets(profile, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2))
+    scores = checked_scores(profile)
+    sets = choose_sets(scores, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2))
     assert [(s.chosen_by, s.family, s.count, s.draw) for s in sets if s.chosen_by == "reasoning"] == [
         ("reasoning", family, count, draw)
         for count in (1, 2, 3, 6)  # 7 is more than half of 12
@@ -181,25 +230,27 @@ def test_sets_hold_the_top_of_each_kind_and_as_many_others():
     assert best[3] == {divmod(index, 4) for index in ranked[:3]}
     worst = {each.count: set(each.heads) for each in sets if each.chosen_by == "retrieval" and each.family == "bottom"}
     assert worst[6] == {divmod(index, 4) for index in ranked[6:]} and worst[1] < worst[2] < worst[3] < worst[6]
-    assert sets == choose_sets(profile, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2))
-    assert sets != choose_sets(profile, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2, seed=1))
+    assert sets == choose_sets(scores, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2))
+    assert sets != choose_sets(scores, replace(SMALL, top=3, counts=(1, 2, 6, 7), draws=2, seed=1))
 
 
 @pytest.mark.parametrize("where", ["prompt", "question"])
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "phi3"])
-def test_every_probe_is_asked_under_every_set_as_with_hooks(arch, where, monkeypatch):
+@pytest.mark.parametrize(
+    ("arch", "ablate"), [("llama", "zero"), ("gemma3", "zero"), ("phi3", "zero"), ("llama", "mean"), ("gemma3", "mean")]
+)
+def test_every_probe_is_asked_under_every_set_as_with_hooks(arch, ablate, where, monkeypatch):
     monkeypatch.setattr(validation, "MIN_RIGHT", 0)
     loaded = load_tiny(arch, sliding_window=40)
     profile = make_profile(loaded)
-    settings = replace(SMALL, where=where)
+    settings = replace(SMALL, where=where, ablate=ablate)
     progress = []
     result = validate(loaded, profile, settings, lambda *now: progress.append(now))
     contexts = list(build_probes(loaded, settings))
     probes = [(context, probe) for context in contexts for probe in context.probes]
     assert [(p.kind, p.family, p.context) for p in result.probes] == [(p.kind, p.family, c.index) for c, p in probes]
-    assert result.sets == (NOTHING, *choose_sets(profile, settings))
+    assert result.sets == (NOTHING, *choose_sets(checked_scores(profile), settings))
     for row, each in enumerate(result.sets):
-        answers = [slow_answer(loaded.model, context, probe, each.heads, where) for context, probe in probes]
+        answers = [slow_answer(loaded.model, context, probe, each.heads, where, ablate) for context, probe in probes]
         assert result.right[row].tolist() == [right for right, _ in answers]
         expected = torch.tensor([log_prob for _, log_prob in answers])
         torch.testing.assert_close(result.log_probs[row], expected, atol=1e-3, rtol=1e-4)
@@ -218,7 +269,7 @@ def test_sets_that_coincide_are_run_once(monkeypatch):
     result = validate(loaded, profile, replace(SMALL, draws=1), lambda done, total: totals.add(total))
     assert len(result.sets) == 1 + 2 * 2 * 3 and max(totals) <= 4 * (1 + 2 * 2 + 2 * 2)
     for count in (1, 2):
-        same = [result.rows(kind, "top", count)[0] for kind in result.kinds]
+        same = [result.rows(kind, "top", count)[0] for kind in result.names]
         assert same[0] != same[1] and torch.equal(*result.log_probs[same])
 
 
@@ -228,16 +279,15 @@ def test_questions_one_at_a_time_give_the_same(monkeypatch):
     profile = make_profile(loaded, ("reasoning",))
     together = validate(loaded, profile, SMALL)
     drops = per_head_drops(loaded, SMALL)
-    build = validation.SharedContext.__init__
+    build = SharedContext.__init__
 
     def alone(self, *arguments):
         build(self, *arguments)
         self.shares_passes = False
 
-    monkeypatch.setattr(validation.SharedContext, "__init__", alone)
+    monkeypatch.setattr(SharedContext, "__init__", alone)
     torch.testing.assert_close(validate(loaded, profile, SMALL).log_probs, together.log_probs, atol=1e-3, rtol=1e-4)
-    for kind, expected in drops.drops.items():
-        torch.testing.assert_close(per_head_drops(loaded, SMALL).drops[kind], expected, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(per_head_drops(loaded, SMALL).values, drops.values, atol=1e-3, rtol=1e-4)
 
 
 def test_a_model_that_answers_nothing_cannot_be_checked():
@@ -251,6 +301,8 @@ def test_a_model_that_answers_nothing_cannot_be_checked():
     ("change", "message"),
     [
         ({"where": "answer"}, "cannot be silent in the 'answer': choose prompt or question"),
+        ({"ablate": "noise"}, "cannot be ablated by 'noise': choose zero or mean"),
+        ({"probe_families": ("chess",)}, "no needle family 'chess'"),
         ({"top": 0}, "with 0 top heads: give at least 1"),
         ({"draws": 0}, "with 0 draws"),
         ({"counts": (0,)}, "with 0 heads"),
@@ -268,28 +320,39 @@ def test_settings_that_cannot_be_served_are_refused_before_the_model_runs(change
         validate(loaded, make_profile(loaded), replace(SMALL, **change))
 
 
-@pytest.mark.parametrize(("arch", "batch"), [("llama", None), ("llama", 1), ("qwen3", 3), ("gemma2", 3), ("phi3", 4)])
-def test_drops_of_single_heads_equal_hooks_one_by_one(arch, batch):
+@pytest.mark.parametrize(
+    ("arch", "batch", "ablate"),
+    [
+        ("llama", None, "zero"),
+        ("llama", 1, "zero"),
+        ("qwen3", 3, "zero"),
+        ("gemma2", 3, "zero"),
+        ("phi3", 4, "zero"),
+        ("llama", 3, "mean"),
+        ("gemma2", None, "mean"),
+    ],
+)
+def test_drops_of_single_heads_equal_hooks_one_by_one(arch, batch, ablate):
     loaded = load_tiny(arch, sliding_window=40)
     progress = []
-    drops = per_head_drops(loaded, SMALL, batch, lambda *now: progress.append(now))
+    drops = per_head_drops(loaded, replace(SMALL, ablate=ablate), batch, lambda *now: progress.append(now))
     assert progress == [(done, 8) for done in range(1, 9)]
     slow = {"retrieval": [], "reasoning": []}
     for context in build_probes(loaded, SMALL):
         for probe in context.probes:
             whole = slow_answer(loaded.model, context, probe, [], "question")[1]
             alone = [
-                [whole - slow_answer(loaded.model, context, probe, [(layer, head)], "question")[1] for head in range(4)]
-                for layer in range(2)
+                slow_answer(loaded.model, context, probe, [divmod(index, 4)], "question", ablate)[1]
+                for index in range(8)
             ]
-            slow[probe.kind].append(torch.tensor(alone))
+            slow[probe.kind].append(whole - torch.tensor(alone).view(2, 4))
     for kind, expected in slow.items():
         values = torch.stack(expected)
-        torch.testing.assert_close(drops.drops[kind], values.mean(dim=0), atol=1e-3, rtol=1e-3)
-        assert values.abs().max() > 0.05 and drops.probes[kind] == 4
+        torch.testing.assert_close(drops.mean(kind), values.mean(dim=0), atol=1e-3, rtol=1e-3)
+        assert values.abs().max() > 0.05 and len(drops.of_kind(kind)[0]) == 4
         # Each context holds one probe of each kind, so that this is the textbook formula.
         error = values.std(dim=0) / 2
-        torch.testing.assert_close(drops.standard_errors[kind], error, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(drops.standard_error(kind), error, atol=1e-3, rtol=1e-2)
 
 
 def made_up(right, contexts, top=2) -> Validation:
@@ -302,7 +365,8 @@ def made_up(right, contexts, top=2) -> Validation:
     probes = tuple(AskedProbe("retrieval", "code", context) for context in contexts)
     matrix = torch.tensor(rows, dtype=torch.bool)
     settings = ValidationSettings(top=top)
-    return Validation("m", ("retrieval",), settings, tuple(sets), probes, matrix, matrix.float() - 1.5)
+    scores = (CheckedScores("retrieval", "retrieval", torch.zeros(2, 2)),)
+    return Validation("m", scores, settings, tuple(sets), probes, matrix, matrix.float() - 1.5)
 
 
 def test_the_curve_counts_answers_and_pools_random_picks():
@@ -336,7 +400,7 @@ def test_intervals_take_whole_contexts():
 def verdict_on(top, random_, contexts=None, bottom=None, none=None):
     count = len(top)
     right = {"none": none or [1] * count, "top": top, "random": [random_], "bottom": bottom or [1] * count}
-    return verdict(made_up(right, contexts or list(range(count))), "retrieval")
+    return own_verdicts(made_up(right, contexts or list(range(count))))[0]
 
 
 def test_a_verdict_confirms_what_the_top_heads_alone_destroy():
@@ -373,7 +437,7 @@ def test_a_verdict_pairs_probes():
 
 def test_one_head_is_called_so():
     right = {"none": [1] * 9, "top": [0] * 9, "random": [[1] * 9], "bottom": [1] * 9}
-    sentence = verdict(made_up(right, list(range(9)), top=1), "retrieval").sentence()
+    sentence = own_verdicts(made_up(right, list(range(9)), top=1))[0].sentence()
     assert "Silencing the top head costs 100 points (100% to 0%); 1 random head of the same layer costs 0." in sentence
 
 
@@ -383,13 +447,14 @@ def whole_result(counts=(1, 2, 5), contexts=6, name="org/Model", kinds=("retriev
     generator = torch.Generator().manual_seed(3)
     scores = {kind: torch.rand(4, 6, generator=generator) for kind in kinds}
     settings = ValidationSettings(top=2, counts=counts)
-    sets = [NOTHING, *choose_sets(HeadProfile(name, loaded_shape, scores), settings)]
+    checked = checked_scores(HeadProfile(name, loaded_shape, scores))
+    sets = [NOTHING, *choose_sets(checked, settings)]
     probes = tuple(
         AskedProbe(kind, "any", context) for context in range(contexts) for kind in ("reasoning", "retrieval") * 2
     )
     share = torch.tensor([1 - (each.family == "top") * each.count / 6 for each in sets])
     right = torch.rand(len(sets), len(probes), generator=generator) < share[:, None]
-    return Validation(name, tuple(kinds), settings, tuple(sets), probes, right, right.float() - 2)
+    return Validation(name, checked, settings, tuple(sets), probes, right, right.float() - 2)
 
 
 def test_the_table_shows_each_kind_and_the_other_kinds_top():
@@ -422,7 +487,7 @@ def test_equal_results_give_equal_pictures(tmp_path, suffix):
 def test_the_picture_holds_a_line_for_each_kind_and_family(tmp_path):
     path = validation_plot(whole_result(), tmp_path / "v.svg")
     names = {element.get("id", "") for element in ElementTree.parse(path).iter()}
-    assert {f"{kind}-{family}" for kind in PROBE_KINDS for family in validation.FAMILIES} <= names
+    assert {f"{kind}-{family}" for kind in PROBE_KINDS for family in FAMILIES} <= names
     with pytest.raises(UsageError, match=r"written as \.png or \.svg, not as 'v\.pdf'"):
         validation_plot(whole_result(), tmp_path / "v.pdf")
 
@@ -431,7 +496,7 @@ def test_the_lines_are_the_curves():
     result = whole_result(kinds=("reasoning",))
     (axes,) = _draw(result).axes
     lines = {line.get_gid(): line.get_ydata().tolist() for line in axes.get_lines()}
-    for family in validation.FAMILIES:
+    for family in FAMILIES:
         expected = [100 * point.accuracy for point in curve(result, "reasoning", "reasoning", family)]
         assert lines[f"reasoning-{family}"] == pytest.approx(expected)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "5"]
@@ -443,22 +508,19 @@ def test_a_long_name_fits_into_the_picture():
     assert all(text.get_window_extent().x1 <= width for text in figure.texts)
 
 
-def test_drops_are_written_and_compared_with_scores():
+def test_drops_are_written_beside_all_scores():
     scores = torch.arange(24.0).view(4, 6)
-    profile = HeadProfile("m", HeadShape("M", 4, 6, 2, 16, 100), {"retrieval": scores})
+    checked = [CheckedScores(name, name.split()[0], scores) for name in ("retrieval", "write", "write of a, b")]
     drops = HeadDrops(
-        {"reasoning": -scores, "retrieval": scores.square()},
-        {"reasoning": scores / 8, "retrieval": scores / 4},
-        {"reasoning": 3, "retrieval": 4},
+        torch.stack([-scores, scores.square() - 1, scores.square() + 1]),
+        (AskedProbe("reasoning", "f", 0), AskedProbe("retrieval", "f", 0), AskedProbe("retrieval", "f", 1)),
     )
-    (found,) = agreements(profile, drops, 5)
-    assert (found.kind, found.spearman, found.overlap) == ("retrieval", pytest.approx(1), 1)
-    assert found.sentence().endswith("a rank correlation of 1.00; of their top 5 they share 100%.")
-    lines = drops_csv(profile, drops).splitlines()
+    lines = drops_csv(checked, drops).splitlines()
     assert lines[0] == (
-        "layer,head,retrieval_score,retrieval_drop,retrieval_drop_se,reasoning_score,reasoning_drop,reasoning_drop_se"
+        "layer,head,retrieval_score,retrieval_drop,retrieval_drop_se,reasoning_score,reasoning_drop,reasoning_drop_se,"
+        'write_score,"write of a, b_score"'
     )
-    assert lines[8] == "1,1,7,49,1.75,,-7,0.875" and len(lines) == 25
+    assert lines[8] == "1,1,7,49,1,,-7,0,7,7" and len(lines) == 25
 
 
 @pytest.fixture(scope="module")
@@ -485,6 +547,9 @@ def run(place, *arguments):
 MISTAKES = {
     "no top": (("--top", "0"), "with 0 top heads"),
     "top of too many": (("--top", "7"), "Silencing 7 of 12 heads"),
+    "unknown ablation": (("--ablate", "noise"), "cannot be ablated by 'noise'"),
+    "unknown families": (("--families", "state,chess"), "no needle family 'chess'"),
+    "no profile beside": (("--beside", "absent.safetensors"), "absent.safetensors", 1),
     "unknown place": (("--where", "answer"), "cannot be silent in the 'answer'"),
     "unknown picture": (("-o", "v.gif"), "not as 'v.gif'"),
     "no draws": (("--draws", "0"), "with 0 draws"),
@@ -521,8 +586,8 @@ def test_the_command_prints_table_verdict_and_picture(place, monkeypatch):
     assert made.exit_code == 1  # a random model confirms nothing
     lines = made.stdout.splitlines()
     assert lines[0].split()[:2] == ["probes", "silent"]
-    assert [line.split(".")[0] for line in lines[-4:-2]] == ["Retrieval: not confirmed", "Reasoning: not confirmed"]
-    assert all("scores and drops have a rank correlation of" in line for line in lines[-2:])
+    assert [line.split(".")[0] for line in lines[-2:]] == ["Retrieval: not confirmed", "Reasoning: not confirmed"]
+    assert [line.split()[0] for line in lines[-4:-2]] == list(PROBE_KINDS) and "rank correlation" in made.stdout
     assert made.stderr == "The picture is made.svg.\n" and (place / "made.svg").exists()
     assert len((place / "drops.csv").read_text().splitlines()) == 13
 
@@ -540,4 +605,5 @@ def test_json_holds_every_figure_and_a_confirmed_profile_ends_well(place, monkey
     ]
     assert len(figures["points"]) == 2 * 2 * 3 * 4  # with counts of 0, 1, 2 and 5
     assert len(figures["per_head"]["drops"]["reasoning"]) == 3
-    assert [each["kind"] for each in figures["per_head"]["agreement"]] == list(PROBE_KINDS)
+    pairs = [(each["yardstick"], each["scores"]) for each in figures["side_by_side"]["agreements"]]
+    assert pairs == [(f"{probes} drops", kind) for probes in PROBE_KINDS for kind in PROBE_KINDS]

@@ -26,6 +26,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
     Surrogate,
+    listed,
     step_of,
 )
 from headprof.cli.outputs import check_outputs, data_of_eval, model_inputs, outputs_of_eval, profile_input
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from headprof.evaluation.results import Evaluation
 
 _TASKS = (
-    "niah (retrieval probes), reasoning, multi (many to one document), babilong, longbench, loogle, ruler (or "
-    "ruler-generated, which needs no data), perplexity; with commas. One of a benchmark's tasks: longbench/hotpotqa."
+    "niah (retrieval probes), reasoning, nonliteral, multi (many to one document), babilong, longbench, loogle, ruler "
+    "(or ruler-generated, which needs no data), perplexity; with commas. A benchmark's task: longbench/hotpotqa."
 )
 
 
@@ -73,7 +74,7 @@ class WhatOptions:
         typer.Option(
             min=1,
             max=MOST_PROBES,
-            help="Number of probes, over niah, reasoning and multi, of which documents are whole.",
+            help="Number of probes, over niah, reasoning, nonliteral and multi, of which documents are whole.",
             rich_help_panel="What",
         ),
     ] = None
@@ -222,13 +223,13 @@ def _request(
     from headprof.evaluation.request import find_preset
 
     return find_preset(what.preset).request(
-        tasks=_listed(what.tasks),
-        methods=_listed(what.methods),
+        tasks=listed(what.tasks),
+        methods=listed(what.methods),
         budgets=_budgets(what),
         lengths=parse_lengths(what.lengths, least=0) if what.lengths else None,
         probes=what.probes,
         without_full=caches.without_full,
-        families=_listed(what.families) or None,
+        families=listed(what.families) or None,
         limit=what.limit,
         seed=seed,
         question_known=not caches.query_agnostic,
@@ -245,15 +246,10 @@ def _budgets(what: WhatOptions) -> tuple[str, ...]:
     from headprof.compression.methods.given_budget import ratio_budget
 
     if what.compression_ratio is None:
-        return _listed(what.budgets)
+        return listed(what.budgets)
     if what.budgets is not None:
         raise UsageError(BOTH.format("--budgets"))
     return tuple(ratio_budget(ratio) for ratio in what.compression_ratio.split(","))
-
-
-def _listed(text: str | None) -> tuple[str, ...]:
-    """Words with commas between them."""
-    return tuple(word.strip() for word in text.split(",")) if text else ()
 
 
 def _show(found: Evaluation, output: Path, json: bool) -> None:

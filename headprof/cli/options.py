@@ -45,6 +45,10 @@ ProfileOutput = Annotated[
     typer.Option("--output", "-o", help="Head profile to write. Default: ./profiles/MODEL.safetensors."),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
+Families = Annotated[
+    str | None,
+    typer.Option(help="Only these needle families, with commas; nonliteral: those that share no word with questions."),
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST, help="Most tokens to write.")]
 Questions = Annotated[
@@ -91,6 +95,11 @@ Keep = Annotated[
         help="Text that every head keeps wherever it stands, or a regular expression between slashes; may be repeated.",
     ),
 ]
+
+
+def listed(text: str | None) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(word.strip() for word in text.split(",")) if text else ()
 
 
 def _method_help() -> str:

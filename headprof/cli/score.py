@@ -11,7 +11,7 @@ import typer
 
 from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
-from headprof.cli.options import MOST, MOST_PROBES, LoadOptions, Model, ProfileOutput, Seed
+from headprof.cli.options import MOST, MOST_PROBES, Families, LoadOptions, Model, ProfileOutput, Seed, listed
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.reconstruction import (
     LearningOptions,
@@ -48,6 +48,7 @@ class ProbeOptions:
         Path | None,
         typer.Option(help="JSONL with needle, real_needle, answer, question; instead of the built-in ones."),
     ] = None
+    families: Families = None
     haystack: Annotated[Path | None, typer.Option(help="Folder of .txt files to hide the needles in.")] = None
     pack: Annotated[
         int | None,
@@ -110,6 +111,7 @@ def score(
     [dim]headprof score
     headprof score --model meta-llama/Meta-Llama-3-8B-Instruct --preset standard
     headprof score --until-stable
+    headprof score --families nonliteral -o nonliteral.safetensors
     headprof score --reconstruction --add-to profiles/SmolLM2-135M-Instruct.safetensors
     headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
@@ -215,6 +217,7 @@ def _request(asked: ProbeOptions, counting: CountingOptions, seed: int) -> Score
         probes=asked.probes,
         lengths=parse_lengths(asked.lengths) if asked.lengths else None,
         needles=asked.needles,
+        families=listed(asked.families) or None,
         haystack=asked.haystack,
         pack=asked.pack,
         seed=seed,

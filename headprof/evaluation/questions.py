@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
+from headprof.errors import UsageError
 from headprof.evaluation.kept_tokens import LocatedText
 from headprof.evaluation.results import PROBE_TASKS
 from headprof.evaluation.tasks import Example, cut_middle
@@ -13,6 +14,7 @@ from headprof.models.encoded import located
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.probes.build import Probe, ProbeBuilder, ProbeContext, ProbeSettings
+from headprof.probes.families import NONLITERAL, load_nonliteral
 from headprof.utils.units import format_length
 
 
@@ -84,10 +86,11 @@ class ProbeQuestions(Sequence[Question]):
 
     Args:
         loaded: the model.
-        task: `"niah"` or `"reasoning"`.
+        task: `"niah"`, `"reasoning"`, or `"nonliteral"` for the retrieval probes whose question shares no word with the
+            needle.
         number: how many; the lengths take turns.
         lengths: of the prompts, in tokens.
-        families: names of those to ask; all when there are none.
+        families: names of those to ask; all of the task's own when there are none.
         seed: of the probes.
 
     Raises:
@@ -109,7 +112,7 @@ class ProbeQuestions(Sequence[Question]):
             probes=number,
             lengths=lengths,
             kinds=(PROBE_TASKS[task],),
-            families=families,
+            families=_nonliteral(families) if task == NONLITERAL else families,
             needles_per_context=1,
             seed=seed,
             split="eval",
@@ -127,6 +130,19 @@ class ProbeQuestions(Sequence[Question]):
     def digest(self, index: int) -> str:
         """Empty: probes follow from their settings."""
         return ""
+
+
+def _nonliteral(families: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of the families named that are non-literal; all when there are none.
+
+    Raises:
+        UsageError: none of them is.
+    """
+    own = tuple(family.name for family in load_nonliteral())
+    chosen = tuple(name for name in own if families is None or name in families or NONLITERAL in families)
+    if not chosen:
+        raise UsageError(f"None of these families is of {NONLITERAL}: use some of {', '.join(own)}.")
+    return chosen
 
 
 class ExampleQuestions(Sequence[Question]):

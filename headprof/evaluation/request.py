@@ -112,12 +112,12 @@ class EvalRequest:
     """Methods times budgets times tasks.
 
     Attributes:
-        tasks: `niah`, `reasoning`, `multi`, `perplexity`, a benchmark (`ruler`) or one of its tasks
+        tasks: `niah`, `reasoning`, `nonliteral`, `multi`, `perplexity`, a benchmark (`ruler`) or one of its tasks
             (`longbench/hotpotqa`).
         methods: names in the table of methods, each of which may be followed by parameters; `full` is run once, without
             a budget.
         budgets: as the command line takes them.
-        probes: number of probes, over `niah`, `reasoning` and `multi` together; those of `multi` are rounded up to
+        probes: number of probes, over the tasks that ask them together; those of `multi` are rounded up to
             whole documents, of 5 to 10 questions each.
         lengths: of prompts that can be had in several, in tokens; of the texts whose perplexity is taken, which have
             but one.

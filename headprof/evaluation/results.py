@@ -13,8 +13,10 @@ from typing import Any
 from headprof.evaluation.perplexity import Loss, PerplexityCell
 from headprof.utils.intervals import mean_interval, wilson_interval
 
-PROBE_TASKS = {"niah": "retrieval", "reasoning": "reasoning"}
+PROBE_TASKS = {"niah": "retrieval", "reasoning": "reasoning", "nonliteral": "retrieval"}
 """This project's own tasks, and the kind of probe each one asks."""
+_POOLED = ("niah", "reasoning")
+"""Those of them that are shown together."""
 MULTI = "multi"
 """Its task of many probes to one document."""
 OWN_TASKS = (*PROBE_TASKS, MULTI)
@@ -111,7 +113,7 @@ class Evaluation:
 
 def suite_of(task: str) -> str:
     """What a task's questions may be pooled with: `"probes"`, or the benchmark's name."""
-    return "probes" if task in PROBE_TASKS else task.partition("/")[0]
+    return "probes" if task in _POOLED else task.partition("/")[0]
 
 
 def tabulate(answers: Iterable[Answer]) -> list[Cell]:

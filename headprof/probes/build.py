@@ -13,9 +13,11 @@ from headprof.errors import UsageError
 from headprof.models.encoded import EncodedContext, EncodedQuestion, Span
 from headprof.models.prompt_encoder import PromptEncoder
 from headprof.models.text_encoder import Characters
+from headprof.probes.families import choose_families
 from headprof.probes.haystack import Haystack
 from headprof.probes.layout import fit
-from headprof.probes.needles import KINDS, SPLITS, Family, Needle, Split, load_families
+from headprof.probes.needles import KINDS, Family, Needle
+from headprof.probes.slots import SPLITS, Split
 
 # Filler that must part two needles: about one sentence.
 _FILLER_TOKENS_PER_NEEDLE = 24
@@ -79,6 +81,7 @@ class ProbeSettings:
     """What to build: `probes` in all, in contexts whose `lengths` (tokens, question and answer included) take turns.
 
     Attributes:
+        families: names of the needle families to use (see `choose_families`); `None` for all but the non-literal ones.
         needles_per_context: probes that share one prefill; `None` to choose it from the length.
         depths_per_filler: consecutive contexts that share one filler text, with their needles deeper and deeper in it,
             so that each begins like the one before; more than one only with one needle a context.
@@ -124,7 +127,6 @@ class ProbeBuilder:
         settings: ProbeSettings,
         *,
         max_positions: int,
-        families: list[Family] | None = None,
         needles: list[Needle] | None = None,
         haystack: Haystack | None = None,
     ) -> None:
@@ -134,8 +136,7 @@ class ProbeBuilder:
         if needles is not None:
             self._sources = _by_kind(needles, settings.kinds)
         else:
-            chosen = _named(load_families() if families is None else families, settings.families)
-            self._sources = _by_kind(chosen, settings.kinds)
+            self._sources = _by_kind(choose_families(settings.families), settings.kinds)
         self._haystack = haystack or Haystack.composed()
         asked = 1 if needles is not None else settings.needles_per_context
         per_length = [needles_for(length) if asked is None else asked for length in settings.lengths]
@@ -327,14 +328,6 @@ def _check_settings(settings: ProbeSettings, max_positions: int) -> None:
             f"A length of {max(settings.lengths)} tokens is more than the {max_positions} positions of the model; "
             f"use at most {max_positions}."
         )
-
-
-def _named(families: Sequence[Family], names: tuple[str, ...] | None) -> list[Family]:
-    known = {family.name: family for family in families}
-    for name in names or ():
-        if name not in known:
-            raise UsageError(f"There is no needle family {name!r}; use some of {', '.join(sorted(known))}.")
-    return [known[name] for name in names] if names else list(families)
 
 
 def _by_kind(sources: Sequence[Family | Needle], kinds: Sequence[str]) -> dict[str, list[Family | Needle]]:

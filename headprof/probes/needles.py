@@ -1,30 +1,23 @@
-"""Needles: the facts that probes hide and ask for, sampled from the shipped families or read from a JSONL file."""
+"""Needles: the facts that probes hide and ask for, sampled from families or read from a JSONL file."""
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from headprof.errors import ProbeError, UsageError
-from headprof.utils.assets import asset_dir
+from headprof.probes.slots import KNOWN, SlotLists, Split
 from headprof.utils.files import read_text
 from headprof.utils.records import is_text, parse_json, shortened
 
 Kind = Literal["retrieval", "reasoning"]
-Split = Literal["profile", "eval"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SPLITS: tuple[Split, ...] = get_args(Split)
 
-# A slot list may be a list of values, a pattern over other lists, or a range of numbers.
-SlotSource = list[str] | str | dict[str, int]
-
-_MAX_DRAWS = 400
 _LARGEST_FILE = 2**26
 _LONGEST_NAME = 200
 _REQUIRED_FIELDS = ("needle", "real_needle", "answer", "question")
@@ -65,52 +58,12 @@ class Variant:
     answer_prefix: str
 
 
-class SlotLists:
-    """The lists that fill slots, each cut in two halves that share no value: one per split."""
-
-    def __init__(self, sources: Mapping[str, SlotSource]) -> None:
-        self._sources = dict(sources)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._sources
-
-    def values(self, name: str, split: Split) -> list[str]:
-        """All values of a plain list in `split`: every other one, so that both halves have the same mixture."""
-        source = self._sources[name]
-        if not isinstance(source, list):
-            raise TypeError(f"slot list {name!r} is composed, not enumerated")
-        return source[SPLITS.index(split) :: len(SPLITS)]
-
-    def draw(self, name: str, rng: random.Random, split: Split, taken: Collection[str]) -> list[str]:
-        """A value none of whose parts is in `taken`: `[value, *parts]`."""
-        source = self._sources[name]
-        if isinstance(source, str):
-            parts = {part: self.draw(part, rng, split, taken) for part in _slots_of(source)}
-            value = source.format(**{part: drawn[0] for part, drawn in parts.items()})
-            return [value, *(text for drawn in parts.values() for text in drawn)]
-        for _ in range(_MAX_DRAWS):
-            value = (
-                self._draw_number(source, rng, split)
-                if isinstance(source, dict)
-                else rng.choice(self.values(name, split))
-            )
-            if value not in taken:
-                return [value]
-        raise ProbeError(
-            f"The slot list {name!r} has too few values for so many needles in one context; "
-            "lower the number of needles per context."
-        )
-
-    @staticmethod
-    def _draw_number(source: Mapping[str, int], rng: random.Random, split: Split) -> str:
-        return str(rng.randrange(source["from"] + SPLITS.index(split), source["to"] + 1, len(SPLITS)))
-
-
 @dataclass(frozen=True)
 class Family:
     """A kind of needle: wordings with slots, and the lists that fill them.
 
-    The slot `answer` holds the right answer; slots whose names begin with `other` hold the distractors.
+    The slot `answer` holds the right answer; slots whose names begin with `other` hold the distractors. `{slot.known}`
+    stands for what is known of a slot's value, of which the needle says nothing.
     """
 
     name: str
@@ -139,6 +92,8 @@ class Family:
         for slot, source in self.slots.items():
             drawn = self.lists.draw(source, rng, split, used)
             values[slot] = drawn[0]
+            if (known := self.lists.known(source, drawn[0])) is not None:
+                values[slot + KNOWN] = known
             used.update(drawn)
         variant = rng.choice(self.variants) if turn is None else self.variants[turn % len(self.variants)]
         text, spans = _fill(variant.needle, values)
@@ -155,21 +110,6 @@ class Family:
             answer_prefix=_fill(variant.answer_prefix, values)[0],
             values=tuple(sorted(used.difference(taken))),
         )
-
-
-def load_families(path: str | Path | None = None) -> list[Family]:
-    """The families in folder `path` (default: the shipped ones): `slots.json`, `retrieval.json`, `reasoning.json`.
-
-    Raises:
-        UsageError: a file is missing or is not JSON.
-        ProbeError: a family does not fit its slot lists.
-    """
-    folder = Path(path) if path is not None else asset_dir("data") / "needles"
-    lists = SlotLists(_read_json(folder / "slots.json"))
-    families = [_parse_family(raw, kind, lists) for kind in KINDS for raw in _read_json(folder / f"{kind}.json")]
-    for family in families:
-        _check_family(family)
-    return families
 
 
 def load_needles(path: str | Path) -> list[Needle]:
@@ -235,48 +175,6 @@ def _parse_needle(line: str, where: str, default_family: str) -> Needle:
         question=raw["question"].strip(),
         answer_prefix=raw.get("answer_prefix", "").strip(),
     )
-
-
-def _parse_family(raw: Mapping[str, Any], kind: Kind, lists: SlotLists) -> Family:
-    variants = tuple(
-        Variant(
-            needle=variant["needle"],
-            question=variant["question"],
-            answer_prefix=variant["answer_prefix"],
-        )
-        for variant in ({**raw, **variant} for variant in raw["variants"])
-    )
-    return Family(raw["name"], kind, raw["description"], dict(raw["slots"]), variants, lists)
-
-
-def _check_family(family: Family) -> None:
-    unknown = [source for source in family.slots.values() if source not in family.lists]
-    if unknown:
-        raise ProbeError(f"The family {family.name!r} uses the slot list {unknown[0]!r}; add that list to slots.json.")
-    for variant in family.variants:
-        slots = _slots_of(variant.needle)
-        if slots.count("answer") != 1 or variant.needle.startswith("{answer}"):
-            raise ProbeError(
-                f"A needle of the family {family.name!r} must hold {{answer}} once, not as its first word; reword it."
-            )
-        for slot in (*slots, *_slots_of(variant.question), *_slots_of(variant.answer_prefix)):
-            if slot not in family.slots:
-                raise ProbeError(
-                    f"A text of the family {family.name!r} uses the slot {slot!r}; list it under its slots."
-                )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if not path.exists():
-            raise UsageError(f"The needle families file {path} does not exist; give a folder that holds it.")
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"The needle families file {path} is not JSON ({error}); mend it.") from None
-
-
-def _slots_of(template: str) -> list[str]:
-    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
 
 
 def _fill(template: str, values: Mapping[str, str]) -> tuple[str, list[tuple[str, int, int]]]:

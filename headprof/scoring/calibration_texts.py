@@ -10,8 +10,10 @@ from typing import Any
 
 from headprof.errors import UsageError
 from headprof.models.text_encoder import TextEncoder
+from headprof.probes.families import load_families
 from headprof.probes.haystack import PARAGRAPH_BREAK, Haystack
-from headprof.probes.needles import Family, SlotLists, Split, load_families
+from headprof.probes.needles import Family
+from headprof.probes.slots import SlotLists, Split
 
 _SPLIT: Split = "profile"
 _SENTENCES_PER_FACT = (2, 6)

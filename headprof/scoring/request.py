@@ -9,6 +9,7 @@ from pathlib import Path
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.probes.families import choose_families
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
 from headprof.profile.head_profile import HeadProfile
@@ -30,6 +31,7 @@ class ScoreRequest:
     probes: int | None = None
     lengths: tuple[int, ...] | None = None
     needles: Path | None = None
+    families: tuple[str, ...] | None = None
     haystack: Path | None = None
     pack: int | None = None
     seed: int = 0
@@ -41,15 +43,18 @@ class ScoreRequest:
         """Find mistakes that need no model.
 
         Raises:
-            UsageError: an unknown preset, a needle file or haystack folder that cannot be read, or an impossible
-                `stop`.
+            UsageError: an unknown preset or needle family, a needle file or haystack folder that cannot be read, or an
+                impossible `stop`.
         """
         if self.preset not in PRESETS:
             raise UsageError(f"There is no preset {self.preset!r}: choose one of {', '.join(PRESETS)}.")
         if self.stop is not None:
             self.stop.check()
         if self.needles is not None:
+            if self.families:
+                raise UsageError("Needles from a file are of no built-in family: leave --families or --needles away.")
             load_needles(self.needles)
+        choose_families(self.families)
         if self.haystack is not None:
             Haystack.from_folder(self.haystack)
 
@@ -60,6 +65,7 @@ class ScoreRequest:
         return ProbeSettings(
             probes=self.probes or preset.probes,
             lengths=self.lengths or preset.lengths,
+            families=None if not self.families else tuple(each.name for each in choose_families(self.families)),
             needles_per_context=pack,
             depths_per_filler=_DEPTHS_PER_FILLER if pack == 1 else 1,
             seed=self.seed,

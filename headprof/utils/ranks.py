@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from headprof.errors import UsageError
@@ -15,9 +14,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two score tensors of equal shape, ties ranked by their average; NaN if either is constant."""
     if a.shape != b.shape:
         raise ValueError(f"cannot correlate scores of shapes {list(a.shape)} and {list(b.shape)}")
-    x, y = (ranks - ranks.mean() for ranks in (_average_ranks(a), _average_ranks(b)))
-    norm = float(x.norm() * y.norm())
-    return float(x @ y) / norm if norm > 0 else math.nan
+    return float(rank_correlations(a.flatten(), b.reshape(1, -1)))
 
 
 def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
@@ -28,10 +25,21 @@ def top_overlap(a: Tensor, b: Tensor, k: int) -> float:
     return len(best.intersection(top_indices(b, k))) / len(best) if best else 1.0
 
 
-def _average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1, float64 `[n]`; equal values share the mean of the ranks they take together."""
-    _, group, counts = values.flatten().unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[group]
+def average_ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 over the last dimension, float64; equal values share the mean of the ranks they take together."""
+    import torch
+
+    values = values.contiguous()
+    ordered = values.sort(dim=-1).values
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to + 1).double() / 2
+
+
+def rank_correlations(a: Tensor, rows: Tensor) -> Tensor:
+    """`spearman` of scores `[n]` with each of some rows `[B, n]`, float64 `[B]`."""
+    x, y = (ranks - ranks.mean(dim=-1, keepdim=True) for ranks in (average_ranks(a), average_ranks(rows)))
+    return (y @ x) / (x.norm() * y.norm(dim=-1))
 
 
 def rank_rows(values: Tensor) -> Tensor:

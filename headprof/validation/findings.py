@@ -1,8 +1,8 @@
-"""A causal check as its readers want it: the verdicts, and what single heads cost if that was asked for."""
+"""A causal check as its readers want it: the verdicts, all scores side by side, and what single heads cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,9 +10,11 @@ from typing import Any
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
 from headprof.validation import head_drops, verdict
-from headprof.validation.causal_check import Validation, ValidationSettings, validate
+from headprof.validation.causal_check import Validation, validate
 from headprof.validation.head_drops import HeadDrops, per_head_drops
-from headprof.validation.verdict import Verdict
+from headprof.validation.settings import ValidationSettings
+from headprof.validation.side_by_side import SideBySide, Yardstick, drop_yardsticks, side_by_side
+from headprof.validation.verdict import Verdict, own_verdicts
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,36 +22,41 @@ class Findings:
     """What the check of a profile came to.
 
     Attributes:
-        profile: that was checked.
         result: every answer.
         drops: what each head costs alone; `None` if that was not asked for.
     """
 
-    profile: HeadProfile
     result: Validation
     drops: HeadDrops | None = None
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """One for each kind of score."""
-        return [verdict.verdict(self.result, kind) for kind in self.result.kinds]
+        """One for each kind of the profile's scores."""
+        return own_verdicts(self.result)
 
     @property
     def confirmed(self) -> bool:
         """Whether all verdicts are good."""
         return all(each.confirmed for each in self.verdicts)
 
+    @property
+    def yardsticks(self) -> list[Yardstick]:
+        """What heads were measured to be worth, which the scores are compared with."""
+        return [] if self.drops is None else drop_yardsticks(self.drops)
+
+    @cached_property
+    def compared(self) -> SideBySide:
+        """All scores side by side."""
+        return side_by_side(self.result, self.yardsticks)
+
     def sentences(self) -> list[str]:
-        """The verdicts in words, and how scores and drops agree."""
-        found = [each.sentence() for each in self.verdicts]
-        if self.drops is not None:
-            found += [each.sentence() for each in head_drops.agreements(self.profile, self.drops)]
-        return found
+        """The verdicts in words."""
+        return [each.sentence() for each in self.verdicts]
 
     def figures(self) -> dict[str, Any]:
         """All of it as plain numbers and texts, for JSON."""
-        per_head = {} if self.drops is None else {"per_head": head_drops.figures(self.profile, self.drops)}
-        return verdict.figures(self.result) | per_head
+        per_head = {} if self.drops is None else {"per_head": head_drops.figures(self.drops)}
+        return verdict.figures(self.result) | {"side_by_side": self.compared.figures()} | per_head
 
 
 def check_profile(
@@ -57,6 +64,7 @@ def check_profile(
     profile: HeadProfile,
     settings: ValidationSettings,
     *,
+    others: Mapping[str, HeadProfile] | None = None,
     per_head: bool = False,
     batch_heads: int | None = None,
     on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
@@ -67,6 +75,7 @@ def check_profile(
         loaded: the model.
         profile: of this model.
         settings: what to ask.
+        others: profiles of the same model to compare it with, by the names that they go by.
         per_head: whether to find out what each head costs alone.
         batch_heads: as for `per_head_drops`.
         on_progress: called with what is going on, the work done and the work in all.
@@ -75,10 +84,10 @@ def check_profile(
         HeadprofError: as `validate` and `per_head_drops`.
     """
     what = f"Silencing heads of {loaded.name}"
-    result = validate(loaded, profile, settings, lambda done, total: on_progress(what, done, total))
+    result = validate(loaded, profile, settings, lambda done, total: on_progress(what, done, total), others)
     drops = None
     if per_head:
         drops = per_head_drops(
             loaded, settings, batch_heads, lambda done, total: on_progress("Silencing single heads", done, total)
         )
-    return Findings(profile, result, drops)
+    return Findings(result, drops)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -16,13 +18,23 @@ from headprof.models.decoder import decoder_layers
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.memory import free_bytes
-from headprof.utils.ranks import spearman, top_overlap
-from headprof.validation.causal_check import ValidationSettings, asking, build_probes, grade, passes
-from headprof.validation.silence import silenced_each
+from headprof.validation.asking import (
+    AskedProbe,
+    answers,
+    asked_probes,
+    asking,
+    build_probes,
+    grade,
+    passes,
+    read_whole,
+)
+from headprof.validation.head_sets import CheckedScores
+from headprof.validation.settings import ValidationSettings
+from headprof.validation.silence import MeanOutputs, silenced_each
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, that copies of the questions may take."""
@@ -33,15 +45,32 @@ class HeadDrops:
     """What each head costs when it alone is silent.
 
     Attributes:
-        drops: kind of probe to the mean drop of the answers' log-probability in nats, float32 `[L, H]`; below zero
-            where an answer becomes likelier.
-        standard_errors: of these means, over contexts, float32 `[L, H]`.
-        probes: number of probes of each kind.
+        values: drop of the log-probability of each of `n` answers, in nats, float32 `[n, L, H]`; below zero where an
+            answer becomes likelier.
+        probes: what was asked, `n` probes.
     """
 
-    drops: Mapping[str, torch.Tensor]
-    standard_errors: Mapping[str, torch.Tensor]
-    probes: Mapping[str, int]
+    values: torch.Tensor
+    probes: tuple[AskedProbe, ...]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the probes, retrieval first."""
+        return [kind for kind in PROBE_KINDS if any(probe.kind == kind for probe in self.probes)]
+
+    def of_kind(self, kind: str) -> tuple[torch.Tensor, list[int]]:
+        """The drops of probes of one kind, float32 `[m, L, H]`, and the context of each."""
+        indices = [index for index, probe in enumerate(self.probes) if probe.kind == kind]
+        return self.values[indices], [self.probes[index].context for index in indices]
+
+    def mean(self, kind: str) -> torch.Tensor:
+        """Over the probes of one kind, float32 `[L, H]`."""
+        return self.of_kind(kind)[0].mean(dim=0)
+
+    def standard_error(self, kind: str) -> torch.Tensor:
+        """Of the mean, over contexts, float32 `[L, H]`."""
+        values, contexts = self.of_kind(kind)
+        return standard_error(values.flatten(1), contexts).view_as(values[0])
 
 
 @torch.inference_mode()
@@ -58,7 +87,7 @@ def per_head_drops(
 
     Args:
         loaded: the model.
-        settings: which probes to ask; how many heads are silent, and where, does not matter.
+        settings: which probes to ask, and what silent heads put out; how many are silent, and where, does not matter.
         batch_heads: copies that run at once; `None` to choose by the free memory.
         on_progress: called after each layer of each context, with the number done and the number of all.
 
@@ -71,26 +100,32 @@ def per_head_drops(
     drops = []
     with asking(loaded.model, _CopiedContext) as shared:
         for number, context in enumerate(contexts):
-            shared.read(context.context_ids)
+            instead = read_whole(shared, context, settings.ablate)
             shared.freeze()
-            whole = torch.cat([grade(shared.ask(*asked), said)[1] for asked, said in passes(shared, context.probes)])
+            whole = answers(shared, context.probes)[1]
             batch = batch_heads or _fitting_batch(loaded, context)
             silent_log_probs = torch.empty(len(context.probes), shape.num_layers, shape.num_heads)
             for layer in range(shape.num_layers):
                 for heads in torch.arange(shape.num_heads).split(batch):
-                    silent_log_probs[:, layer, heads] = _log_probs_without(shared, context, layer, heads, shape)
+                    silent = _only(layer, heads, shape)
+                    silent_log_probs[:, layer, heads] = _log_probs_without(shared, context, layer, silent, instead)
                 on_progress(number * shape.num_layers + layer + 1, len(contexts) * shape.num_layers)
             drops.append(whole[:, None, None] - silent_log_probs)
-    return _mean_drops(contexts, torch.cat(drops))
+    return HeadDrops(torch.cat(drops), asked_probes(contexts))
+
+
+def _only(layer: int, heads: torch.Tensor, shape: HeadShape) -> torch.Tensor:
+    """For each of a layer's `heads`, that it alone is silent, bool `[heads, L, H]`."""
+    silent = torch.zeros(len(heads), shape.num_layers, shape.num_heads, dtype=torch.bool)
+    silent[torch.arange(len(heads)), layer, heads] = True
+    return silent
 
 
 def _log_probs_without(
-    shared: _CopiedContext, context: ProbeContext, layer: int, heads: torch.Tensor, shape: HeadShape
+    shared: _CopiedContext, context: ProbeContext, layer: int, silent: torch.Tensor, instead: MeanOutputs | None
 ) -> torch.Tensor:
-    """Log-probability of each answer with each of a layer's `heads` silent alone, `[n, heads]`."""
-    silent = torch.zeros(len(heads), shape.num_layers, shape.num_heads, dtype=torch.bool)
-    silent[torch.arange(len(heads)), layer, heads] = True
-    with silenced_each(shared.model, silent), _copied_from(shared.model, layer, len(heads)):
+    """Log-probability of each answer in copies that each have another head of a layer silent, `[n, copies]`."""
+    with silenced_each(shared.model, silent, instead), _copied_from(shared.model, layer, len(silent)):
         parts = [
             torch.stack([grade(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
             for asked, said in passes(shared, context.probes)
@@ -98,68 +133,29 @@ def _log_probs_without(
     return torch.cat(parts)
 
 
-def _mean_drops(contexts: Sequence[ProbeContext], drops: torch.Tensor) -> HeadDrops:
-    """Means over the probes of each kind, from drops `[n, L, H]`."""
-    probes = [(probe.kind, context.index) for context in contexts for probe in context.probes]
-    means, errors, asked = {}, {}, {}
-    for kind in dict.fromkeys(kind for kind, _ in probes):
-        indices = [index for index, (each, _) in enumerate(probes) if each == kind]
-        clusters = [probes[index][1] for index in indices]
-        means[kind] = drops[indices].mean(dim=0)
-        errors[kind] = standard_error(drops[indices].flatten(1), clusters).view_as(means[kind])
-        asked[kind] = len(indices)
-    return HeadDrops(means, errors, asked)
+def drops_csv(scores: Sequence[CheckedScores], drops: HeadDrops) -> str:
+    """A line a head: layer and head; for each kind of probe its score, drop (nats) and standard error; other scores."""
+    named = {each.name: each.values for each in scores}
+    columns: dict[str, torch.Tensor | None] = {}
+    for kind in drops.kinds:
+        columns[f"{kind}_score"] = named.pop(kind, None)
+        columns |= {f"{kind}_drop": drops.mean(kind), f"{kind}_drop_se": drops.standard_error(kind)}
+    columns |= {f"{name}_score": values for name, values in named.items()}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "head", *columns])
+    for layer, head in product(*map(range, drops.values.shape[1:])):
+        cells = ["" if each is None else f"{each[layer, head]:.6g}" for each in columns.values()]
+        writer.writerow([layer, head, *cells])
+    return text.getvalue()
 
 
-@dataclass(frozen=True)
-class DropAgreement:
-    """How alike a kind's scores and drops rank the heads.
-
-    Attributes:
-        kind: of scores and of probes.
-        spearman: rank correlation over all heads.
-        top: number of best heads.
-        overlap: share of these that both have in common, 0 to 1.
-    """
-
-    kind: str
-    spearman: float
-    top: int
-    overlap: float
-
-    def sentence(self) -> str:
-        return (
-            f"{self.kind.capitalize()}: over all heads, scores and drops have a rank correlation of "
-            f"{self.spearman:.2f}; of their top {self.top} they share {self.overlap:.0%}."
-        )
-
-
-def agreements(profile: HeadProfile, drops: HeadDrops, top: int = 10) -> list[DropAgreement]:
-    """Compare a profile's scores with what its heads cost, kind by kind."""
-    pairs = [(kind, profile.scores[kind], drops.drops[kind]) for kind in profile.kinds if kind in drops.drops]
-    return [DropAgreement(kind, spearman(a, b), top, top_overlap(a, b, top)) for kind, a, b in pairs]
-
-
-def drops_csv(profile: HeadProfile, drops: HeadDrops) -> str:
-    """A line a head: layer, head, and for each kind of probe the score, the drop (nats) and its standard error."""
-    kinds = sorted(drops.drops, key=PROBE_KINDS.index)
-    lines = [["layer", "head", *(f"{kind}_{part}" for kind in kinds for part in ("score", "drop", "drop_se"))]]
-    for layer, head in product(range(profile.shape.num_layers), range(profile.shape.num_heads)):
-        line = [str(layer), str(head)]
-        for kind in kinds:
-            values = (profile.scores.get(kind), drops.drops[kind], drops.standard_errors[kind])
-            line += ["" if each is None else f"{each[layer, head]:.6g}" for each in values]
-        lines.append(line)
-    return "".join(",".join(line) + "\n" for line in lines)
-
-
-def figures(profile: HeadProfile, drops: HeadDrops) -> dict[str, Any]:
+def figures(drops: HeadDrops) -> dict[str, Any]:
     """All of it as plain numbers and texts, for JSON."""
     return {
-        "probes": dict(drops.probes),
-        "drops": {kind: each.tolist() for kind, each in drops.drops.items()},
-        "standard_errors": {kind: each.tolist() for kind, each in drops.standard_errors.items()},
-        "agreement": [asdict(each) for each in agreements(profile, drops)],
+        "probes": {kind: len(drops.of_kind(kind)[0]) for kind in drops.kinds},
+        "drops": {kind: drops.mean(kind).tolist() for kind in drops.kinds},
+        "standard_errors": {kind: drops.standard_error(kind).tolist() for kind in drops.kinds},
     }
 
 

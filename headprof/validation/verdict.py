@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headprof.utils.bootstrap import bootstrap_interval
-from headprof.validation.causal_check import FAMILIES, Validation
+from headprof.validation.causal_check import ALL, Validation
+from headprof.validation.head_sets import CheckedScores
+from headprof.validation.settings import FAMILIES
 
 MIN_LOSS = 0.10
 """Share of the answers that the top heads must cost."""
@@ -42,10 +44,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the top heads of a kind cause the answers to its probes.
+    """Whether the top heads of a kind cause the answers.
 
     Attributes:
-        kind: of the scores and of the probes.
+        kind: of the scores.
+        probes: kind of the probes: the same, or `ALL` for scores that have no probes of their own.
         top: number of silent heads.
         baseline: accuracy with nothing silent, 0 to 1.
         lost: what each of `FAMILIES` costs of it.
@@ -54,6 +57,7 @@ class Verdict:
     """
 
     kind: str
+    probes: str
     top: int
     baseline: float
     lost: Mapping[str, float]
@@ -74,7 +78,8 @@ class Verdict:
             f"Silencing the top {heads} costs {_points(self.lost['top'])} points ({self.baseline:.0%} to {left:.0%}); "
             f"{others} of the same layer{'s' * (not one)} cost{'s' * one} {_points(self.lost['random'])}"
         )
-        start = f"{self.kind.capitalize()}: {'confirmed' if self.confirmed else 'not confirmed'}. {told}"
+        judged = f"{self.kind.capitalize()}{', by all probes' * (self.probes == ALL)}"
+        start = f"{judged}: {'confirmed' if self.confirmed else 'not confirmed'}. {told}"
         if self.confirmed:
             return f"{start}."
         if self.lost["top"] < MIN_LOSS:
@@ -93,7 +98,7 @@ def curve(result: Validation, probes: str, chosen_by: str, family: str) -> list[
     Args:
         result: the answers.
         probes: kind of the probes.
-        chosen_by: kind of score that chose the heads.
+        chosen_by: name of the scores that chose the heads.
         family: one of `FAMILIES`.
     """
     indices = result.probe_indices(probes)
@@ -112,34 +117,41 @@ def curve(result: Validation, probes: str, chosen_by: str, family: str) -> list[
     return points
 
 
-def verdict(result: Validation, kind: str) -> Verdict:
-    """Whether the top heads of a kind cause the answers to the probes of that kind."""
-    indices = result.probe_indices(kind)
+def verdict(result: Validation, scores: CheckedScores) -> Verdict:
+    """Whether the top heads of some scores cause the answers to the probes that judge them."""
+    probes, top = result.judges(scores), result.settings.top
+    indices = result.probe_indices(probes)
     clusters = [result.probes[index].context for index in indices]
-    top = result.settings.top
     right = {
-        family: result.right[result.rows(kind, family, top)][:, indices].double().mean(dim=0) for family in FAMILIES
+        family: result.right[result.rows(scores.name, family, top)][:, indices].double().mean(dim=0)
+        for family in FAMILIES
     }  # [n] each
     baseline = float(result.right[0, indices].double().mean())
     low, high = bootstrap_interval((right["random"] - right["top"])[:, None], clusters, result.settings.seed)
     lost = {family: baseline - float(each.mean()) for family, each in right.items()}
-    return Verdict(kind, top, baseline, lost, float(low), float(high))
+    return Verdict(scores.kind, probes, top, baseline, lost, float(low), float(high))
+
+
+def own_verdicts(result: Validation) -> list[Verdict]:
+    """One for each kind of the checked profile's own scores."""
+    return [verdict(result, each) for each in result.scores if each.own]
 
 
 def figures(result: Validation) -> dict[str, Any]:
     """All of it as plain numbers and texts, for JSON."""
-    verdicts = [verdict(result, kind) for kind in result.kinds]
     points = [
         point
         for probes in result.probe_kinds
-        for kind in result.kinds
+        for name in result.names
         for family in FAMILIES
-        for point in curve(result, probes, kind, family)
+        for point in curve(result, probes, name, family)
     ]
     return {
         "model": result.model_name,
         "settings": asdict(result.settings),
-        "verdicts": [asdict(each) | {"confirmed": each.confirmed, "sentence": each.sentence()} for each in verdicts],
+        "verdicts": [
+            asdict(each) | {"confirmed": each.confirmed, "sentence": each.sentence()} for each in own_verdicts(result)
+        ],
         "points": [asdict(point) | {"accuracy": point.accuracy} for point in points],
         "sets": [asdict(each) for each in result.sets],
     }

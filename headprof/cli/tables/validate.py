@@ -1,4 +1,4 @@
-"""The table of `headprof validate`."""
+"""The tables of `headprof validate`."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from headprof.cli.tables.cells import Rows
 
 if TYPE_CHECKING:
     from headprof.validation.causal_check import Validation
+    from headprof.validation.side_by_side import RankAgreement, SideBySide, TopLoss
 
 
 def validation(result: Validation) -> tuple[list[str], Rows]:
-    """Answers while heads are silent: all counts for the heads of the probes' own kind, and the top of the other."""
-    from headprof.validation.causal_check import FAMILIES
+    """Answers while heads are silent: all counts for the heads of the probes' own kind, and the top of the others."""
+    from headprof.validation.settings import FAMILIES
     from headprof.validation.verdict import curve
 
     points = []
     for probes in result.probe_kinds:
-        points.append(curve(result, probes, result.kinds[0], "top")[0])  # nothing is silent
-        for kind in sorted(result.kinds, key=lambda kind: kind != probes):
-            for family in FAMILIES if kind == probes else ("top",):
-                shown = result.counts if kind == probes else [result.settings.top]
-                points += [point for point in curve(result, probes, kind, family) if point.count in shown]
+        points.append(curve(result, probes, result.names[0], "top")[0])  # nothing is silent
+        for name in sorted(result.names, key=lambda name: name != probes):
+            for family in FAMILIES if name == probes else ("top",):
+                shown = result.counts if name == probes else [result.settings.top]
+                points += [point for point in curve(result, probes, name, family) if point.count in shown]
     rows = [
         [
             point.probes,
@@ -35,3 +36,34 @@ def validation(result: Validation) -> tuple[list[str], Rows]:
         for point in points
     ]
     return ["probes", "silent heads", "k", "right", "accuracy", "95 % interval", "log-probability"], rows
+
+
+def side_by_side(found: SideBySide) -> tuple[list[str], Rows, str]:
+    """A row for each kind of score: what its top heads cost, and how alike it ranks heads and what these cost alone.
+
+    In brackets 95 % intervals.
+    """
+    columns, rows = ["scores"], {name: [name] for name in found.names}
+    for probes in dict.fromkeys(loss.probes for loss in found.losses):
+        columns.append(f"{probes} points")
+        for loss in found.losses:
+            if loss.probes == probes:
+                rows[loss.scores].append(_points(loss))
+    for yardstick in dict.fromkeys(each.yardstick for each in found.agreements):
+        columns += [f"{yardstick}: rank", "shared"]
+        for each in found.agreements:
+            if each.yardstick == yardstick:
+                rows[each.scores] += [_rank(each), f"{round(each.overlap * each.top)} of {each.top}"]
+    title = f"Scores side by side: points lost with the top {found.losses[0].top} silent"
+    if found.agreements:
+        title += "; rank correlation with what single heads cost, and top heads shared"
+    return columns, list(rows.values()), title
+
+
+def _points(loss: TopLoss) -> str:
+    return f"{100 * loss.lost:.0f} ({100 * loss.low:.0f} to {100 * loss.high:.0f})"
+
+
+def _rank(agreement: RankAgreement) -> str:
+    interval = "" if agreement.low is None else f" ({agreement.low:.2f} to {agreement.high:.2f})"
+    return f"{agreement.spearman:.2f}{interval}"

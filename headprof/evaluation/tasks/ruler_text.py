@@ -8,8 +8,9 @@ from functools import cache, partial
 from itertools import chain, count, islice
 from uuid import UUID
 
+from headprof.probes.families import load_families
 from headprof.probes.haystack import Haystack, join_sentences
-from headprof.probes.needles import SPLITS, load_families
+from headprof.probes.slots import SPLITS
 
 _VOCABULARY_SENTENCES = 3000
 _SHORTEST_WORD = 5
