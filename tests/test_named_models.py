@@ -14,7 +14,6 @@ from headprof.profile.finding import learning_command
 from headprof.profile.head_profile import HeadProfile
 
 PROFILE = "profiles/tiny.safetensors"
-BARE = "p.safetensors"
 
 
 @pytest.fixture
@@ -24,8 +23,6 @@ def place(tmp_path):
     (tmp_path / "doc.txt").write_text("The keeper counted nine grey boats. " * 8)
     profile = replace(random_profile(tiny_model()), kept_shares=None)
     profile.save(tmp_path / PROFILE)
-    only = {"reconstruction": profile.scores["reasoning"]}
-    replace(profile, scores=only).save(tmp_path / BARE)
     small_profile().save(tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     return tmp_path
@@ -46,7 +43,6 @@ READING = ("--file", "doc.txt", "--prompt", "Who?", "--budget", "16")
         (("heatmap", "--which", "write"), ""),
         (("heatmap", "--uncertainty"), ""),
         (("heatmap", "broken.safetensors"), ""),
-        (("validate", BARE, "--probes", "4", "--pack", "1", "--top", "2"), ""),
         (("eval", "--methods", "headkv:scores=write", "--probes", "2", "--lengths", "400"), ""),
         (("score", "--reconstruction", "--add-to", "other.safetensors", "--texts", "1", "--text-lengths", "64"), ""),
         (("score", "--reconstruction", "--add-to", "broken.safetensors", "--texts", "1"), ""),
