@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from headprof.models.decoder import decoder_layers
+from headprof.models.copies import copied_from
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
@@ -90,7 +88,7 @@ def _log_probs_without(
     """Log-probability of each answer with each of a layer's `heads` silent alone, `[n, heads]`."""
     silent = torch.zeros(len(heads), shape.num_layers, shape.num_heads, dtype=torch.bool)
     silent[torch.arange(len(heads)), layer, heads] = True
-    with silenced_each(shared.model, silent), _copied_from(shared.model, layer, len(heads)):
+    with silenced_each(shared.model, silent), copied_from(shared.model, layer, len(heads)):
         parts = [
             torch.stack([grade(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
             for asked, said in passes(shared, context.probes)
@@ -161,18 +159,6 @@ def figures(profile: HeadProfile, drops: HeadDrops) -> dict[str, Any]:
         "standard_errors": {kind: each.tolist() for kind, each in drops.standard_errors.items()},
         "agreement": [asdict(each) for each in agreements(profile, drops)],
     }
-
-
-@contextmanager
-def _copied_from(model: PreTrainedModel, layer: int, copies: int) -> Iterator[None]:
-    """Run one sequence up to a decoder layer, and copies of it from there on."""
-    hook = decoder_layers(model)[layer].register_forward_pre_hook(
-        lambda module, arguments: (arguments[0].expand(copies, -1, -1), *arguments[1:])
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class _CopiedContext(SharedContext):
