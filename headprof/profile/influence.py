@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SITUATIONS = ("known", "unknown")
 """Whether the question is, when rows go."""
 MOST_POINTS = 64
-_LONGEST = 2**24
+LONGEST = 2**24
 _PARTS = ("", "_se", "_grid")
 
 
@@ -80,7 +80,7 @@ def curves_fault(curves: InfluenceCurves, shape: HeadShape) -> str | None:
     wanted = (shape.num_layers, shape.num_kv_heads, points)
     if curves.grid.dtype != torch.int64 or curves.grid.ndim != 1 or not 1 <= points <= MOST_POINTS:
         return f"are not at 1 to {MOST_POINTS} whole numbers of rows"
-    if int(curves.grid[0]) < 1 or int(curves.grid[-1]) > _LONGEST or bool((curves.grid.diff() < 1).any()):
+    if int(curves.grid[0]) < 1 or int(curves.grid[-1]) > LONGEST or bool((curves.grid.diff() < 1).any()):
         return "are at numbers of rows that do not ascend"
     for part in (curves.losses, curves.errors):
         if part.dtype != torch.float32:

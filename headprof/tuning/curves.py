@@ -10,7 +10,7 @@ Shapes: `A` answers, `L` layers, `K` KV heads, `N` numbers of rows, the last of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -18,19 +18,16 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from headprof.compression.continuing import divergences
 from headprof.errors import UsageError
-from headprof.models.loading import LoadedModel, require_finite
+from headprof.models.loading import LoadedModel
 from headprof.profile.influence import InfluenceCurves
-from headprof.tuning.exams import Answering, Exam, Exams
-from headprof.tuning.hidden_rows import HidingModel, hiding, read_ranked
+from headprof.tuning.asked import Asked
+from headprof.tuning.exams import Exam, Exams
+from headprof.tuning.hidden_rows import hiding, read_ranked
 from headprof.utils.bootstrap import standard_error
-from headprof.utils.memory import free_bytes
 
 GRID = (4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows that a head keeps; all of the prompt comes after them."""
-_MEMORY_SHARE = 0.25
-"""Of the free memory, that copies may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,79 +153,31 @@ def examine(
     with hiding(model) as hider:
         hider.rows = rows
         for number, answer in enumerate(exam.answers):
-            asked = _Asked(loaded, hider, answer, base, batch)
+            asked = Asked(loaded, hider, answer, batch)
+            kept = asked.whole if base is None else base.minimum(asked.whole)
+            at_base = torch.zeros(2) if base is None else asked.lost(kept[None])[0]
             measured = torch.empty(2, layers, loaded.shape.num_kv_heads, len(grid) + 1)
             for layer in range(layers):
-                measured[:, layer] = asked.losses(layer, grid)
+                measured[:, layer] = _of_layer(asked, kept, at_base, layer, grid)
                 on_layer(number * layers + layer + 1)
-            found.append(AnswerLosses(answer.kind, exam.cluster, measured[0], measured[1], asked.at_base))
+            found.append(AnswerLosses(answer.kind, exam.cluster, measured[0], measured[1], at_base))
     return found
 
 
-class _Asked:
-    """One answer, under other and other numbers of rows.
-
-    Attributes:
-        at_base: divergence and drop where each head keeps what it keeps in any case, float32 `[2]`.
-    """
-
-    def __init__(
-        self, loaded: LoadedModel, hider: HidingModel, answer: Answering, base: Tensor | None, batch: int | None
-    ):
-        self._hider, self._answer, self._shape = hider, answer, loaded.shape
-        self._length = hider.prompt_length
-        self._tokens = torch.tensor(answer.reference, device=loaded.device)
-        self._batch = batch or _fitting_batch(loaded, self._length, answer)
-        whole = torch.full((loaded.shape.num_layers, loaded.shape.num_kv_heads), self._length)
-        self._base = whole if base is None else base.minimum(whole)
-        self._full: Tensor | None = None
-        logits = self._logits(whole[None])[0]
-        require_finite(logits.amax(), logits.dtype)
-        self._full = logits.float().log_softmax(dim=-1)
-        self.at_base = torch.zeros(2) if base is None else self._judged(self._logits(self._base[None]))[0]
-
-    def losses(self, layer: int, grid: Sequence[int]) -> Tensor:
-        """Divergence and drop for each head of a layer and each number of rows, float32 `[2, K, N]`."""
-        heads = self._shape.num_kv_heads
-        points = [min(point, self._length) for point in (*grid, self._length)]
-        found = self.at_base[:, None, None].repeat(1, heads, len(points))
-        changes = [
-            (head, number)
-            for head, number in product(range(heads), range(len(points)))
-            if points[number] != int(self._base[layer, head])
-        ]
-        for part in _parts(changes, self._batch):
-            counts = self._base.repeat(len(part), 1, 1)
-            for copy, (head, number) in enumerate(part):
-                counts[copy, layer, head] = points[number]
-            judged = self._judged(self._logits(counts, layer))
-            for (head, number), losses in zip(part, judged, strict=True):
-                found[:, head, number] = losses
+def _of_layer(asked: Asked, base: Tensor, at_base: Tensor, layer: int, grid: Sequence[int]) -> Tensor:
+    """Divergence and drop for each head of a layer and each number of rows, float32 `[2, K, N]`."""
+    heads, points = base.shape[1], [*grid, int(asked.whole[0, 0])]
+    found = at_base[:, None, None].repeat(1, heads, len(points))
+    changes = [
+        (head, number)
+        for head, number in product(range(heads), range(len(points)))
+        if min(points[number], points[-1]) != int(base[layer, head])
+    ]
+    if not changes:
         return found
-
-    def _logits(self, counts: Tensor, layer: int = 0) -> Tensor:
-        return self._hider.logits(self._answer.fed, len(self._answer.reference), counts, layer)
-
-    def _judged(self, logits: Tensor) -> Tensor:
-        """Divergence and drop of each copy, float32 `[C, 2]`, from logits `[C, N, vocabulary]`."""
-        assert self._full is not None
-        own = self._full.gather(1, self._tokens[:, None])[:, 0]
-        judged = []
-        for each in logits:  # one by one, to hold no second copy of all logits
-            said = each.float().log_softmax(dim=-1).gather(1, self._tokens[:, None])[:, 0]
-            judged.append(torch.stack([divergences(self._full, each).mean().float(), (own - said).mean()]))
-        return torch.stack(judged).cpu()
-
-
-def _parts(changes: Sequence[tuple[int, int]], size: int) -> Iterator[Sequence[tuple[int, int]]]:
-    return (changes[start : start + size] for start in range(0, len(changes), size))
-
-
-def _fitting_batch(loaded: LoadedModel, prompt_length: int, answer: Answering) -> int:
-    """How many copies of what comes after a prompt may run at once."""
-    shape, config, size = loaded.shape, loaded.model.config.get_text_config(), loaded.dtype.itemsize
-    tokens = len(answer.fed)
-    attention = tokens * (prompt_length + tokens) * shape.num_heads * (2 * size + 16)
-    states = tokens * 16 * config.hidden_size * size
-    logits = len(answer.reference) * shape.vocab_size * size + 4 * shape.vocab_size
-    return max(1, int(_MEMORY_SHARE * free_bytes(loaded.device) / (attention + states + logits)))
+    counts = base.repeat(len(changes), 1, 1)
+    for copy, (head, number) in enumerate(changes):
+        counts[copy, layer, head] = points[number]
+    for (head, number), losses in zip(changes, asked.lost(counts, layer), strict=True):
+        found[:, head, number] = losses
+    return found

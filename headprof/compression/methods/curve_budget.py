@@ -14,7 +14,7 @@ from headprof.compression.methods.allocation import to_spend
 from headprof.compression.methods.budget import BudgetPolicy
 from headprof.compression.methods.solver import falling, refined, solve
 from headprof.errors import UsageError
-from headprof.profile.influence import SITUATIONS, InfluenceCurves
+from headprof.profile.influence import LONGEST, SITUATIONS, InfluenceCurves
 
 CURVES = "curves, question "
 """What these budgets need of a profile, made by `headprof score --curves`; the situation follows."""
@@ -77,3 +77,12 @@ def _told_apart(curves: Tensor, points: list[int]) -> tuple[Tensor, list[int]]:
     """Of several points that have become one, the last."""
     kept = [at for at, point in enumerate(points) if at + 1 == len(points) or points[at + 1] > point]
     return curves[..., kept], [points[at] for at in kept]
+
+
+def curve_scores_fault(scores: Tensor) -> str | None:
+    """What is wrong with what a file says are `curve_scores`, as the end of a sentence; `None` when nothing is."""
+    grid, losses = scores.double()
+    whole = bool(((grid >= 1) & (grid <= LONGEST)).all()) and torch.equal(grid, grid.round())
+    if not whole or not torch.equal(grid, grid[:, :1, :1].expand_as(grid)) or bool((grid.diff(dim=0) < 1).any()):
+        return "are at numbers of rows that do not ascend"
+    return "rise with the rows that are kept" if bool((losses.diff(dim=0) > 0).any()) else None
