@@ -1,9 +1,11 @@
 """One answer under other and other numbers of rows: how far it is from what the full cache says.
 
-Shapes: `C` copies, `L` layers, `K` KV heads, `N` tokens of the answer.
+Shapes: `C` copies, `L` layers, `K` KV heads, `N` numbers of rows, or tokens of the answer.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,25 @@ from headprof.utils.memory import free_bytes
 
 _MEMORY_SHARE = 0.25
 """Of the free memory, that copies may take."""
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerLosses:
+    """What one answer loses, for each head and number of rows.
+
+    Attributes:
+        kind: of what was asked, as `Answering.kind`.
+        cluster: number of its context.
+        divergence: from the full cache, mean over the answer's tokens in nats, float32 `[L, K, N]`.
+        drop: of the answer's log-probability, mean over its tokens in nats, float32 `[L, K, N]`.
+        base: both where each head keeps what it keeps in any case, float32 `[2]`.
+    """
+
+    kind: str
+    cluster: int
+    divergence: Tensor
+    drop: Tensor
+    base: Tensor
 
 
 class Asked:

@@ -11,42 +11,28 @@ Shapes: `A` answers, `L` layers, `K` KV heads, `N` numbers of rows, the last of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headprof._version import __version__
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.profile.influence import InfluenceCurves
-from headprof.tuning.asked import Asked
+from headprof.tuning.asked import AnswerLosses, Asked
+from headprof.tuning.curve_results import CurvesFile
 from headprof.tuning.exams import Exam, Exams
 from headprof.tuning.hidden_rows import hiding, read_ranked
 from headprof.utils.bootstrap import standard_error
+from headprof.utils.resuming import KeptResults
+from headprof.utils.team import Team
 
 GRID = (4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows that a head keeps; all of the prompt comes after them."""
-
-
-@dataclass(frozen=True, eq=False)
-class AnswerLosses:
-    """What one answer loses, for each head and number of rows.
-
-    Attributes:
-        kind: of what was asked, as `Answering.kind`.
-        cluster: number of its context.
-        divergence: from the full cache, mean over the answer's tokens in nats, float32 `[L, K, N]`.
-        drop: of the answer's log-probability, mean over its tokens in nats, float32 `[L, K, N]`.
-        base: both where each head keeps what it keeps in any case, float32 `[2]`.
-    """
-
-    kind: str
-    cluster: int
-    divergence: Tensor
-    drop: Tensor
-    base: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +73,9 @@ def measure_curves(
     base: Tensor | None = None,
     *,
     batch: int | None = None,
+    results_path: Path | None = None,
+    resume: bool = False,
+    team: Team | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MeasuredCurves:
     """Measure what each head loses at each number of rows.
@@ -97,24 +86,55 @@ def measure_curves(
         grid: numbers of rows, ascending; all of a prompt is added.
         base: rows that all other heads keep meanwhile, int64 `[L, K]`; `None` for all.
         batch: copies that run at once; `None` to choose by the free memory.
-        on_progress: called after each layer of each answer, with the number done and the number of all.
+        results_path: where what each answer loses is kept, written now and then and when interrupted; `None` for
+            nowhere.
+        resume: begin with what `results_path` holds, if it is there.
+        team: the processes that share the work; each must call this with the same arguments.
+        on_progress: called after each layer of each exam, by process 0, with the number done and the number of all.
 
     Raises:
-        UsageError: the grid does not ascend from 1, or the model's context is too short to judge a prompt.
+        UsageError: the grid does not ascend from 1, the model's context is too short to judge a prompt, or
+            `results_path` is of a run with other settings.
         ModelError: the model's attention or layers cannot be reached, or its numbers overflow.
+        InterruptedRun: Ctrl-C; what there is has been written.
     """
     check_grid(grid, exams.settings.length)
-    total = sum(len(exam.answers) for exam in exams) * loaded.shape.num_layers
-    found: list[AnswerLosses] = []
-    for exam in exams:
-        before = len(found) * loaded.shape.num_layers
-        on_layer = partial(_shifted, on_progress, before, total)
-        found += examine(loaded, exams, exam, grid, base, batch, on_layer)
+    team = team or Team()
+    file = CurvesFile(results_path) if results_path is not None and team.rank == 0 else None
+    kept: KeptResults[int, list[AnswerLosses]] = KeptResults(run_key(loaded, exams, grid, base), file)
+    kept.start(resume, team)
+    layers = loaded.shape.num_layers
+    with kept.keeping():
+        mine: dict[int, list[AnswerLosses]] = {}
+        for number in team.claim([number for number in range(len(exams)) if number not in kept.results]):
+            done = len(kept.results) * layers
+
+            def report(part: float, done: int = done) -> None:
+                if team.rank == 0:
+                    on_progress(done + int(part * layers), len(exams) * layers)
+
+            mine[number] = examine(loaded, exams, exams[number], grid, base, batch, report)
+            kept.add({number: mine[number]})
+        for theirs in team.gather(mine):
+            kept.add(theirs)
+    on_progress(len(exams) * layers, len(exams) * layers)
+    found = [answer for number in range(len(exams)) for answer in kept.results[number]]
     return MeasuredCurves(found, (*grid, exams.settings.length), base)
 
 
-def _shifted(on_progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
-    on_progress(before + done, total)
+def run_key(loaded: LoadedModel, exams: Exams, grid: Sequence[int], base: Tensor | None) -> dict[str, Any]:
+    """Everything that an answer's losses depend on, as JSON has it."""
+    return {
+        "version": __version__,
+        "model": loaded.name,
+        "fingerprint": loaded.shape.to_dict(),
+        "dtype": str(loaded.model.dtype),
+        "question": exams.judge.situation,
+        "judge": exams.judge.method,
+        "settings": asdict(exams.settings),
+        "grid": [*grid],
+        "others keep": None if base is None else base.tolist(),
+    }
 
 
 def check_grid(grid: Sequence[int], length: int) -> None:
@@ -138,9 +158,9 @@ def examine(
     grid: Sequence[int],
     base: Tensor | None,
     batch: int | None = None,
-    on_layer: Callable[[int], None] = lambda done: None,
+    on_part: Callable[[float], None] = lambda part: None,
 ) -> list[AnswerLosses]:
-    """What each answer to one exam loses; arguments as for `measure_curves`.
+    """What each answer to one exam loses; arguments as for `measure_curves`, and `on_part` is told the share done.
 
     Raises:
         UsageError: the model's context is too short to judge the prompt.
@@ -159,7 +179,7 @@ def examine(
             measured = torch.empty(2, layers, loaded.shape.num_kv_heads, len(grid) + 1)
             for layer in range(layers):
                 measured[:, layer] = _of_layer(asked, kept, at_base, layer, grid)
-                on_layer(number * layers + layer + 1)
+                on_part((number + (layer + 1) / layers) / len(exam.answers))
             found.append(AnswerLosses(answer.kind, exam.cluster, measured[0], measured[1], at_base))
     return found
 

@@ -14,7 +14,7 @@ from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.probes.needles import Split
 from headprof.scoring.calibration_texts import calibration_texts
 
-PROBE, TEXT = "probe", "text"
+PROBE, TEXT = KINDS = ("probe", "text")
 TEXT_TOKENS = 32
 """Tokens of a plain text that are to be said after what is read of it."""
 

@@ -52,7 +52,8 @@ def solve(curves: Tensor, grid: Sequence[int], total: int, lower: int | Tensor, 
     """
     heads = curves.shape[:-1]
     least, most = (torch.as_tensor(bound).expand(heads).flatten().tolist() for bound in (lower, upper))
-    counts, stretches = list(least), []
+    counts = list(least)
+    stretches: list[_Stretch] = []
     for head, losses in enumerate(curves.double().flatten(0, -2).tolist()):
         stretches += _stretches(head, convex_hull(grid, falling(losses)), least[head], most[head])
     left = total - sum(counts)
