@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support.profiles import random_curves, random_profile, small_profile
 from support.tiny_models import load_tiny
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.filling import read_document_into
 from headprof.compression.methods.budget import BudgetPolicy
 from headprof.compression.session import attending_ragged, make_plan
-from headprof.tuning.curves import measure_curves
+from headprof.errors import InterruptedRun, ProfileError, UsageError
+from headprof.profile.head_profile import HeadProfile
+from headprof.tuning.answer_curves import interpolated, to_measure
+from headprof.tuning.curves import CurveSettings, measure_curves
 from headprof.tuning.exams import JUDGES, Exams, ExamSettings
+from headprof.utils.tensor_files import with_checksum
 
 GRID = (5, 20, 60)
+HOW = CurveSettings(GRID)
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def test_each_loss_is_that_of_a_cache(situation, arch, around):
     loaded = load_tiny(arch, attn="eager" if arch == "gemma2" else None, sliding_window=100)
     exams = Exams(loaded, JUDGES[situation], ExamSettings(probes=2, texts=1, length=520, pack=2))
     base = torch.tensor([[30, 7], [12, 90]]) if around else None
-    measured = measure_curves(loaded, exams, GRID, base, batch=3)
+    measured = measure_curves(loaded, exams, CurveSettings(GRID, base, 0.0), batch=3)
     asked = [(exam, answer) for exam in exams for answer in exam.answers]
     assert [answer.kind for answer in measured.answers] == [answer.kind for _, answer in asked]
     for (exam, answer), found in zip(asked, measured.answers, strict=True):
@@ -67,3 +79,140 @@ def test_each_loss_is_that_of_a_cache(situation, arch, around):
             expected = losses_of_cache(loaded, exams, exam, answer, counts)
             losses = [float(each[layer, head, number]) for each in (found.divergence, found.drop)]
             torch.testing.assert_close(losses, expected, atol=2e-5, rtol=1e-3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 5), min_size=1, max_size=12), st.sets(st.integers(0, 11)), st.floats(0, 1))
+def test_what_is_not_measured_lies_between_what_hardly_differs(losses, known, tolerance):
+    found = {number: (losses[number], -losses[number]) for number in known if number < len(losses)}
+    while numbers := to_measure(found, len(losses), tolerance):
+        assert not found.keys() & set(numbers)
+        found |= {number: (losses[number], -losses[number]) for number in numbers}
+    between = interpolated(found, len(losses))
+    for number, loss in enumerate(losses):
+        if number in found:
+            assert between[:, number].tolist() == pytest.approx([loss, -loss])
+        else:
+            low, high = (losses[max(n for n in found if n < number)], losses[min(n for n in found if n > number)])
+            assert abs(low - high) <= tolerance and min(low, high) - 1e-6 <= between[0, number] <= max(low, high) + 1e-6
+    if tolerance == 0 and len(set(losses)) == len(losses):
+        assert len(found) == len(losses)
+
+
+# How they are kept.
+
+
+def test_a_profile_keeps_them(tmp_path):
+    plain = small_profile()
+    curves = {"known": random_curves(plain.shape), "unknown": random_curves(plain.shape, 1, grid=(3, 9))}
+    profile = replace(plain, curves=curves)
+    profile.save(tmp_path / "p.safetensors")
+    again = HeadProfile.load(tmp_path / "p.safetensors")
+    for situation, kept in again.curves.items():
+        for part in ("losses", "errors", "grid"):
+            assert torch.equal(getattr(kept, part), getattr(curves[situation], part))
+    assert again.digest() == profile.digest() != plain.digest() and again.curves["unknown"].points == [3, 9]
+    with safe_open(tmp_path / "p.safetensors", framework="pt") as file:
+        assert file.metadata()["format_version"] == "5"
+    plain.save(tmp_path / "plain.safetensors")
+    assert not HeadProfile.load(tmp_path / "plain.safetensors").curves
+
+
+def damaged(name, tensors):
+    losses, grid = tensors["curves_known"], tensors["curves_known_grid"]
+    match name:
+        case "no number":
+            losses[0, 0, 0] = float("nan")
+        case "another grid of heads":
+            tensors["curves_known"] = losses[1:].contiguous()
+        case "another type":
+            tensors["curves_known"] = losses.double()
+        case "errors below zero":
+            tensors["curves_known_se"][0] = -1.0
+        case "points descend":
+            tensors["curves_known_grid"] = grid.flip(0).contiguous()
+        case "points of none":
+            grid[0] = 0
+        case "too many points":
+            tensors["curves_known_grid"] = torch.arange(1, 66)
+        case "a part is missing":
+            del tensors["curves_known_se"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no number", "are not all finite"),
+        ("another grid of heads", r"have shape \[4, 2, 4\] where \[5, 2, 4\] belongs"),
+        ("another type", "are float64, not float32"),
+        ("errors below zero", "have errors below zero"),
+        ("points descend", "at numbers of rows that do not ascend"),
+        ("points of none", "at numbers of rows that do not ascend"),
+        ("too many points", "at 1 to 64 whole numbers of rows"),
+        ("a part is missing", "influence curves for a question that is known lack a part"),
+    ],
+)
+def test_damaged_curves_are_refused(tmp_path, name, said):
+    profile, path = small_profile(), tmp_path / "p.safetensors"
+    replace(profile, curves={"known": random_curves(profile.shape)}).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if not key.startswith("checksum")}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    damaged(name, tensors)
+    save_file(tensors, path, metadata=with_checksum(tensors, metadata))
+    with pytest.raises(ProfileError, match=rf"is damaged \(.*{said}.*restore it, or run"):
+        HeadProfile.load(path)
+
+
+@pytest.mark.parametrize(("method", "situation"), [("headkv-curves", "known"), ("curves-kvzip", "unknown")])
+def test_a_profile_without_says_how_to_add_them(method, situation):
+    loaded = load_tiny()
+    profile = replace(random_profile(loaded.model), curves={})
+    with pytest.raises(ProfileError, match=rf"question that is {situation}: add them with `headprof score .*--curves"):
+        make_plan(loaded.model, profile, method=method)
+    plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=20)
+    assert int(plan.allocation(300).sum()) == 20 * 4 and len(plan.allocation(300).unique()) > 1
+
+
+# Interruptions and teams.
+
+
+def answers_of(measured):
+    return [
+        [*torch.cat([part.flatten() for part in (a.divergence, a.drop, a.base)]).tolist(), a.kind, a.cluster]
+        for a in measured.answers
+    ]
+
+
+def test_interrupted_runs_go_on_where_they_were(tmp_path):
+    loaded = load_tiny()
+    exams = Exams(loaded, JUDGES["known"], ExamSettings(probes=2, texts=2, length=520, pack=1))
+    whole, path = measure_curves(loaded, exams, HOW), tmp_path / "p.curves.safetensors"
+    rng = random.Random(0)
+    for turn in range(10):
+        stop, asked = rng.randrange(1, 6), []
+
+        def interrupt(done, total, stop=stop, asked=asked):
+            asked.append(done)
+            if len(asked) > stop:
+                raise KeyboardInterrupt
+
+        with suppress(InterruptedRun):
+            measure_curves(loaded, exams, HOW, results_path=path, resume=turn > 0, on_progress=interrupt)
+    assert answers_of(measure_curves(loaded, exams, HOW, results_path=path, resume=True)) == answers_of(whole)
+    with pytest.raises(UsageError, match=r"of another model or other settings \(grid\)"):
+        measure_curves(loaded, exams, CurveSettings((5, 20)), results_path=path, resume=True)
+    with pytest.raises(UsageError, match=r"of another model or other settings \(others keep\)"):
+        base = torch.full((2, 2), 9)
+        measure_curves(loaded, exams, CurveSettings(GRID, base), results_path=path, resume=True)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UsageError, match="cannot be read: delete that file, or run without --resume"):
+        measure_curves(loaded, exams, HOW, results_path=path, resume=True)
+
+
+@pytest.mark.parametrize("grid", [(), (0, 5), (5, 5), (9, 4), (5, 520)])
+def test_grids_that_cannot_be(grid):
+    loaded = load_tiny()
+    exams = Exams(loaded, JUDGES["known"], ExamSettings(probes=1, length=520))
+    with pytest.raises(UsageError, match="give ascending numbers below that"):
+        measure_curves(loaded, exams, CurveSettings(grid))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from headprof._version import __version__
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.profile.influence import InfluenceCurves
+from headprof.tuning.answer_curves import answer_losses
 from headprof.tuning.asked import AnswerLosses, Asked
 from headprof.tuning.curve_results import CurvesFile
 from headprof.tuning.exams import Exam, Exams
@@ -33,6 +34,34 @@ from headprof.utils.team import Team
 
 GRID = (4, 8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows that a head keeps; all of the prompt comes after them."""
+
+
+@dataclass(frozen=True, eq=False)
+class CurveSettings:
+    """At which numbers of rows what is measured.
+
+    Attributes:
+        grid: numbers of rows, ascending; all of a prompt is added.
+        base: rows that all other heads keep meanwhile, int64 `[L, K]`; `None` for all.
+        tolerance: between numbers of rows whose divergences differ by no more, in nats a token, it is interpolated.
+    """
+
+    grid: tuple[int, ...] = GRID
+    base: Tensor | None = None
+    tolerance: float = 0.002
+
+    def check(self, length: int) -> None:
+        """
+        Raises:
+            UsageError: such curves cannot be measured on prompts of so many tokens.
+        """
+        grid = self.grid
+        ascending = all(low < high for low, high in pairwise(grid))
+        if not grid or grid[0] < 1 or grid[-1] >= length or not ascending:
+            raise UsageError(
+                f"A head cannot keep {', '.join(map(str, grid)) or 'none'} of {length} tokens in turns: give ascending "
+                "numbers below that."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +98,7 @@ class MeasuredCurves:
 def measure_curves(
     loaded: LoadedModel,
     exams: Exams,
-    grid: Sequence[int] = GRID,
-    base: Tensor | None = None,
+    how: CurveSettings | None = None,
     *,
     batch: int | None = None,
     results_path: Path | None = None,
@@ -83,8 +111,7 @@ def measure_curves(
     Args:
         loaded: the model.
         exams: what is asked, and who judges rows.
-        grid: numbers of rows, ascending; all of a prompt is added.
-        base: rows that all other heads keep meanwhile, int64 `[L, K]`; `None` for all.
+        how: at which numbers of rows, and what others keep; `None` for the usual.
         batch: copies that run at once; `None` to choose by the free memory.
         results_path: where what each answer loses is kept, written now and then and when interrupted; `None` for
             nowhere.
@@ -98,10 +125,11 @@ def measure_curves(
         ModelError: the model's attention or layers cannot be reached, or its numbers overflow.
         InterruptedRun: Ctrl-C; what there is has been written.
     """
-    check_grid(grid, exams.settings.length)
+    how = CurveSettings() if how is None else how
+    how.check(exams.settings.length)
     team = team or Team()
     file = CurvesFile(results_path) if results_path is not None and team.rank == 0 else None
-    kept: KeptResults[int, list[AnswerLosses]] = KeptResults(run_key(loaded, exams, grid, base), file)
+    kept: KeptResults[int, list[AnswerLosses]] = KeptResults(run_key(loaded, exams, how), file)
     kept.start(resume, team)
     layers = loaded.shape.num_layers
     with kept.keeping():
@@ -113,16 +141,15 @@ def measure_curves(
                 if team.rank == 0:
                     on_progress(done + int(part * layers), len(exams) * layers)
 
-            mine[number] = examine(loaded, exams, exams[number], grid, base, batch, report)
+            mine[number] = examine(loaded, exams, exams[number], how, batch, report)
             kept.add({number: mine[number]})
         for theirs in team.gather(mine):
             kept.add(theirs)
-    on_progress(len(exams) * layers, len(exams) * layers)
     found = [answer for number in range(len(exams)) for answer in kept.results[number]]
-    return MeasuredCurves(found, (*grid, exams.settings.length), base)
+    return MeasuredCurves(found, (*how.grid, exams.settings.length), how.base)
 
 
-def run_key(loaded: LoadedModel, exams: Exams, grid: Sequence[int], base: Tensor | None) -> dict[str, Any]:
+def run_key(loaded: LoadedModel, exams: Exams, how: CurveSettings) -> dict[str, Any]:
     """Everything that an answer's losses depend on, as JSON has it."""
     return {
         "version": __version__,
@@ -132,22 +159,10 @@ def run_key(loaded: LoadedModel, exams: Exams, grid: Sequence[int], base: Tensor
         "question": exams.judge.situation,
         "judge": exams.judge.method,
         "settings": asdict(exams.settings),
-        "grid": [*grid],
-        "others keep": None if base is None else base.tolist(),
+        "grid": [*how.grid],
+        "tolerance": how.tolerance,
+        "others keep": None if how.base is None else how.base.tolist(),
     }
-
-
-def check_grid(grid: Sequence[int], length: int) -> None:
-    """
-    Raises:
-        UsageError: such curves cannot be measured on prompts of so many tokens.
-    """
-    ascending = all(low < high for low, high in pairwise(grid))
-    if not grid or grid[0] < 1 or grid[-1] >= length or not ascending:
-        raise UsageError(
-            f"A head cannot keep {', '.join(map(str, grid)) or 'none'} of {length} tokens in turns: give ascending "
-            "numbers below that."
-        )
 
 
 @torch.no_grad()
@@ -155,8 +170,7 @@ def examine(
     loaded: LoadedModel,
     exams: Exams,
     exam: Exam,
-    grid: Sequence[int],
-    base: Tensor | None,
+    how: CurveSettings,
     batch: int | None = None,
     on_part: Callable[[float], None] = lambda part: None,
 ) -> list[AnswerLosses]:
@@ -166,38 +180,18 @@ def examine(
         UsageError: the model's context is too short to judge the prompt.
         ModelError: the model's attention or layers cannot be reached, or its numbers overflow.
     """
-    model, layers = loaded.model, loaded.shape.num_layers
-    observers = exams.observers(loaded, exam)
-    rows = read_ranked(model, exams.judge.of_table, exam.prompt, observers, layers)
-    found = []
+    model, layers, found = loaded.model, loaded.shape.num_layers, []
+    rows = read_ranked(model, exams.judge.of_table, exam.prompt, exams.observers(loaded, exam), layers)
     with hiding(model) as hider:
         hider.rows = rows
         for number, answer in enumerate(exam.answers):
             asked = Asked(loaded, hider, answer, batch)
-            kept = asked.whole if base is None else base.minimum(asked.whole)
-            at_base = torch.zeros(2) if base is None else asked.lost(kept[None])[0]
-            measured = torch.empty(2, layers, loaded.shape.num_kv_heads, len(grid) + 1)
-            for layer in range(layers):
-                measured[:, layer] = _of_layer(asked, kept, at_base, layer, grid)
-                on_part((number + (layer + 1) / layers) / len(exam.answers))
-            found.append(AnswerLosses(answer.kind, exam.cluster, measured[0], measured[1], at_base))
-    return found
+            base = asked.whole if how.base is None else how.base.minimum(asked.whole)
+            at_base = torch.zeros(2) if how.base is None else asked.lost(base[None])[0]
 
+            def report(done: int, number: int = number) -> None:
+                on_part((number + done / layers) / len(exam.answers))
 
-def _of_layer(asked: Asked, base: Tensor, at_base: Tensor, layer: int, grid: Sequence[int]) -> Tensor:
-    """Divergence and drop for each head of a layer and each number of rows, float32 `[2, K, N]`."""
-    heads, points = base.shape[1], [*grid, int(asked.whole[0, 0])]
-    found = at_base[:, None, None].repeat(1, heads, len(points))
-    changes = [
-        (head, number)
-        for head, number in product(range(heads), range(len(points)))
-        if min(points[number], points[-1]) != int(base[layer, head])
-    ]
-    if not changes:
-        return found
-    counts = base.repeat(len(changes), 1, 1)
-    for copy, (head, number) in enumerate(changes):
-        counts[copy, layer, head] = points[number]
-    for (head, number), losses in zip(changes, asked.lost(counts, layer), strict=True):
-        found[:, head, number] = losses
+            divergence, drop = answer_losses(asked, base, at_base, how.grid, how.tolerance, report)
+            found.append(AnswerLosses(answer.kind, exam.cluster, divergence, drop, at_base))
     return found
