@@ -27,7 +27,8 @@ from headprof.tuning.answer_curves import answer_losses
 from headprof.tuning.asked import AnswerLosses, Asked
 from headprof.tuning.curve_results import CurvesFile
 from headprof.tuning.exams import Exam, Exams
-from headprof.tuning.hidden_rows import hiding, read_ranked
+from headprof.tuning.hidden_rows import hiding
+from headprof.tuning.reading import PromptReader
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
@@ -131,7 +132,7 @@ def measure_curves(
     file = CurvesFile(results_path) if results_path is not None and team.rank == 0 else None
     kept: KeptResults[int, list[AnswerLosses]] = KeptResults(run_key(loaded, exams, how), file)
     kept.start(resume, team)
-    layers = loaded.shape.num_layers
+    layers, reader = loaded.shape.num_layers, PromptReader(loaded, exams.judge.of_table)
     with kept.keeping():
         mine: dict[int, list[AnswerLosses]] = {}
         for number in team.claim([number for number in range(len(exams)) if number not in kept.results]):
@@ -141,7 +142,7 @@ def measure_curves(
                 if team.rank == 0:
                     on_progress(done + int(part * layers), len(exams) * layers)
 
-            mine[number] = examine(loaded, exams, exams[number], how, batch, report)
+            mine[number] = examine(loaded, reader, exams, exams[number], how, batch, report)
             kept.add({number: mine[number]})
         for theirs in team.gather(mine):
             kept.add(theirs)
@@ -168,6 +169,7 @@ def run_key(loaded: LoadedModel, exams: Exams, how: CurveSettings) -> dict[str, 
 @torch.no_grad()
 def examine(
     loaded: LoadedModel,
+    reader: PromptReader,
     exams: Exams,
     exam: Exam,
     how: CurveSettings,
@@ -181,7 +183,7 @@ def examine(
         ModelError: the model's attention or layers cannot be reached, or its numbers overflow.
     """
     model, layers, found = loaded.model, loaded.shape.num_layers, []
-    rows = read_ranked(model, exams.judge.of_table, exam.prompt, exams.observers(loaded, exam), layers)
+    rows = reader.read(exam.prompt, exams.observers(loaded, exam), exam.shared)
     with hiding(model) as hider:
         hider.rows = rows
         for number, answer in enumerate(exam.answers):

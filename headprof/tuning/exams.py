@@ -75,11 +75,13 @@ class Exam:
         prompt: token ids.
         answers: several where the question is not part of the prompt.
         cluster: number of the context; those of one have a filler in common.
+        shared: tokens that the prompts of one context all begin with.
     """
 
     prompt: tuple[int, ...]
     answers: tuple[Answering, ...]
     cluster: int
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Exams(Sequence[Exam]):
         if self._known:
             for probe in context.probes:
                 prompt, tail = _some_tail((*ids, *probe.asked_ids), probe.reply_ids)
-                yield Exam(prompt, (Answering(PROBE, tail, probe.answer_ids),), context.index)
+                yield Exam(prompt, (Answering(PROBE, tail, probe.answer_ids),), context.index, len(ids))
         else:
             answers = [Answering(PROBE, probe.question_ids, probe.answer_ids) for probe in context.probes]
             yield Exam(ids, tuple(answers), context.index)

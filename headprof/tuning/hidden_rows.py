@@ -1,8 +1,8 @@
 """Running a model over what comes after a prompt while heads see only some of the prompt's rows.
 
-A prompt is read once. Each head's rows are laid down in the order in which its method would give them up, best first,
-so that to keep `n` of them is to see the first `n`. What comes then runs in copies that see other numbers of rows: all
-of them attend to the one prompt, which is never copied.
+A prompt has been read once, and each head's rows ranked (see `reading`), so that to keep `n` of them is to see the
+first `n`. What comes then runs in copies that see other numbers of rows: all of them attend to the one prompt, which is
+never copied.
 
 Shapes: `L` layers, `H` query heads, `K` KV heads, `g = H // K`, `T` rows of a prompt, `Q` tokens after it, `C` copies,
 `D` head dimension.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,85 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from headprof.compression.cache.prompt_cache import PromptCache
-from headprof.compression.cache.ranking_layer import RankingLayer
-from headprof.compression.methods.observation import Observation
-from headprof.compression.methods.table import Method
-from headprof.compression.observers import Observers
-from headprof.compression.session import attending_ragged, prefill
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.copies import copied_from
-
-
-@dataclass(frozen=True)
-class RankedRows:
-    """One layer's rows of a prompt, each head's in the order in which it would keep them.
-
-    Attributes:
-        keys, values: `[K, T, D]`.
-        positions: where in the prompt each row stands, int64 `[K, T]`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, ranked: Tensor) -> RankedRows:
-        """From rows in their own order and what each is worth, float `[K, T]`; of equal ones the earlier is better."""
-        order = ranked.argsort(dim=-1, descending=True, stable=True)
-        index = order[..., None].expand(keys.shape)
-        return cls(keys.gather(1, index), values.gather(1, index), order)
-
-
-class _RankedLayer(RankingLayer):
-    """A layer that keeps a prompt's rows, ranked as a method ranks them."""
-
-    def __init__(self, method: Method, layer_idx: int):
-        super().__init__([method.importance], layer_idx)
-        self._method = method
-        self.rows: RankedRows | None = None
-
-    def filled(self, observed: Observation) -> None:
-        super().filled(observed)
-        ranked = self.ranked(self._method, None)[0]
-        keys, values = (each[0, :, : self.seen] for each in (observed.keys, observed.values))
-        self.rows = RankedRows.of(keys, values, ranked)
-
-
-class _RankedCache(PromptCache):
-    """Keeps a prompt's rows, ranked as a method ranks them."""
-
-    def __init__(self, method: Method, num_layers: int):
-        super().__init__([_RankedLayer(method, index) for index in range(num_layers)])
-
-    def _noted(self, ids: Tensor | None) -> None:
-        """The ids say nothing here."""
-
-
-@torch.no_grad()
-def read_ranked(
-    model: PreTrainedModel, method: Method, prompt_ids: Sequence[int], observers: Observers, num_layers: int
-) -> list[RankedRows]:
-    """Read a prompt, and rank the rows of each layer.
-
-    Args:
-        model: the model.
-        method: whose importance ranks, and which says what every head keeps in any case.
-        prompt_ids: the prompt's tokens.
-        observers: tokens after it that only judge; there may be none.
-        num_layers: `L`.
-
-    Raises:
-        ModelError: the model's attention cannot be reached.
-    """
-    cache = _RankedCache(method.for_observers(len(observers)) if len(observers) else method, num_layers)
-    cache.expect_observers(len(observers), observers.segments)
-    ids = torch.tensor([[*prompt_ids, *observers.ids]], device=model.device)
-    with attending_ragged(model):
-        prefill(model, ids, cache)
-    return [layer.rows for layer in cache.layers]
-
+from headprof.tuning.reading import RankedRows
 
 Watch = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from headprof.models.loading import LoadedModel
 from headprof.tuning.asked import Asked
 from headprof.tuning.exams import Exams
-from headprof.tuning.hidden_rows import hiding, read_ranked
+from headprof.tuning.hidden_rows import hiding
+from headprof.tuning.reading import PromptReader
 
 
 @torch.no_grad()
@@ -39,10 +40,10 @@ def joint_losses(
         ModelError: the model's attention or layers cannot be reached, or its numbers overflow.
     """
     found: list[Tensor] = []
+    reader = PromptReader(loaded, exams.judge.of_table)
     for number, exam in enumerate(exams):
         on_exam(number, len(exams))
-        observers = exams.observers(loaded, exam)
-        rows = read_ranked(loaded.model, exams.judge.of_table, exam.prompt, observers, loaded.shape.num_layers)
+        rows = reader.read(exam.prompt, exams.observers(loaded, exam), exam.shared)
         with hiding(loaded.model) as hider:
             hider.rows = rows
             for answer in exam.answers:

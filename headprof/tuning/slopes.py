@@ -20,7 +20,8 @@ from torch import Tensor
 
 from headprof.models.loading import LoadedModel
 from headprof.tuning.exams import Answering, Exam, Exams
-from headprof.tuning.hidden_rows import HidingModel, hiding, read_ranked
+from headprof.tuning.hidden_rows import HidingModel, hiding
+from headprof.tuning.reading import PromptReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +77,17 @@ def measure_slopes(
         on_exam: called with the number of exams that are done, and of all.
     """
     generator, found = torch.Generator().manual_seed(seed), []
+    reader = PromptReader(loaded, exams.judge.of_table)
     for number, exam in enumerate(exams):
         on_exam(number, len(exams))
-        found += _of_exam(loaded, exams, exam, grid, base, draws, generator)
+        found += _of_exam(loaded, reader, exams, exam, grid, base, draws, generator)
     on_exam(len(exams), len(exams))
     return found
 
 
 def _of_exam(
     loaded: LoadedModel,
+    reader: PromptReader,
     exams: Exams,
     exam: Exam,
     grid: Sequence[int],
@@ -92,8 +95,7 @@ def _of_exam(
     draws: int,
     generator: torch.Generator,
 ) -> list[Slopes]:
-    observers = exams.observers(loaded, exam)
-    rows = read_ranked(loaded.model, exams.judge.of_table, exam.prompt, observers, loaded.shape.num_layers)
+    rows = reader.read(exam.prompt, exams.observers(loaded, exam), exam.shared)
     with hiding(loaded.model) as hider:
         hider.rows = rows
         return [
