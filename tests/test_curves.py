@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -12,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.commands import headprof
 from support.profiles import random_curves, random_profile, small_profile
-from support.tiny_models import load_tiny
+from support.tiny_models import load_tiny, save_tiny, tiny_model
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.filling import read_document_into
@@ -216,3 +220,89 @@ def test_grids_that_cannot_be(grid):
     exams = Exams(loaded, JUDGES["known"], ExamSettings(probes=1, length=520))
     with pytest.raises(UsageError, match="give ascending numbers below that"):
         measure_curves(loaded, exams, CurveSettings(grid))
+
+
+# The command.
+
+
+RUN = ("score", "--model", "tiny", "--curves", "--question", "known", "--curve-probes", "6", "--curve-length", "520")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, a profile of it, and the curves that one process measures of it."""
+    place = tmp_path_factory.mktemp("curves")
+    save_tiny(place / "tiny", chat=True)
+    replace(random_profile(tiny_model()), curves={}).save(place / "p.safetensors")
+    done = headprof(place, *RUN, "--add-to", "p.safetensors", "-o", "alone.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "alone.safetensors"
+    return place
+
+
+def assert_same_curves(one, other):
+    for situation, curves in HeadProfile.load(one).curves.items():
+        again = HeadProfile.load(other).curves[situation]
+        assert torch.equal(curves.losses, again.losses) and torch.equal(curves.errors, again.errors)
+
+
+def test_the_command_adds_curves(place):
+    profile, before = HeadProfile.load(place / "alone.safetensors"), HeadProfile.load(place / "p.safetensors")
+    assert set(profile.curves) == {"known"} and profile.curves["known"].points == [4, 8, 16, 32, 64, 128, 256, 512, 520]
+    assert torch.equal(profile.reasoning, before.reasoning) and torch.equal(profile.kept_shares, before.kept_shares)
+    noted = json.loads(profile.metadata["curves"])["known"]
+    assert (
+        noted["answers"] == {"probe": 6} and noted["others_keep"] == "all" and noted["command"].startswith("headprof")
+    )
+    asked = ("generate", "--model", "tiny", "--profile", "alone.safetensors", "--prompt", "Who?", "--budget", "8")
+    assert headprof(place, *asked, "--method", "headkv-curves").returncode == 0
+    refused = headprof(place, *asked, "--method", "curves-kvzip")
+    assert refused.returncode == 1 and "no influence curves for a question that is unknown" in refused.stderr
+
+
+def test_two_processes_measure_what_one_does(place):
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "-m",
+        "headprof",
+    ]
+    command = [*launcher, *RUN, "--add-to", "p.safetensors", "-o", "two.safetensors"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "two.safetensors"
+    assert_same_curves(place / "two.safetensors", place / "alone.safetensors")
+
+
+def test_around_an_operating_point_and_both_situations(place):
+    options = ("--curve-probes", "1", "--curve-texts", "1", "--question", "both", "--others", "10%")
+    done = headprof(place, *RUN, *options, "--add-to", "p.safetensors", "-o", "both.safetensors")
+    assert done.returncode == 0, done.stderr
+    profile = HeadProfile.load(place / "both.safetensors")
+    assert set(profile.curves) == {"known", "unknown"}
+    for noted in json.loads(profile.metadata["curves"]).values():
+        assert noted["answers"] == {"probe": 1, "text": 1} and noted["loss_at_others"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--question", "open"), "A question cannot be 'open': choose known, unknown or both."),
+        (("--curve-probes", "0"), "give at least one probe or text"),
+        (("--curve-length", "1k,2k"), "give --curve-length one number"),
+        (("--curve-length", "100"), "give ascending numbers below that"),
+        (("--others", "much"), "A budget of 'much' cannot be read"),
+        (("--others", ">0.1"), "give --others tokens or a share"),
+        (("--probes", "9"), "With --add-to no probes are scored: leave --probes away."),
+        (("--surrogate",), "leave --surrogate, or --add-to, away"),
+    ],
+)
+def test_mistakes_are_sentences(place, options, said):
+    refused = headprof(place, *RUN, "--add-to", "p.safetensors", *options)
+    assert refused.returncode == 2 and said in " ".join(refused.stderr.split())
+    alone = headprof(place, "score", "--model", "tiny", "--others", "64")
+    assert alone.returncode == 2 and "add --curves, or leave them away" in " ".join(alone.stderr.split())

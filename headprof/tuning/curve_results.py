@@ -23,6 +23,7 @@ from headprof.utils.records import parse_object
 from headprof.utils.resuming import Earlier, Words
 from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors, with_checksum
 
+FORMAT = "headprof.curves"
 _LARGEST_FILE = 2**33
 _MEND = "delete that file, or run without --resume"
 
@@ -91,15 +92,16 @@ class CurvesFile:
             "kind": torch.tensor([KINDS.index(answer.kind) for _, answer in flat]),
             "cluster": torch.tensor([answer.cluster for _, answer in flat]),
         }
-        content = save(tensors, metadata=with_checksum(tensors, {"key": json.dumps(self._key, sort_keys=True)}))
+        metadata = {"format": FORMAT, "key": json.dumps(self._key, sort_keys=True)}
+        content = save(tensors, metadata=with_checksum(tensors, metadata))
         with atomic_write(self.path) as temporary:
             temporary.write_bytes(content)
         self._saved_at = time.monotonic()
 
 
-def curve_results_path(profile: Path) -> Path:
-    """Where the results behind a profile's curves are kept: `NAME.curves.safetensors` beside `NAME.safetensors`."""
-    return profile.with_name(f"{profile.name.removesuffix('.safetensors')}.curves.safetensors")
+def curve_results_path(profile: Path, situation: str) -> Path:
+    """Where what curves were made from is kept: `NAME.curves-known.safetensors` beside `NAME.safetensors`."""
+    return profile.with_name(f"{profile.name.removesuffix('.safetensors')}.curves-{situation}.safetensors")
 
 
 def _check_stored(file: TensorFile, key: dict[str, Any]) -> None:

@@ -10,11 +10,13 @@ from headprof.compression.observers import Observers, repeating_observers
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel
 from headprof.models.prompt_encoder import PromptEncoder
-from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
+from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings, needles_for
 from headprof.probes.needles import Split
 from headprof.scoring.calibration_texts import calibration_texts
 
 PROBE, TEXT = KINDS = ("probe", "text")
+_FEWER = 4
+"""Times as few probes share a context as where heads are scored, since reading it is little of the work here."""
 TEXT_TOKENS = 32
 """Tokens of a plain text that are to be said after what is read of it."""
 
@@ -92,7 +94,8 @@ class ExamSettings:
         probes: how many needle probes.
         texts: of how many plain texts the model is to say the next tokens.
         length: tokens of a prompt.
-        pack: probes that share a context, so that their question, but not the document, is another.
+        pack: probes that share a context, so that their question, but not the document, is another; `None` to choose it
+            from the length.
         seed: of probes and texts.
         split: the half of the facts that probes are made from.
     """
@@ -100,7 +103,7 @@ class ExamSettings:
     probes: int
     texts: int = 0
     length: int = 1024
-    pack: int = 4
+    pack: int | None = None
     seed: int = 11
     split: Split = "profile"
 
@@ -138,7 +141,7 @@ class Exams(Sequence[Exam]):
         settings = ProbeSettings(
             probes=asked.probes,
             lengths=(asked.length,),
-            needles_per_context=asked.pack,
+            needles_per_context=asked.pack or max(1, needles_for(asked.length) // _FEWER),
             seed=asked.seed,
             split=asked.split,
         )
@@ -162,6 +165,21 @@ class Exams(Sequence[Exam]):
         encoder = PromptEncoder(loaded.tokenizer)
         texts = calibration_texts(loaded.tokenizer, (asked.length,), asked.texts, asked.seed)
         return [_of_text(encoder.document_ids(text), -1 - number) for number, text in enumerate(texts)]
+
+    def check(self, loaded: LoadedModel) -> None:
+        """Find out before any work what would stop it.
+
+        Raises:
+            UsageError: a prompt with what judges it and comes after it is longer than the model can read.
+        """
+        for exam in self:
+            self.observers(loaded, exam)
+            longest = len(exam.prompt) + max(len(answer.fed) for answer in exam.answers)
+            if longest > loaded.max_positions:
+                raise UsageError(
+                    f"A prompt of {longest} tokens is longer than the {loaded.max_positions} that {loaded.name} can "
+                    "read: give a smaller --curve-length."
+                )
 
     def observers(self, loaded: LoadedModel, exam: Exam) -> Observers:
         """Tokens that judge a prompt and are none of it.
