@@ -10,7 +10,7 @@ Shapes: `L` layers, `H` query heads, `K` KV heads, `g = H // K`, `T` rows of a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.copies import copied_from
 from headprof.tuning.reading import RankedRows
-
-Watch = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
 class _TailLayer(CacheLayerMixin):
@@ -58,15 +56,11 @@ class HidingModel:
     Attributes:
         model: the model.
         rows: of each layer of the prompt that is asked about.
-        watch: called in each layer with its number, what attention put out, `[C, Q, H, D]`, and a function that says
-            what it would have put out had the heads of the first copy seen so many rows, int64 `[P, K]` to
-            `[P, Q, H, D]`; what it returns takes the output's place. `None` for nobody.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.rows: Sequence[RankedRows] = ()
-        self.watch: Watch | None = None
         self._counts: Sequence[Tensor] = ()
 
     @property
@@ -98,21 +92,18 @@ class HidingModel:
 
         def attention(module, query, key, value, attention_mask, **kwargs):
             layer = module.layer_idx
-            scaling, rows = kwargs.get("scaling"), self.rows[layer]
-            how: dict[str, Any] = {
-                "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-                "softcap": kwargs.get("softcap"),
-                "sliding_window": kwargs.get("sliding_window"),
-                "sinks": kwargs.get("s_aux"),
-            }
-            output = attend(query, key, value, rows, self._counts[layer], **how)
-            if self.watch is not None:
-
-                def seeing(counts: Tensor) -> Tensor:
-                    q, k, v = (each[:1].expand(len(counts), -1, -1, -1) for each in (query, key, value))
-                    return attend(q, k, v, rows, counts, **how)
-
-                output = self.watch(layer, output, seeing)
+            scaling = kwargs.get("scaling")
+            output = attend(
+                query,
+                key,
+                value,
+                self.rows[layer],
+                self._counts[layer],
+                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+                softcap=kwargs.get("softcap"),
+                sliding_window=kwargs.get("sliding_window"),
+                sinks=kwargs.get("s_aux"),
+            )
             return output, None
 
         return attention

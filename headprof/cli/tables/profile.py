@@ -51,6 +51,9 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
     ]
     if profile.kept_shares is not None:
         facts.append(("learned budgets", f"of each KV head where all keep {_shares(profile.shares_together)}"))
+    for situation, curves in profile.curves.items():
+        points = ", ".join(map(str, curves.points))
+        facts.append((f"influence curves, question {situation}", f"of a KV head that keeps {points} tokens"))
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     others = ((name, text) for name, text in profile.metadata.items() if name not in ("settings", "accuracy"))
