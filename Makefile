@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts bench-reconstruction measure-promise check format \
+.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
 	profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
@@ -54,6 +54,11 @@ bench-reconstruction: $(VENV)/.installed
 # How well promised losses are kept on questions that were never seen; goes on where it was interrupted.
 measure-promise: $(VENV)/.installed
 	$(BIN)/python tests/measure_promise.py --documents 40 -o results/promise
+
+# How well the sum of a profile's influence curves foretells what all heads lose together; CURVES names the profile.
+CURVES ?= profiles/SmolLM2-135M-Instruct.safetensors
+measure-curves: $(VENV)/.installed
+	$(BIN)/python tests/measure_curves.py --profile "$(CURVES)" --question known --allocations 50 -o results/curves
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -48,7 +48,8 @@ class LearningOptions:
     add_to: Annotated[
         Path | None,
         typer.Option(
-            help="Head profile that gets them; no probes are asked. It is replaced, unless -o names another file.",
+            help="Head profile that gets them, or influence curves; no probes are scored. It is replaced, unless -o "
+            "names another file.",
             rich_help_panel="Reconstruction",
         ),
     ] = None
@@ -85,8 +86,13 @@ class LearningOptions:
     ] = None
 
 
-def calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
+def calibration(learning: LearningOptions, seed: int, with_curves: bool = False) -> CalibrationSettings:
     """Which texts to repeat, checked.
+
+    Args:
+        learning: what the user asks for.
+        seed: of the texts.
+        with_curves: whether influence curves are added too, or alone.
 
     Raises:
         UsageError: options that go with `--reconstruction` are given without it, or the texts cannot be had.
@@ -94,14 +100,17 @@ def calibration(learning: LearningOptions, seed: int) -> CalibrationSettings:
     from headprof.scoring.calibration import CalibrationSettings
     from headprof.scoring.reconstruction import TEXTS
 
-    if learning.add_to is not None and not learning.reconstruction:
-        raise UsageError("--add-to adds what is learned from repeated texts: add --reconstruction, or leave it away.")
+    if learning.add_to is not None and not (learning.reconstruction or with_curves):
+        raise UsageError(
+            "--add-to adds what is learned from repeated texts, or influence curves: add --reconstruction or --curves, "
+            "or leave it away."
+        )
     if learning.no_probes and (learning.add_to is not None or not learning.reconstruction):
         fault = "with --add-to none are asked in any case" if learning.reconstruction else "add --reconstruction"
         raise UsageError(
             f"--no-probes makes a profile of what is learned from repeated texts: {fault}, or leave it away."
         )
-    if not learning.reconstruction and learning != LearningOptions():
+    if not learning.reconstruction and replace(learning, add_to=None) != LearningOptions():
         raise UsageError(
             "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
             "--reconstruction or --surrogate, or leave them away."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 
 from headprof.cli.command import command, given_options
 from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.curves import CurveOptions, add_curves, curve_outputs, curve_request, measure
 from headprof.cli.options import MOST, MOST_PROBES, Families, LoadOptions, Model, ProfileOutput, Seed, listed
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.reconstruction import (
@@ -32,6 +34,7 @@ from headprof.utils.units import parse_lengths
 if TYPE_CHECKING:
     from headprof.profile.head_profile import HeadProfile
     from headprof.scoring.request import ScoreRequest
+    from headprof.tuning.curve_request import CurveRequest
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def score(
     seed: Seed = 0,
     counting: CountingOptions,
     learning: LearningOptions,
+    curving: CurveOptions,
     resume: Annotated[
         bool,
         typer.Option(
@@ -105,6 +109,8 @@ def score(
     It holds the parameters that serve the model best, too (method headkv-tuned).
     With --reconstruction it holds a score for how heads repeat texts, and budgets for documents whose question is not
     known, too (method learned-kvzip).
+    With --curves it holds what the right answer loses when a KV head keeps so many rows (methods headkv-curves and
+    curves-kvzip).
     The results of each probe are kept in NAME.probes.safetensors beside it. With torchrun or accelerate launch, several
     processes share the work.
 
@@ -113,6 +119,7 @@ def score(
     headprof score --until-stable
     headprof score --families nonliteral -o nonliteral.safetensors
     headprof score --reconstruction --add-to profiles/SmolLM2-135M-Instruct.safetensors
+    headprof score --curves --add-to profiles/SmolLM2-135M-Instruct.safetensors
     headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
@@ -122,6 +129,7 @@ def score(
             "--reconstruction": learning.reconstruction,
             "--add-to": learning.add_to,
             "--no-probes": learning.no_probes,
+            "--curves": curving.curves,
         }
         if other := next((name for name, given in others.items() if given), None):
             raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")
@@ -131,18 +139,24 @@ def score(
     from headprof.scoring.reconstruction import check_texts
     from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
-    settings = calibration(learning, seed)
+    curves = curve_request(curving, seed)
+    settings = calibration(learning, seed, curves is not None)
     request = _request(asked, counting, seed)
     request.check()
     if learning.add_to is not None:
-        _refuse_probe_options(context, "With --add-to no probes are asked")
-        add_reconstruction(learning.add_to, output or learning.add_to, model, loading, settings)
+        _refuse_probe_options(context, "With --add-to no probes are scored", resuming=curves is not None)
+        target = output or learning.add_to
+        if curves is None:
+            add_reconstruction(learning.add_to, target, model, loading, settings)
+        else:
+            more = partial(learn, settings=settings, target=target) if learning.reconstruction else None
+            add_curves(learning.add_to, target, model, loading, curves, resume=resume, more=more)
         return
     if learning.no_probes:
         _refuse_probe_options(context, "With --no-probes no probes are asked")
         without_probes(output, model, loading, settings)
         return
-    target = _checked_target(output, model, asked, loading)
+    target = _checked_target(output, model, asked, loading, curves)
     earlier = learned_before(target, model) if resume and not learning.reconstruction else None
     team = join_team()
     loaded = load(model, loading)
@@ -169,6 +183,8 @@ def score(
             on_progress=lambda now: report(scoring_progress(loaded.name, now), now.done, now.total),
             learned=earlier,
         )
+    if curves is not None:
+        profile = measure(loaded, profile, curves, target, team, resume=resume)
     team.leave()
     if team.rank == 0:
         if learning.reconstruction:
@@ -178,7 +194,7 @@ def score(
         _show(profile, target, stopping=request.stop is not None)
 
 
-def _refuse_probe_options(context: typer.Context, reason: str) -> None:
+def _refuse_probe_options(context: typer.Context, reason: str, *, resuming: bool = False) -> None:
     """
     Raises:
         UsageError: something is asked of probes where there are none, for the reason given.
@@ -186,14 +202,16 @@ def _refuse_probe_options(context: typer.Context, reason: str) -> None:
     given = {*given_options(context, ProbeOptions, CountingOptions)}
     if context.params.get("surrogate"):
         given.discard("--preset")  # which says how many texts
-    if context.params.get("resume"):
+    if context.params.get("resume") and not resuming:
         given.add("--resume")
     given.update(given_options(context, "tuning"))
     if given:
         raise UsageError(f"{reason}: leave {sorted(given)[0]} away.")
 
 
-def _checked_target(output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions) -> Path:
+def _checked_target(
+    output: Path | None, model: str | None, asked: ProbeOptions, loading: LoadOptions, curves: CurveRequest | None
+) -> Path:
     """The profile to write, once it is known that neither it nor what lies beside it is read."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
@@ -204,7 +222,7 @@ def _checked_target(output: Path | None, model: str | None, asked: ProbeOptions,
     target = output or default_output(model_name(model))
     given = [path for path in (asked.needles, asked.haystack) if path is not None]
     read = chain(given, model_inputs(model, loading))
-    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT}, read)
+    check_outputs({target: FORMAT, results_path(target): PROBES_FORMAT, **curve_outputs(target, curves)}, read)
     return target
 
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.table import Method, find_method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.faults import LARGEST_SCORE
+from headprof.profile.influence import MOST_POINTS
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
 from headprof.profile.surrogate_checks import check_parts
 from headprof.profile.surrogate_checks import check_stored as check_surrogate
@@ -194,8 +196,7 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     shape, stored = facts.shape, dict(file.stored)
     grid = (shape.num_layers, shape.num_kv_heads)
     scores = stored.pop("scores", Stored("", ()))
-    learned = facts.method.budget.profile_scores == LEARNED
-    if scores.dtype != "F32" or scores.shape[-2:] != grid or not _right_number(scores.shape[:-2], learned):
+    if scores.dtype != "F32" or scores.shape[-2:] != grid or not _right_number(scores.shape[:-2], facts.method):
         raise ValueError("its scores are not float32, one for each KV head")
     surrogate = {name: stored.pop(name) for name in list(stored) if name.startswith(SURROGATE)}
     if facts.method.importance.needs_surrogate:
@@ -224,9 +225,12 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
         _check_lengths(prefix, file.read(f"{prefix}lengths"), stored[f"{prefix}keys"].shape[0], facts.seen)
 
 
-def _right_number(leading: tuple[int, ...], learned: bool) -> bool:
+def _right_number(leading: tuple[int, ...], method: Method) -> bool:
     """Whether there are as many scores for each KV head as its method goes by."""
-    return (len(leading) == 1 and 1 <= leading[0] <= MOST_SHARES + 1) if learned else not leading
+    which = method.budget.profile_scores or ""
+    if which.startswith(CURVES):
+        return len(leading) == 2 and leading[0] == 2 and 1 <= leading[1] <= MOST_POINTS
+    return (len(leading) == 1 and 1 <= leading[0] <= MOST_SHARES + 1) if which == LEARNED else not leading
 
 
 def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, batch: int) -> None:
@@ -272,6 +276,10 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
         learned = tensors["scores"][:-1] if getattr(facts.method.budget, "mix", 0) else tensors["scores"]
         if fault := kept_shares_fault(learned, facts.shape):
             raise ValueError(f"its scores {fault}")
+    if (facts.method.budget.profile_scores or "").startswith(CURVES) and (
+        fault := curve_scores_fault(tensors["scores"])
+    ):
+        raise ValueError(f"its scores {fault}")
     for name in ("scores", "shares"):
         numbers = tensors.get(name)
         if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():

@@ -28,7 +28,7 @@ class CompressionPlan:
         budget: average tokens per KV head.
         shape: the model's.
         scores: importance of each KV head, float `[L, K]`; all equal for methods without a profile. For budgets that
-            were learned `[S, L, K]` (see `LearnedBudget`).
+            were learned `[S, L, K]` (see `LearnedBudget`), for those by curves `[2, N, L, K]` (see `CurveBudget`).
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.hook import attending
+from headprof.compression.methods.curve_budget import CURVES, curve_scores
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.table import TUNED, Method, find_method, name_of, parse_settings
@@ -112,7 +113,7 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
 def _budget_scores(
     profile: HeadProfile | None, method: Method, name: str, shape: HeadShape
 ) -> tuple[torch.Tensor, str]:
-    """What the method spends its budget by, `[L, K]` or `[S, L, K]`, and the digest of the profile that it is from."""
+    """What the method spends its budget by, `[L, K]` or more, and the digest of the profile that it is from."""
     which = method.budget.profile_scores
     if which is None:
         return torch.ones(shape.num_layers, shape.num_kv_heads), ""
@@ -128,6 +129,8 @@ def _budget_scores(
                 )
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
+    if which.startswith(CURVES):
+        return curve_scores(profile.curves_of(which.removeprefix(CURVES))), profile.digest()
     if which not in profile.kinds:
         raise ProfileError(
             f"{_called(name)} spends its budget by {which} scores, which the profile of {profile.model_name} does not "

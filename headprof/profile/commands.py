@@ -12,10 +12,10 @@ def score_command(model: str | None, kind: str = "", profile: Path | None = None
     Args:
         model: how the user named it, or what it is called if that is not known; `None` for any.
         kind: the kind of score that is lacking.
-        profile: the file that reconstruction is to be added to.
+        profile: the file that it is to be added to, where that can be.
     """
     to = "PROFILE" if profile is None else shlex.quote(str(profile))
-    adding = f" --reconstruction --add-to {to}" if kind == "reconstruction" else ""
+    adding = f" --{kind} --add-to {to}" if kind in ("reconstruction", "curves") else ""
     return f"headprof score --model {shlex.quote(model) if model else 'MODEL'}{adding}"
 
 

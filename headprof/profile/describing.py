@@ -70,6 +70,7 @@ def _summary(profile: HeadProfile) -> dict[str, Any]:
         "kinds": list(profile.kinds),
         "probes_used": dict(profile.probes_used),
         "learned_budgets": profile.shares_together,
+        "influence_curves": {situation: curves.points for situation, curves in profile.curves.items()},
         "date": profile.metadata.get("date"),
         "source": profile.metadata.get("source"),
     }

@@ -13,7 +13,7 @@ from headprof.profile.commands import score_command
 from headprof.profile.head_profile import HeadProfile
 from headprof.utils.assets import asset_dir
 
-_BESIDE = (".probes.safetensors", ".surrogate.safetensors")
+_BESIDE = (".probes.safetensors", ".surrogate.safetensors", ".curves-known.safetensors", ".curves-unknown.safetensors")
 """How files end that lie beside a profile and are none."""
 
 
@@ -144,8 +144,8 @@ class FoundProfile:
 def list_profiles() -> list[FoundProfile]:
     """Every profile in `profile_dirs()`, in the order of search and then by name; damaged ones say what ails them.
 
-    `NAME.probes.safetensors` holds the results of a run and `NAME.surrogate.safetensors` a surrogate, not a profile;
-    they are left out.
+    `NAME.probes.safetensors` and `NAME.curves-known.safetensors` hold the results of a run and
+    `NAME.surrogate.safetensors` a surrogate, not a profile; they are left out.
     """
     first: dict[str, Path] = {}
     found = []

@@ -13,6 +13,7 @@ from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command, tune_command
 from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
+from headprof.profile.influence import SITUATIONS, InfluenceCurves, curve_names, curves_fault, curves_from
 from headprof.profile.kept_shares import kept_shares_fault
 from headprof.profile.tuned import NOTE as TUNED_NOTE
 from headprof.profile.tuned import Options, Tuned
@@ -31,10 +32,10 @@ _COUNTED = (*PROBE_KINDS, "write")
 KINDS = (*_COUNTED, "reconstruction")
 """All kinds of score: where attention goes, what heads write from there, and what they look at to repeat a text."""
 FORMAT = "headprof.profile"
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
 """Version 1 had no intervals, version 2 no budgets learned from reconstruction, version 3 no scores of other kinds than
-`PROBE_KINDS`; all are still read, and what fits into an older one is written as that."""
-_READABLE = ("1", "2", "3", FORMAT_VERSION)
+`PROBE_KINDS`, version 4 no influence curves; all are still read, and what fits into an older one is written as that."""
+_READABLE = ("1", "2", "3", "4", FORMAT_VERSION)
 _KEPT = "reconstruction"
 """The tensor of `HeadProfile.kept_shares` in a file."""
 _NAMES = {"reconstruction": "reconstruction_scores"}
@@ -57,6 +58,8 @@ class HeadProfile:
         kept_shares: what share of its tokens each KV head keeps where the rows of all heads are ranked together by how
             a text is repeated, for some shares of all, float32 `[S, L, K]` (see `headprof.profile.kept_shares`); `None`
             when unknown.
+        curves: what the right answer loses when one KV head keeps so many rows, by whether the question is `known` or
+            `unknown` when rows go (see `headprof.profile.influence`); absent when unknown.
         probes_used: probes counted per kind; 0 when unknown.
         metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
         given: how the user named the model, for commands in messages; in no file, empty where it is not known.
@@ -73,6 +76,7 @@ class HeadProfile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     intervals: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept_shares: Tensor | None = None
+    curves: Mapping[str, InfluenceCurves] = field(default_factory=dict)
     given: str = ""
 
     def __post_init__(self) -> None:
@@ -103,6 +107,15 @@ class HeadProfile:
                 f"`{score_command(self.called, 'reconstruction')}`."
             )
         return self.kept_shares
+
+    def curves_of(self, situation: str) -> InfluenceCurves:
+        """Influence curves for a question that is `known` or `unknown`; raises `ProfileError` when there are none."""
+        if situation not in self.curves:
+            raise ProfileError(
+                f"The profile of {self.model_name} holds no influence curves for a question that is {situation}: add "
+                f"them with `{score_command(self.called, 'curves')}`."
+            )
+        return self.curves[situation]
 
     @property
     def tuned(self) -> Options:
@@ -178,16 +191,30 @@ class HeadProfile:
         ]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the model's shape, scores, learned budgets and tuned parameters: equal for two that serve
-        methods alike."""
+        """SHA-256 (hex) of the model's shape, scores, learned budgets, curves and tuned parameters: equal for two that
+        serve methods alike."""
         sha = hashlib.sha256(json.dumps(self.shape.to_dict(), sort_keys=True).encode())
         for kind in self.kinds:
             sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
         if self.kept_shares is not None:
             sha.update(_KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
+        for name, tensor in self._curve_tensors().items():
+            sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         if (tuned := Tuned.of(self.metadata)) is not None:
             sha.update(TUNED_NOTE.encode() + json.dumps(tuned.options, sort_keys=True).encode())
         return sha.hexdigest()
+
+    def _curve_tensors(self) -> dict[str, Tensor]:
+        parts = (self.curves[situation].tensors(situation) for situation in SITUATIONS if situation in self.curves)
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    def _version(self) -> str:
+        """The oldest format that holds all of it."""
+        if self.curves:
+            return FORMAT_VERSION
+        if set(self.kinds) - set(PROBE_KINDS):
+            return "4"
+        return "2" if self.kept_shares is None else "3"
 
     def save(self, path: str | Path) -> None:
         """Write the profile atomically as safetensors; raises `HeadprofError` when the disk refuses."""
@@ -200,7 +227,8 @@ class HeadProfile:
             tensors |= {f"{_NAMES.get(kind, kind)}_low": low, f"{_NAMES.get(kind, kind)}_high": high}
         if self.kept_shares is not None:
             tensors[_KEPT] = self.kept_shares
-        version = FORMAT_VERSION if set(self.kinds) - set(PROBE_KINDS) else "2" if self.kept_shares is None else "3"
+        tensors |= self._curve_tensors()
+        version = self._version()
         counted = _counted_kinds(version)
         tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in counted], dtype=torch.int64)
         header = {
@@ -271,7 +299,7 @@ def _check_parts(file: TensorFile) -> None:
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
     names = {kind: _NAMES.get(kind, kind) for kind in KINDS}
-    known = {"probes_used", _KEPT}
+    known = {"probes_used", _KEPT} | curve_names()
     known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
@@ -285,7 +313,7 @@ def _check_parts(file: TensorFile) -> None:
 
 def _counted_kinds(version: str) -> tuple[str, ...]:
     """The kinds whose probes a file of this format version counts, in the order of `probes_used`."""
-    return _COUNTED if version == FORMAT_VERSION else PROBE_KINDS
+    return _COUNTED if version in _READABLE[3:] else PROBE_KINDS
 
 
 def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: str) -> HeadProfile:
@@ -312,6 +340,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: 
             kind: (tensors[f"{name}_low"], tensors[f"{name}_high"]) for kind, name in names if f"{name}_low" in tensors
         },
         kept_shares=tensors.get(_KEPT),
+        curves=curves_from(tensors),
         given=given,
     )
 
@@ -354,6 +383,11 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
                 return f"its {kind} {name} {fault}"
     if profile.kept_shares is not None and (fault := kept_shares_fault(profile.kept_shares, shape)):
         return f"its shares kept in reconstruction {fault}"
+    for situation, curves in profile.curves.items():
+        if situation not in SITUATIONS:
+            return f"it holds influence curves for a question that is {situation!r}"
+        if fault := curves_fault(curves, shape):
+            return f"its influence curves for a question that is {situation} {fault}"
     if crossed := [kind for kind in lows if (lows[kind] > highs[kind]).any()]:
         return f"its {crossed[0]} intervals end before they begin"
     return None

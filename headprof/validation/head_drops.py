@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from headprof.models.decoder import decoder_layers
+from headprof.models.copies import copied_from
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
@@ -125,7 +123,7 @@ def _log_probs_without(
     shared: _CopiedContext, context: ProbeContext, layer: int, silent: torch.Tensor, instead: MeanOutputs | None
 ) -> torch.Tensor:
     """Log-probability of each answer in copies that each have another head of a layer silent, `[n, copies]`."""
-    with silenced_each(shared.model, silent, instead), _copied_from(shared.model, layer, len(silent)):
+    with silenced_each(shared.model, silent, instead), copied_from(shared.model, layer, len(silent)):
         parts = [
             torch.stack([grade(logits, said)[1] for logits in shared.forward(*asked)], dim=1)
             for asked, said in passes(shared, context.probes)
@@ -157,18 +155,6 @@ def figures(drops: HeadDrops) -> dict[str, Any]:
         "drops": {kind: drops.mean(kind).tolist() for kind in drops.kinds},
         "standard_errors": {kind: drops.standard_error(kind).tolist() for kind in drops.kinds},
     }
-
-
-@contextmanager
-def _copied_from(model: PreTrainedModel, layer: int, copies: int) -> Iterator[None]:
-    """Run one sequence up to a decoder layer, and copies of it from there on."""
-    hook = decoder_layers(model)[layer].register_forward_pre_hook(
-        lambda module, arguments: (arguments[0].expand(copies, -1, -1), *arguments[1:])
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 class _CopiedContext(SharedContext):

@@ -7,6 +7,7 @@ import torch
 
 from headprof.models.shape import HeadShape
 from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.influence import SITUATIONS, InfluenceCurves
 from headprof.profile.random_scores import random_surrogate as drawn_surrogate
 from headprof.profile.tuned import Tuned
 
@@ -24,13 +25,26 @@ def random_profile(model, seed=0, kinds=PROBE_KINDS, name="tiny") -> HeadProfile
     shape = HeadShape.from_config(model.config)
     generator = torch.Generator().manual_seed(seed)
     scores = {kind: torch.rand(shape.num_layers, shape.num_heads, generator=generator) ** 4 for kind in kinds}
+    curves = {situation: random_curves(shape, seed + number) for number, situation in enumerate(SITUATIONS)}
     return HeadProfile(
         model_name=name,
         shape=shape,
         scores=scores,
         kept_shares=random_shares(shape, seed),
+        curves=curves,
         metadata={"tuned": TUNED.note()},
     )
+
+
+def random_curves(shape: HeadShape, seed: int = 0, grid=(4, 10, 30, 90)) -> InfluenceCurves:
+    """Curves like measured ones: of most heads flat, of a few steep, and rising here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    steep = torch.rand(shape.num_layers, shape.num_kv_heads, 1, generator=generator) ** 4
+    losses = steep / torch.tensor(grid).float().sqrt() + 0.01 * torch.rand(
+        *steep.shape[:2], len(grid), generator=generator
+    )
+    losses = losses - losses[..., -1:]
+    return InfluenceCurves(losses, losses.abs() / 10, torch.tensor(grid))
 
 
 def random_shares(shape: HeadShape, seed: int = 0) -> torch.Tensor:

@@ -60,6 +60,9 @@ def profile_facts(profile: HeadProfile, path: Path) -> list[tuple[str, str]]:
         facts += _learning_facts(learning)
     if (tuned := Tuned.of(profile.metadata)) is not None:
         facts += _tuned_facts(tuned)
+    for situation, curves in profile.curves.items():
+        points = ", ".join(map(str, curves.points))
+        facts.append((f"influence curves, question {situation}", f"of a KV head that keeps {points} tokens"))
     if profile.settings:
         facts.append(("settings", ", ".join(f"{name} {value}" for name, value in profile.settings.items())))
     shown = (

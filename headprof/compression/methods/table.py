@@ -18,6 +18,7 @@ from headprof.compression.methods.budget import (
     TunedBudget,
     UniformBudget,
 )
+from headprof.compression.methods.curve_budget import CurveBudget
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.fit import Fit
 from headprof.compression.methods.given_budget import Budget
@@ -224,6 +225,7 @@ METHODS: dict[str, Method] = {
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
+    "headkv-curves": Method(_TUNED, CurveBudget("known"), Evict()),
     "ems": Method(_EMS, UniformBudget(), _MERGE),
     "headkv-ems": Method(
         replace(_EMS, balance=0.15, emphasis=10.0), ProfileBudget("reasoning"), replace(_MERGE, coverage=0.5)
@@ -240,6 +242,7 @@ METHODS: dict[str, Method] = {
     "adakv-kvzip": Method(Reconstruction(), AdaptiveBudget(), Evict()),
     "headkv-kvzip": Method(Reconstruction(), ProfileBudget("reasoning"), Evict()),
     "learned-kvzip": Method(Reconstruction(), LearnedBudget(), Evict()),
+    "curves-kvzip": Method(Reconstruction(), CurveBudget("unknown"), Evict()),
     "headkv-fit": Method(Reconstruction(), ProfileBudget("reasoning"), Fit()),
     "learned-fit": Method(Reconstruction(), LearnedBudget(), Fit()),
     "kvzap": Method(SurrogateImportance(), AdaptiveBudget(), Evict()),
