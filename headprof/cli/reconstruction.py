@@ -53,6 +53,14 @@ class LearningOptions:
             rich_help_panel="Reconstruction",
         ),
     ] = None
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Move these budgets to where they lose less, by gradients on needle probes: takes minutes more.",
+            rich_help_panel="Reconstruction",
+        ),
+    ] = False
     surrogate: Annotated[
         bool,
         typer.Option(
@@ -110,6 +118,9 @@ def calibration(learning: LearningOptions, seed: int, with_curves: bool = False)
         raise UsageError(
             f"--no-probes makes a profile of what is learned from repeated texts: {fault}, or leave it away."
         )
+    if learning.refine and (learning.no_probes or not learning.reconstruction):
+        mend = "add --reconstruction" if not learning.no_probes else "leave --no-probes away"
+        raise UsageError(f"--refine moves budgets learned from repeated texts, by probes: {mend}, or leave it away.")
     if not learning.reconstruction and replace(learning, add_to=None) != LearningOptions():
         raise UsageError(
             "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
@@ -122,7 +133,13 @@ def calibration(learning: LearningOptions, seed: int, with_curves: bool = False)
 
 
 def add_reconstruction(
-    profile: Path, target: Path, model: str | None, loading: LoadOptions, settings: CalibrationSettings
+    profile: Path,
+    target: Path,
+    model: str | None,
+    loading: LoadOptions,
+    settings: CalibrationSettings,
+    *,
+    refine: bool,
 ) -> None:
     """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
     from headprof.profile.head_profile import FORMAT, HeadProfile
@@ -132,7 +149,8 @@ def add_reconstruction(
     loaded = _load_once(target, model, loading)
     if loaded is None:
         return
-    learned = learn(loaded, HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name), settings, target)
+    before = HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name)
+    learned = learn(loaded, before, settings, target, refine=refine)
     show_learned(learned)
     terminal.result(str(target))
 
@@ -194,10 +212,24 @@ def _texts_of(settings: CalibrationSettings) -> list[Path]:
     return [] if settings.folder is None else sorted(settings.folder.rglob("*.txt"))
 
 
-def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path) -> HeadProfile:
-    """Write the profile with what is learned from repeated texts, budgets mixed with HeadKV-R2's if there are such."""
+def learn(
+    loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path, *, refine: bool
+) -> HeadProfile:
+    """Write the profile with what is learned from repeated texts, budgets mixed with HeadKV-R2's if there are such.
+
+    Args:
+        loaded: the model.
+        profile: to which it is added.
+        settings: which texts.
+        target: the file.
+        refine: whether budgets are moved to where they lose less.
+
+    Raises:
+        UsageError: the model's context is too short for that; what was learned before has been written.
+    """
     from headprof.scoring.reconstruction import with_reconstruction
     from headprof.tuning.mixing import with_mixing
+    from headprof.tuning.refining import with_refining
 
     unmixed = "" if "reasoning" in profile.scores else "The profile has no reasoning scores"
     with terminal.progress() as report:
@@ -216,6 +248,10 @@ def learn(loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettin
     learned.save(target)
     if unmixed:
         terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
+    if refine:
+        with terminal.progress() as report:
+            learned = with_refining(learned, loaded, on_round=partial(report, f"Refining budgets with {loaded.name}"))
+        learned.save(target)
     return learned
 
 

@@ -147,9 +147,13 @@ def score(
         _refuse_probe_options(context, "With --add-to no probes are scored", resuming=curves is not None)
         target = output or learning.add_to
         if curves is None:
-            add_reconstruction(learning.add_to, target, model, loading, settings)
+            add_reconstruction(learning.add_to, target, model, loading, settings, refine=learning.refine)
         else:
-            more = partial(learn, settings=settings, target=target) if learning.reconstruction else None
+            more = (
+                partial(learn, settings=settings, target=target, refine=learning.refine)
+                if learning.reconstruction
+                else None
+            )
             add_curves(learning.add_to, target, model, loading, curves, resume=resume, more=more)
         return
     if learning.no_probes:
@@ -188,7 +192,7 @@ def score(
     team.leave()
     if team.rank == 0:
         if learning.reconstruction:
-            profile = learn(loaded, profile, settings, target)
+            profile = learn(loaded, profile, settings, target, refine=learning.refine)
         if tuning:
             profile = tune_scored(loaded, profile, target)
         _show(profile, target, stopping=request.stop is not None)

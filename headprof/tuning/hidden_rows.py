@@ -10,7 +10,7 @@ Shapes: `L` layers, `H` query heads, `K` KV heads, `g = H // K`, `T` rows of a p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,17 +50,24 @@ class _TailLayer(CacheLayerMixin):
         return -1
 
 
+Watch = Callable[[int, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
 class HidingModel:
     """A model that runs over what comes after a prompt with some of the prompt's rows hidden (see `hiding`).
 
     Attributes:
         model: the model.
         rows: of each layer of the prompt that is asked about.
+        watch: called in each layer with its number, what attention put out, `[C, Q, H, D]`, and a function that says
+            what it would have put out had the heads seen so many rows, int64 `[1, K]`; what it returns takes the
+            output's place. `None` for nobody.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.rows: Sequence[RankedRows] = ()
+        self.watch: Watch | None = None
         self._counts: Sequence[Tensor] = ()
 
     @property
@@ -92,18 +99,16 @@ class HidingModel:
 
         def attention(module, query, key, value, attention_mask, **kwargs):
             layer = module.layer_idx
-            scaling = kwargs.get("scaling")
-            output = attend(
-                query,
-                key,
-                value,
-                self.rows[layer],
-                self._counts[layer],
-                scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-                softcap=kwargs.get("softcap"),
-                sliding_window=kwargs.get("sliding_window"),
-                sinks=kwargs.get("s_aux"),
-            )
+            scaling, rows = kwargs.get("scaling"), self.rows[layer]
+            how: dict[str, Any] = {
+                "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+                "softcap": kwargs.get("softcap"),
+                "sliding_window": kwargs.get("sliding_window"),
+                "sinks": kwargs.get("s_aux"),
+            }
+            output = attend(query, key, value, rows, self._counts[layer], **how)
+            if self.watch is not None:
+                output = self.watch(layer, output, lambda counts: attend(query, key, value, rows, counts, **how))
             return output, None
 
         return attention

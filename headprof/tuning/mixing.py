@@ -11,7 +11,7 @@ Shapes: `L` layers, `K` KV heads, `S` shares, `M` mixes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,19 +79,37 @@ def mixed_shares(kept: Tensor, scores: Tensor, mixes: Sequence[float]) -> Tensor
     Returns:
         float32 `[S, L, K]`, each with the mean that it had.
     """
-    mixed = kept.double().clone()
+    budgets = {}
+    for number, mix in enumerate(mixes):
+        if mix:
+            budget = round(float(kept[number].double().mean()) * _FINE)
+            sizes = {"budget": budget, "context_length": _FINE, "always_kept": 0}
+            others = normalized(ProfileBudget().allocate(scores, **sizes))
+            budgets[number] = normalized(normalized(kept[number]) ** (1 - mix) * others**mix)
+    return with_shares(kept, budgets)
+
+
+def with_shares(kept: Tensor, budgets: Mapping[int, Tensor]) -> Tensor:
+    """Learned shares with others in the place of some of them.
+
+    No head keeps more at a share than at a larger one: what that takes from it goes to the others.
+
+    Args:
+        kept: `[S, L, K]`, as `kept_shares` learns them.
+        budgets: by the number of a share, what part of it each head gets, float64 `[L, K]`, of which the sum is one.
+
+    Returns:
+        float32 `[S, L, K]`, each with the mean that it had.
+    """
+    changed = kept.double().clone()
     upper = torch.full(kept.shape[1:], _FINE)
     for number in reversed(range(len(kept))):
         total = round(float(kept[number].double().mean()) * _FINE) * upper.numel()
-        mix, shares = mixes[number] if number < len(mixes) else 0.0, normalized(kept[number])
-        if mix:
-            sizes = {"budget": total // upper.numel(), "context_length": _FINE, "always_kept": 0}
-            others = normalized(ProfileBudget().allocate(scores, **sizes))
-            shares = normalized(shares ** (1 - mix) * others**mix)
-        if mix or bool((mixed[number] * _FINE > upper).any()):
-            mixed[number] = water_filled(shares, floor=0, lower=0, upper=upper, total=total).double() / _FINE
-        upper = (mixed[number] * _FINE).floor().long()
-    return mixed.float()
+        if number in budgets or bool((changed[number] * _FINE > upper).any()):
+            shares = budgets.get(number, normalized(kept[number]))
+            changed[number] = water_filled(shares, floor=0, lower=0, upper=upper, total=total).double() / _FINE
+        upper = (changed[number] * _FINE).floor().long()
+    return changed.float()
 
 
 def find_mixing(
