@@ -17,13 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.commands import headprof
 from support.profiles import random_curves, random_profile, small_profile
-from support.tiny_models import load_tiny, save_tiny, tiny_model
+from support.tiny_models import TEXT, load_tiny, save_tiny, tiny_model
 
+from headprof import ask, compress_document, load_document, save_document
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.filling import read_document_into
 from headprof.compression.methods.budget import BudgetPolicy
 from headprof.compression.session import attending_ragged, make_plan
-from headprof.errors import InterruptedRun, ProfileError, UsageError
+from headprof.errors import CacheError, InterruptedRun, ProfileError, UsageError
 from headprof.profile.head_profile import HeadProfile
 from headprof.tuning.answer_curves import interpolated, to_measure
 from headprof.tuning.curves import CurveSettings, measure_curves
@@ -176,6 +177,31 @@ def test_a_profile_without_says_how_to_add_them(method, situation):
         make_plan(loaded.model, profile, method=method)
     plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=20)
     assert int(plan.allocation(300).sum()) == 20 * 4 and len(plan.allocation(300).unique()) > 1
+
+
+def test_a_document_goes_on_by_its_curves(tmp_path):
+    loaded = load_tiny()
+    plan = make_plan(loaded.model, random_profile(loaded.model), method="curves-kvzip", budget=16, buffer=6)
+    cache, path = compress_document(loaded, TEXT, plan), tmp_path / "doc.kv.safetensors"
+    assert torch.equal(cache.lengths[:, 0], plan.allocation(cache.get_seq_length()))
+    save_document(cache, path, loaded)
+    again, _ = load_document(path, loaded)
+    assert torch.equal(again.plan.scores, plan.scores) and again.plan.method == plan.method
+    said = [ask(loaded, each, "How many boats?", max_new_tokens=20).text for each in (cache, again)]
+    assert said[0] == said[1]
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: value for key, value in file.metadata().items() if not key.startswith("checksum")}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    scores = tensors["scores"]
+    for bad, fault in (
+        (scores[0], "its scores are not float32, one for each KV head"),
+        (scores.flip(1), "its scores are at numbers of rows that do not ascend"),
+        (torch.stack([scores[0], scores[1].flip(0)]), "its scores rise with the rows that are kept"),
+    ):
+        changed = tensors | {"scores": bad.contiguous()}
+        save_file(changed, path, metadata=with_checksum(changed, metadata))
+        with pytest.raises(CacheError, match=fault):
+            load_document(path, loaded)
 
 
 # Interruptions and teams.

@@ -368,7 +368,7 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
     adding = ("--reconstruction", "--add-to", "none.safetensors")
     for options, message in (
         (("--texts", "3"), "add --reconstruction or --surrogate, or leave them away"),
-        (("--add-to", "p.safetensors"), "add --reconstruction, or leave it away"),
+        (("--add-to", "p.safetensors"), "add --reconstruction or --curves, or leave it away"),
         (("--surrogate", "--add-to", "p.safetensors"), "leave --surrogate, or --add-to, away"),
         (("--reconstruction", "--add-to", "none.safetensors"), "There is no profile file at none.safetensors"),
         ((*adding, "--probes", "4"), "With --add-to no probes are asked: leave --probes away"),

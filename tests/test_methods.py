@@ -8,12 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.observations import as_held_rows, observed_prompt
-from support.profiles import random_profile, random_surrogate
+from support.profiles import random_curves, random_profile, random_surrogate
 from support.prompts import random_ids
 from support.tiny_models import tiny_model
 from support.twins import slow_attention, slow_score
 
 from headprof.compression.cache.head_cache import HeadCache
+from headprof.compression.methods.curve_budget import CurveBudget, curve_scores
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.importance import KeyDiff, KeyNorm, Recency
 from headprof.compression.methods.received_attention import Accumulated
@@ -24,6 +25,7 @@ from headprof.compression.methods.window_attention import LastQuery, WindowAtten
 from headprof.compression.rows import HeadCounts
 from headprof.compression.session import compressed, prefill
 from headprof.errors import UsageError
+from headprof.models.shape import HeadShape
 
 IMPORTANCES = [
     WindowAttention(5, 3),
@@ -217,7 +219,9 @@ def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padd
     valid[0, : min(padding, tokens - 9)] = False
     importance = torch.rand(batch, heads, tokens, generator=generator)
     scores = torch.rand(2, heads, generator=generator)
-    if method.budget.goes_by_share:  # and has them for several
+    if isinstance(method.budget, CurveBudget):
+        scores = curve_scores(random_curves(HeadShape("M", 2, heads, heads, 8, 100), seed % 1000, grid=(4, 6, 9)))
+    elif method.budget.goes_by_share:  # and has them for several
         scores = torch.stack([scores * 0.2 + 0.01, scores * 0.5 + 0.05])
     counts = torch.stack(
         [

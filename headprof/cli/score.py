@@ -144,7 +144,8 @@ def score(
     request = _request(asked, counting, seed)
     request.check()
     if learning.add_to is not None:
-        _refuse_probe_options(context, "With --add-to no probes are scored", resuming=curves is not None)
+        done = "asked" if curves is None else "scored"
+        _refuse_probe_options(context, f"With --add-to no probes are {done}", resuming=curves is not None)
         target = output or learning.add_to
         if curves is None:
             add_reconstruction(learning.add_to, target, model, loading, settings, refine=learning.refine)
