@@ -133,6 +133,9 @@ def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
     profile = HeadProfile.load(tmp_path / "p.safetensors")
     noted = json.loads(profile.metadata["reconstruction"])
     assert len(noted["refine_losses"][0]) == 3 and noted["mix_probes"] == 1
+    told = " ".join(headprof(tmp_path, "profile", "show", "p.safetensors").stdout.split())
+    before, after = noted["refine_losses"][0][0], min(noted["refine_losses"][0])
+    assert f"budgets refined what is lost from {before:.3g} to {after:.3g}" in told
     assert kept_shares_fault(profile.kept_shares, profile.shape) is None
     for wrong in (("--refine", *options), ("--reconstruction", "--no-probes", "--refine", "--model", "tiny")):
         refused = headprof(tmp_path, "score", *wrong)

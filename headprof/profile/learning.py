@@ -26,6 +26,8 @@ class Learning:
         mixes: weight of HeadKV-R2's budgets in the geometric mean, 0 to 1, at the smallest shares; 0 at the others.
         losses: at each of these shares what was lost with each weight that was tried, from 0 to 1, nats a token.
         probes: by how many that was measured.
+        refined: at each of the smallest shares what was lost, on other probes, with these budgets and after each round
+            in which they were moved, nats a token; empty where they were not.
     """
 
     texts: int
@@ -37,6 +39,7 @@ class Learning:
     mixes: tuple[float, ...] = ()
     losses: tuple[tuple[float, ...], ...] = ()
     probes: int = 0
+    refined: tuple[tuple[float, ...], ...] = ()
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> Learning | None:
@@ -59,12 +62,13 @@ def _learning(notes: dict[str, Any]) -> Learning:
     folder, date, command = (notes.get(name) or "" for name in ("folder", "date", "command"))
     mixes, probes = _numbers(notes.get("mixes", [])), notes.get("mix_probes", 0)
     losses = tuple(map(_numbers, _listed(notes.get("mix_losses", []))))
+    refined = tuple(map(_numbers, _listed(notes.get("refine_losses", []))))
     counts = [texts, seed, probes, *_listed(lengths)]
     if not all(is_whole(count, 0, _MOST) for count in counts) or not all(map(is_text, (folder, date, command))):
         raise ValueError("it says what cannot be")
-    if len(losses) != len(mixes) or not all(losses) or max(mixes, default=0) > 1:
+    if len(losses) != len(mixes) or not all(losses) or not all(refined) or max(mixes, default=0) > 1:
         raise ValueError("weights and losses are not of the same shares")
-    return Learning(texts, tuple(lengths), seed, folder, date, command, mixes, losses, probes)
+    return Learning(texts, tuple(lengths), seed, folder, date, command, mixes, losses, probes, refined)
 
 
 def _listed(values: Any) -> list[Any]:
