@@ -231,9 +231,13 @@ def test_a_batch_goes_on(place, expected):
 
 
 def assert_same_document(found: Path, kept: Path) -> None:
-    """The same tensors but for small differences, and the same metadata but for the checksum."""
+    """The same tensors but for small differences, and the same metadata but for the checksum and later parameters."""
     (tensors, metadata), (kept_tensors, kept_metadata) = read_safetensors(found), read_safetensors(kept)
-    assert metadata | {"checksum": ""} == kept_metadata | {"checksum": ""}
+    options, kept_options = (json.loads(each["options"]) for each in (metadata, kept_metadata))
+    later = {name: value for name, value in options.items() if name not in kept_options}
+    assert options == kept_options | later and later.items() <= {"shared": False}.items()
+    apart = {"checksum": "", "options": ""}
+    assert metadata | apart == kept_metadata | apart
     assert tensors.keys() - {"ids"} == kept_tensors.keys()  # the kept ones are from before documents held their tokens
     for name, tensor in kept_tensors.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{name} of {kept.name} differs")
