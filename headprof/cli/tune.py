@@ -11,7 +11,7 @@ import typer
 
 from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, terminal
-from headprof.cli.options import LoadOptions, Model, ProfileFile, ProfileOutput, Seed
+from headprof.cli.options import LoadOptions, Model, ProfileFile, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.tune import tuned_parameters
 from headprof.errors import ProfileError, UsageError
@@ -38,14 +38,21 @@ def tune(
     model: Model = None,
     trying: TuneOptions,
     seed: Seed = 5,
-    output: ProfileOutput = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Head profile to write. Default: the one that is tuned; of one that ships, a copy in ./profiles.",
+        ),
+    ] = None,
     loading: LoadOptions,
 ) -> None:
     """Find the parameters of headkv-r2 that serve a model best, and keep them in its profile, for headkv-tuned.
 
     Who judges a prompt's tokens, and how closely budgets follow the scores of heads, is tried on needle probes of the
     half that profiles are made from. The profile is replaced, unless -o names another file. headprof score does the
-    same with what is built in, unless --no-tune says not to.
+    same, unless --no-tune says not to.
 
     [dim]headprof tune
     headprof tune --model meta-llama/Meta-Llama-3-8B-Instruct --budgets 64,128,256 --length 8k[/]
