@@ -42,7 +42,7 @@ class CurveOptions:
     ] = "both"
     curve_probes: Annotated[
         int, typer.Option(min=0, max=MOST_PROBES, help="Probes that they are measured on.", rich_help_panel=_PANEL)
-    ] = 32
+    ] = 36
     curve_texts: Annotated[
         int,
         typer.Option(

@@ -41,7 +41,7 @@ class CurveRequest:
     """
 
     question: str = BOTH
-    probes: int = 32
+    probes: int = 36
     texts: int = 0
     length: int = 1024
     others: str = ALL
