@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
-	$(BIN)/headprof score -o demo/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof score --no-tune -o demo/SmolLM2-135M-Instruct.safetensors
 	$(BIN)/headprof heatmap demo/SmolLM2-135M-Instruct.safetensors -o heads.png
 	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
 
@@ -72,7 +72,7 @@ format: $(VENV)/.installed
 
 # The profile of the embedded model that ships in profiles/.
 profile: $(VENV)/.installed
-	$(BIN)/headprof score -o profiles/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof score --no-tune -o profiles/SmolLM2-135M-Instruct.safetensors
 	rm profiles/SmolLM2-135M-Instruct.probes.safetensors
 
 # The figures of docs/results.md, and most of docs/scoring.md: five and a half hours on 2 cores that do nothing else; an
