@@ -165,6 +165,26 @@ def test_what_cannot_be_tuned_is_refused(tmp_path, arguments, said):
     assert (tmp_path / "p.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("length", [400, 9000])
+def test_score_tunes_what_it_has_scored_where_it_can(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(judging, "JUDGES", ({"window": 1, "kernel": 1},))
+    monkeypatch.setattr(judging, "BUDGETS", ())
+    monkeypatch.setattr(judging, "TuneSettings", lambda: replace(SHORT, length=length))
+    save_tiny(tmp_path / "tiny", chat=True)
+    asked = ("--probes", "4", "--lengths", "512", "--include-failed", "-o", "p.safetensors")
+    done = headprof(tmp_path, "score", "--model", "tiny", *asked)
+    assert done.returncode == 0 and done.stdout == "p.safetensors\n", done.stderr
+    said, tuned = " ".join(done.stderr.split()), Tuned.of(HeadProfile.load(tmp_path / "p.safetensors").metadata)
+    assert (tuned is None) == (length == 9000) == ("The profile is not tuned to tiny. A length of 9000" in said)
+    assert (tuned is not None) == ("Of the right answers' probability is lost, on 3 probes of 400 tokens" in said)
+    untuned = headprof(tmp_path, "score", "--model", "tiny", *asked, "--no-tune")
+    assert untuned.returncode == 0 and not Tuned.of(HeadProfile.load(tmp_path / "p.safetensors").metadata)
+
+
+def test_only_what_is_not_usual_is_kept():
+    assert judging._unusual({"window": 16, "kernel": 5, "shared": False, "temperature": 0.5}) == {"kernel": 5}
+
+
 def test_the_command_tunes_and_generate_uses_it(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "JUDGES", ({"window": 1, "kernel": 1},))
     monkeypatch.setattr(judging, "BUDGETS", ())

@@ -77,7 +77,8 @@ def tune(
         return
     loaded = load(model, loading)
     tuned = tune_profile(loaded, HeadProfile.load(found, loaded.shape, loaded.name), target, settings)
-    terminal.table(*tuned_parameters(tuned))
+    if (table := tuned_parameters(tuned)) is not None:
+        terminal.table(*table)
     terminal.result(str(target))
 
 

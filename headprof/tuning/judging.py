@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -28,6 +28,7 @@ from headprof.probes.build import ProbeBuilder, ProbeContext, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.tuned import NOTE, Options, Tuned
 from headprof.tuning.trials import known_losses
+from headprof.utils.run_record import today
 
 METHOD = "headkv-r2"
 USUAL: Options = {}
@@ -184,7 +185,7 @@ def tune(
     on_probe(settings.probes, settings.probes)
     best = min(second.winner(), USUAL, key=second.mean)
     return Tuned(
-        options=best,
+        options=_unusual(best),
         loss=second.mean(best),
         usual_loss=second.mean(USUAL),
         budgets=settings.budgets,
@@ -214,8 +215,14 @@ def with_tuning(
     Raises:
         UsageError, ProfileError: as `tune`.
     """
-    found = replace(tune(loaded, profile, settings, on_probe), date=date.today().isoformat(), command=command)
+    found = replace(tune(loaded, profile, settings, on_probe), date=today(), command=command)
     return replace(profile, metadata={**profile.metadata, NOTE: found.note()})
+
+
+def _unusual(choice: Options) -> Options:
+    """Those of some parameters that differ from the usual ones."""
+    usual = find_method(METHOD)
+    return {name: value for name, value in choice.items() if usual.with_options(**{name: value}) != usual}
 
 
 def _plans(

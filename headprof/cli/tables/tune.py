@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from headprof.profile.head_profile import HeadProfile
 
 
-def tuned_parameters(profile: HeadProfile) -> tuple[list[str], Rows, str]:
-    """What serves the profile's model best, and what is lost with it and without."""
-    tuned = Tuned.of(profile.metadata)
-    assert tuned is not None
+def tuned_parameters(profile: HeadProfile) -> tuple[list[str], Rows, str] | None:
+    """What serves the profile's model best, and what is lost with it and without; `None` if the profile is silent."""
+    if (tuned := Tuned.of(profile.metadata)) is None:
+        return None
     rows = [["headkv-r2", "as it is", f"{tuned.usual_loss:.1%}"]]
     if tuned.options:
         rows.append(["headkv-tuned", described(tuned), f"{tuned.loss:.1%}"])
