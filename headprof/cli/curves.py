@@ -138,11 +138,11 @@ def add_curves(
     from headprof.utils.files import check_writable
 
     check_outputs({target: FORMAT, **curve_outputs(target, request)}, model_inputs(model, loading))
-    HeadProfile.load(profile)  # complaints come before the weights
+    HeadProfile.load(profile, model_name=model)  # complaints come before the weights
     check_writable(target)
     team = join_team()
     loaded = load(model, loading)
-    known = HeadProfile.load(profile, loaded.shape, loaded.name)
+    known = HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name)
     known = measure(loaded, known, request, target, team, resume=resume)
     team.leave()
     if team.rank == 0:

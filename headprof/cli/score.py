@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -33,9 +34,12 @@ from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
+    from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
+    from headprof.scoring.calibration import CalibrationSettings
     from headprof.scoring.request import ScoreRequest
     from headprof.tuning.curve_request import CurveRequest
+    from headprof.utils.team import Team
 
 
 @dataclass(frozen=True)
@@ -125,20 +129,9 @@ def score(
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
     if learning.surrogate:
-        _refuse_probe_options(context, "A surrogate is fitted to texts, not to probes")
-        others = {
-            "--reconstruction": learning.reconstruction,
-            "--add-to": learning.add_to,
-            "--no-probes": learning.no_probes,
-            "--curves": curving.curves,
-        }
-        if other := next((name for name, given in others.items() if given), None):
-            raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")
-        to = fit_settings(asked.preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
-        fit(to, model, output, command_line(), loading)
+        _fit_surrogate(context, model, asked.preset, seed, learning, curving, output, loading)
         return
     from headprof.scoring.reconstruction import check_texts
-    from headprof.scoring.request import build_probes, score_to_file, starting_anew
 
     curves = curve_request(curving, seed)
     settings = calibration(learning, seed, curves is not None)
@@ -147,16 +140,7 @@ def score(
     if learning.add_to is not None:
         done = "asked" if curves is None else "scored"
         _refuse_probe_options(context, f"With --add-to no probes are {done}", resuming=curves is not None)
-        target = output or learning.add_to
-        if curves is None:
-            add_reconstruction(learning.add_to, target, model, loading, settings, refine=learning.refine)
-        else:
-            more = (
-                partial(learn, settings=settings, target=target, refine=learning.refine)
-                if learning.reconstruction
-                else None
-            )
-            add_curves(learning.add_to, target, model, loading, curves, resume=resume, more=more)
+        _add(learning, output or learning.add_to, model, loading, settings, curves, resume=resume)
         return
     if learning.no_probes:
         _refuse_probe_options(context, "With --no-probes no probes are asked")
@@ -170,15 +154,106 @@ def score(
         earlier = None
     if learning.reconstruction:
         check_texts(loaded, settings)
+    if earlier is not None:
+        terminal.remark(f"What {target} has learned from repeated texts stays in it.")
+    made = {"--reconstruction": learning.reconstruction or earlier is not None, "--tune": tuning}
+    for remark in _what_goes(target, made, () if curves is None else curves.situations):
+        terminal.remark(remark)
+    profile = _score(loaded, request, target, team, earlier, resume=resume)
+    if curves is not None:
+        profile = measure(loaded, profile, curves, target, team, resume=resume)
+    team.leave()
+    if team.rank == 0:
+        if learning.reconstruction:
+            profile = learn(loaded, profile, settings, target, refine=learning.refine)
+        if tuning:
+            profile = tune_scored(loaded, profile, target)
+        _show(profile, target, stopping=request.stop is not None)
+
+
+def _fit_surrogate(
+    context: typer.Context,
+    model: str | None,
+    preset: str,
+    seed: int,
+    learning: LearningOptions,
+    curving: CurveOptions,
+    output: Path | None,
+    loading: LoadOptions,
+) -> None:
+    """Fit a surrogate, which goes with nothing else.
+
+    Raises:
+        UsageError: something else is asked for.
+    """
+    _refuse_probe_options(context, "A surrogate is fitted to texts, not to probes")
+    others = {
+        "--reconstruction": learning.reconstruction,
+        "--add-to": learning.add_to,
+        "--no-probes": learning.no_probes,
+        "--curves": curving.curves,
+    }
+    if other := next((name for name, given in others.items() if given), None):
+        raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")
+    settings = fit_settings(preset, learning.texts, learning.text_lengths, seed, learning.text_folder)
+    fit(settings, model, output, command_line(), loading)
+
+
+def _add(
+    learning: LearningOptions,
+    target: Path,
+    model: str | None,
+    loading: LoadOptions,
+    settings: CalibrationSettings,
+    curves: CurveRequest | None,
+    *,
+    resume: bool,
+) -> None:
+    """Add what is asked for to a profile that is there: curves first, since several processes share them."""
+    assert learning.add_to is not None
+    if curves is None:
+        add_reconstruction(learning.add_to, target, model, loading, settings, refine=learning.refine)
+        return
+    learns = partial(learn, settings=settings, target=target, refine=learning.refine)
+    more = learns if learning.reconstruction else None
+    add_curves(learning.add_to, target, model, loading, curves, resume=resume, more=more)
+
+
+def _what_goes(target: Path, made: Mapping[str, bool], situations: Sequence[str]) -> Iterator[str]:
+    """What the profile that is replaced holds beside scores and the new one will not.
+
+    Args:
+        target: where it is, if there is one.
+        made: what makes it again, and whether that is done.
+        situations: in which influence curves are measured.
+    """
+    from headprof.profile.tuned import NOTE
+
+    if not made["--reconstruction"] and holds(target, lambda profile: profile.kept_shares is not None):
+        yield f"The budgets learned for {target} go with it: learn them again with --reconstruction."
+    if holds(target, lambda profile: bool(set(profile.curves) - set(situations))):
+        yield f"The influence curves of {target} go with it: measure them again with --curves."
+    if not made["--tune"] and holds(target, lambda profile: NOTE in profile.metadata):
+        yield f"The parameters tuned for {target} go with it: find them again with headprof tune."
+
+
+def _score(
+    loaded: LoadedModel,
+    request: ScoreRequest,
+    target: Path,
+    team: Team,
+    earlier: HeadProfile | None,
+    *,
+    resume: bool,
+) -> HeadProfile:
+    """Ask probes, and write the profile; `earlier` is one whose learned budgets stay."""
+    from headprof.scoring.request import build_probes, score_to_file, starting_anew
+
     builder = build_probes(loaded, request)
     if not resume and (remark := starting_anew(loaded, builder, target, request.decode)):
         terminal.remark(remark)
-    if earlier is not None:
-        terminal.remark(f"What {target} has learned from repeated texts stays in it.")
-    elif not learning.reconstruction and holds(target, lambda profile: profile.kept_shares is not None):
-        terminal.remark(f"The budgets learned for {target} go with it: learn them again with --reconstruction.")
     with terminal.progress() as report:
-        profile = score_to_file(
+        return score_to_file(
             loaded,
             builder,
             request,
@@ -189,15 +264,6 @@ def score(
             on_progress=lambda now: report(scoring_progress(loaded.name, now), now.done, now.total),
             learned=earlier,
         )
-    if curves is not None:
-        profile = measure(loaded, profile, curves, target, team, resume=resume)
-    team.leave()
-    if team.rank == 0:
-        if learning.reconstruction:
-            profile = learn(loaded, profile, settings, target, refine=learning.refine)
-        if tuning:
-            profile = tune_scored(loaded, profile, target)
-        _show(profile, target, stopping=request.stop is not None)
 
 
 def _refuse_probe_options(context: typer.Context, reason: str, *, resuming: bool = False) -> None:
