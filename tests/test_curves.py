@@ -235,6 +235,10 @@ def test_interrupted_runs_go_on_where_they_were(tmp_path):
     with pytest.raises(UsageError, match=r"of another model or other settings \(others keep\)"):
         base = torch.full((2, 2), 9)
         measure_curves(loaded, exams, CurveSettings(GRID, base), results_path=path, resume=True)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(2)
+    with pytest.raises(UsageError, match=r"of another model or other settings \(weights\)"):
+        measure_curves(loaded, exams, HOW, results_path=path, resume=True)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(UsageError, match="cannot be read: delete that file, or run without --resume"):
         measure_curves(loaded, exams, HOW, results_path=path, resume=True)

@@ -117,8 +117,6 @@ def test_what_does_best_on_other_probes_is_kept(monkeypatch):
         start = profile.reconstruction[number].double()
         torch.testing.assert_close(same.heads[number], start / start.sum())
         assert not torch.allclose(second.heads[number], same.heads[number])
-        worth = moved(same.heads[number], torch.ones_like(start), 0.5)
-        assert worth.shape == second.heads[number].shape
 
 
 def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):

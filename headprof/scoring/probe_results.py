@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.probes.needles import KINDS
 from headprof.profile.faults import LARGEST_SCORE
 from headprof.scoring.prober import ProbeResult
-from headprof.utils.files import atomic_write, remove_leftovers
 from headprof.utils.records import parse_object
 from headprof.utils.resuming import Earlier, Words
-from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors, with_checksum
-
-SAVE_EVERY = float(os.environ.get("HEADPROF_SAVE_EVERY", "10"))
-"""Seconds between two writes of the results."""
+from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors
+from headprof.utils.tensor_results import TensorResults
 
 _LARGEST_FILE = 2**33
 _MOST_NAMES, _LONGEST_NAME = 10_000, 1000
@@ -31,26 +24,16 @@ Results = dict[int, list[ProbeResult]]
 """Of each context, by its number, the results of its probes."""
 
 
-class ProbesFile:
+class ProbesFile(TensorResults[ProbeResult]):
     """A safetensors file of all results: scores `[n, L, H]`, and of each probe its context, kind, family and answer.
 
     Write scores `[n, L, H]` are there if any probe has them; those of a probe without are not a number. Files from
     before there were any are read too.
 
-    A `ResultsFile`, written anew every `SAVE_EVERY` seconds.
+    A `ResultsFile`.
     """
 
     words = Words("results", "of", "probes", "file")
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._key: dict[str, Any] = {}
-        self._results: Results = {}
-        self._saved_at = time.monotonic()
-
-    def count(self, results: Results) -> int:
-        """Number of probes."""
-        return sum(map(len, results.values()))
 
     def read(self) -> Earlier[int, list[ProbeResult]]:
         """What the file holds; raises `UsageError` when it is damaged, altered or cannot be read."""
@@ -68,42 +51,20 @@ class ProbesFile:
             raise UsageError(f"The results in {self.path} have been altered since they were written: {mend}.")
         return Earlier(key, _results_of(tensors, names))
 
-    def accept(self, earlier: Earlier[int, list[ProbeResult]]) -> None:
-        """Nothing to check: probes follow from the run's key."""
-
-    def begin(self, key: dict[str, Any], results: Results) -> None:
-        """Note what there is; a file from before stays until there is something to write."""
-        remove_leftovers(self.path)
-        self._key, self._results = key, dict(results)
-        self._saved_at = time.monotonic()
-
-    def add(self, results: Results) -> None:
-        """Note these too, and write all of them now and then."""
-        self._results |= results
-        if time.monotonic() - self._saved_at > SAVE_EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Write what there is, atomically; nothing when there is nothing."""
-        if not self._results:
-            return
-        flat = [(context, result) for context in sorted(self._results) for result in self._results[context]]
-        names = sorted({name for _, result in flat for name in (result.kind, result.family)})
+    def stored(self, results: list[tuple[int, ProbeResult]]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        names = sorted({name for _, result in results for name in (result.kind, result.family)})
         tensors = {
-            "scores": torch.stack([result.scores for _, result in flat]),
-            "answered": torch.tensor([result.answered for _, result in flat]),
-            "context": torch.tensor([context for context, _ in flat]),
-            "kind": torch.tensor([names.index(result.kind) for _, result in flat]),
-            "family": torch.tensor([names.index(result.family) for _, result in flat]),
+            "scores": torch.stack([result.scores for _, result in results]),
+            "answered": torch.tensor([result.answered for _, result in results]),
+            "context": torch.tensor([context for context, _ in results]),
+            "kind": torch.tensor([names.index(result.kind) for _, result in results]),
+            "family": torch.tensor([names.index(result.family) for _, result in results]),
         }
-        if any(result.write is not None for _, result in flat):
+        if any(result.write is not None for _, result in results):
             unknown = torch.full_like(tensors["scores"][0], torch.nan)
-            tensors["write"] = torch.stack([unknown if result.write is None else result.write for _, result in flat])
-        metadata = {"key": json.dumps(self._key, sort_keys=True), "names": "\n".join(names)}
-        content = save(tensors, metadata=with_checksum(tensors, metadata))
-        with atomic_write(self.path) as temporary:
-            temporary.write_bytes(content)
-        self._saved_at = time.monotonic()
+            writes = [unknown if result.write is None else result.write for _, result in results]
+            tensors["write"] = torch.stack(writes)
+        return tensors, {"names": "\n".join(names)}
 
 
 def results_path(profile: Path) -> Path:

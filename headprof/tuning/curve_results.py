@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.influence import MOST_POINTS
-from headprof.scoring.probe_results import SAVE_EVERY
 from headprof.tuning.asked import AnswerLosses
 from headprof.tuning.exams import KINDS
-from headprof.utils.files import atomic_write, remove_leftovers
 from headprof.utils.records import parse_object
 from headprof.utils.resuming import Earlier, Words
-from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors, with_checksum
+from headprof.utils.tensor_files import Stored, TensorFile, is_altered, open_tensors
+from headprof.utils.tensor_results import TensorResults
 
 FORMAT = "headprof.curves"
 _LARGEST_FILE = 2**33
@@ -31,24 +27,14 @@ Results = dict[int, list[AnswerLosses]]
 """Of each exam, by its number, what its answers lose."""
 
 
-class CurvesFile:
+class CurvesFile(TensorResults[AnswerLosses]):
     """A safetensors file: `divergence` and `drop` `[n, L, K, N]`, `base` `[n, 2]`, and of each answer its exam, kind
     and cluster.
 
-    A `ResultsFile`, written anew every `SAVE_EVERY` seconds.
+    A `ResultsFile`.
     """
 
     words = Words("influence curves", "of", "answers", "file")
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._key: dict[str, Any] = {}
-        self._results: Results = {}
-        self._saved_at = time.monotonic()
-
-    def count(self, results: Results) -> int:
-        """Number of answers."""
-        return sum(map(len, results.values()))
 
     def read(self) -> Earlier[int, list[AnswerLosses]]:
         """What the file holds; raises `UsageError` when it is damaged, altered or cannot be read."""
@@ -64,39 +50,16 @@ class CurvesFile:
             raise UsageError(f"The results in {self.path} have been altered since they were written: {_MEND}.")
         return Earlier(key, _results_of(tensors))
 
-    def accept(self, earlier: Earlier[int, list[AnswerLosses]]) -> None:
-        """Nothing to check: exams follow from the run's key."""
-
-    def begin(self, key: dict[str, Any], results: Results) -> None:
-        """Note what there is; a file from before stays until there is something to write."""
-        remove_leftovers(self.path)
-        self._key, self._results = key, dict(results)
-        self._saved_at = time.monotonic()
-
-    def add(self, results: Results) -> None:
-        """Note these too, and write all of them now and then."""
-        self._results |= results
-        if time.monotonic() - self._saved_at > SAVE_EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Write what there is, atomically; nothing when there is nothing."""
-        if not self._results:
-            return
-        flat = [(exam, answer) for exam in sorted(self._results) for answer in self._results[exam]]
+    def stored(self, results: list[tuple[int, AnswerLosses]]) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = {
-            "divergence": torch.stack([answer.divergence for _, answer in flat]),
-            "drop": torch.stack([answer.drop for _, answer in flat]),
-            "base": torch.stack([answer.base for _, answer in flat]),
-            "exam": torch.tensor([exam for exam, _ in flat]),
-            "kind": torch.tensor([KINDS.index(answer.kind) for _, answer in flat]),
-            "cluster": torch.tensor([answer.cluster for _, answer in flat]),
+            "divergence": torch.stack([answer.divergence for _, answer in results]),
+            "drop": torch.stack([answer.drop for _, answer in results]),
+            "base": torch.stack([answer.base for _, answer in results]),
+            "exam": torch.tensor([exam for exam, _ in results]),
+            "kind": torch.tensor([KINDS.index(answer.kind) for _, answer in results]),
+            "cluster": torch.tensor([answer.cluster for _, answer in results]),
         }
-        metadata = {"format": FORMAT, "key": json.dumps(self._key, sort_keys=True)}
-        content = save(tensors, metadata=with_checksum(tensors, metadata))
-        with atomic_write(self.path) as temporary:
-            temporary.write_bytes(content)
-        self._saved_at = time.monotonic()
+        return tensors, {"format": FORMAT}
 
 
 def curve_results_path(profile: Path, situation: str) -> Path:

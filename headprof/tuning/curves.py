@@ -21,6 +21,7 @@ from torch import Tensor
 
 from headprof._version import __version__
 from headprof.errors import UsageError
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
 from headprof.profile.influence import InfluenceCurves
 from headprof.tuning.answer_curves import answer_losses
@@ -157,6 +158,8 @@ def run_key(loaded: LoadedModel, exams: Exams, how: CurveSettings) -> dict[str, 
         "model": loaded.name,
         "fingerprint": loaded.shape.to_dict(),
         "dtype": str(loaded.model.dtype),
+        "weights": weights_fingerprint(loaded.model),
+        "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
         "question": exams.judge.situation,
         "judge": exams.judge.method,
         "settings": asdict(exams.settings),

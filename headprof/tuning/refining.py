@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from headprof.compression.continuing import divergences
 from headprof.compression.methods.allocation import normalized, water_filled
 from headprof.compression.methods.table import find_method
 from headprof.compression.observers import repeating_observers
@@ -215,8 +216,7 @@ def _allotted(shares: Tensor, share: float, tokens: int, *, always_kept: int) ->
 def _divergence(hider: HidingModel, document: _Document, number: int, counts: Tensor) -> Tensor:
     """Of one answer from what the full cache says, mean over its tokens, nats."""
     answer, full = document.answers[number], document.full[number]
-    said = hider.logits(answer.fed, len(answer.reference), counts[None])[0].float().log_softmax(dim=-1)
-    return (full.exp() * (full - said)).sum(dim=-1).mean()
+    return divergences(full, hider.logits(answer.fed, len(answer.reference), counts[None])[0]).mean()
 
 
 @torch.no_grad()
