@@ -22,7 +22,7 @@ _HOMES = {
     "HeadProfile": "headprof.profile.head_profile",
     "HeadprofError": "headprof.errors",
     "METHODS": "headprof.compression.methods.table",
-    "Method": "headprof.compression.methods.table",
+    "Method": "headprof.compression.methods.method",
     "ask": "headprof.compression.generation",
     "compress_document": "headprof.compression.generation",
     "compress_to_promise": "headprof.compression.promise",
@@ -53,7 +53,8 @@ if TYPE_CHECKING:
     from headprof.compression.cache.head_cache import HeadCache
     from headprof.compression.document import load_document, save_document
     from headprof.compression.generation import ask, compress_document
-    from headprof.compression.methods.table import METHODS, Method
+    from headprof.compression.methods.method import Method
+    from headprof.compression.methods.table import METHODS
     from headprof.compression.promise import compress_to_promise
     from headprof.compression.session import compressed, make_plan
     from headprof.errors import HeadprofError

@@ -19,8 +19,9 @@ from support.observations import compress
 
 from headprof.bench.measure import now
 from headprof.compression.methods.budget import ProfileBudget
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import AttentionLayer, Observation
-from headprof.compression.methods.table import METHODS, Method
+from headprof.compression.methods.table import METHODS
 from headprof.compression.rows import HeadCounts, Rows
 from headprof.errors import HeadprofError
 from headprof.models.published import find_shape

@@ -20,10 +20,11 @@ from headprof.compression.methods.budget import UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.merging import EvictThenMerge
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import Assessment, AttentionLayer
 from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reduction import Evict
-from headprof.compression.methods.table import METHODS, Method
+from headprof.compression.methods.table import METHODS
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import COLUMNS
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill

@@ -22,9 +22,10 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.budget import AdaptiveBudget, UniformBudget
 from headprof.compression.methods.fit import Fit
 from headprof.compression.methods.importance import KeyNorm
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Choice, Evict
-from headprof.compression.methods.table import METHODS, Method, find_method
+from headprof.compression.methods.table import METHODS, find_method
 from headprof.compression.rows import HeadCounts
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import UsageError

@@ -20,9 +20,10 @@ from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import ask, compress_document
 from headprof.compression.methods.global_budget import GlobalBudget, ranked_together
 from headprof.compression.methods.merging import EvictThenMerge
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import ranking
-from headprof.compression.methods.table import METHODS, Method
+from headprof.compression.methods.table import METHODS
 from headprof.compression.methods.window_attention import WindowAttention
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import UsageError

@@ -17,9 +17,9 @@ from headprof.compression.methods.budget import UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import KeyNorm
 from headprof.compression.methods.merging import EvictThenMerge, nearest, redundancy, sparsity
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import Assessment
 from headprof.compression.methods.reduction import Choice, Evict, largest
-from headprof.compression.methods.table import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.rows import Rows
 from headprof.models.shape import HeadShape

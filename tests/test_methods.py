@@ -17,10 +17,11 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.methods.curve_budget import CurveBudget, curve_scores
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.importance import KeyDiff, KeyNorm, Recency
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import largest, ranking
-from headprof.compression.methods.table import METHODS, Method, deal_options, find_method
+from headprof.compression.methods.table import METHODS, deal_options, find_method
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.rows import HeadCounts
 from headprof.compression.session import compressed, prefill

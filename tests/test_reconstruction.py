@@ -27,9 +27,10 @@ from headprof.compression.generation import ask, compress_document, generate_tex
 from headprof.compression.kernels import torch_column_sums as plain
 from headprof.compression.kernels.column_sums import column_maxima
 from headprof.compression.methods.budget import ProfileBudget, UniformBudget
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import Tokens
 from headprof.compression.methods.reconstruction import Reconstruction
-from headprof.compression.methods.table import METHODS, Method
+from headprof.compression.methods.table import METHODS
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.evaluation.asker import Asker

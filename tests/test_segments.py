@@ -30,8 +30,9 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import ask, compress_document
 from headprof.compression.methods.budget import UniformBudget
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.reconstruction import Reconstruction
-from headprof.compression.methods.table import Method, find_method
+from headprof.compression.methods.table import find_method
 from headprof.compression.observers import repeating_observers
 from headprof.compression.segments import parts_of, segment_positions
 from headprof.compression.session import attending_ragged, compressed, make_plan, prefill

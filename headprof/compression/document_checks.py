@@ -16,7 +16,8 @@ import torch
 from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
-from headprof.compression.methods.table import Method, find_method
+from headprof.compression.methods.method import Method
+from headprof.compression.methods.table import find_method
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.faults import LARGEST_SCORE

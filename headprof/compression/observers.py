@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from headprof.compression.methods.table import Method
+from headprof.compression.methods.method import Method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.segments import require_positions
 from headprof.errors import UsageError

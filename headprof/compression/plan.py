@@ -9,7 +9,7 @@ import torch
 
 from headprof.compression.methods.allocation import headkv_allocation
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.table import Method
+from headprof.compression.methods.method import Method
 from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape

@@ -10,7 +10,8 @@ from typing import Any
 from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.given_budget import Budget
-from headprof.compression.methods.table import TUNED, Method, find_method
+from headprof.compression.methods.method import Method
+from headprof.compression.methods.table import TUNED, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
 from headprof.errors import ProfileError, UsageError

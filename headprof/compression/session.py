@@ -15,7 +15,8 @@ from headprof.compression.hook import attending
 from headprof.compression.methods.curve_budget import CURVES, curve_scores
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
-from headprof.compression.methods.table import TUNED, Method, find_method, name_of, parse_settings
+from headprof.compression.methods.method import Method
+from headprof.compression.methods.table import TUNED, find_method, name_of, parse_settings
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.errors import ModelError, ProfileError, UsageError

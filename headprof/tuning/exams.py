@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from headprof.compression.methods.table import Method, find_method
+from headprof.compression.methods.method import Method
+from headprof.compression.methods.table import find_method
 from headprof.compression.observers import Observers, repeating_observers
 from headprof.errors import UsageError
 from headprof.models.loading import LoadedModel

@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicCache
 
 from headprof.compression.cache.prompt_cache import PromptCache
 from headprof.compression.cache.ranking_layer import RankingLayer
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import AttentionLayer, Observation, Tokens
-from headprof.compression.methods.table import Method
 from headprof.compression.observers import Observers
 from headprof.compression.rows import Rows
 from headprof.compression.session import attending_ragged, prefill

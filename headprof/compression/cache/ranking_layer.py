@@ -13,9 +13,9 @@ from torch import Tensor
 
 from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.methods.importance import Importance, assessed
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import ranking
-from headprof.compression.methods.table import Method
 from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts
 from headprof.errors import CacheError

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from math import isfinite
+from dataclasses import asdict, replace
 from typing import Any
-
-from torch import Tensor
 
 from headprof.compression.methods.budget import (
     AdaptiveBudget,
-    BudgetPolicy,
     ProfileBudget,
     PyramidBudget,
     TunedBudget,
@@ -21,193 +17,24 @@ from headprof.compression.methods.budget import (
 from headprof.compression.methods.curve_budget import CurveBudget
 from headprof.compression.methods.expected_attention import ExpectedAttention
 from headprof.compression.methods.fit import Fit
-from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.global_budget import GlobalBudget
 from headprof.compression.methods.importance import (
-    Importance,
     KeepAll,
     KeyDiff,
     KeyNorm,
     Recency,
-    check_importance,
 )
 from headprof.compression.methods.learned_budget import LearnedBudget
 from headprof.compression.methods.merging import EvictThenMerge
+from headprof.compression.methods.method import Method
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
-from headprof.compression.methods.reduction import Evict, Reduction, ranking
+from headprof.compression.methods.reduction import Evict
 from headprof.compression.methods.surrogate import SurrogateImportance
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
-from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
-
-_SIMPLE = (bool, int, float, str)
-_LONG = {"scores": "profile_scores"}
-"""Parameters with a short name too."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to compress a cache.
-
-    Attributes:
-        importance: which tokens matter; `KeepAll` makes it the full cache.
-        budget: how many tokens each head keeps.
-        reduction: what becomes of the others.
-        sinks: first tokens of the prompt that every head keeps.
-        keep_last: last tokens of the prompt that every head keeps.
-        recent_share: share of a head's own tokens that are the last of the prompt (H2O, Zhang et al. 2023); 0 to 1.
-    """
-
-    importance: Importance
-    budget: BudgetPolicy = field(default_factory=UniformBudget)
-    reduction: Reduction = field(default_factory=Evict)
-    sinks: int = 1
-    keep_last: int = 2
-    recent_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("sinks", "keep_last"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"A head cannot keep {getattr(self, name)} tokens: give {name} at least 0.")
-        if not 0 <= self.recent_share <= 1:
-            raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
-        check_importance(self.importance)
-        names = [name for part in self._parts for name in _parameters(part)]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")
-
-    @property
-    def keeps_everything(self) -> bool:
-        """Whether this is the full cache, whatever the budget."""
-        return isinstance(self.importance, KeepAll)
-
-    @property
-    def asks_queries(self) -> bool:
-        """Whether what is kept of a prompt depends on any of its queries."""
-        return self.importance.queries != 0 or self.reduction.prompt_queries != 0
-
-    @property
-    def always_kept(self) -> int:
-        """Tokens that every head keeps, whatever its budget."""
-        return self.sinks + self.keep_last
-
-    def last_tokens_kept(self, counts: Tensor, others: int | Tensor | None = None) -> int | Tensor:
-        """Last tokens of the prompt that heads with `counts` tokens keep: one number, or one for each, int64 `[B, K]`.
-
-        It is `max(keep_last, floor(recent_share * count))`, less where others need the room.
-
-        Args:
-            counts: int64 `[B, K]`.
-            others: tokens kept in any case beside these; `None` for the sinks.
-        """
-        if self.recent_share == 0:
-            return self.keep_last
-        recent = (counts.double() * self.recent_share).long()
-        return recent.minimum(counts - (self.sinks if others is None else others)).clamp(min=self.keep_last)
-
-    def ranked(
-        self,
-        importance: Tensor,
-        counts: HeadCounts,
-        valid: Tensor | None,
-        protected: Tensor | None = None,
-        past: Tensor | None = None,
-    ) -> tuple[Tensor, HeadCounts]:
-        """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
-
-        Args:
-            importance: float `[B, K, T]`, finite.
-            counts: tokens allotted to each head; at most its valid tokens, or all heads of a sequence together at most
-                theirs where the budget policy hands some on to other heads of the layer (`BudgetPolicy.spreads`).
-            valid: false where a token is padding, bool `[B, T]`, or `[B, K, T]` if heads differ; `None` if none is.
-            protected: tokens that are kept too, bool `[B, K, T]`; `None` for none. Each head is allotted enough.
-            past: tokens that no later query sees, bool `[B, K, T]`: kept only where there are no others;
-                `None` for none.
-
-        Returns:
-            float `[B, K, T]`, padding at minus infinity; and how many each head keeps.
-        """
-        if protected is not None:
-            importance = importance.masked_fill(protected, float("inf"))
-        ranked = ranking(importance, valid, sinks=self.sinks, keep_last=self.keep_last, past=past)
-        always_kept: Tensor | None = None if protected is None else (ranked == float("inf")).sum(dim=-1)
-        if self.budget.spreads:
-            kept = self.always_kept if always_kept is None else always_kept
-            counts = self.budget.spread(counts, ranked, valid, kept)
-        if self.recent_share:
-            others = None if always_kept is None else always_kept - self.keep_last
-            last = self.last_tokens_kept(counts.counts, others)
-            ranked = ranking(importance, valid, sinks=self.sinks, keep_last=last, past=past)
-        return ranked, counts
-
-    def check_budget(self, budget: Budget, name: str = "") -> None:
-        """
-        Raises:
-            UsageError: the budget is a threshold on an importance that has no fixed scale.
-        """
-        if budget.above is None or self.importance.has_scale or self.keeps_everything:
-            return
-        called = f"The method {name!r}" if name else "This method"
-        mend = "choose kvzip, adakv-kvzip, headkv-kvzip, learned-kvzip or one of the kvzap methods"
-        if self.importance.norms:
-            called, mend = f"{called} with norms", "leave norms away"
-        raise UsageError(
-            f"{called} judges tokens by a score without a fixed scale, on which no threshold can be set: {mend}, or "
-            "give a budget of tokens, a share or bytes."
-        )
-
-    def for_observers(self, count: int) -> Method:
-        """This method for a prompt whose last `count` tokens only observe: a window is they, counting alike."""
-        options = {"window": count, "ramp": False, "observers": count}
-        return self.with_options(**{name: value for name, value in options.items() if self.has_option(name)})
-
-    @property
-    def _parts(self) -> tuple[Any, ...]:
-        return (self.importance, self.budget, self.reduction, self)
-
-    def options(self) -> dict[str, Any]:
-        """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
-        return {name: value for part in self._parts for name, value in _parameters(part).items()}
-
-    def has_option(self, name: str) -> bool:
-        """Whether a part of this method has a parameter of this name."""
-        return self._holder(name) is not None
-
-    def with_options(self, /, **options: Any) -> Method:
-        """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
-
-        Raises:
-            UsageError: no part of this method has such a parameter, or the value is not of its kind.
-        """
-        method = self
-        for name, value in options.items():
-            if value is None:
-                continue
-            holder, full = method._holder(name), _LONG.get(name, name)
-            if holder is None:
-                raise UsageError(f"This method has no parameter {name!r}: choose among {', '.join(self.options())}.")
-            part: Any = method if holder == "method" else getattr(method, holder)
-            part = replace(part, **{full: _of_kind(name, value, getattr(part, full))})
-            method = part if holder == "method" else replace(method, **{holder: part})
-        return method
-
-    def _holder(self, name: str) -> str | None:
-        """The part that has a parameter: `"method"`, or the name of one of the three axes."""
-        parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
-        full = _LONG.get(name, name)
-        return next((holder for holder, part in parts.items() if full in _parameters(part)), None)
-
-
-def _parameters(part: Any) -> dict[str, Any]:
-    """The fields of a part that a user may change, with their values."""
-    if not is_dataclass(part):
-        return {}
-    values = {each.name: getattr(part, each.name) for each in fields(part)}
-    return {name: value for name, value in values.items() if isinstance(value, _SIMPLE)}
-
 
 # How the papers judge tokens, with fewer of the window kept; and what serves budgets of 16 to 128 tokens better.
 _SNAPKV = WindowAttention()
@@ -344,13 +171,3 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
 
 _LARGEST = 1e15
 _SETTING = {"true": True, "false": False}
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-
-
-def _of_kind(name: str, value: Any, present: Any) -> Any:
-    """The value, if it is of the kind of the present one."""
-    kind = type(present)
-    known = type(value) is kind or (kind is float and type(value) is int)
-    if not known or (type(value) is float and not isfinite(value)):
-        raise UsageError(f"The parameter {name!r} cannot be {value!r}: give {_KINDS[kind]}.")
-    return value
