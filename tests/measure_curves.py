@@ -28,7 +28,8 @@ from headprof.compression.session import make_plan
 from headprof.errors import HeadprofError
 from headprof.models.loading import LoadedModel, load_model
 from headprof.profile.finding import load_profile
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.tuning.exams import JUDGES, Exams, ExamSettings
 from headprof.tuning.joint import joint_losses
 from headprof.utils.files import write_text

@@ -21,7 +21,8 @@ from headprof.plots.heads import heatmap
 from headprof.plots.heads_page import page_data
 from headprof.profile.comparing import compare, compare_profiles, compare_within
 from headprof.profile.csv_table import import_csv, write_csv
-from headprof.profile.head_profile import KINDS, PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import KINDS, PROBE_KINDS
 from headprof.utils.tensor_files import CHECKSUM_NAMES
 from headprof.validation.head_sets import checked_scores
 

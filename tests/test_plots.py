@@ -24,7 +24,8 @@ from headprof.plots.heads import _draw, heatmap
 from headprof.plots.heads_layout import tick_step
 from headprof.plots.heads_list import decimals_of
 from headprof.plots.style import bar_ticks, even_ticks
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -16,7 +16,8 @@ from headprof.errors import HeadprofError, ProfileError
 from headprof.models.shape import HeadShape
 from headprof.plots.heads import heatmap
 from headprof.plots.heads_page import color_table, embed_json, page_data, render_page
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 
 HOSTILE = "a</script><script>alert(1)</script>&amp;\"quoted\" 'too' <!-- %%data%% \u2028 é"
 

@@ -17,7 +17,8 @@ from headprof.models.shape import HeadShape
 from headprof.plots.rank_bars import rank_limits
 from headprof.plots.validation import _draw, validation_plot
 from headprof.probes.families import load_nonliteral
-from headprof.profile.head_profile import KINDS, PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import KINDS, PROBE_KINDS
 from headprof.utils.ranks import average_ranks, rank_correlations, spearman
 from headprof.validation import causal_check
 from headprof.validation.asking import AskedProbe

@@ -22,7 +22,8 @@ from headprof.cli.validate import validate as cli_validate
 from headprof.errors import ProbeError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.plots.validation import _draw, validation_plot
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
 from headprof.validation import causal_check as validation
 from headprof.validation.asking import AskedProbe, build_probes

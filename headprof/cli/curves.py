@@ -134,7 +134,8 @@ def add_curves(
         resume: begin with what has been kept of it.
         more: what the first process does then, with the profile that has the curves.
     """
-    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.profile_checks import FORMAT
     from headprof.utils.files import check_writable
 
     check_outputs({target: FORMAT, **curve_outputs(target, request)}, model_inputs(model, loading))

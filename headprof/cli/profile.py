@@ -130,9 +130,9 @@ def import_command(
     headprof profile import full_attention_heads.tsv --model meta-llama/Llama-3.1-8B-Instruct
     headprof profile import scores.csv --model mistralai/Mistral-7B-Instruct-v0.3[/]
     """
-    from headprof.profile.head_profile import FORMAT
     from headprof.profile.importing import ImportRequest
     from headprof.profile.interchange import Given, notes
+    from headprof.profile.profile_checks import FORMAT
 
     by_kind = {"retrieval": retrieval, "reasoning": reasoning}
     given = Given(files or [], {kind: path for kind, path in by_kind.items() if path is not None}, taken_as, form)
@@ -165,8 +165,8 @@ def export(
     [dim]headprof profile export SmolLM2-135M-Instruct heads.json --which reasoning[/]
     """
     from headprof.profile.finding import locate_profile, names_file
-    from headprof.profile.head_profile import FORMAT
     from headprof.profile.interchange import export_profile
+    from headprof.profile.profile_checks import FORMAT
 
     path = locate_profile(profile)
     given = None if names_file(profile) else profile

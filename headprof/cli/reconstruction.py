@@ -142,7 +142,8 @@ def add_reconstruction(
     refine: bool,
 ) -> None:
     """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
-    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.profile_checks import FORMAT
 
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
     HeadProfile.load(profile, model_name=model)  # complaints come before the weights
@@ -163,7 +164,7 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
     """
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output, find_profile
-    from headprof.profile.head_profile import FORMAT
+    from headprof.profile.profile_checks import FORMAT
     from headprof.scoring.reconstruction import RECONSTRUCTION, reconstruction_profile
 
     target = output or default_output(model_name(model))

@@ -287,7 +287,7 @@ def _checked_target(
     """The profile to write, once it is known that neither it nor what lies beside it is read."""
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output
-    from headprof.profile.head_profile import FORMAT
+    from headprof.profile.profile_checks import FORMAT
     from headprof.scoring.probe_results import results_path
     from headprof.utils.files import PROBES_FORMAT
 

@@ -59,7 +59,8 @@ def tune(
     """
     from headprof.models.finding import model_name
     from headprof.profile.finding import default_output, find_profile
-    from headprof.profile.head_profile import FORMAT, HeadProfile
+    from headprof.profile.head_profile import HeadProfile
+    from headprof.profile.profile_checks import FORMAT
     from headprof.utils.assets import asset_dir
     from headprof.utils.files import check_writable
 

@@ -24,7 +24,8 @@ from headprof.plots.style import (
     shape_fact,
     write_line,
 )
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headprof.errors import UsageError
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.utils.files import atomic_write
 from headprof.utils.printable import printable
 from headprof.utils.units import format_length

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from headprof.errors import ProfileError
 from headprof.profile.faults import LARGEST_SCORE
-from headprof.profile.head_profile import KINDS, PROBE_KINDS, HeadProfile, named_kinds
+from headprof.profile.head_profile import HeadProfile
 from headprof.profile.head_table import check_grid, grid_size, parse_head_key, read_text, short_floats
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
+from headprof.profile.kinds import KINDS, PROBE_KINDS, named_kinds
 from headprof.utils.files import atomic_write
 from headprof.utils.records import shortened
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from headprof.profile.comparing import Agreement, compare_within
 from headprof.profile.finding import FoundProfile
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 
 
 def describe_found(found: FoundProfile) -> dict[str, Any]:

@@ -12,36 +12,31 @@ from typing import TYPE_CHECKING, Any, Literal
 from headprof.errors import ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command, tune_command
-from headprof.profile.faults import LONGEST_NAME, tensor_fault, text_fault
-from headprof.profile.influence import SITUATIONS, InfluenceCurves, curve_names, curves_fault, curves_from
+from headprof.profile.faults import tensor_fault, text_fault
+from headprof.profile.influence import SITUATIONS, InfluenceCurves, curves_fault, curves_from
 from headprof.profile.kept_shares import kept_shares_fault
+from headprof.profile.kinds import COUNTED_KINDS, KINDS, PROBE_KINDS, named_kinds
+from headprof.profile.profile_checks import (
+    FORMAT,
+    FORMAT_VERSION,
+    KEPT,
+    RESERVED,
+    TENSOR_NAMES,
+    check_format,
+    check_parts,
+    counted_kinds,
+    named_model,
+)
 from headprof.profile.tuned import NOTE as TUNED_NOTE
 from headprof.profile.tuned import Options, Tuned
 from headprof.utils.files import atomic_write
 from headprof.utils.ranks import top_indices
-from headprof.utils.records import is_whole, parse_json, parse_object, plain
-from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, TensorFile, is_altered, open_tensors, with_checksum
+from headprof.utils.records import is_whole, parse_json, parse_object
+from headprof.utils.tensor_files import is_altered, open_tensors, with_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROBE_KINDS = ("retrieval", "reasoning")
-"""Kinds of score that have probes of their own."""
-_COUNTED = (*PROBE_KINDS, "write")
-"""Kinds that a file counts the probes of, from version 4 on."""
-KINDS = (*_COUNTED, "reconstruction")
-"""All kinds of score: where attention goes, what heads write from there, and what they look at to repeat a text."""
-FORMAT = "headprof.profile"
-FORMAT_VERSION = "5"
-"""Version 1 had no intervals, version 2 no budgets learned from reconstruction, version 3 no scores of other kinds than
-`PROBE_KINDS`, version 4 no influence curves; all are still read, and what fits into an older one is written as that."""
-_READABLE = ("1", "2", "3", "4", FORMAT_VERSION)
-_KEPT = "reconstruction"
-"""The tensor of `HeadProfile.kept_shares` in a file."""
-_NAMES = {"reconstruction": "reconstruction_scores"}
-"""Tensors of scores in a file that are not named as their kind is."""
-_RESERVED = ("format", "format_version", "model", "fingerprint", *CHECKSUM_NAMES)
-_LARGEST_FILE = 2**26
 _MOST_PROBES = 2**53
 
 
@@ -197,7 +192,7 @@ class HeadProfile:
         for kind in self.kinds:
             sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
         if self.kept_shares is not None:
-            sha.update(_KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
+            sha.update(KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
         for name, tensor in self._curve_tensors().items():
             sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         if (tuned := Tuned.of(self.metadata)) is not None:
@@ -221,15 +216,15 @@ class HeadProfile:
         import torch
         from safetensors.torch import save
 
-        tensors = {_NAMES.get(kind, kind): self.scores[kind] for kind in self.kinds}
-        tensors |= {f"{_NAMES.get(kind, kind)}_se": errors for kind, errors in self.standard_errors.items()}
+        tensors = {TENSOR_NAMES.get(kind, kind): self.scores[kind] for kind in self.kinds}
+        tensors |= {f"{TENSOR_NAMES.get(kind, kind)}_se": errors for kind, errors in self.standard_errors.items()}
         for kind, (low, high) in self.intervals.items():
-            tensors |= {f"{_NAMES.get(kind, kind)}_low": low, f"{_NAMES.get(kind, kind)}_high": high}
+            tensors |= {f"{TENSOR_NAMES.get(kind, kind)}_low": low, f"{TENSOR_NAMES.get(kind, kind)}_high": high}
         if self.kept_shares is not None:
-            tensors[_KEPT] = self.kept_shares
+            tensors[KEPT] = self.kept_shares
         tensors |= self._curve_tensors()
         version = self._version()
-        counted = _counted_kinds(version)
+        counted = counted_kinds(version)
         tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in counted], dtype=torch.int64)
         header = {
             "format": FORMAT,
@@ -260,10 +255,10 @@ class HeadProfile:
         """
         path = Path(path)
         with open_tensors(path, "profile", f"run `{score_command(model_name)}`", ProfileError) as file:
-            mend = f"run `{score_command(model_name or _named_model(file.metadata))}`"
-            _check_format(path, file.metadata, mend)
+            mend = f"run `{score_command(model_name or named_model(file.metadata))}`"
+            check_format(path, file.metadata, mend)
             try:
-                _check_parts(file)
+                check_parts(file)
                 tensors = file.read_all()
                 profile = _from_parts(tensors, file.metadata, model_name or "")
             except ValueError as error:
@@ -278,44 +273,6 @@ class HeadProfile:
         return profile
 
 
-def _named_model(metadata: Mapping[str, str]) -> str | None:
-    """The model that a file is for, if that is a name to be shown."""
-    name = metadata.get("model", "")
-    return name if name.isprintable() and len(name) <= LONGEST_NAME else None
-
-
-def _check_format(path: Path, metadata: Mapping[str, str], mend: str) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
-    if (version := metadata.get("format_version")) not in _READABLE:
-        raise ProfileError(
-            f"The profile {path} has format version {plain(str(version))} where this headprof reads "
-            f"{', '.join(_READABLE[:-1])} and {_READABLE[-1]}: update headprof, or {mend}."
-        )
-
-
-def _check_parts(file: TensorFile) -> None:
-    """Look at what a file says it holds before any of it is read; raises `ValueError` saying which part is wrong."""
-    if file.size > _LARGEST_FILE:
-        raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
-    names = {kind: _NAMES.get(kind, kind) for kind in KINDS}
-    known = {"probes_used", _KEPT} | curve_names()
-    known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
-    if unknown := sorted(file.stored.keys() - known):
-        raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
-    counted = len(_counted_kinds(file.metadata.get("format_version", "")))
-    if file.stored.get("probes_used") != Stored("I64", (counted,)):
-        raise ValueError(f"its probes_used is not {counted} int64 counts")
-    for kind, name in names.items():
-        if (f"{name}_low" in file.stored) != (f"{name}_high" in file.stored):
-            raise ValueError(f"its {kind} intervals have one end")
-
-
-def _counted_kinds(version: str) -> tuple[str, ...]:
-    """The kinds whose probes a file of this format version counts, in the order of `probes_used`."""
-    return _COUNTED if version in _READABLE[3:] else PROBE_KINDS
-
-
 def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: str) -> HeadProfile:
     """Build a profile from the parts of a file; raises `ValueError` saying which part is wrong."""
     try:
@@ -324,7 +281,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: 
     except (KeyError, ValueError) as error:
         raise ValueError("its model name or fingerprint is missing or unreadable") from error
     counts = tensors["probes_used"]
-    names = [(kind, _NAMES.get(kind, kind)) for kind in KINDS]
+    names = [(kind, TENSOR_NAMES.get(kind, kind)) for kind in KINDS]
     return HeadProfile(
         model_name=model_name,
         shape=shape,
@@ -332,14 +289,14 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: 
         standard_errors={kind: tensors[f"{name}_se"] for kind, name in names if f"{name}_se" in tensors},
         probes_used={
             kind: count
-            for kind, count in zip(_counted_kinds(metadata["format_version"]), counts.tolist(), strict=True)
+            for kind, count in zip(counted_kinds(metadata["format_version"]), counts.tolist(), strict=True)
             if count
         },
-        metadata={key: value for key, value in metadata.items() if key not in _RESERVED},
+        metadata={key: value for key, value in metadata.items() if key not in RESERVED},
         intervals={
             kind: (tensors[f"{name}_low"], tensors[f"{name}_high"]) for kind, name in names if f"{name}_low" in tensors
         },
-        kept_shares=tensors.get(_KEPT),
+        kept_shares=tensors.get(KEPT),
         curves=curves_from(tensors),
         given=given,
     )
@@ -361,7 +318,7 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
             return f"it has {orphans[0]} {name} but no {orphans[0]} scores"
     if unknown := [kind for kind in profile.scores if kind not in KINDS]:
         return f"it holds scores of an unknown kind {unknown[0]!r}"
-    if uncounted := [kind for kind in profile.probes_used if kind not in _COUNTED]:
+    if uncounted := [kind for kind in profile.probes_used if kind not in COUNTED_KINDS]:
         return f"it counts probes of {uncounted[0]} scores, which are from none"
     if any(count < 0 for count in profile.probes_used.values()):
         return "it counts fewer than zero probes"
@@ -369,7 +326,7 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
         return "it counts more probes than anybody asks"
     if fault := text_fault(profile.model_name, profile.metadata):
         return fault
-    if reserved := [key for key in _RESERVED if key in profile.metadata]:
+    if reserved := [key for key in RESERVED if key in profile.metadata]:
         return f"its metadata may not hold {reserved[0]!r}, which the file format uses"
     lows, highs = ({kind: ends[side] for kind, ends in profile.intervals.items()} for side in (0, 1))
     for name, tensors in (
@@ -391,8 +348,3 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
     if crossed := [kind for kind in lows if (lows[kind] > highs[kind]).any()]:
         return f"its {crossed[0]} intervals end before they begin"
     return None
-
-
-def named_kinds() -> str:
-    """All kinds of score, for a message: `retrieval, reasoning or ...`."""
-    return f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from headprof._version import __version__
 from headprof.errors import UsageError
 from headprof.profile.csv_table import import_csv, write_csv
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.profile.imported_scores import ImportedScores, to_profile
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.profile.papers_json import write_papers_json
 from headprof.profile.published.forms import CSV, FORMS, PAPERS, check_form, is_published, recognised
 from headprof.utils.files import atomic_write

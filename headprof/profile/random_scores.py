@@ -9,7 +9,8 @@ import torch
 from headprof.models.fingerprints import weights_fingerprints
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import KINDS
 from headprof.profile.row_features import RowFeatures
 from headprof.profile.surrogate import Surrogate
 from headprof.profile.tuned import NOTE, Tuned

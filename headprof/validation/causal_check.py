@@ -14,7 +14,8 @@ import torch
 from headprof.errors import ProbeError
 from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeContext
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
 from headprof.validation.asking import AskedProbe, answers, asked_probes, asking, build_probes, read_whole
 from headprof.validation.head_sets import NOTHING, CheckedScores, HeadSet, checked_scores, choose_sets

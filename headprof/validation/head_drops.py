@@ -16,7 +16,7 @@ from headprof.models.copies import copied_from
 from headprof.models.loading import LoadedModel
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeContext
-from headprof.profile.head_profile import PROBE_KINDS
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.memory import free_bytes

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from headprof.models.shape import HeadShape
-from headprof.profile.head_profile import PROBE_KINDS, HeadProfile
+from headprof.profile.head_profile import HeadProfile
 from headprof.profile.influence import SITUATIONS, InfluenceCurves
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.profile.random_scores import random_surrogate as drawn_surrogate
 from headprof.profile.tuned import Tuned
 

@@ -10,7 +10,7 @@ import torch
 
 from headprof.bench.score.request import PACKED, UNPACKED, ScoreBenchRequest
 from headprof.bench.score.sides import Side
-from headprof.profile.head_profile import PROBE_KINDS
+from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.averages import counted_values
 from headprof.scoring.prober import ProbeResult
 from headprof.utils.ranks import spearman, top_overlap

@@ -16,7 +16,7 @@ from headprof.compression.methods.observation import per_head
 from headprof.compression.methods.reduction import largest
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
-from headprof.profile.head_profile import KINDS, named_kinds
+from headprof.profile.kinds import KINDS, named_kinds
 
 
 class BudgetPolicy(Protocol):
