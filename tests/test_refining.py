@@ -83,6 +83,30 @@ def test_what_rows_are_worth_is_what_is_lost_without_them(arch):
     assert 0.6 < float((found * measured).sum() / measured.square().sum()) * 0.6931 < 1.6  # per doubling
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_questions_at_once_are_answered_as_alone(arch, together, monkeypatch):
+    loaded = load_tiny(arch)
+    document = refining._read(loaded, SHORT)[0]
+    of_one = document.query_heads * len(document.rows) * max(len(each.fed) for each in document.answers)
+    monkeypatch.setattr(refining, "_LOGITS", together * of_one * (document.tokens + 60))
+    tails = [each.fed for each in document.answers] + [document.answers[0].fed[:5]]
+    lasts = [len(each.reference) for each in document.answers] + [3]
+    counts = torch.randint(1, document.tokens, (len(document.rows), len(document.rows[0].keys)))
+    with hiding(loaded.model) as hider, torch.no_grad():
+        hider.rows = document.rows
+        for said, tail, last in zip(hider.answers(tails, lasts, counts), tails, lasts, strict=True):
+            torch.testing.assert_close(said, hider.logits(tail, last, counts[None])[0], atol=1e-4, rtol=1e-4)
+        of_each = [refining._divergences(hider, [own], [full], counts) for own, full in _pairs(document)]
+        mean = refining._mean_loss(hider, [document], lambda _: counts)
+    assert mean == pytest.approx(float(torch.cat(of_each).mean()), rel=1e-4)
+    assert sum(len(answers) for answers, _ in refining._groups(document)) == len(document.answers)
+
+
+def _pairs(document):
+    return zip(document.answers, document.full, strict=True)
+
+
 def test_losses_are_those_of_caches_with_these_budgets():
     loaded = load_tiny()
     profile = random_profile(loaded.model)

@@ -89,10 +89,38 @@ class HidingModel:
         copies = len(counts)
         alike = (counts == counts[:1]).all(dim=2).all(dim=0).tolist()
         self._counts = [each[:1] if same else each for each, same in zip(counts.unbind(1), alike, strict=True)]
-        ids = torch.tensor([[*tail]], device=self.model.device)
-        cache = Cache(layers=[_TailLayer(self.prompt_length) for _ in self.rows])
+        ids = self._side_by_side([tail])
         with copied_from(self.model, layer, copies):
-            return self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+            return self.model(ids, past_key_values=self._cache(), use_cache=True, logits_to_keep=last).logits
+
+    def answers(self, tails: Sequence[Sequence[int]], lasts: Sequence[int], counts: Tensor) -> list[Tensor]:
+        """What the model says after the prompt to several things at once, none of which sees another.
+
+        Args:
+            tails: token ids of what comes after the prompt, each by itself, at least one of each.
+            lasts: of each, at how many of its last tokens, `N`, at least one.
+            counts: rows that each head sees, int64 `[L, K]`.
+
+        Returns:
+            Of each, `[N, vocabulary]`.
+        """
+        self._counts = counts[:, None].unbind()
+        ids, lengths = self._side_by_side(tails), [len(tail) for tail in tails]
+        first = min(length - last for length, last in zip(lengths, lasts, strict=True))
+        logits = self.model(
+            ids, past_key_values=self._cache(), use_cache=True, logits_to_keep=ids.shape[1] - first
+        ).logits
+        ends = [length - first for length in lengths]
+        return [each[end - last : end] for each, end, last in zip(logits, ends, lasts, strict=True)]
+
+    def _side_by_side(self, tails: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids `[C, Q]`; shorter tails are filled up at their ends, which nothing before sees."""
+        longest = max(map(len, tails))
+        rows = [[*tail, *[tail[-1]] * (longest - len(tail))] for tail in tails]
+        return torch.tensor(rows, device=self.model.device)
+
+    def _cache(self) -> Cache:
+        return Cache(layers=[_TailLayer(self.prompt_length) for _ in self.rows])
 
     def attention(self, base: AttentionFunction) -> AttentionFunction:
         """Attention to the prompt's rows that are not hidden, and to the tokens after it."""

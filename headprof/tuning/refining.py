@@ -14,7 +14,7 @@ rows of a prompt.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -40,6 +40,9 @@ JUDGE = find_method("learned-kvzip")
 """Whose budgets these are: it ranks rows, and says what every head keeps."""
 _NEARBY = 2**0.5
 """By what factor a head's rows are fewer or more, to see what they are worth."""
+_LOGITS = 2**27
+"""Of the attention of how many queries to how many rows, in all layers, a pass back keeps at most what it needs: about
+12 bytes of each."""
 _MOST = 4.0
 """By what factor a head's share moves at most in a round, before `RefineSettings.steps`."""
 
@@ -90,12 +93,14 @@ class Refining:
 class _Document:
     """A document that has been read, its rows ranked, and what is asked about it.
 
-    `full` is what the full cache says at each answer's tokens, log-probabilities `[N, vocabulary]`.
+    `full` is what the full cache says at each answer's tokens, log-probabilities `[N, vocabulary]`, `query_heads` how
+    many a layer has.
     """
 
     rows: Sequence[RankedRows]
     answers: Sequence[Answering]
     full: Sequence[Tensor]
+    query_heads: int
 
     @property
     def tokens(self) -> int:
@@ -193,16 +198,21 @@ def _read(loaded: LoadedModel, settings: RefineSettings) -> list[_Document]:
         rows = reader.read(context.context_ids, observers)
         answers = [Answering(PROBE, probe.question_ids, probe.answer_ids) for probe in context.probes]
         with hiding(loaded.model) as hider:
-            documents.append(_document(hider, rows, answers))
+            full = _full(hider, rows, answers)
+        documents.append(_Document(rows, answers, full, loaded.shape.num_heads))
     return documents
 
 
 @torch.no_grad()
-def _document(hider: HidingModel, rows: Sequence[RankedRows], answers: Sequence[Answering]) -> _Document:
-    hider.rows, whole = rows, torch.full((1, len(rows), len(rows[0].keys)), rows[0].positions.shape[-1])
-    said = (hider.logits(answer.fed, len(answer.reference), whole)[0] for answer in answers)
-    full = [each.float().log_softmax(dim=-1) for each in said]
-    return _Document(rows, answers, full)
+def _full(hider: HidingModel, rows: Sequence[RankedRows], answers: Sequence[Answering]) -> list[Tensor]:
+    """What the full cache says at each answer's tokens, log-probabilities `[N, vocabulary]`."""
+    hider.rows, whole = rows, torch.full((len(rows), len(rows[0].keys)), rows[0].positions.shape[-1])
+    return [each.float().log_softmax(dim=-1) for each in _said(hider, answers, whole)]
+
+
+def _said(hider: HidingModel, answers: Sequence[Answering], counts: Tensor) -> list[Tensor]:
+    """Logits at each answer's tokens, `[N, vocabulary]`."""
+    return hider.answers([each.fed for each in answers], [len(each.reference) for each in answers], counts)
 
 
 def _allotted(shares: Tensor, share: float, tokens: int, *, always_kept: int) -> Tensor:
@@ -213,10 +223,20 @@ def _allotted(shares: Tensor, share: float, tokens: int, *, always_kept: int) ->
     return water_filled(shares, floor=always_kept, lower=always_kept, upper=upper, total=total)
 
 
-def _divergence(hider: HidingModel, document: _Document, number: int, counts: Tensor) -> Tensor:
-    """Of one answer from what the full cache says, mean over its tokens, nats."""
-    answer, full = document.answers[number], document.full[number]
-    return divergences(full, hider.logits(answer.fed, len(answer.reference), counts[None])[0]).mean()
+def _groups(document: _Document) -> Iterator[tuple[Sequence[Answering], Sequence[Tensor]]]:
+    """A document's answers and what the full cache says at them, as many at once as `_LOGITS` allows."""
+    longest = max(len(each.fed) for each in document.answers)
+    of_one = len(document.rows) * document.query_heads * longest * (document.tokens + longest)
+    together = max(1, _LOGITS // of_one)
+    for begin in range(0, len(document.answers), together):
+        part = slice(begin, begin + together)
+        yield document.answers[part], document.full[part]
+
+
+def _divergences(hider: HidingModel, answers: Sequence[Answering], full: Sequence[Tensor], counts: Tensor) -> Tensor:
+    """Of answers from what the full cache says, mean over the tokens of each, nats."""
+    pairs = zip(full, _said(hider, answers, counts), strict=True)
+    return torch.stack([divergences(own, other).mean() for own, other in pairs])
 
 
 @torch.no_grad()
@@ -225,8 +245,8 @@ def _mean_loss(hider: HidingModel, documents: Sequence[_Document], counts: Calla
     lost = []
     for each in documents:
         hider.rows = each.rows
-        lost += [float(_divergence(hider, each, number, counts(each.tokens))) for number in range(len(each.answers))]
-    return sum(lost) / len(lost)
+        lost += [_divergences(hider, *group, counts(each.tokens)) for group in _groups(each)]
+    return float(torch.cat(lost).mean())
 
 
 class _Levers:
@@ -254,11 +274,11 @@ def _worth(hider: HidingModel, document: _Document, counts: Tensor) -> Tensor:
     fewer, more = ((counts * factor).round().long().clamp(1, document.tokens) for factor in (1 / _NEARBY, _NEARBY))
     apart = (more.double() / fewer).log().clamp(min=1e-3)
     total = torch.zeros_like(counts, dtype=torch.float64)
-    for number in range(len(document.answers)):
+    for group in _groups(document):
         hider.watch = levers = _Levers(fewer, more)
         try:
             with torch.enable_grad():
-                slopes = torch.autograd.grad(_divergence(hider, document, number, counts), levers.moved)
+                slopes = torch.autograd.grad(_divergences(hider, *group, counts).sum(), levers.moved)
         finally:
             hider.watch = None
         pairs = zip(slopes, levers.changes, strict=True)
