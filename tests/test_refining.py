@@ -19,10 +19,11 @@ from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.kept_shares import kept_shares_fault
-from headprof.tuning import refining
+from headprof.tuning import moving, refining
 from headprof.tuning.hidden_rows import hiding
 from headprof.tuning.mixing import with_shares
-from headprof.tuning.refining import RefineSettings, moved, refine, with_refining
+from headprof.tuning.moving import moved
+from headprof.tuning.refining import RefineSettings, refine, with_refining
 
 SHORT = RefineSettings(contexts=1, checks=1, steps=(0.5, 0.3), length=600, seed=3)
 
@@ -68,7 +69,7 @@ def test_what_rows_are_worth_is_what_is_lost_without_them(arch):
         hider.rows = document.rows
         layers, kv_heads = len(document.rows), document.rows[0].keys.shape[0]
         counts = torch.full((layers, kv_heads), document.tokens // 2)
-        found = refining._worth(hider, document, counts)
+        found = moving.worth_of(hider, document, counts)
         measured = torch.zeros_like(found)
         for layer in range(layers):
             for head in range(kv_heads):
@@ -76,7 +77,7 @@ def test_what_rows_are_worth_is_what_is_lost_without_them(arch):
                 for factor in (2**-0.5, 2**0.5):
                     changed = counts.clone()
                     changed[layer, head] = round(int(counts[layer, head]) * factor)
-                    lost.append(refining._mean_loss(hider, [document], lambda _, own=changed: own))
+                    lost.append(moving.mean_loss(hider, [document], lambda _, own=changed: own))
                 measured[layer, head] = lost[0] - lost[1]
     correlation = torch.corrcoef(torch.stack([found.flatten(), measured.flatten()]))[0, 1]
     assert correlation > 0.95
@@ -89,7 +90,7 @@ def test_questions_at_once_are_answered_as_alone(arch, together, monkeypatch):
     loaded = load_tiny(arch)
     document = refining._read(loaded, SHORT)[0]
     of_one = document.query_heads * len(document.rows) * max(len(each.fed) for each in document.answers)
-    monkeypatch.setattr(refining, "_LOGITS", together * of_one * (document.tokens + 60))
+    monkeypatch.setattr(moving, "_LOGITS", together * of_one * (document.tokens + 60))
     tails = [each.fed for each in document.answers] + [document.answers[0].fed[:5]]
     lasts = [len(each.reference) for each in document.answers] + [3]
     counts = torch.randint(1, document.tokens, (len(document.rows), len(document.rows[0].keys)))
@@ -97,10 +98,10 @@ def test_questions_at_once_are_answered_as_alone(arch, together, monkeypatch):
         hider.rows = document.rows
         for said, tail, last in zip(hider.answers(tails, lasts, counts), tails, lasts, strict=True):
             torch.testing.assert_close(said, hider.logits(tail, last, counts[None])[0], atol=1e-4, rtol=1e-4)
-        of_each = [refining._divergences(hider, [own], [full], counts) for own, full in _pairs(document)]
-        mean = refining._mean_loss(hider, [document], lambda _: counts)
+        of_each = [moving._divergences(hider, [own], [full], counts) for own, full in _pairs(document)]
+        mean = moving.mean_loss(hider, [document], lambda _: counts)
     assert mean == pytest.approx(float(torch.cat(of_each).mean()), rel=1e-4)
-    assert sum(len(answers) for answers, _ in refining._groups(document)) == len(document.answers)
+    assert sum(len(answers) for answers, _ in document.groups()) == len(document.answers)
 
 
 def _pairs(document):
@@ -132,10 +133,10 @@ def test_what_does_best_on_other_probes_is_kept(monkeypatch):
     found = refine(loaded, profile, SHORT, lambda done, total: said.append((done, total)))
     assert said[0] == (0, 3 * len(found.shares)) and said[-1] == (3 * len(found.shares),) * 2
     losses = iter([3.0, 2.0, 4.0] * len(found.shares))
-    monkeypatch.setattr(refining, "_mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr(moving, "mean_loss", lambda *_: next(losses))
     second = refine(loaded, profile, SHORT)
     assert all(row == (3.0, 2.0, 4.0) for row in second.losses)
-    monkeypatch.setattr(refining, "_mean_loss", lambda *_: 1.0)
+    monkeypatch.setattr(moving, "mean_loss", lambda *_: 1.0)
     same = refine(loaded, profile, SHORT)
     for number in range(len(same.shares)):
         start = profile.reconstruction[number].double()
