@@ -28,7 +28,7 @@ from headprof.cli.reconstruction import (
 from headprof.cli.surrogate import fit, fit_settings
 from headprof.cli.tables.profile import learned_budgets, ranked_heads
 from headprof.cli.tables.score import scoring_progress, stability
-from headprof.cli.tables.tune import tuned_parameters
+from headprof.cli.tables.tune import refined_budgets, tuned_parameters
 from headprof.cli.tune import tune_scored
 from headprof.errors import UsageError
 from headprof.utils.units import parse_lengths
@@ -322,8 +322,9 @@ def _show(profile: HeadProfile, target: Path, *, stopping: bool) -> None:
         terminal.table(*ranked_heads(profile, kind, 5))
     if (learned := learned_budgets(profile)) is not None:
         terminal.table(*learned)
-    if (tuned := tuned_parameters(profile)) is not None:
-        terminal.table(*tuned)
+    for table in (tuned_parameters(profile), refined_budgets(profile)):
+        if table is not None:
+            terminal.table(*table)
     if reason := profile.metadata.get("no_write_scores"):
         terminal.remark(reason)
     if stopping:

@@ -13,8 +13,8 @@ from headprof.cli.command import command
 from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import LoadOptions, Model, ProfileFile, Seed
 from headprof.cli.outputs import check_outputs, model_inputs
-from headprof.cli.tables.tune import tuned_parameters
-from headprof.errors import ProfileError, UsageError
+from headprof.cli.tables.tune import refined_budgets, tuned_parameters
+from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.utils.units import parse_length
 
 if TYPE_CHECKING:
@@ -29,6 +29,13 @@ class TuneOptions:
 
     budgets: Annotated[str, typer.Option(help="Tokens per KV head that count alike, with commas.")] = "16,32,64"
     length: Annotated[str, typer.Option(help="Tokens of a prompt, such as 1k.")] = "1k"
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Then move the budgets of heads to where they lose less, by gradients: for headkv-refined.",
+        ),
+    ] = True
 
 
 @command
@@ -51,8 +58,8 @@ def tune(
     """Find the parameters of headkv-r2 that serve a model best, and keep them in its profile, for headkv-tuned.
 
     Who judges a prompt's tokens, and how closely budgets follow the scores of heads, is tried on needle probes of the
-    half that profiles are made from. The profile is replaced, unless -o names another file. headprof score does the
-    same, unless --no-tune says not to.
+    half that profiles are made from. Then budgets are moved to where they lose less, for headkv-refined. The profile is
+    replaced, unless -o names another file. headprof score does the same, unless --no-tune says not to.
 
     [dim]headprof tune
     headprof tune --model meta-llama/Meta-Llama-3-8B-Instruct --budgets 64,128,256 --length 8k[/]
@@ -77,9 +84,13 @@ def tune(
     if team.rank:
         return
     loaded = load(model, loading)
-    tuned = tune_profile(loaded, HeadProfile.load(found, loaded.shape, loaded.name), target, settings)
-    if (table := tuned_parameters(tuned)) is not None:
-        terminal.table(*table)
+    before = HeadProfile.load(found, loaded.shape, loaded.name)
+    if before.refined_rows is not None and not trying.refine:
+        terminal.remark(f"The refined budgets of {found} go with its earlier parameters: they are not in {target}.")
+    tuned = tune_profile(loaded, before, target, settings, refine=trying.refine)
+    for table in (tuned_parameters(tuned), refined_budgets(tuned)):
+        if table is not None:
+            terminal.table(*table)
     terminal.result(str(target))
 
 
@@ -101,14 +112,23 @@ def tune_scored(loaded: LoadedModel, profile: HeadProfile, target: Path) -> Head
     from headprof.tuning.judging import TuneSettings
 
     try:
-        return tune_profile(loaded, profile, target, TuneSettings())
+        return tune_profile(loaded, profile, target, TuneSettings(), refine=True)
     except (ProfileError, UsageError) as error:  # no reasoning scores, or a context that is too short
         terminal.remark(f"The profile is not tuned to {loaded.name}. {error}")
         return profile
 
 
-def tune_profile(loaded: LoadedModel, profile: HeadProfile, target: Path, settings: TuneSettings) -> HeadProfile:
+def tune_profile(
+    loaded: LoadedModel, profile: HeadProfile, target: Path, settings: TuneSettings, *, refine: bool
+) -> HeadProfile:
     """Write the profile with the parameters that serve its model best, and return it.
+
+    Args:
+        loaded: the model.
+        profile: with reasoning scores.
+        target: where it is written, first when it is tuned, and again when its budgets are refined.
+        settings: how parameters are looked for.
+        refine: whether budgets are moved to where they lose less, too.
 
     Raises:
         UsageError: prompts of this length do not fit into the model's context.
@@ -124,4 +144,24 @@ def tune_profile(loaded: LoadedModel, profile: HeadProfile, target: Path, settin
             on_probe=lambda done, total: report(f"Tuning methods to {loaded.name}", done, total),
         )
     tuned.save(target)
-    return tuned
+    return _refined(loaded, tuned, target, settings) if refine else tuned
+
+
+def _refined(loaded: LoadedModel, tuned: HeadProfile, target: Path, settings: TuneSettings) -> HeadProfile:
+    """The same with budgets refined, up to twice the largest that was tried; as it is, with a remark, if that fails."""
+    from headprof.tuning.refining_known import RefineSettings, with_refined_rows
+
+    budgets = tuple(sorted({*settings.budgets, 2 * max(settings.budgets)}))
+    try:
+        with terminal.progress() as report:
+            refined = with_refined_rows(
+                tuned,
+                loaded,
+                RefineSettings(budgets=budgets, length=settings.length),
+                on_round=lambda done, total: report(f"Refining budgets for {loaded.name}", done, total),
+            )
+    except (ModelError, UsageError) as error:
+        terminal.remark(f"Budgets are not refined for {loaded.name}. {error}")
+        return tuned
+    refined.save(target)
+    return refined

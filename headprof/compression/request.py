@@ -11,7 +11,7 @@ from headprof.compression.decode_steps import check_step
 from headprof.compression.kernels.backends import check_backend
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.method import Method
-from headprof.compression.methods.table import TUNED, find_method
+from headprof.compression.methods.table import REFINED, TUNED, find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import make_plan
 from headprof.errors import ProfileError, UsageError
@@ -29,17 +29,20 @@ AUTO = "auto"
 def question_method(model: str | None, profile: Path | None) -> str:
     """The method by which a prompt is compressed that ends with its question, when the user names none.
 
-    It is HeadKV-R2, with the parameters that serve the model best if its profile holds them.
+    It is HeadKV-R2, with the parameters that serve the model best, and with budgets refined for it, if its profile
+    holds them.
 
     Args:
         model: as the user names it; `None` for the embedded one.
         profile: file of the head profile; `None` to find the model's own.
     """
     try:
-        tuned = NOTE in HeadProfile.load(find_profile(model_name(model), profile, model)).metadata
+        held = HeadProfile.load(find_profile(model_name(model), profile, model))
     except ProfileError:  # of which the plan tells, once it is asked for one
-        tuned = False
-    return TUNED if tuned else "headkv-r2"
+        return "headkv-r2"
+    if held.refined_rows is not None:
+        return REFINED
+    return TUNED if NOTE in held.metadata else "headkv-r2"
 
 
 def document_method(model: str | None, profile: Path | None, observe: str | None) -> str:

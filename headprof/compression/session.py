@@ -16,7 +16,7 @@ from headprof.compression.methods.curve_budget import CURVES, curve_scores
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.method import Method
-from headprof.compression.methods.table import TUNED, find_method, name_of, parse_settings
+from headprof.compression.methods.table import find_method, name_of, parse_settings
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -26,6 +26,7 @@ from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.profile.commands import score_command
+from headprof.profile.refined_rows import REFINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,9 +107,10 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
     if isinstance(given, str):
         fixed = parse_settings(given.split(":")[1:])
     else:
-        usual = find_method(TUNED).options()
+        usual = find_method(name_of(method)).options()
         fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
-    return method.with_options(**{**profile.tuned, **fixed})
+    found = {name: value for name, value in profile.tuned.items() if method.has_option(name)}
+    return method.with_options(**{**found, **fixed})
 
 
 def _budget_scores(
@@ -130,6 +132,8 @@ def _budget_scores(
                 )
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
+    if which == REFINED:
+        return profile.refined, profile.digest()
     if which.startswith(CURVES):
         return curve_scores(profile.curves_of(which.removeprefix(CURVES))), profile.digest()
     if which not in profile.kinds:

@@ -27,6 +27,7 @@ from headprof.profile.profile_checks import (
     counted_kinds,
     named_model,
 )
+from headprof.profile.refined_rows import REFINED, refined_rows_fault
 from headprof.profile.tuned import NOTE as TUNED_NOTE
 from headprof.profile.tuned import Options, Tuned
 from headprof.utils.files import atomic_write
@@ -55,6 +56,8 @@ class HeadProfile:
             when unknown.
         curves: what the right answer loses when one KV head keeps so many rows, by whether the question is `known` or
             `unknown` when rows go (see `headprof.profile.influence`); absent when unknown.
+        refined_rows: rows that each KV head keeps of a prompt whose question is known, at some budgets, float32
+            `[S, L, K]` (see `headprof.profile.refined_rows`); `None` when unknown.
         probes_used: probes counted per kind; 0 when unknown.
         metadata: provenance as text: settings (JSON), seed, versions, date, command, accuracy per family (JSON).
         given: how the user named the model, for commands in messages; in no file, empty where it is not known.
@@ -72,6 +75,7 @@ class HeadProfile:
     intervals: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept_shares: Tensor | None = None
     curves: Mapping[str, InfluenceCurves] = field(default_factory=dict)
+    refined_rows: Tensor | None = None
     given: str = ""
 
     def __post_init__(self) -> None:
@@ -102,6 +106,16 @@ class HeadProfile:
                 f"`{score_command(self.called, 'reconstruction')}`."
             )
         return self.kept_shares
+
+    @property
+    def refined(self) -> Tensor:
+        """What each KV head keeps when the question is known, `[S, L, K]`; raises `ProfileError` when it is silent."""
+        if self.refined_rows is None:
+            raise ProfileError(
+                f"The profile of {self.model_name} holds no refined budgets: run `{tune_command(self.called)}`, or "
+                "choose headkv-r2."
+            )
+        return self.refined_rows
 
     def curves_of(self, situation: str) -> InfluenceCurves:
         """Influence curves for a question that is `known` or `unknown`; raises `ProfileError` when there are none."""
@@ -186,27 +200,31 @@ class HeadProfile:
         ]
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the model's shape, scores, learned budgets, curves and tuned parameters: equal for two that
-        serve methods alike."""
+        """SHA-256 (hex) of the model's shape, scores, budgets, curves and tuned parameters: equal for two that serve
+        methods alike."""
         sha = hashlib.sha256(json.dumps(self.shape.to_dict(), sort_keys=True).encode())
         for kind in self.kinds:
             sha.update(kind.encode() + self.scores[kind].detach().cpu().contiguous().numpy().tobytes())
         if self.kept_shares is not None:
             sha.update(KEPT.encode() + self.kept_shares.detach().cpu().contiguous().numpy().tobytes())
-        for name, tensor in self._curve_tensors().items():
+        for name, tensor in self._later_tensors().items():
             sha.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         if (tuned := Tuned.of(self.metadata)) is not None:
             sha.update(TUNED_NOTE.encode() + json.dumps(tuned.options, sort_keys=True).encode())
         return sha.hexdigest()
 
-    def _curve_tensors(self) -> dict[str, Tensor]:
+    def _later_tensors(self) -> dict[str, Tensor]:
+        """Influence curves and refined budgets, as a file names them."""
         parts = (self.curves[situation].tensors(situation) for situation in SITUATIONS if situation in self.curves)
-        return {name: tensor for part in parts for name, tensor in part.items()}
+        found = {name: tensor for part in parts for name, tensor in part.items()}
+        return found if self.refined_rows is None else found | {REFINED: self.refined_rows}
 
     def _version(self) -> str:
         """The oldest format that holds all of it."""
-        if self.curves:
+        if self.refined_rows is not None:
             return FORMAT_VERSION
+        if self.curves:
+            return "5"
         if set(self.kinds) - set(PROBE_KINDS):
             return "4"
         return "2" if self.kept_shares is None else "3"
@@ -222,7 +240,7 @@ class HeadProfile:
             tensors |= {f"{TENSOR_NAMES.get(kind, kind)}_low": low, f"{TENSOR_NAMES.get(kind, kind)}_high": high}
         if self.kept_shares is not None:
             tensors[KEPT] = self.kept_shares
-        tensors |= self._curve_tensors()
+        tensors |= self._later_tensors()
         version = self._version()
         counted = counted_kinds(version)
         tensors["probes_used"] = torch.tensor([self.probes_used.get(kind, 0) for kind in counted], dtype=torch.int64)
@@ -298,6 +316,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: 
         },
         kept_shares=tensors.get(KEPT),
         curves=curves_from(tensors),
+        refined_rows=tensors.get(REFINED),
         given=given,
     )
 
@@ -340,6 +359,8 @@ def _find_contradiction(profile: HeadProfile) -> str | None:
                 return f"its {kind} {name} {fault}"
     if profile.kept_shares is not None and (fault := kept_shares_fault(profile.kept_shares, shape)):
         return f"its shares kept in reconstruction {fault}"
+    if profile.refined_rows is not None and (fault := refined_rows_fault(profile.refined_rows, shape)):
+        return f"its refined budgets {fault}"
     for situation, curves in profile.curves.items():
         if situation not in SITUATIONS:
             return f"it holds influence curves for a question that is {situation!r}"

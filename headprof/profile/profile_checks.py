@@ -9,14 +9,16 @@ from headprof.errors import ProfileError
 from headprof.profile.faults import LONGEST_NAME
 from headprof.profile.influence import curve_names
 from headprof.profile.kinds import COUNTED_KINDS, KINDS, PROBE_KINDS
+from headprof.profile.refined_rows import REFINED
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, TensorFile
 
 FORMAT = "headprof.profile"
-FORMAT_VERSION = "5"
+FORMAT_VERSION = "6"
 """Version 1 had no intervals, version 2 no budgets learned from reconstruction, version 3 no scores of other kinds than
-`PROBE_KINDS`, version 4 no influence curves; all are still read, and what fits into an older one is written as that."""
-READABLE = ("1", "2", "3", "4", FORMAT_VERSION)
+`PROBE_KINDS`, version 4 no influence curves, version 5 no refined budgets; all are still read, and what fits
+into an older one is written as that."""
+READABLE = ("1", "2", "3", "4", "5", FORMAT_VERSION)
 KEPT = "reconstruction"
 """The tensor of `HeadProfile.kept_shares` in a file."""
 TENSOR_NAMES = {"reconstruction": "reconstruction_scores"}
@@ -47,7 +49,7 @@ def check_parts(file: TensorFile) -> None:
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
     names = {kind: TENSOR_NAMES.get(kind, kind) for kind in KINDS}
-    known = {"probes_used", KEPT} | curve_names()
+    known = {"probes_used", KEPT, REFINED} | curve_names()
     known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")

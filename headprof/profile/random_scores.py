@@ -22,7 +22,8 @@ def random_profile(shape: HeadShape, seed: int = 0) -> HeadProfile:
     draw = {which: torch.rand(shape.num_layers, shape.num_heads, generator=generator) for which in KINDS}
     usual = Tuned({}, loss=0.0, usual_loss=0.0, budgets=(), length=0, probes=0, seed=seed)
     scores = {which: each**4 for which, each in draw.items()}
-    return HeadProfile("random", shape, scores, metadata={NOTE: usual.note()})
+    rows = torch.rand(1, shape.num_layers, shape.num_kv_heads, generator=generator) ** 2
+    return HeadProfile("random", shape, scores, metadata={NOTE: usual.note()}, refined_rows=64 * rows / rows.mean())
 
 
 def random_surrogate(model: Any, shape: HeadShape, seed: int = 0, units: int = 64) -> Surrogate:

@@ -18,6 +18,24 @@ Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Refined:
+    """How budgets were moved to where they lose less, and what that brought.
+
+    Attributes:
+        budgets: tokens per KV head.
+        losses: mean divergence from the full cache on probes that moved nothing, nats a token: of each budget, before
+            and after each round.
+        probes: how many moved budgets, and how many chose among them.
+        length: tokens of a prompt.
+    """
+
+    budgets: tuple[int, ...]
+    losses: tuple[tuple[float, ...], ...]
+    probes: tuple[int, int]
+    length: int
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What was found, and how well it did beside the parameters that methods have otherwise.
 
@@ -30,6 +48,7 @@ class Tuned:
         probes: how many both were tried on.
         seed: of the probes.
         date, command: of the run.
+        refined: what moving budgets brought; `None` if that was not done.
     """
 
     options: Options
@@ -41,6 +60,7 @@ class Tuned:
     seed: int
     date: str = ""
     command: str = ""
+    refined: Refined | None = None
 
     def note(self) -> str:
         """The same for a profile's metadata."""
@@ -57,7 +77,8 @@ class Tuned:
 
 def _tuned(notes: dict[str, Any]) -> Tuned:
     """Raises one of the errors that `Tuned.of` knows for notes that could not be."""
-    found = Tuned(**{**notes, "budgets": tuple(notes["budgets"])})
+    refined = None if notes.get("refined") is None else _refined(notes["refined"])
+    found = Tuned(**{**notes, "budgets": tuple(notes["budgets"]), "refined": refined})
     counts = (*found.budgets, found.length, found.probes, found.seed)
     losses = (found.loss, found.usual_loss)
     if not all(is_whole(count, 0, _MOST) for count in counts) or not all(map(is_text, (found.date, found.command))):
@@ -66,4 +87,17 @@ def _tuned(notes: dict[str, Any]) -> Tuned:
         raise ValueError("a loss is no share")
     if not all(type(each) in (bool, int, float, str) for each in found.options.values()):
         raise ValueError("a parameter is none")
+    return found
+
+
+def _refined(notes: dict[str, Any]) -> Refined:
+    """Raises one of the errors that `Tuned.of` knows for notes that could not be."""
+    losses = tuple(tuple(row) for row in notes["losses"])
+    found = Refined(tuple(notes["budgets"]), losses, tuple(notes["probes"]), notes["length"])
+    if not all(is_whole(count, 0, _MOST) for count in (*found.budgets, *found.probes, found.length)):
+        raise ValueError("it says what cannot be")
+    if len(losses) != len(found.budgets) or len(found.probes) != 2 or not all(losses):
+        raise ValueError("losses are not of its budgets")
+    if not all(type(loss) in (int, float) and 0 <= loss < float("inf") for row in losses for loss in row):
+        raise ValueError("a loss is none")
     return found

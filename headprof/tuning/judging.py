@@ -203,7 +203,7 @@ def with_tuning(
     command: str = "",
     on_probe: Callable[[int, int], None] = lambda done, total: None,
 ) -> HeadProfile:
-    """A profile whose metadata say which parameters serve its model best.
+    """A profile whose metadata say which parameters serve its model best, without budgets refined for others.
 
     Args:
         profile: with reasoning scores.
@@ -216,7 +216,7 @@ def with_tuning(
         UsageError, ProfileError: as `tune`.
     """
     found = replace(tune(loaded, profile, settings, on_probe), date=today(), command=command)
-    return replace(profile, metadata={**profile.metadata, NOTE: found.note()})
+    return replace(profile, refined_rows=None, metadata={**profile.metadata, NOTE: found.note()})
 
 
 def _unusual(choice: Options) -> Options:

@@ -14,7 +14,8 @@ prompt, `N` tokens of an answer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ class ReadPrompt:
         """Of the prompt."""
         return self.rows[0].positions.shape[-1]
 
+    @property
+    def nbytes(self) -> int:
+        """What its rows and what the full cache says take."""
+        parts = [part for rows in self.rows for part in (rows.keys, rows.values, rows.positions)]
+        return sum(part.nbytes for part in (*parts, *self.full))
+
+    def to(self, device: torch.device | str) -> ReadPrompt:
+        """The same on a device."""
+        return replace(self, rows=[each.to(device) for each in self.rows], full=[each.to(device) for each in self.full])
+
     def groups(self) -> Iterator[tuple[Sequence[Answering], Sequence[Tensor]]]:
         """Answers and what the full cache says at them, as many together as one pass takes."""
         longest = max(len(each.fed) for each in self.answers)
@@ -124,7 +135,7 @@ class Mover:
         tried, lost = [start], []
         for step in (*self._steps, None):
             shares = tried[-1]
-            lost.append(mean_loss(self._hider, self._checking, lambda tokens, own=shares: allot(own, tokens)))
+            lost.append(mean_loss(self._hider, self._checking, partial(allot, shares)))
             if step is not None:
                 worth = [worth_of(self._hider, each, allot(shares, each.tokens)) for each in self._moving]
                 tried.append(moved(shares, torch.stack(worth).mean(dim=0), step))
@@ -150,7 +161,8 @@ def moved(shares: Tensor, worth: Tensor, step: float) -> Tensor:
 def mean_loss(hider: HidingModel, prompts: Sequence[ReadPrompt], counts: Counts) -> float:
     """Mean divergence from the full cache over all answers, nats a token."""
     lost = []
-    for each in prompts:
+    for prompt in prompts:
+        each = prompt.to(hider.model.device)
         hider.rows = each.rows
         lost += [_divergences(hider, *group, counts(each.tokens)) for group in each.groups()]
     return float(torch.cat(lost).mean())
@@ -158,6 +170,7 @@ def mean_loss(hider: HidingModel, prompts: Sequence[ReadPrompt], counts: Counts)
 
 def worth_of(hider: HidingModel, prompt: ReadPrompt, counts: Tensor) -> Tensor:
     """What each head's rows are worth there, mean over a prompt's answers, float64 `[L, K]` (see `moved`)."""
+    prompt = prompt.to(hider.model.device)
     hider.rows = prompt.rows
     fewer, more = ((counts * factor).round().long().clamp(1, prompt.tokens) for factor in (1 / _NEARBY, _NEARBY))
     apart = (more.double() / fewer).log().clamp(min=1e-3)

@@ -46,6 +46,10 @@ class RankedRows:
         index = order[..., None].expand(keys.shape)
         return cls(keys.gather(1, index), values.gather(1, index), order)
 
+    def to(self, device: torch.device | str) -> RankedRows:
+        """The same on a device."""
+        return RankedRows(self.keys.to(device), self.values.to(device), self.positions.to(device))
+
 
 class PromptReader:
     """Reads prompts; what several of them begin with is read once.

@@ -33,6 +33,7 @@ def random_profile(model, seed=0, kinds=PROBE_KINDS, name="tiny") -> HeadProfile
         scores=scores,
         kept_shares=random_shares(shape, seed),
         curves=curves,
+        refined_rows=random_rows(shape, seed),
         metadata={"tuned": TUNED.note()},
     )
 
@@ -52,6 +53,13 @@ def random_shares(shape: HeadShape, seed: int = 0) -> torch.Tensor:
     """What heads may keep of their tokens at three shares of all, float32 `[3, L, K]`."""
     heads = torch.rand(shape.num_layers, shape.num_kv_heads, generator=torch.Generator().manual_seed(seed)) ** 2 + 0.01
     return torch.stack([(heads * times / heads.max()) for times in (0.1, 0.3, 0.8)])
+
+
+def random_rows(shape: HeadShape, seed: int = 0, budgets=(20.0, 50.0)) -> torch.Tensor:
+    """Rows of heads at some budgets, which heads share unevenly and at each in another way, float32 `[S, L, K]`."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    rows = torch.rand(len(budgets), shape.num_layers, shape.num_kv_heads, generator=generator) ** 3 + 0.01
+    return rows * (torch.tensor(budgets)[:, None, None] / rows.mean(dim=(1, 2), keepdim=True))
 
 
 def small_profile(seed: int = 0, shape: HeadShape = SHAPE, kinds=PROBE_KINDS, **parts) -> HeadProfile:

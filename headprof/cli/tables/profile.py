@@ -133,6 +133,10 @@ def _tuned_facts(tuned: Tuned) -> list[tuple[str, str]]:
     where = f"{tuned.probes} probes of {tuned.length} tokens at budgets of {', '.join(map(str, tuned.budgets))}"
     lost = f"{tuned.loss:.1%} of the right answers' probability is lost, {tuned.usual_loss:.1%} as headkv-r2: {where}"
     facts = [("tuned", described(tuned)), ("tuned on", lost), ("tuned by", tuned.command)]
+    if (refined := tuned.refined) is not None:
+        pairs = zip(refined.budgets, refined.losses, strict=True)
+        lowered = "; ".join(f"at {budget} from {row[0]:.3g} to {min(row):.3g}" for budget, row in pairs)
+        facts.append(("refined budgets", f"what is lost {lowered} nats a token, on {refined.probes[1]} other probes"))
     return [(name, text.replace("\n", " ")) for name, text in facts if text]
 
 

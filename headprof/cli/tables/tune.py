@@ -28,6 +28,23 @@ def tuned_parameters(profile: HeadProfile) -> tuple[list[str], Rows, str] | None
     return ["method", "parameters", "lost"], rows, title
 
 
+def refined_budgets(profile: HeadProfile) -> tuple[list[str], Rows, str] | None:
+    """What moving budgets brought, budget by budget; `None` if that was not done."""
+    tuned = Tuned.of(profile.metadata)
+    if tuned is None or tuned.refined is None:
+        return None
+    refined = tuned.refined
+    rows = [
+        [str(budget), f"{losses[0]:.3g}", f"{min(losses):.3g}"]
+        for budget, losses in zip(refined.budgets, refined.losses, strict=True)
+    ]
+    title = (
+        f"Budgets refined on {refined.probes[0]} probes: what is lost on {refined.probes[1]} others, in nats a token "
+        "of the answer"
+    )
+    return ["budget", "headkv-tuned", "headkv-refined"], rows, title
+
+
 def described(tuned: Tuned) -> str:
     """The parameters as `--set` takes them."""
     return " ".join(f"{name}={_shown(value)}" for name, value in tuned.options.items()) or "as headkv-r2"

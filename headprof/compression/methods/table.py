@@ -32,6 +32,7 @@ from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Evict
+from headprof.compression.methods.refined_budget import RefinedBudget
 from headprof.compression.methods.surrogate import SurrogateImportance
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.errors import UsageError
@@ -45,6 +46,8 @@ _MERGE = EvictThenMerge(threshold=0.4, merge_keys=False)
 
 TUNED = "headkv-tuned"
 """HeadKV-R2 with the parameters that a profile holds."""
+REFINED = "headkv-refined"
+"""The same with the budgets that a profile holds."""
 
 METHODS: dict[str, Method] = {
     "full": Method(KeepAll()),
@@ -52,6 +55,7 @@ METHODS: dict[str, Method] = {
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
+    REFINED: Method(_TUNED, RefinedBudget(), Evict()),
     "headkv-curves": Method(_TUNED, CurveBudget("known"), Evict()),
     "ems": Method(_EMS, UniformBudget(), _MERGE),
     "headkv-ems": Method(
