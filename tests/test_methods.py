@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.observations import as_held_rows, observed_prompt
-from support.profiles import random_curves, random_profile, random_surrogate
+from support.profiles import random_curves, random_profile, random_rows, random_surrogate
 from support.prompts import random_ids
 from support.tiny_models import tiny_model
 from support.twins import slow_attention, slow_score
@@ -21,6 +21,7 @@ from headprof.compression.methods.method import Method
 from headprof.compression.methods.received_attention import Accumulated
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import largest, ranking
+from headprof.compression.methods.refined_budget import RefinedBudget
 from headprof.compression.methods.table import METHODS, deal_options, find_method
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.compression.rows import HeadCounts
@@ -222,6 +223,8 @@ def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padd
     scores = torch.rand(2, heads, generator=generator)
     if isinstance(method.budget, CurveBudget):
         scores = curve_scores(random_curves(HeadShape("M", 2, heads, heads, 8, 100), seed % 1000, grid=(4, 6, 9)))
+    elif isinstance(method.budget, RefinedBudget):
+        scores = random_rows(HeadShape("M", 2, heads, heads, 8, 100), seed % 1000, (4.0, 7.0))
     elif method.budget.goes_by_share:  # and has them for several
         scores = torch.stack([scores * 0.2 + 0.01, scores * 0.5 + 0.05])
     counts = torch.stack(

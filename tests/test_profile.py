@@ -183,8 +183,8 @@ def fingerprint(**fields):
 DAMAGE = {
     "another format": (note("format", "other"), "not a head profile"),
     "a newer version": (
-        note("format_version", "6"),
-        "version 6 where this headprof reads 1, 2, 3, 4 and 5: update",
+        note("format_version", "7"),
+        "version 7 where this headprof reads 1, 2, 3, 4, 5 and 6: update",
     ),
     "score not a number": (change("retrieval", poke(math.nan)), "retrieval scores are not all finite"),
     "score infinite": (change("reasoning", poke(math.inf)), "reasoning scores are not all finite"),

@@ -193,7 +193,8 @@ def test_the_command_tunes_and_generate_uses_it(tmp_path, monkeypatch):
     replace(random_profile(tiny_model(), name="tiny"), metadata={"date": "x"}).save(tmp_path / "p.safetensors")
     asked = ("--model", "tiny", "--prompt", "Where is the boat?", "--profile", "p.safetensors", "--max-new-tokens", "2")
     assert "headkv-r2, budget 64" in headprof(tmp_path, "generate", *asked).stderr
-    done = headprof(tmp_path, "tune", "p.safetensors", "--model", "tiny", "--length", "400", "--budgets", "16")
+    options = ("--length", "400", "--budgets", "16", "--no-refine")
+    done = headprof(tmp_path, "tune", "p.safetensors", "--model", "tiny", *options)
     assert done.returncode == 0 and done.stdout == "p.safetensors\n", done.stderr
     profile = HeadProfile.load(tmp_path / "p.safetensors")
     tuned = Tuned.of(profile.metadata)

@@ -40,9 +40,9 @@ def question_method(model: str | None, profile: Path | None) -> str:
         held = HeadProfile.load(find_profile(model_name(model), profile, model))
     except ProfileError:  # of which the plan tells, once it is asked for one
         return "headkv-r2"
-    if held.refined_rows is not None:
-        return REFINED
-    return TUNED if NOTE in held.metadata else "headkv-r2"
+    if NOTE not in held.metadata:
+        return "headkv-r2"
+    return TUNED if held.refined_rows is None else REFINED
 
 
 def document_method(model: str | None, profile: Path | None, observe: str | None) -> str:

@@ -16,7 +16,7 @@ from headprof.compression.methods.curve_budget import CURVES, curve_scores
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
 from headprof.compression.methods.method import Method
-from headprof.compression.methods.table import find_method, name_of, parse_settings
+from headprof.compression.methods.table import TUNED, find_method, name_of, parse_settings
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -109,7 +109,8 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
     else:
         usual = find_method(name_of(method)).options()
         fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
-    found = {name: value for name, value in profile.tuned.items() if method.has_option(name)}
+    others = set(find_method(TUNED).options()) - set(method.options())  # how other budgets follow scores
+    found = {name: value for name, value in profile.tuned.items() if name not in others}
     return method.with_options(**{**found, **fixed})
 
 
