@@ -138,7 +138,7 @@ def test_losses_are_those_of_caches_with_these_budgets():
     profile = random_profile(loaded.model)
     said = []
     found = refine(loaded, profile, SHORT, lambda done, total: said.append((done, total)))
-    assert said == [(done, 10) for done in range(11)]
+    assert said == [(done, 8) for done in range(9)]
     assert found.budgets == (16, 48) and found.probes == (2, 2) and found.rows.dtype == torch.float32
     torch.testing.assert_close(found.rows.mean(dim=(1, 2)), torch.tensor([16.0, 48.0]))
     asked = ProbeSettings(probes=4, lengths=(600,), needles_per_context=1, seed=3)
@@ -178,7 +178,7 @@ def test_a_profile_says_what_it_brought():
     profile = with_refined_rows(random_profile(loaded.model), loaded, SHORT)
     tuned = Tuned.of(profile.metadata)
     assert tuned.refined.budgets == (16, 48) and tuned.refined.probes == (2, 2) and tuned.refined.length == 600
-    assert [len(row) for row in tuned.refined.losses] == [3, 3]
+    assert [len(row) for row in tuned.refined.losses] == [2, 2]
     noted = json.loads(profile.metadata["tuned"])
     for name, wrong in (
         ("losses", [[1.0]]),

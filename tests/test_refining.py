@@ -117,7 +117,7 @@ def test_losses_are_those_of_caches_with_these_budgets():
     asked = ProbeSettings(probes=9, lengths=(600,), needles_per_context=None, seed=3)
     first, context, *_ = ProbeBuilder(loaded.tokenizer, asked, max_positions=loaded.max_positions)
     for losses, share in zip(found.losses, found.shares, strict=True):
-        assert len(losses) == 3
+        assert len(losses) == 2
         tokens = len(context.context_ids)
         budget = round(share * (tokens - 3)) + 3
         plan = make_plan(loaded.model, profile, method="learned-kvzip", budget=budget, buffer=None)
@@ -126,22 +126,35 @@ def test_losses_are_those_of_caches_with_these_budgets():
     assert found.probes == (len(first.probes), len(context.probes)) == (2, 2)
 
 
-def test_what_does_best_on_other_probes_is_kept(monkeypatch):
+def test_budgets_are_moved_where_that_helps_on_other_probes(monkeypatch):
     loaded = load_tiny()
     profile = random_profile(loaded.model)
     said = []
     found = refine(loaded, profile, SHORT, lambda done, total: said.append((done, total)))
-    assert said[0] == (0, 3 * len(found.shares)) and said[-1] == (3 * len(found.shares),) * 2
-    losses = iter([3.0, 2.0, 4.0] * len(found.shares))
+    assert said == [(done, 2 * len(found.shares)) for done in range(2 * len(found.shares) + 1)]
+    losses = iter([3.0, 2.0] * len(found.shares))
     monkeypatch.setattr(moving, "mean_loss", lambda *_: next(losses))
-    second = refine(loaded, profile, SHORT)
-    assert all(row == (3.0, 2.0, 4.0) for row in second.losses)
+    better = refine(loaded, profile, SHORT)
+    assert all(row == (3.0, 2.0) for row in better.losses)
     monkeypatch.setattr(moving, "mean_loss", lambda *_: 1.0)
     same = refine(loaded, profile, SHORT)
     for number in range(len(same.shares)):
         start = profile.reconstruction[number].double()
         torch.testing.assert_close(same.heads[number], start / start.sum())
-        assert not torch.allclose(second.heads[number], same.heads[number])
+        assert not torch.allclose(better.heads[number], same.heads[number])
+
+
+def test_rounds_are_averaged(monkeypatch):
+    """Two rounds that differ are met in the middle, geometrically."""
+    rounds = iter([torch.tensor([[0.1, 0.9]]).double(), torch.tensor([[0.4, 0.6]]).double()])
+    monkeypatch.setattr(moving, "moved", lambda *_: next(rounds))
+    monkeypatch.setattr(moving, "worth_of", lambda *_: torch.zeros(1, 2))
+    losses = iter([1.0, 0.5])
+    monkeypatch.setattr(moving, "mean_loss", lambda *_: next(losses))
+    found, lost = moving.Mover(None, [None], [], (0.5, 0.5)).move(torch.full((1, 2), 0.5).double(), lambda *_: None)
+    assert lost == (1.0, 0.5)
+    wanted = torch.tensor([[(0.1 * 0.4) ** 0.5, (0.9 * 0.6) ** 0.5]]).double()
+    torch.testing.assert_close(found, wanted / wanted.sum())
 
 
 def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
@@ -155,7 +168,7 @@ def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     profile = HeadProfile.load(tmp_path / "p.safetensors")
     noted = json.loads(profile.metadata["reconstruction"])
-    assert len(noted["refine_losses"][0]) == 3 and noted["mix_probes"] == 1
+    assert len(noted["refine_losses"][0]) == 2 and noted["mix_probes"] == 1
     told = " ".join(headprof(tmp_path, "profile", "show", "p.safetensors").stdout.split())
     before, after = noted["refine_losses"][0][0], min(noted["refine_losses"][0])
     assert f"budgets refined what is lost from {before:.3g} to {after:.3g}" in told

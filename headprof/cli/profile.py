@@ -171,7 +171,8 @@ def export(
     path = locate_profile(profile)
     given = None if names_file(profile) else profile
     check_outputs({output: FORMAT if output.suffix == ".safetensors" else None}, [path])
-    export_profile(path, output, which, given)
+    if lost := export_profile(path, output, which, given):
+        terminal.remark(f"A {output.suffix} file does not hold the profile's {', '.join(lost)}: a .safetensors does.")
     terminal.result(str(output))
 
 

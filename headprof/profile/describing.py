@@ -71,10 +71,17 @@ def _summary(profile: HeadProfile) -> dict[str, Any]:
         "kinds": list(profile.kinds),
         "probes_used": dict(profile.probes_used),
         "learned_budgets": profile.shares_together,
+        "refined_budgets": _budgets(profile),
         "influence_curves": {situation: curves.points for situation, curves in profile.curves.items()},
         "date": profile.metadata.get("date"),
         "source": profile.metadata.get("source"),
     }
+
+
+def _budgets(profile: HeadProfile) -> list[float]:
+    """At which budgets there are refined ones, tokens per KV head."""
+    rows = profile.refined_rows
+    return [] if rows is None else [round(budget, 3) for budget in rows.double().mean(dim=(1, 2)).tolist()]
 
 
 def _head(profile: HeadProfile, kind: str, layer: int, head: int, score: float) -> dict[str, Any]:

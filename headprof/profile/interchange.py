@@ -16,6 +16,7 @@ from headprof.profile.imported_scores import ImportedScores, to_profile
 from headprof.profile.kinds import PROBE_KINDS
 from headprof.profile.papers_json import write_papers_json
 from headprof.profile.published.forms import CSV, FORMS, PAPERS, check_form, is_published, recognised
+from headprof.profile.tuned import NOTE
 from headprof.utils.files import atomic_write
 from headprof.utils.run_record import today
 
@@ -221,7 +222,7 @@ def _taken_as(source: Source) -> tuple[str, ...]:
     return (f"Its scores are taken as {source.kinds[0]} scores, unless --as says otherwise.",)
 
 
-def export_profile(path: str | Path, target: Path, which: str | None = None, given: str | None = None) -> None:
+def export_profile(path: str | Path, target: Path, which: str | None = None, given: str | None = None) -> list[str]:
     """Write the profile at `path` in the format that the suffix of `target` names: .json, .csv or .safetensors.
 
     The papers' JSON holds one kind of score and nothing else, CSV both with their errors and intervals; a
@@ -232,6 +233,9 @@ def export_profile(path: str | Path, target: Path, which: str | None = None, giv
         target: the file to write.
         which: kind of score for JSON; may be left out where the profile holds one.
         given: how the user named the model, for commands in messages.
+
+    Returns:
+        What methods go by and a file of this format does not hold, in words.
 
     Raises:
         UsageError: `target` is a folder or of another suffix, or `which` is missing, unknown or not for this format.
@@ -257,3 +261,16 @@ def export_profile(path: str | Path, target: Path, which: str | None = None, giv
         )
     else:
         write_papers_json(target, profile.scores_of(which or profile.kinds[0]))
+    return _left_out(profile, target.suffix)
+
+
+def _left_out(profile: HeadProfile, suffix: str) -> list[str]:
+    if suffix == ".safetensors":
+        return []
+    held = {
+        "learned budgets": profile.kept_shares is not None and suffix != ".csv",
+        "influence curves": bool(profile.curves),
+        "tuned parameters": NOTE in profile.metadata,
+        "refined budgets": profile.refined_rows is not None,
+    }
+    return [name for name, is_held in held.items() if is_held]

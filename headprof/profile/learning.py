@@ -26,8 +26,8 @@ class Learning:
         mixes: weight of HeadKV-R2's budgets in the geometric mean, 0 to 1, at the smallest shares; 0 at the others.
         losses: at each of these shares what was lost with each weight that was tried, from 0 to 1, nats a token.
         probes: by how many that was measured.
-        refined: at each of the smallest shares what was lost, on other probes, with these budgets and after each round
-            in which they were moved, nats a token; empty where they were not.
+        refined: at each of the smallest shares what was lost, on other probes, with these budgets and with the
+            moved ones, which are kept where that is less, nats a token; empty where none were moved.
     """
 
     texts: int

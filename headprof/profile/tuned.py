@@ -23,14 +23,14 @@ class Refined:
 
     Attributes:
         budgets: tokens per KV head.
-        losses: mean divergence from the full cache on probes that moved nothing, nats a token: of each budget, before
-            and after each round.
-        probes: how many moved budgets, and how many chose among them.
+        losses: mean divergence from the full cache on probes that moved nothing, nats a token: of each budget,
+            before and after; where that is more, budgets are as before.
+        probes: how many moved budgets, and how many saw whether that has helped.
         length: tokens of a prompt.
     """
 
     budgets: tuple[int, ...]
-    losses: tuple[tuple[float, ...], ...]
+    losses: tuple[tuple[float, float], ...]
     probes: tuple[int, int]
     length: int
 
@@ -92,11 +92,11 @@ def _tuned(notes: dict[str, Any]) -> Tuned:
 
 def _refined(notes: dict[str, Any]) -> Refined:
     """Raises one of the errors that `Tuned.of` knows for notes that could not be."""
-    losses = tuple(tuple(row) for row in notes["losses"])
+    losses = tuple((before, after) for before, after in notes["losses"])
     found = Refined(tuple(notes["budgets"]), losses, tuple(notes["probes"]), notes["length"])
     if not all(is_whole(count, 0, _MOST) for count in (*found.budgets, *found.probes, found.length)):
         raise ValueError("it says what cannot be")
-    if len(losses) != len(found.budgets) or len(found.probes) != 2 or not all(losses):
+    if len(losses) != len(found.budgets) or len(found.probes) != 2:
         raise ValueError("losses are not of its budgets")
     if not all(type(loss) in (int, float) and 0 <= loss < float("inf") for row in losses for loss in row):
         raise ValueError("a loss is none")

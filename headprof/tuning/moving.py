@@ -7,7 +7,8 @@ budgets a further row is worth as much in every head, so that a head's rows are 
 share of themselves is worth; each round moves budgets towards that. Heads that stand in for one another are seen as
 they are at these budgets, not as they would be if each were cut alone.
 
-The budgets that do best on probes that moved none of them are kept. Shapes: `L` layers, `K` KV heads, `T` rows of a
+What single rounds come to differs by chance, so that their geometric mean is taken; and it is kept if it does better
+than the budgets before on probes that moved none. Shapes: `L` layers, `K` KV heads, `T` rows of a
 prompt, `N` tokens of an answer.
 """
 
@@ -94,14 +95,14 @@ class ReadPrompt:
 
 
 class Mover:
-    """Moves budgets by some prompts, and chooses among them by others.
+    """Moves budgets by some prompts, and by others sees whether that has helped.
 
     Args:
         hider: the model, within `hiding`.
         moving: by which budgets are moved.
-        checking: by which the best of all rounds is chosen.
+        checking: by which it is seen whether moved budgets are better.
         steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
-        on_round: called after each round, and after the last budgets are checked.
+        on_round: called after each round.
     """
 
     def __init__(
@@ -117,11 +118,11 @@ class Mover:
 
     @property
     def asked(self) -> tuple[int, int]:
-        """How many answers move budgets, and how many choose among them."""
+        """How many answers move budgets, and how many see whether that has helped."""
         moving, checking = (sum(len(each.answers) for each in part) for part in (self._moving, self._checking))
         return moving, checking
 
-    def move(self, start: Tensor, allot: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, tuple[float, ...]]:
+    def move(self, start: Tensor, allot: Callable[[Tensor, int], Tensor]) -> tuple[Tensor, tuple[float, float]]:
         """Move budgets, round by round.
 
         Args:
@@ -129,18 +130,23 @@ class Mover:
             allot: from such shares and the tokens of a prompt, rows of each head, int64 `[L, K]`.
 
         Returns:
-            The best shares, and the mean loss on the prompts that moved none of them, with those of before and after
-            each round.
+            Shares that lose less, or those to begin with; and the mean loss of these and of the moved ones on the
+            prompts that moved nothing, nats a token.
         """
-        tried, lost = [start], []
-        for step in (*self._steps, None):
-            shares = tried[-1]
-            lost.append(mean_loss(self._hider, self._checking, partial(allot, shares)))
-            if step is not None:
-                worth = [worth_of(self._hider, each, allot(shares, each.tokens)) for each in self._moving]
-                tried.append(moved(shares, torch.stack(worth).mean(dim=0), step))
+        shares, rounds = start, []
+        for step in self._steps:
+            worth = [worth_of(self._hider, each, allot(shares, each.tokens)) for each in self._moving]
+            shares = moved(shares, torch.stack(worth).mean(dim=0), step)
+            rounds.append(shares)
             self._on_round()
-        return tried[lost.index(min(lost))], tuple(lost)
+        middle = _middle(rounds)
+        before, after = (mean_loss(self._hider, self._checking, partial(allot, each)) for each in (start, middle))
+        return middle if after < before else start, (before, after)
+
+
+def _middle(shares: Sequence[Tensor]) -> Tensor:
+    """The geometric mean of several heads' shares of a budget, float64 `[L, K]`, of which the sum is one."""
+    return normalized(torch.stack([each.clamp(min=1e-12).log() for each in shares]).mean(dim=0).exp())
 
 
 def moved(shares: Tensor, worth: Tensor, step: float) -> Tensor:

@@ -37,7 +37,7 @@ class RefineSettings:
 
     Attributes:
         contexts: documents by whose questions they are moved.
-        checks: further documents, by whose questions the best of all rounds is chosen.
+        checks: further documents, by whose questions it is seen whether that has helped.
         steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
         length: tokens of a document.
         seed: of the probes.
@@ -58,13 +58,13 @@ class Refining:
         shares: of all tokens, `S`.
         heads: what share of its tokens each head keeps at these, float64 `[S, L, K]`; only proportions matter.
         losses: mean divergence from the full cache on the probes that moved nothing, nats a token: of each share, with
-            the budgets of before and after each round.
-        probes: how many moved budgets, and how many chose among them.
+            the budgets before and the moved ones, which are kept only if they lose less.
+        probes: how many moved budgets, and how many saw whether that has helped.
     """
 
     shares: tuple[float, ...]
     heads: Tensor
-    losses: tuple[tuple[float, ...], ...]
+    losses: tuple[tuple[float, float], ...]
     probes: tuple[int, int]
 
     def notes(self) -> dict[str, object]:
@@ -94,7 +94,7 @@ def refine(
     """
     kept = profile.reconstruction.double()
     shares = [share for share in kept.mean(dim=(1, 2)).tolist() if share < LARGEST]
-    total, done = len(shares) * (len(settings.steps) + 1), 0
+    total, done = len(shares) * len(settings.steps), 0
     on_round(0, total)
 
     def told() -> None:

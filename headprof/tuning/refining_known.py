@@ -40,7 +40,7 @@ class RefineSettings:
     Attributes:
         budgets: tokens per KV head, ascending.
         probes: prompts by which they are moved.
-        checks: further prompts, by which the best of all rounds is chosen.
+        checks: further prompts, by which it is seen whether that has helped.
         steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
         length: tokens of a prompt.
         seed: of the probes.
@@ -62,13 +62,13 @@ class Refining:
         budgets: tokens per KV head, `S`.
         rows: of each head at these, float32 `[S, L, K]`; only proportions matter, beside the tokens always kept.
         losses: mean divergence from the full cache on the prompts that moved nothing, nats a token: of each budget,
-            before and after each round.
-        probes: how many moved budgets, and how many chose among them.
+            before and of the moved ones, which are kept only if they lose less.
+        probes: how many moved budgets, and how many saw whether that has helped.
     """
 
     budgets: tuple[int, ...]
     rows: Tensor
-    losses: tuple[tuple[float, ...], ...]
+    losses: tuple[tuple[float, float], ...]
     probes: tuple[int, int]
 
 
@@ -99,7 +99,7 @@ def refine(
             f"{method.always_kept} that every head keeps and the {settings.length} of a prompt nothing is to be chosen."
         )
     exams = Exams(loaded, JUDGES["known"], _asked(settings))
-    done, total = 0, len(exams) + len(budgets) * (len(settings.steps) + 1)
+    done, total = 0, len(exams) + len(budgets) * len(settings.steps)
 
     def told() -> None:
         nonlocal done
@@ -130,7 +130,7 @@ def with_refined_rows(
     found = refine(loaded, profile, settings, on_round)
     tuned = Tuned.of(profile.metadata)
     assert tuned is not None  # or `refine` would have refused
-    losses = tuple(tuple(round(loss, 5) for loss in row) for row in found.losses)
+    losses = tuple((round(before, 5), round(after, 5)) for before, after in found.losses)
     noted = Refined(found.budgets, losses, found.probes, settings.length)
     return replace(
         profile,
