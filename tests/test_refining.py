@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,9 @@ def test_rounds_are_averaged(monkeypatch):
     monkeypatch.setattr(moving, "worth_of", lambda *_: torch.zeros(1, 2))
     losses = iter([1.0, 0.5])
     monkeypatch.setattr(moving, "mean_loss", lambda *_: next(losses))
-    found, lost = moving.Mover(None, [None], [], (0.5, 0.5)).move(torch.full((1, 2), 0.5).double(), lambda *_: None)
+    found, lost = moving.Mover(None, [SimpleNamespace(tokens=9)], [], (0.5, 0.5)).move(
+        torch.full((1, 2), 0.5).double(), lambda *_: None
+    )
     assert lost == (1.0, 0.5)
     wanted = torch.tensor([[(0.1 * 0.4) ** 0.5, (0.9 * 0.6) ** 0.5]]).double()
     torch.testing.assert_close(found, wanted / wanted.sum())
