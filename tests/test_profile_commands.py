@@ -348,6 +348,7 @@ def test_profiles_are_listed_in_the_order_of_search(work, monkeypatch, headprof)
         "kinds": ["reasoning"],
         "probes_used": {"reasoning": 40},
         "learned_budgets": [],
+        "refined_budgets": [],
         "influence_curves": {},
         "date": None,
         "source": "a [paper]",

@@ -169,6 +169,7 @@ def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
     options = ("--model", "tiny", "--texts", "1", "--text-lengths", "320", "--add-to", "p.safetensors")
     done = headprof(tmp_path, "score", "--reconstruction", "--refine", *options)
     assert done.returncode == 0, done.stderr
+    assert "not refined refined" in " ".join(done.stderr.split())
     profile = HeadProfile.load(tmp_path / "p.safetensors")
     noted = json.loads(profile.metadata["reconstruction"])
     assert len(noted["refine_losses"][0]) == 2 and noted["mix_probes"] == 1

@@ -84,10 +84,22 @@ def learned_budgets(profile: HeadProfile) -> tuple[list[str], Rows, str] | None:
         if learning.losses:
             row += [f"{loss:.3g}" for loss in (min(tried), tried[0], tried[-1])] if tried else ["-"] * 3
         rows.append(row)
+    if learning.refined:
+        columns, rows = (
+            [*columns, "not refined", "refined"],
+            [[*row, *_refining(learning, at)] for at, row in enumerate(rows)],
+        )
     if not learning.losses:
         return columns, rows, "Learned budgets, mixed with no others"
-    columns += ["lost, nats a token", "without mixing", "headkv-r2 alone"]
+    columns[2:2] = ["lost, nats a token", "without mixing", "headkv-r2 alone"]
     return columns, rows, f"Learned budgets, mixed with headkv-r2's by what was lost on {learning.probes} probes"
+
+
+def _refining(learning: Learning, number: int) -> list[str]:
+    """What was lost at a share on probes that moved nothing, before budgets were moved and after."""
+    if number >= len(learning.refined):
+        return ["-", "-"]
+    return [f"{learning.refined[number][0]:.3g}", f"{learning.refined[number][-1]:.3g}"]
 
 
 def family_accuracy(profile: HeadProfile) -> tuple[list[str], Rows]:
