@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.profiles import random_profile
+from support.profiles import random_curves, random_profile
 from support.tiny_models import load_tiny
 
 from headprof.cli.tables import validate as tables
@@ -27,7 +27,14 @@ from headprof.validation.findings import Findings, check_profile
 from headprof.validation.head_drops import HeadDrops
 from headprof.validation.head_sets import NOTHING, CheckedScores, checked_scores, choose_sets
 from headprof.validation.settings import ValidationSettings
-from headprof.validation.side_by_side import Yardstick, drop_yardsticks, rank_agreement, side_by_side, top_loss
+from headprof.validation.side_by_side import (
+    Yardstick,
+    curve_yardsticks,
+    drop_yardsticks,
+    rank_agreement,
+    side_by_side,
+    top_loss,
+)
 from headprof.validation.verdict import own_verdicts
 
 SHAPE = HeadShape("M", 4, 6, 2, 16, 100)
@@ -107,6 +114,17 @@ def test_a_yardstick_of_kv_heads_takes_the_best_score_of_each_group():
     assert (found.spearman, found.top, found.overlap) == (pytest.approx(1), 4, 1)
 
 
+def test_curves_are_yardsticks_without_intervals():
+    shape = HeadShape("M", 4, 6, 3, 8, 100)
+    curves = {"known": random_curves(shape, 1), "unknown": random_curves(shape, 2)}
+    first, second = curve_yardsticks(curves)
+    assert (first.name, second.name) == ("curves (known)", "curves (unknown)")
+    torch.testing.assert_close(second.worth, curves["unknown"].losses.mean(dim=-1))
+    values = first.worth.repeat_interleave(2, dim=1)
+    found = rank_agreement(scores_of(values), first)
+    assert (found.spearman, found.low, found.high, found.overlap) == (pytest.approx(1), None, None, 1)
+
+
 def result_of(kinds=KINDS, asked=PROBE_KINDS, contexts=6, others=None, seed=3) -> Validation:
     """Made-up answers to two probes of each kind a context, fewer of them right the more top heads are silent."""
     generator = torch.Generator().manual_seed(seed)
@@ -178,15 +196,18 @@ def test_scores_of_another_profile_are_shown_and_not_judged():
     assert Findings(result).compared.names == ["retrieval", "write of theirs"]
 
 
-def test_the_table_has_a_row_for_each_score():
+def test_the_tables_have_a_row_for_each_score():
     result = result_of()
-    columns, rows, title = tables.side_by_side(Findings(result, drops_of(result)).compared)
-    assert columns[:3] == ["scores", "retrieval points", "reasoning points"]
-    assert columns[3:] == ["retrieval drops: rank", "shared", "reasoning drops: rank", "shared"]
+    found = Findings(result, drops_of(result)).compared
+    columns, rows, title = tables.side_by_side(found)
+    assert columns == ["scores", "retrieval points", "reasoning points"] and "top 2 silent" in title
     assert [row[0] for row in rows] == list(KINDS) and all(len(row) == len(columns) for row in rows)
-    assert "top 2 silent" in title and "rank correlation" in title
-    short = tables.side_by_side(Findings(result).compared)
-    assert short[0] == columns[:3] and "rank" not in short[2]
+    columns, rows, _ = tables.agreements(found)
+    assert [row[:2] for row in rows] == [[f"{probes} drops", kind] for probes in PROBE_KINDS for kind in KINDS]
+    assert all(len(row) == len(columns) for row in rows) and rows[0][2].startswith(
+        f"{found.agreements[0].spearman:.2f}"
+    )
+    assert tables.agreements(Findings(result).compared) is None
 
 
 def test_the_table_of_answers_shows_the_top_of_every_score():
@@ -241,5 +262,9 @@ def test_a_check_of_all_kinds_beside_another_profile(monkeypatch):
     assert {probe.kind for probe in found.result.probes} == {"retrieval"}
     assert {probe.family for probe in found.result.probes} <= {family.name for family in load_nonliteral()}
     assert found.compared.names == [*KINDS, *(f"{kind} of other" for kind in KINDS)]
-    assert {each.yardstick for each in found.compared.agreements} == {"retrieval drops"}
+    assert [*dict.fromkeys(each.yardstick for each in found.compared.agreements)] == [
+        "retrieval drops",
+        "curves (known)",
+        "curves (unknown)",
+    ]
     assert len(found.verdicts) == 4 and found.figures()["side_by_side"]["losses"]

@@ -588,7 +588,7 @@ def test_the_command_prints_table_verdict_and_picture(place, monkeypatch):
     lines = made.stdout.splitlines()
     assert lines[0].split()[:2] == ["probes", "silent"]
     assert [line.split(".")[0] for line in lines[-2:]] == ["Retrieval: not confirmed", "Reasoning: not confirmed"]
-    assert [line.split()[0] for line in lines[-4:-2]] == list(PROBE_KINDS) and "rank correlation" in made.stdout
+    assert [line.split()[2] for line in lines[-4:-2]] == list(PROBE_KINDS) and "rank correlation" in made.stdout
     assert made.stderr == "The picture is made.svg.\n" and (place / "made.svg").exists()
     assert len((place / "drops.csv").read_text().splitlines()) == 13
 
@@ -607,4 +607,5 @@ def test_json_holds_every_figure_and_a_confirmed_profile_ends_well(place, monkey
     assert len(figures["points"]) == 2 * 2 * 3 * 4  # with counts of 0, 1, 2 and 5
     assert len(figures["per_head"]["drops"]["reasoning"]) == 3
     pairs = [(each["yardstick"], each["scores"]) for each in figures["side_by_side"]["agreements"]]
-    assert pairs == [(f"{probes} drops", kind) for probes in PROBE_KINDS for kind in PROBE_KINDS]
+    yardsticks = [f"{probes} drops" for probes in PROBE_KINDS] + [f"curves ({each})" for each in ("known", "unknown")]
+    assert pairs == [(yardstick, kind) for yardstick in yardsticks for kind in PROBE_KINDS]

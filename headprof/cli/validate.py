@@ -14,7 +14,7 @@ from headprof.cli.command import command
 from headprof.cli.context import load, load_profile, terminal
 from headprof.cli.options import MOST, MOST_PROBES, Families, JsonFlag, LoadOptions, Model, ProfileFile, Seed, listed
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
-from headprof.cli.tables.validate import side_by_side, validation
+from headprof.cli.tables.validate import agreements, side_by_side, validation
 from headprof.errors import UsageError
 from headprof.utils.units import parse_length
 
@@ -155,5 +155,7 @@ def _show(found: Findings, json: bool) -> None:
         return
     terminal.result_table(*validation(found.result))
     terminal.result_table(*side_by_side(found.compared))
+    if (table := agreements(found.compared)) is not None:
+        terminal.result_table(*table)
     for sentence in found.sentences():
         terminal.result(sentence)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
+from headprof.profile.influence import InfluenceCurves
 from headprof.validation import head_drops, verdict
 from headprof.validation.causal_check import Validation, validate
 from headprof.validation.head_drops import HeadDrops, per_head_drops
 from headprof.validation.settings import ValidationSettings
-from headprof.validation.side_by_side import SideBySide, Yardstick, drop_yardsticks, side_by_side
+from headprof.validation.side_by_side import (
+    SideBySide,
+    Yardstick,
+    curve_yardsticks,
+    drop_yardsticks,
+    side_by_side,
+)
 from headprof.validation.verdict import Verdict, own_verdicts
 
 
@@ -24,10 +31,12 @@ class Findings:
     Attributes:
         result: every answer.
         drops: what each head costs alone; `None` if that was not asked for.
+        curves: the profile's influence curves, by situation.
     """
 
     result: Validation
     drops: HeadDrops | None = None
+    curves: Mapping[str, InfluenceCurves] = field(default_factory=dict)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -42,7 +51,8 @@ class Findings:
     @property
     def yardsticks(self) -> list[Yardstick]:
         """What heads were measured to be worth, which the scores are compared with."""
-        return [] if self.drops is None else drop_yardsticks(self.drops)
+        drops = [] if self.drops is None else drop_yardsticks(self.drops)
+        return drops + curve_yardsticks(self.curves)
 
     @cached_property
     def compared(self) -> SideBySide:
@@ -90,4 +100,4 @@ def check_profile(
         drops = per_head_drops(
             loaded, settings, batch_heads, lambda done, total: on_progress("Silencing single heads", done, total)
         )
-    return Findings(result, drops)
+    return Findings(result, drops, profile.curves)

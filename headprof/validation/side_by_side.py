@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from headprof.profile.influence import InfluenceCurves
 from headprof.utils.bootstrap import bootstrap_interval, cluster_sums, resampled_weights
 from headprof.utils.intervals import t_95
 from headprof.utils.ranks import rank_correlations, spearman, top_overlap
@@ -42,6 +43,14 @@ class Yardstick:
 def drop_yardsticks(drops: HeadDrops) -> list[Yardstick]:
     """What single heads cost, one for each kind of probe."""
     return [Yardstick(f"{kind} drops", *drops.of_kind(kind)) for kind in drops.kinds]
+
+
+def curve_yardsticks(curves: Mapping[str, InfluenceCurves]) -> list[Yardstick]:
+    """What KV heads cost when their rows go, mean over influence curves, by the situation of the question.
+
+    Only the means are known, so that correlations with them have no intervals.
+    """
+    return [Yardstick(f"curves ({situation})", each.area[None], [0]) for situation, each in curves.items()]
 
 
 @dataclass(frozen=True)

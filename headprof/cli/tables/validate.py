@@ -39,25 +39,25 @@ def validation(result: Validation) -> tuple[list[str], Rows]:
 
 
 def side_by_side(found: SideBySide) -> tuple[list[str], Rows, str]:
-    """A row for each kind of score: what its top heads cost, and how alike it ranks heads and what these cost alone.
-
-    In brackets 95 % intervals.
-    """
+    """A row for each kind of score: what its top heads cost; in brackets 95 % intervals."""
     columns, rows = ["scores"], {name: [name] for name in found.names}
     for probes in dict.fromkeys(loss.probes for loss in found.losses):
         columns.append(f"{probes} points")
         for loss in found.losses:
             if loss.probes == probes:
                 rows[loss.scores].append(_points(loss))
-    for yardstick in dict.fromkeys(each.yardstick for each in found.agreements):
-        columns += [f"{yardstick}: rank", "shared"]
-        for each in found.agreements:
-            if each.yardstick == yardstick:
-                rows[each.scores] += [_rank(each), f"{round(each.overlap * each.top)} of {each.top}"]
     title = f"Scores side by side: points lost with the top {found.losses[0].top} silent"
-    if found.agreements:
-        title += "; rank correlation with what single heads cost, and top heads shared"
     return columns, list(rows.values()), title
+
+
+def agreements(found: SideBySide) -> tuple[list[str], Rows, str] | None:
+    """How alike scores and what heads cost alone rank them, in brackets 95 % intervals; `None` if that is unknown."""
+    rows = [
+        [each.yardstick, each.scores, _rank(each), f"{round(each.overlap * each.top)} of {each.top}"]
+        for each in found.agreements
+    ]
+    columns = ["what heads cost", "scores", "rank correlation", "top heads shared"]
+    return (columns, rows, "Scores beside what single heads cost") if rows else None
 
 
 def _points(loss: TopLoss) -> str:
