@@ -123,19 +123,26 @@ class RowReader:
             yield self
 
     @contextmanager
-    def reading(self, rows: Tensor, sink: RowSink, most_bytes: int | None = None) -> Iterator[None]:
+    def reading(
+        self, rows: Tensor, sink: RowSink, *, most_bytes: int | None = None, beside: int = 0
+    ) -> Iterator[None]:
         """Read rows of the forward pass in this context, so that few are held at once.
 
         Args:
             rows: numbers of the queries, from 0, the same in all sequences, int64 `[N]`.
             sink: called for each block of layers, and for each part of its rows where not all fit.
             most_bytes: what a block may take; `None` for `block_bytes`.
+            beside: bytes of that which the sink takes for each layer.
 
         Raises:
             ModelError: the layers do not attend once each, with as many heads as the configuration says.
         """
         place = _as_slice(rows)
-        self._blocks = LayerBlocks(len(rows), lambda layers, most: _hand_on(layers, most, place, sink), most_bytes)
+
+        def work(layers: Sequence[Attended], most: int) -> None:
+            _hand_on(layers, most, place, sink)
+
+        self._blocks = LayerBlocks(len(rows), work, most_bytes, beside)
         self._layers.clear()
         try:
             yield

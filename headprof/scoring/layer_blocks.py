@@ -1,7 +1,8 @@
 """Layers in blocks: what they attended with, held until there is enough for one large operation in place of many small.
 
 A block is a run of layers that are alike. It is as long as `block_bytes` allows, at least one layer, whose rows are then
-taken in parts; so the memory that all of this takes is bounded, but for one layer's keys and values.
+taken in parts that have half of these bytes. So all of this takes no more than `block_bytes`, or, for one layer alone,
+than half of it beside float32 copies of that layer's keys and values and what the sink takes for one.
 
 Shapes: `l` layers of a block, `B` sequences, `H` query heads, `K` KV heads, `D` head dimension, `S` tokens fed, `T`
 tokens seen, `N` rows wanted.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from headprof.utils.memory import free_bytes
 
-_ON_CPU = 1 << 25
+_ON_CPU = 1 << 26
 _ELSEWHERE = 1 << 31
 _FREE_SHARE = 0.25
 
@@ -26,7 +27,7 @@ _FREE_SHARE = 0.25
 def block_bytes(device: torch.device) -> int:
     """Most bytes that one block takes beside what the pass holds anyway.
 
-    On a CPU 32 MiB: larger operations are no faster there, and leave its caches. On other devices 2 GiB, or a quarter
+    On a CPU 64 MiB, since larger operations are no faster there. On other devices 2 GiB, or a quarter
     of what is free if that is less.
     """
     return _ON_CPU if device.type == "cpu" else min(_ELSEWHERE, int(_FREE_SHARE * free_bytes(device)))
@@ -105,17 +106,24 @@ class LayerBlocks:
         count: `N`, the rows that will be made of each layer.
         work: takes the layers of a block, and how many of the rows may be made at once.
         most_bytes: of a block; `None` for `block_bytes`.
+        beside: bytes that `work` takes for each layer beside its rows, its keys and its values.
     """
 
-    def __init__(self, count: int, work: Callable[[Sequence[Attended], int], None], most_bytes: int | None = None):
-        self.count, self.work, self.most_bytes = count, work, most_bytes
+    def __init__(
+        self,
+        count: int,
+        work: Callable[[Sequence[Attended], int], None],
+        most_bytes: int | None = None,
+        beside: int = 0,
+    ):
+        self.count, self.work, self.most_bytes, self.beside = count, work, most_bytes, beside
         self._waiting: list[Attended] = []
 
     def take(self, layer: Attended) -> None:
         """Take a layer, the next one; the blocks before it may be worked at now."""
         if self.most_bytes is None:
             self.most_bytes = block_bytes(layer.query.device)
-        size = layer.held_bytes() + self.count * layer.row_bytes()
+        size = self.beside + layer.held_bytes() + self.count * layer.row_bytes()
         if self._waiting and (
             not layer.joins(self._waiting[-1]) or (len(self._waiting) + 1) * size > self.most_bytes
         ):
@@ -127,8 +135,9 @@ class LayerBlocks:
         layers, self._waiting = self._waiting, []
         if layers:
             assert self.most_bytes is not None
-            room = self.most_bytes // len(layers) - layers[0].held_bytes()
-            self.work(layers, max(1, min(self.count, room // layers[0].row_bytes())))
+            room = self.most_bytes // len(layers) - layers[0].held_bytes() - self.beside
+            most = max(room, self.most_bytes // 2 if len(layers) == 1 else 0) // layers[0].row_bytes()
+            self.work(layers, max(1, min(self.count, most)))
 
 
 def in_parts(count: int, most: int) -> Iterator[slice]:

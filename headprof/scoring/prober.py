@@ -154,7 +154,8 @@ class Prober:
             (self.shape.num_layers, self.shape.num_heads),
             path if isinstance(path, WritePath) else None,
         )
-        with self._reader.reading(packed.rows, scores.take), scores.reading():
+        beside = path.bytes_per_layer() if isinstance(path, WritePath) else 0
+        with self._reader.reading(packed.rows, scores.take, beside=beside), scores.reading():
             logits = self._context.feed(packed)
         found = scores.results(logits, self._context.peak)
         require_finite(found.peaks, logits.dtype)

@@ -85,9 +85,8 @@ class RowScores:
         path: WritePath | None,
     ):
         self._answers, self._first_kind, device = answers, packed.first_kind, tokens.device
-        shape = (len(lengths), len(packed.rows))
-        spans, needles, said, context = _of_rows(answers, shape, lengths).to(device, non_blocking=True).split((2, 2, 1, 1))
-        self._said = said[0]
+        table = _of_rows(answers, len(packed.rows), lengths).to(device, non_blocking=True)
+        spans, needles, self._said, context, *self._shares = table[:2], table[2:4], *table[4:]
         places = torch.arange(tokens.shape[1], device=device)
         self._in_span = (places >= spans[0, ..., None]) & (places < spans[1, ..., None])  # [B, N, T]
         first = slice(0, self._first_kind)
@@ -96,10 +95,10 @@ class RowScores:
         self._most = max(sizes, default=0)
         ranks = torch.arange(self._most, device=device)
         self._ranked = (ranks < (spans[1] - spans[0])[:, self._first_kind :, None]).float()  # [B, n, most]
-        self._found = torch.zeros(grid[0], shape[0], grid[1], shape[1], device=device)
+        self._found = torch.zeros(grid[0], len(lengths), grid[1], len(packed.rows), device=device)
         self._meter = None
         if path is not None:
-            weights = contrast_weights((needles[0], needles[1]), context[0], tokens.shape[1])
+            weights = contrast_weights((needles[0], needles[1]), context, tokens.shape[1])
             self._meter = WriteMeter(path, grid[1], packed.rows, self._said, weights)
 
     def take(self, block: RowBlock) -> None:
@@ -135,10 +134,11 @@ class RowScores:
             logits: of the rows, `[B, N, vocabulary]`.
             peak: the largest logit of what was read before.
         """
-        by_score, by_row = self._shares(self._found.device)
-        tables = [_summed(self._found, by_score)]
+        owners, span, count = (each.flatten()[:, None] for each in self._shares)
+        own = (owners == torch.arange(len(self._answers), device=owners.device)).float()  # [B * N, P]
+        tables = [_summed(self._found, own / span)]
         if self._meter is not None:
-            tables.append(_summed(self._meter.of_rows(), by_row))
+            tables.append(_summed(self._meter.of_rows(), own / count))
         right = logits.argmax(dim=-1) == self._said.to(logits.device)
         parts = [*tables, right, logits.amax(), peak]
         flat = torch.cat([part.to(tables[0].device, torch.float32).flatten() for part in parts]).cpu()
@@ -147,18 +147,6 @@ class RowScores:
         rights = hits.view(right.shape).bool().tolist()
         chosen = [rights[each.context][each.columns] for each in self._answers]
         return FoundScores(scores, writes[0] if writes else None, chosen, flat[-2:])
-
-    def _shares(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """How much of each row is each probe's: of its score, and of a mean over its rows, `[B * N, P]` each."""
-        contexts, rows = self._said.shape
-        shares = torch.zeros(2, contexts, rows, len(self._answers))
-        for number, each in enumerate(self._answers):
-            span = each.probe.answer_span[1] - each.probe.answer_span[0]
-            by = len(each.said) if each.probe.kind == FIRST_KIND else span
-            shares[0, each.context, each.columns, number] = 1 / by
-            shares[1, each.context, each.columns, number] = 1 / len(each.said)
-        by_score, by_row = shares.flatten(1, 2).to(device, non_blocking=True)
-        return by_score, by_row
 
 
 def _looked_up(table: Tensor, places: Tensor) -> Tensor:
@@ -172,16 +160,18 @@ def _summed(of_rows: Tensor, shares: Tensor) -> Tensor:
     return (of_rows.transpose(1, 2).flatten(2) @ shares).permute(2, 0, 1)
 
 
-def _of_rows(answers: Sequence[Answer], shape: tuple[int, int], lengths: Sequence[int]) -> Tensor:
-    """Of each row: first and end of its answer's span, and of the needle; the token said; the context's length.
+def _of_rows(answers: Sequence[Answer], rows: int, lengths: Sequence[int]) -> Tensor:
+    """What is to be known of each row, int64 `[9, B, N]`, on the host.
 
-    Int64 `[6, B, N]`, on the host. Rows that only fill up have empty spans, and a token that there is not.
+    First and end of its answer's span, and of its needle; the token said; the context's length; the number of its
+    probe; by what the sum of its probe's rows is divided for a score, and for a mean. Rows that only fill up are no
+    probe's: they have empty spans, and a token that there is not.
     """
-    table = torch.zeros(6, *shape, dtype=torch.long)
-    table[4] = -1
-    table[5] = torch.tensor(lengths)[:, None]
-    for each in answers:
-        spans = torch.tensor([*each.probe.answer_span, *each.probe.needle_span])
-        table[:4, each.context, each.columns] = spans[:, None]
-        table[4, each.context, each.columns] = torch.tensor(each.said)
-    return table
+    filling = [[[0, 0, 0, 0, -1, length, -1, 1, 1]] * rows for length in lengths]
+    for number, each in enumerate(answers):
+        span, count = each.probe.answer_span, len(each.said)
+        by = count if each.probe.kind == FIRST_KIND else span[1] - span[0]
+        filling[each.context][each.columns] = [
+            [*span, *each.probe.needle_span, token, lengths[each.context], number, by, count] for token in each.said
+        ]
+    return torch.tensor(filling).permute(2, 0, 1)
