@@ -158,7 +158,9 @@ def assert_close(ours, theirs):
 def test_contexts_together_equal_one_by_one(arch, attn):
     """Of different lengths, with different numbers of probes of each kind, and one that is read after them."""
     loaded = load_tiny(arch, attn="eager" if arch == "gemma2" else attn, sliding_window=40)
-    contexts = [builder_for(loaded, pack=pack, length=length).context(1) for pack, length in ((3, 700), (1, 600), (2, 640))]
+    contexts = [
+        builder_for(loaded, pack=pack, length=length).context(1) for pack, length in ((3, 700), (1, 600), (2, 640))
+    ]
     assert len({len(context.context_ids) for context in contexts}) == 3
     with Prober(loaded.model, loaded.shape) as prober:
         together = prober.run_together(contexts)

@@ -121,7 +121,7 @@ class WritePath:
         return torch.einsum("hde,ne->hnd", weights, before.to(weights.device))
 
     def block_directions(self, layers: Sequence[int], directions: Tensor, num_heads: int) -> Tensor:
-        """`head_directions` of several layers on one device for several sequences: of `[B, N, E]`, `[l, B, H, N, D]`."""
+        """`head_directions` of several layers on one device and `B` sequences: `[l, B, H, N, D]` of `[B, N, E]`."""
         paths = [self.layers[layer] for layer in layers]
         weights = stacked_output_weights([path.attention for path in paths], num_heads)
         before = self._before(paths, directions.to(weights.device))

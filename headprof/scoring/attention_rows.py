@@ -123,9 +123,7 @@ class RowReader:
             yield self
 
     @contextmanager
-    def reading(
-        self, rows: Tensor, sink: RowSink, *, most_bytes: int | None = None, beside: int = 0
-    ) -> Iterator[None]:
+    def reading(self, rows: Tensor, sink: RowSink, *, most_bytes: int | None = None, beside: int = 0) -> Iterator[None]:
         """Read rows of the forward pass in this context, so that few are held at once.
 
         Args:

@@ -1,8 +1,8 @@
 """Layers in blocks: what they attended with, held until there is enough for one large operation in place of many small.
 
-A block is a run of layers that are alike. It is as long as `block_bytes` allows, at least one layer, whose rows are then
-taken in parts that have half of these bytes. So all of this takes no more than `block_bytes`, or, for one layer alone,
-than half of it beside float32 copies of that layer's keys and values and what the sink takes for one.
+A block is a run of layers that are alike. It is as long as `block_bytes` allows, at least one layer, whose rows are
+then taken in parts that have half of these bytes. So all of this takes no more than `block_bytes`, or, for one layer
+alone, than half of it beside float32 copies of that layer's keys and values and what is made for one layer.
 
 Shapes: `l` layers of a block, `B` sequences, `H` query heads, `K` KV heads, `D` head dimension, `S` tokens fed, `T`
 tokens seen, `N` rows wanted.
@@ -124,9 +124,7 @@ class LayerBlocks:
         if self.most_bytes is None:
             self.most_bytes = block_bytes(layer.query.device)
         size = self.beside + layer.held_bytes() + self.count * layer.row_bytes()
-        if self._waiting and (
-            not layer.joins(self._waiting[-1]) or (len(self._waiting) + 1) * size > self.most_bytes
-        ):
+        if self._waiting and (not layer.joins(self._waiting[-1]) or (len(self._waiting) + 1) * size > self.most_bytes):
             self.finish()
         self._waiting.append(layer)
 

@@ -1,8 +1,8 @@
 """Many questions about several contexts, laid out for one forward pass.
 
 Every token has the position that it has in its own prompt, and sees its own context and question (`hidden_mask`), so
-tokens may stand in any order: those that predict answers come first, by the kind of what is measured on them, and in the
-same columns for all contexts. What follows can then take the rows of all of them as slices.
+tokens may stand in any order: those that predict answers come first, by the kind of what is measured on them, and in
+the same columns for all contexts. What follows can then take the rows of all of them as slices.
 
 Shapes: `B` contexts, `S` tokens fed for each, `N` of which predict answers, `C` tokens of the longest context.
 """
@@ -71,9 +71,9 @@ def pack(suffixes: Sequence[Sequence[Suffix]], lengths: Sequence[int]) -> Packed
         return _plain(suffixes[0][0], lengths[0])
     fed = [_Fed(each, length) for each, length in zip(suffixes, lengths, strict=True)]
     widths = [max(len(each.parts[part]) for each in fed) for part in range(3)]
-    table = torch.tensor([each.table(widths) for each in fed]).permute(2, 0, 1)  # [3, B, S]
+    ids, positions, segments = torch.tensor([each.table(widths) for each in fed]).unbind(-1)
     columns = tuple(each.columns(widths[0]) for each in fed)
-    return Packed(*table, torch.arange(widths[0] + widths[1]), widths[0], columns)
+    return Packed(ids, positions, segments, torch.arange(widths[0] + widths[1]), widths[0], columns)
 
 
 def _plain(suffix: Suffix, length: int) -> Packed:
@@ -103,7 +103,9 @@ class _Fed:
             self.parts[2].extend(tokens[:rest])
 
     def table(self, widths: Sequence[int]) -> list[_Token]:
-        filled = ([*part, *[self._filling] * (width - len(part))] for part, width in zip(self.parts, widths, strict=True))
+        filled = (
+            [*part, *[self._filling] * (width - len(part))] for part, width in zip(self.parts, widths, strict=True)
+        )
         return list(chain.from_iterable(filled))
 
     def columns(self, first_kind: int) -> tuple[slice, ...]:

@@ -56,7 +56,7 @@ class Passes:
         for length, contexts in by_length.items():
             size = min(self.most[length], -(-len(contexts) // self.processes))
             parts += [contexts[start : start + size] for start in range(0, len(contexts), size)]
-        return sorted(parts)
+        return sorted(parts, key=lambda part: part[0])
 
     def ask(self, contexts: Sequence[int]) -> dict[int, list[ProbeResult]]:
         """The results of each context."""

@@ -59,11 +59,20 @@ class Prober:
             model's arg-max; `"greedy"`: the model answers by itself, and an answer with F1 above 0.5 counts (Fu et al.
             2025 and Wu et al. 2024).
         tokenizer: needed for `"greedy"` only.
+        write_path: as `write_path` gives it, if that is known from before.
     """
 
     max_extra_tokens = 8
 
-    def __init__(self, model: PreTrainedModel, shape: HeadShape, decode: str = "teacher", tokenizer=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: HeadShape,
+        decode: str = "teacher",
+        tokenizer=None,
+        *,
+        write_path: WritePath | str | None = None,
+    ):
         self.model = model
         self.shape = shape
         self.decode = decode
@@ -71,7 +80,7 @@ class Prober:
         self._reader = RowReader(model)
         self._context = SharedContext(model, self._reader.base)
         self._installed = self._reader.installed()
-        self._found: WritePath | str | None = None
+        self._found = write_path
 
     def __enter__(self) -> Prober:
         self._installed.__enter__()

@@ -1,7 +1,7 @@
 """What the attention rows of many probes and many layers say about their heads, by one operation for all of them.
 
-The same as `retrieval_score` and `reasoning_score` of each probe and layer by itself, but that a row has its score here,
-and a probe the sum of its rows' at the end.
+The same as `retrieval_score` and `reasoning_score` of each probe and layer by itself, but that a row has its score
+here, and a probe the sum of its rows' at the end.
 
 Shapes: `L` layers, `l` of them in a block, `B` contexts, `H` query heads, `N` rows of each context, of which those of
 retrieval probes come first, `T` tokens that they see, `P` probes of all contexts.
@@ -22,7 +22,6 @@ from headprof.scoring.attention_rows import RowBlock
 from headprof.scoring.packing import Packed
 from headprof.scoring.write import WriteMeter, contrast_weights
 
-
 FIRST_KIND = "retrieval"
 """Of the probes whose rows come first; the others' are `"reasoning"`."""
 
@@ -37,7 +36,9 @@ class Answer:
     columns: slice
 
 
-def answers_of(packed: Packed, probes: Sequence[Sequence[Probe]], said: Sequence[Sequence[tuple[int, ...]]]) -> list[Answer]:
+def answers_of(
+    packed: Packed, probes: Sequence[Sequence[Probe]], said: Sequence[Sequence[tuple[int, ...]]]
+) -> list[Answer]:
     """The answers of packed suffixes, in order: of each context its probes, and what is said to each."""
     return [
         Answer(probe, number, words, columns)

@@ -92,7 +92,8 @@ class SharedContext:
         No token of a context sees what fills it up, since it stands behind.
         """
         if len(contexts) == 1:
-            return self.fill(contexts[0])
+            self.fill(contexts[0])
+            return
         self.cache, self._ids = DynamicCache(), ()
         self._lengths, self._width = tuple(map(len, contexts)), max(map(len, contexts))
         filled = torch.tensor([[*ids, *[ids[-1]] * (self._width - len(ids))] for ids in contexts])
