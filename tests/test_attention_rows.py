@@ -21,8 +21,13 @@ def eager_rows(model, ids, rows):
 
 
 def keep(seen):
-    """A sink that keeps each layer's only part."""
-    return lambda layer, part, rows, values: seen.__setitem__(layer, rows)
+    """A sink that keeps each layer's rows."""
+
+    def sink(block):
+        for layer, rows in zip(block.layers, block.rows, strict=True):
+            seen[layer] = torch.cat([*([seen[layer]] if layer in seen else []), rows[0]], dim=1)
+
+    return sink
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -36,7 +41,7 @@ def test_rows_equal_eager_attention(arch, num_kv_heads):
     cache = DynamicCache()
     with RowReader(model).installed() as reader:
         model(ids[:, :11], past_key_values=cache)
-        with reader.reading([wanted - 11], keep(seen)):
+        with reader.reading(wanted - 11, keep(seen)):
             model(ids[:, 11:], past_key_values=cache)
     assert sorted(seen) == [0, 1, 2]
     torch.testing.assert_close(torch.stack([seen[layer] for layer in range(3)]), expected, atol=2e-5, rtol=1e-4)
@@ -47,29 +52,59 @@ def test_rows_are_read_only_when_asked_for():
     calls = []
     with RowReader(model).installed() as reader:
         model(torch.arange(5)[None])
-        with reader.reading([torch.tensor([0])], lambda *_: calls.append(1)):
+        with reader.reading(torch.tensor([0]), lambda block: calls.extend(block.layers)):
             model(torch.arange(5)[None])
         model(torch.arange(5)[None])
-    assert len(calls) == 2  # one per layer
+    assert calls == [0, 1]
 
 
-@pytest.mark.parametrize("most_bytes", [1, 4 * 4 * 20 * 3, 1 << 28])
-def test_parts_are_read_in_blocks_and_arrive_whole(monkeypatch, most_bytes):
-    model, ids = tiny_model(layers=2), torch.arange(20)[None]
-    parts = [torch.tensor([3, 4]), torch.tensor([19]), torch.tensor([7, 8, 9, 10])]
-    expected = eager_rows(model, ids, torch.cat(parts))
-    monkeypatch.setattr(capture, "_MOST_BYTES", most_bytes)
-    sizes = []
-    rows = capture.attention_rows
+ROW = 2 * 4 * 4 * 20
+"""Bytes of a row of four heads over 20 tokens, as logits and as attention; keys, values and queries take 10240."""
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "sizes"),
+    [
+        (1, [(1, 1)] * 21),
+        (6 * ROW, [(1, 3), (1, 3), (1, 1)] * 3),
+        (10240 + 7 * ROW, [(1, 7)] * 3),
+        (2 * (10240 + 7 * ROW), [(2, 7), (1, 7)]),
+        (1 << 28, [(3, 7)]),
+    ],
+)
+def test_rows_are_read_in_blocks_and_all_arrive(monkeypatch, most_bytes, sizes):
+    """Layers and rows of each call."""
+    model, ids = tiny_model(layers=3), torch.arange(20)[None]
+    wanted = torch.tensor([3, 4, 19, 7, 8, 9, 10])
+    expected = eager_rows(model, ids, wanted)
+    rows, made, seen = capture.attention_rows, [], {}
     monkeypatch.setattr(
-        capture, "attention_rows", lambda query, *a, **k: sizes.append(query.shape[1]) or rows(query, *a, **k)
+        capture,
+        "attention_rows",
+        lambda query, *a, **k: made.append((query.shape[0], query.shape[3])) or rows(query, *a, **k),
     )
-    seen = {}
-    with RowReader(model).installed() as reader, reader.reading(parts, lambda *at: seen.__setitem__(at[:2], at[2])):
+    with RowReader(model).installed() as reader, reader.reading(wanted, keep(seen), most_bytes=most_bytes):
         model(ids)
-    got = torch.stack([torch.cat([seen[layer, part] for part in range(3)], dim=1) for layer in range(2)])
-    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    assert sizes == {1: [2, 1, 4], 960: [3, 4], 1 << 28: [7]}[most_bytes] * 2
+    torch.testing.assert_close(torch.stack([seen[layer] for layer in range(3)]), expected, atol=2e-5, rtol=1e-4)
+    assert made == sizes
+
+
+def test_layers_that_differ_are_read_apart():
+    """A window in every other layer, without a mask that says so."""
+    model, ids = tiny_model("gemma3", layers=4, attn="sdpa"), random_ids(1, 30, seed=1)
+    layers, seen = [], {}
+    wanted = torch.arange(20, 30)
+
+    def sink(block):
+        layers.extend(block.layers)
+        keep(seen)(block)
+
+    with RowReader(model).installed() as reader, reader.reading(wanted, sink):
+        model(ids)
+    assert layers == [0, 1, 2, 3]
+    torch.testing.assert_close(
+        torch.stack([seen[at] for at in range(4)]), eager_rows(model, ids, wanted), atol=2e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
@@ -92,7 +127,7 @@ def test_mistral_sliding_window_hides_old_tokens():
     model = tiny_model("mistral", sliding_window=8, layers=2)
     ids = random_ids(1, 30, seed=1)
     seen = {}
-    with RowReader(model).installed() as reader, reader.reading([torch.tensor([29])], keep(seen)):
+    with RowReader(model).installed() as reader, reader.reading(torch.tensor([29]), keep(seen)):
         model(ids, past_key_values=DynamicCache())
     assert (seen[0][..., :22] == 0).all() and (seen[0][..., 22:] > 0).all()
     torch.testing.assert_close(seen[1], eager_rows(model, ids, torch.tensor([29]))[1], atol=2e-5, rtol=1e-4)

@@ -466,13 +466,43 @@ def test_mistakes_get_one_sentence(tiny_folder, capsys, arguments, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda(small_shape):
     loaded = random_models.load_random("smollm2-135m", device="cuda", max_positions=4096)
-    request = dataclasses.replace(REQUEST, lengths=(1024, 2048, 4096), stop_after_answer=True)
+    sides = (*SIDES, "together")
+    request = dataclasses.replace(REQUEST, lengths=(1024, 2048, 4096), sides=sides, stop_after_answer=True)
     result = run_score_bench(loaded, request)
+    of_side = {side.side: side for side in result.sides if side.length == 1024}
+    for side in of_side.values():
+        assert side.launches_per_probe > 0 and 0 < side.busy_share < 1.5
+    assert of_side["packed"].reads_per_probe == 1 / 2 and of_side["together"].reads_per_probe == 1 / 8
+    assert of_side["together"].launches_per_probe < of_side["packed"].launches_per_probe
     assert all(not side.failed and side.peak_bytes > 0 for side in result.sides)
     for side in result.sides:
         if side.estimated_bytes is not None:
             assert side.estimated_bytes == pytest.approx(side.peak_bytes, rel=0.6)
     assert memory_slope(result.memory("packed")).lengths == 3
+
+
+def test_contexts_that_share_passes_are_a_side_of_their_own(monkeypatch):
+    """Three contexts by two: their scores are those of our side, and less is issued for a probe."""
+    monkeypatch.setattr(Prober, "most_together", lambda self, length: 2)
+    request = dataclasses.replace(REQUEST, probes=6, sides=("packed", "together"))
+    result = run_score_bench(load_tiny(), request)
+    packed, together = result.sides
+    assert (packed.probes, packed.answered) == (together.probes, together.answered)
+    assert packed.operators_per_probe < 160 and together.operators_per_probe < 0.6 * packed.operators_per_probe
+    assert packed.reads_per_probe is packed.launches_per_probe is packed.busy_share is None  # on a CPU
+    (reasoning,) = (each for each in result.agreements if (each.kind, each.over) == ("reasoning", "all"))
+    assert reasoning.side == "together" and reasoning.probes == (3, 3) and reasoning.spearman > 0.999
+
+
+def test_what_is_issued_is_counted_in_the_first_pass_alone(whole_run):
+    result, _ = whole_run
+    for side in result.sides:
+        assert (side.operators_per_probe is not None) == (side.length == 600)
+    packed, *others = (side.operators_per_probe for side in result.sides[:3])
+    assert all(packed < other / 3 for other in others)
+    columns, rows = tables.scoring(result)
+    assert columns[8:] == ["operators", "launches", "host reads", "busy"]
+    assert rows[0][8:] == [f"{packed:.0f}", "-", "-", "-"] and rows[3][8:] == ["-"] * 4
 
 
 def test_unpacked_shows_what_packing_changes():

@@ -112,6 +112,7 @@ WAITING = {
     "repeat_interleave": lambda: NUMBERS[0].repeat_interleave(NUMBERS[0]),
     "index by a list": lambda: NUMBERS[[0, 1]],
     "index of the host": lambda: NUMBERS[torch.tensor([0, 1])],
+    "copy to the host": lambda: torch.zeros(2, 3).copy_(NUMBERS),
     "upload": lambda: torch.tensor([1, 2], device="cpu"),
     "upload by to": lambda: torch.arange(3).to("cpu"),
 }
@@ -149,6 +150,14 @@ def test_what_was_the_hosts_before_can_be_named():
         scores.max().item()
         scores.to("cpu", non_blocking=True).tolist()
     assert len(watched.waits) == 1  # what has been taken to the device is no longer the host's
+
+
+def test_what_was_read_is_the_hosts():
+    with device_watched() as watched:
+        read = (NUMBERS + 1).cpu()
+        assert (read > 0).all() and read[0].tolist() == [1, 2, 3]
+        NUMBERS.sum().item()
+    assert [each.split(" at ")[0] for each in watched.waits] == ["cpu", "_local_scalar_dense"]
 
 
 def test_operators_are_counted_without_views():

@@ -161,6 +161,6 @@ def test_rows_of_a_layer_that_attends_twice_are_not_read() -> None:
     with (
         RowReader(model).installed() as reader,
         pytest.raises(ModelError, match="attends 2 times in 2 layers, so its heads cannot be scored"),
-        reader.reading([torch.tensor([3])], lambda *_: None),
+        reader.reading(torch.tensor([3]), lambda _: None),
     ):
         model(torch.arange(3, 20)[None], use_cache=False)

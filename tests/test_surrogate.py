@@ -122,7 +122,8 @@ def test_where_no_pairs_can_be_told_keys_count_as_they_are():
 
 @pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gemma3"])
 def test_importance_is_the_largest_entry_of_the_models_own_matrix(arch, monkeypatch):
-    monkeypatch.setattr("headprof.scoring.repetition._MOST_BYTES", 4 * 4 * 90 * 7)  # seven queries at a time
+    seven_queries = 2 * 7 * 2 * 4 * 4 * 90
+    monkeypatch.setattr("headprof.scoring.layer_blocks.block_bytes", lambda device: seven_queries)
     options = {"sliding_window": 24} if arch != "llama" else {}
     model = tiny_model(arch, **options, attn="eager" if arch == "gemma2" else None)
     ids, shape, found = random_ids(1, 90)[0].tolist(), load_tiny(arch).shape, {}

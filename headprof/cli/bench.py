@@ -142,7 +142,11 @@ class SideOptions:
         ),
     ] = None
     sides: Annotated[
-        str, typer.Option(help="What is run, with commas; also unpacked: ours with one needle a context.")
+        str,
+        typer.Option(
+            help="What is run, with commas; also unpacked (ours with one needle a context) and together (ours with "
+            "contexts that share passes)."
+        ),
     ] = "packed,stepwise-fast,stepwise-attentions"
     stop_after_answer: Annotated[
         bool, typer.Option("--stop-after-answer", help="End the papers' decoding where the right answer would end.")

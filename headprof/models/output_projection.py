@@ -5,6 +5,7 @@ Shapes: `H` query heads, `D` head dimension, `E` hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,15 @@ def output_weights(attention: torch.nn.Module, num_heads: int) -> Tensor:
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     units = torch.eye(width, dtype=dtype, device=weight.device)  # an adapter's, or those of quantized weights
     return (projection(units) - projection(torch.zeros_like(units[:1]))).float().unflatten(0, (num_heads, -1))
+
+
+@torch.no_grad()
+def stacked_output_weights(attentions: Sequence[torch.nn.Module], num_heads: int) -> Tensor:
+    """`output_weights` of several layers on one device, float32 `[l, E, H * D]`, by few operations."""
+    projections = [projection_of(each) for each in attentions]
+    if all(type(each) is torch.nn.Linear for each in projections):
+        return torch.stack([each.weight for each in projections]).float()
+    return torch.stack([output_weights(each, num_heads).flatten(0, 1).T for each in attentions])
 
 
 def projected_norms(values: Tensor, weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: `L` layers, `H` query heads, `D` head dimension, `E` hidden size, `N` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from headprof.errors import ModelError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.decoder import decoder_of, find_decoder_layers
-from headprof.models.output_projection import output_weights, projecting_modules, projection_of
+from headprof.models.output_projection import (
+    output_weights,
+    projecting_modules,
+    projection_of,
+    stacked_output_weights,
+)
 from headprof.models.shape import HeadShape
 
 if TYPE_CHECKING:
@@ -49,12 +54,12 @@ class HeldNorm:
     centered: bool
 
     def back(self, directions: Tensor) -> Tensor:
-        """Directions `[N, E]` behind the norm as directions before it, but for its scale."""
+        """Directions `[..., E]` behind the norm as directions before it, but for its scale."""
         weighed = directions * self.weight.to(directions.device)
         return weighed - weighed.mean(dim=-1, keepdim=True) if self.centered else weighed
 
     def scales(self, before: Tensor, after: Tensor) -> Tensor:
-        """The scale of each row, float32 `[N]`, from what the norm was given and what it made of it, `[N, E]`."""
+        """The scale of each row, float32 `[...]`, from what the norm was given and what it made of it, `[..., E]`."""
         shape = self._unscaled(before.float())
         rest = after.float() if self.bias is None else after.float() - self.bias.to(after.device)
         return (shape * rest).sum(dim=-1) / shape.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
@@ -102,7 +107,7 @@ class WritePath:
     factor: float
 
     def directions(self, tokens: Tensor) -> Tensor:
-        """Of each token `[N]` the direction in the residual stream that raises its logit, float32 `[N, E]`.
+        """Of each token `[...]` the direction in the residual stream that raises its logit, float32 `[..., E]`.
 
         The final norm's scale, which differs from position to position, is left out.
         """
@@ -115,19 +120,46 @@ class WritePath:
         weights = output_weights(path.attention, num_heads)
         return torch.einsum("hde,ne->hnd", weights, before.to(weights.device))
 
+    def block_directions(self, layers: Sequence[int], directions: Tensor, num_heads: int) -> Tensor:
+        """`head_directions` of several layers on one device and `B` sequences: `[l, B, H, N, D]` of `[B, N, E]`."""
+        paths = [self.layers[layer] for layer in layers]
+        weights = stacked_output_weights([path.attention for path in paths], num_heads)
+        before = self._before(paths, directions.to(weights.device))
+        made = before.flatten(-3, -2) @ weights  # [l, B * N, H * D]
+        return made.view(len(paths), *directions.shape[:2], num_heads, -1).transpose(2, 3)
+
+    @staticmethod
+    def _before(paths: Sequence[LayerPath], directions: Tensor) -> Tensor:
+        """Directions `[B, N, E]` behind each layer's own norm, `[l, B, N, E]`, or as they are where none has one."""
+        if all(path.norm is None and path.factor == 1 for path in paths):
+            return directions
+        return torch.stack([e.factor * (directions if e.norm is None else e.norm.back(directions)) for e in paths])
+
+    def bytes_per_layer(self) -> int:
+        """What `block_directions` takes for each layer: its weights, as they are and in float32."""
+        weight = next(projection_of(self.layers[0].attention).parameters())
+        return weight.numel() * (weight.itemsize + 4)
+
     @contextmanager
     def reading_scales(self, rows: Tensor) -> Iterator[Callable[[], Tensor]]:
-        """Note the scales of norms at some rows of a forward pass in this context, for one sequence.
+        """Note the scales of norms at some rows of a forward pass in this context.
+
+        Args:
+            rows: of the only sequence `[N]`, or of each, `[B, N]`.
 
         Yields:
-            What gives, after the pass, the product of the scales between a layer's heads and the logits: `[L, N]`.
+            What gives, after the pass, the product of the scales between a layer's heads and the logits, on the device
+            of the final norm: `[L, N]`, or `[L, B, N]`.
         """
         found: dict[nn.Module, Tensor] = {}
 
+        def at_rows(hidden: Tensor) -> Tensor:
+            at = rows.to(hidden.device, non_blocking=True)
+            return hidden[0, at] if at.ndim == 1 else hidden.take_along_dim(at[..., None], dim=1)
+
         def note(norm: HeldNorm) -> Callable:
             def hook(module: nn.Module, given: tuple, kwargs: dict, output: Any) -> None:
-                at = rows.to(output.device)
-                found[module] = norm.scales(_first(given, kwargs)[0, at], output[0, at]).cpu()
+                found[module] = norm.scales(at_rows(_first(given, kwargs)), at_rows(output))
 
             return hook
 
@@ -138,8 +170,10 @@ class WritePath:
 
             def scales() -> Tensor:
                 last = found[self.norm.module]
+                if len(found) == 1:
+                    return last.expand(len(self.layers), *last.shape)
                 return torch.stack(
-                    [last if each.norm is None else last * found[each.norm.module] for each in self.layers]
+                    [last if e.norm is None else last * found[e.norm.module].to(last.device) for e in self.layers]
                 )
 
             yield scales

@@ -186,7 +186,7 @@ class ProbeBuilder:
 
     def _build(self, index: int, needles: list[Needle], depths: list[float], rng: random.Random) -> ProbeContext:
         suffixes = [self._encoder.encode_question(n.question, n.answer_prefix, n.answer) for n in needles]
-        room = self._length(index) - max(len(suffix) for suffix in suffixes)
+        room = self.length(index) - max(len(suffix) for suffix in suffixes)
         if self.group_size > 1:
             rng = self._rng("filler", index // self.group_size)
         texts = [needle.text for needle in needles]
@@ -200,8 +200,8 @@ class ProbeBuilder:
     def _rng(self, *purpose: object) -> random.Random:
         return random.Random(f"{self.settings.seed}/{self.settings.split}/{'/'.join(map(str, purpose))}")
 
-    def _length(self, index: int) -> int:
-        """Lengths take turns over the groups."""
+    def length(self, index: int) -> int:
+        """Tokens of context `index` with a question and its answer, at most: lengths take turns over the groups."""
         return self.settings.lengths[index // self.group_size % len(self.settings.lengths)]
 
     def _start(self, index: int) -> int:

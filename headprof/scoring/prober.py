@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from transformers import PreTrainedModel
 
 from headprof.errors import ModelError
 from headprof.models.decoder import end_tokens
+from headprof.models.loading import require_finite
 from headprof.models.shape import HeadShape
 from headprof.models.write_path import WritePath, find_write_path
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
-from headprof.scoring.estimators import reasoning_score, retrieval_score
-from headprof.scoring.shared_context import SharedContext, teacher_forced
-from headprof.scoring.write import WriteMeter
+from headprof.scoring.packing import Packed, Suffix, pack
+from headprof.scoring.row_scores import FIRST_KIND, FoundScores, RowScores, answers_of
+from headprof.scoring.shared_context import SharedContext
+from headprof.utils.memory import free_bytes
 from headprof.utils.word_overlap import token_f1
+
+_ENOUGH_TOKENS = 1 << 14
+"""Of the contexts in one pass: more would not be read any faster."""
+_FREE_SHARE = 0.5
+_CACHES, _WIDTHS = 2, 8
+"""What a pass takes for each context: so many caches of it, and hidden states so many times as wide, in float32."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,20 @@ class Prober:
             model's arg-max; `"greedy"`: the model answers by itself, and an answer with F1 above 0.5 counts (Fu et al.
             2025 and Wu et al. 2024).
         tokenizer: needed for `"greedy"` only.
+        write_path: as `write_path` gives it, if that is known from before.
     """
 
     max_extra_tokens = 8
 
-    def __init__(self, model: PreTrainedModel, shape: HeadShape, decode: str = "teacher", tokenizer=None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shape: HeadShape,
+        decode: str = "teacher",
+        tokenizer=None,
+        *,
+        write_path: WritePath | str | None = None,
+    ):
         self.model = model
         self.shape = shape
         self.decode = decode
@@ -64,7 +80,7 @@ class Prober:
         self._reader = RowReader(model)
         self._context = SharedContext(model, self._reader.base)
         self._installed = self._reader.installed()
-        self._found: WritePath | str | None = None
+        self._found = write_path
 
     def __enter__(self) -> Prober:
         self._installed.__enter__()
@@ -82,7 +98,20 @@ class Prober:
                 self._found = str(error)
         return self._found
 
-    @torch.inference_mode()
+    def most_together(self, length: int) -> int:
+        """How many contexts of so many tokens `run_together` should be given at once.
+
+        One on a CPU, which gains nothing by more, where the model answers by itself, or where its attention takes no
+        mask; else as many as fill the device (`_ENOUGH_TOKENS`), if they take no more than half of its free memory.
+        """
+        device = self.model.device
+        if device.type == "cpu" or self.decode != "teacher" or not self._context.shares_passes:
+            return 1
+        held = self.shape.cache_bytes_per_token(self.model.dtype.itemsize) * length
+        passing = 4 * length * self.model.config.get_text_config().hidden_size * _WIDTHS
+        fitting = int(_FREE_SHARE * free_bytes(device)) // (_CACHES * held + passing)
+        return max(1, min(_ENOUGH_TOKENS // length, fitting))
+
     def run(self, context: ProbeContext, *, anew: bool = True) -> list[ProbeResult]:
         """Prefill the context once, then ask each of its questions over that cache.
 
@@ -91,45 +120,72 @@ class Prober:
         Raises:
             ModelError: the model's numbers overflow, or its attention cannot be read head by head.
         """
-        self._context.read(context.context_ids, anew=anew)
-        said = [
-            probe.answer_ids if self.decode == "teacher" else self._greedy_answer(probe) for probe in context.probes
-        ]
-        results: list[ProbeResult] = []
-        for part in self._context.together(said):
-            results += self._score(context.context_ids, context.probes[part], said[part])
-        return results
+        with torch.inference_mode():
+            self._context.fill(context.context_ids, anew=anew)
+            said = [self._answer(probe) for probe in context.probes]
+            parts = list(self._context.together(said))
+            found = [self._score([context.context_ids], [context.probes[at]], [said[at]]) for at in parts]
+        return [result for (results,) in found for result in results]
+
+    def run_together(self, contexts: Sequence[ProbeContext]) -> list[list[ProbeResult]]:
+        """`run` of each of several contexts, in one prefill and one pass for all questions; equal up to rounding.
+
+        Raises:
+            ModelError: as `run`.
+        """
+        if len(contexts) == 1 or self.decode != "teacher" or not self._context.shares_passes:
+            return [self.run(context) for context in contexts]
+        with torch.inference_mode():
+            self._context.fill_together([context.context_ids for context in contexts])
+            said = [[probe.answer_ids for probe in context.probes] for context in contexts]
+            ids, probes = zip(*((each.context_ids, each.probes) for each in contexts), strict=True)
+            return self._score(ids, probes, said)
+
+    def _answer(self, probe: Probe) -> tuple[int, ...]:
+        return probe.answer_ids if self.decode == "teacher" else self._greedy_answer(probe)
 
     def _score(
-        self, context_ids: Sequence[int], probes: Sequence[Probe], said: Sequence[Sequence[int]]
-    ) -> list[ProbeResult]:
-        """Score probes in one forward pass over the context's cache."""
-        suffixes, rows = teacher_forced([probe.question_ids for probe in probes], said)
-        token_ids = torch.tensor((*context_ids, *chain.from_iterable(suffixes)), device=self.model.device)
-        scores = torch.zeros(len(probes), self.shape.num_layers, self.shape.num_heads)
+        self,
+        contexts: Sequence[Sequence[int]],
+        probes: Sequence[Sequence[Probe]],
+        said: Sequence[Sequence[tuple[int, ...]]],
+    ) -> list[list[ProbeResult]]:
+        """Score probes of the contexts that are held, in one forward pass over their cache."""
+        lengths = list(map(len, contexts))
+        suffixes = [[_suffix(*each) for each in zip(*of_one, strict=True)] for of_one in zip(probes, said, strict=True)]
+        packed = pack(suffixes, lengths)
         path = self.write_path()
-        meter = None
-        if isinstance(path, WritePath):
-            needles = [probe.needle_span for probe in probes]
-            meter = WriteMeter(path, self.shape.num_heads, needles, said, rows, len(context_ids))
+        scores = RowScores(
+            answers_of(packed, probes, said),
+            packed,
+            self._seen(contexts, packed),
+            lengths,
+            (self.shape.num_layers, self.shape.num_heads),
+            path if isinstance(path, WritePath) else None,
+        )
+        beside = path.bytes_per_layer() if isinstance(path, WritePath) else 0
+        with self._reader.reading(packed.rows, scores.take, beside=beside), scores.reading():
+            logits = self._context.feed(packed)
+        found = scores.results(logits, self._context.peak)
+        require_finite(found.peaks, logits.dtype)
+        results = iter(self._results(found, list(chain.from_iterable(probes)), list(chain.from_iterable(said))))
+        return [list(islice(results, len(each))) for each in probes]
 
-        def score_layer(layer: int, number: int, attention: torch.Tensor, values: torch.Tensor) -> None:
-            scores[number, layer] = _estimate(probes[number], attention, token_ids, said[number])
-            if meter is not None:
-                meter.take(layer, number, attention, values)
+    def _seen(self, contexts: Sequence[Sequence[int]], packed: Packed) -> torch.Tensor:
+        """The tokens that the rows see, `[B, T]`."""
+        width = self._context.width
+        held = torch.tensor([[*ids, *[ids[-1]] * (width - len(ids))] for ids in contexts])
+        return torch.cat([held, packed.ids], dim=1).to(self.model.device, non_blocking=True)
 
-        with self._reader.reading(rows, score_layer), nullcontext() if meter is None else meter.reading():
-            logits = self._context.ask(suffixes, torch.cat(rows))
-        choices = logits.argmax(dim=-1).split([len(answer) for answer in said])
-        writes = [None] * len(probes) if meter is None else meter.scores()
-        return [
-            ProbeResult(probe.kind, probe.family, self._is_answered(probe, answer, chosen.tolist()), each, write)
-            for probe, answer, chosen, each, write in zip(probes, said, choices, scores, writes, strict=True)
-        ]
+    def _results(
+        self, found: FoundScores, probes: Sequence[Probe], said: Sequence[Sequence[int]]
+    ) -> Iterator[ProbeResult]:
+        writes = [None] * len(probes) if found.writes is None else found.writes
+        for probe, answer, right, scores, write in zip(probes, said, found.right, found.scores, writes, strict=True):
+            answered = all(right) if self.decode == "teacher" else self._is_right(probe, answer)
+            yield ProbeResult(probe.kind, probe.family, answered, scores, write)
 
-    def _is_answered(self, probe: Probe, said: Sequence[int], choices: Sequence[int]) -> bool:
-        if self.decode == "teacher":
-            return tuple(choices) == tuple(said)
+    def _is_right(self, probe: Probe, said: Sequence[int]) -> bool:
         return token_f1(self.tokenizer.decode(said, skip_special_tokens=True), probe.answer) > 0.5
 
     def _greedy_answer(self, probe: Probe) -> tuple[int, ...]:
@@ -147,10 +203,6 @@ class Prober:
         return tuple(answer)
 
 
-def _estimate(probe: Probe, rows: torch.Tensor, token_ids: torch.Tensor, said: Sequence[int]) -> torch.Tensor:
-    """Score of each head of a layer on one probe, `[H]`, from the rows `[H, N, T]` that predict what was said."""
-    in_span = torch.zeros(rows.shape[-1], dtype=torch.bool, device=rows.device)
-    in_span[slice(*probe.answer_span)] = True
-    if probe.kind == "reasoning":
-        return reasoning_score(rows, in_span)
-    return retrieval_score(rows, in_span, token_ids.to(rows.device), torch.tensor(said, device=rows.device))
+def _suffix(probe: Probe, said: tuple[int, ...]) -> Suffix:
+    """A question with its answer but for the last token, after which nothing is asked."""
+    return Suffix((*probe.question_ids, *said[:-1]), len(said), 0 if probe.kind == FIRST_KIND else 1)

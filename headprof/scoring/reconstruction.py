@@ -43,12 +43,14 @@ def largest_attention(loaded: LoadedModel, document: Sequence[int], repetition: 
     Raises:
         ModelError: the model's layers do not attend once each, or its numbers overflow.
     """
-    largest = torch.zeros(loaded.shape.num_layers, loaded.shape.num_heads, len(document))
+    of_layers: dict[int, Tensor] = {}
 
     def take(layer: RepeatedLayer) -> None:
-        largest[layer.index] = layer.largest.cpu()
+        of_layers[layer.index] = layer.largest
 
     repeat_document(loaded.model, loaded.shape, document, repetition, take)
+    device = of_layers[0].device
+    largest = torch.stack([of_layers[index].to(device) for index in range(loaded.shape.num_layers)]).cpu()
     if not bool(largest.isfinite().all()):
         raise ModelError(f"The numbers of {loaded.name} overflow in {loaded.dtype}: load it with --dtype float32.")
     return largest

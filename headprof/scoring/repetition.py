@@ -20,9 +20,7 @@ from headprof.errors import ModelError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.shape import HeadShape
 from headprof.scoring.attention_rows import attention_rows, causal_visibility
-
-_MOST_BYTES = 1 << 27
-"""Of attention rows that are held at once."""
+from headprof.scoring.layer_blocks import Attended, LayerBlocks, in_parts, stacked
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def repeat_document(
     repetition: Sequence[int],
     sink: Callable[[RepeatedLayer], None],
 ) -> None:
-    """Run a document and its repetition, and hand each layer to `sink` as soon as it has attended.
+    """Run a document and its repetition, and hand each layer to `sink` once it, or a block of layers, has attended.
 
     Args:
         model: a causal language model that uses Transformers' attention interface.
@@ -68,14 +66,19 @@ def repeat_document(
     """
     count, layers = len(document), Counter[int]()
 
+    def work(block: Sequence[Attended], most: int) -> None:
+        for each, largest in zip(block, _largest(block, count, most), strict=True):
+            sink(RepeatedLayer(each.layer, each.key[0, :, :count], each.value[0, :, :count], largest))
+
+    blocks = LayerBlocks(len(repetition), work)
+
     def wrap(base: AttentionFunction) -> AttentionFunction:
         def attention(module, query, key, value, attention_mask, **kwargs):
             output = base(module, query, key, value, attention_mask, **kwargs)
             if query.shape[1] != shape.num_heads or query.shape[-1] != key.shape[-1]:
                 raise _refused(model)
             layers[module.layer_idx] += 1
-            largest = _largest(query[0], key[0], count, kwargs)
-            sink(RepeatedLayer(module.layer_idx, key[0, :, :count], value[0, :, :count], largest))
+            blocks.take(Attended.of(module.layer_idx, query, key, value, None, kwargs))
             return output
 
         return attention
@@ -84,27 +87,28 @@ def repeat_document(
     ids = torch.tensor([[*document, *repetition]], device=embedding.weight.device)
     with wrapped_attention(model, wrap):
         model(ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        blocks.finish()
     if len(layers) < shape.num_layers or set(layers.values()) != {1}:
         raise _refused(model)
 
 
-def _largest(query: Tensor, key: Tensor, count: int, how: dict) -> Tensor:
-    """The largest attention of queries from `count` on to each of the first `count` keys, float32 `[H, count]`."""
-    scaling, (num_heads, num_tokens, head_dim) = how.get("scaling"), query.shape
-    keys, largest = key.float(), query.new_zeros(num_heads, count, dtype=torch.float32)
-    step = max(1, _MOST_BYTES // (4 * num_heads * num_tokens))
-    for start in range(count, num_tokens, step):
-        stop = min(start + step, num_tokens)
-        positions = torch.arange(start, stop, device=query.device)
+def _largest(block: Sequence[Attended], count: int, most: int) -> Tensor:
+    """The largest attention of queries from `count` on to each of the first `count` keys, float32 `[l, H, count]`."""
+    first = block[0]
+    queries, keys = stacked([each.query[0] for each in block]), stacked([each.key[0] for each in block]).float()
+    sinks = None if first.sinks is None else stacked([each.sinks for each in block if each.sinks is not None])
+    largest = queries.new_zeros(len(block), queries.shape[1], count, dtype=torch.float32)
+    for part in in_parts(queries.shape[2] - count, most):
+        start, stop = part.start + count, part.stop + count
         rows = attention_rows(
-            query[:, start:stop],
-            keys[:, :stop],
-            causal_visibility(positions, stop, how.get("sliding_window")),
-            scaling=head_dim**-0.5 if scaling is None else scaling,
-            softcap=how.get("softcap"),
-            sinks=how.get("s_aux"),
+            queries[:, :, start:stop],
+            keys[:, :, :stop],
+            causal_visibility(torch.arange(start, stop, device=keys.device), stop, first.window),
+            scaling=first.scaling,
+            softcap=first.softcap,
+            sinks=sinks,
         )
-        largest = largest.maximum(rows[..., :count].amax(dim=1))
+        largest = largest.maximum(rows[..., :count].amax(dim=2))
     return largest
 
 

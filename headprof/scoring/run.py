@@ -15,6 +15,7 @@ from headprof.models.loading import LoadedModel
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.averages import MIN_COUNTED, SEED_OF_RESAMPLES, counted_values, make_profile
+from headprof.scoring.passes import Passes
 from headprof.scoring.probe_results import ProbesFile
 from headprof.scoring.prober import Prober, ProbeResult
 from headprof.utils.bootstrap import expected_change
@@ -22,7 +23,7 @@ from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
 
 ROUND = 4
-"""Groups of contexts between two looks at the ranking, and between two meetings of a team."""
+"""Groups of contexts between two looks at the ranking, and, at least, between two meetings of a team."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,14 @@ def score_heads(
     resume: bool = False,
     stop: StopRule | None = None,
     team: Team | None = None,
+    together: int | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     command: str = "",
 ) -> HeadProfile:
     """Score every head of a model on a builder's probes.
 
     The outcome depends on the model and the settings alone, not on interruptions or on how many processes share the
-    work.
+    work; where contexts share passes, as on a GPU, but for rounding.
 
     Args:
         loaded: the model.
@@ -112,7 +114,8 @@ def score_heads(
         resume: begin with what `results_path` holds, if it is there.
         stop: end as soon as the ranking is stable; the builder's probes are the most that are asked.
         team: the processes that share the work; each must call this with the same arguments.
-        on_progress: called after each group of contexts, by process 0.
+        together: contexts of one length that share a forward pass; `None` for `Prober.most_together`.
+        on_progress: called after each pass, by process 0.
         command: written into the profile, so that it says how it was made.
 
     Raises:
@@ -125,7 +128,7 @@ def score_heads(
         raise UsageError(f"There is no way to decode called {decode!r}: choose teacher or greedy.")
     if stop is not None:
         stop.check()
-    run = _Run(loaded, builder, decode, include_failed, stop, team or Team(), on_progress, results_path)
+    run = _Run(loaded, builder, decode, include_failed, stop, team or Team(), together, on_progress, results_path)
     run.kept.start(resume, run.team)
     with run.kept.keeping():  # saved before there is a profile: --resume --include-failed need not run the model again
         contexts = run.work()
@@ -153,11 +156,13 @@ class _Run:
         include_failed: bool,
         stop: StopRule | None,
         team: Team,
+        together: int | None,
         on_progress: Callable[[Progress], None],
         results_path: Path | None,
     ):
         self.loaded, self.builder, self.decode, self.team = loaded, builder, decode, team
         self.include_failed, self.stop, self.on_progress = include_failed, stop, on_progress
+        self.together = together
         file = ProbesFile(results_path) if results_path is not None and team.rank == 0 else None
         self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder.settings, decode), file)
         self.change: dict[str, float] = {}
@@ -172,9 +177,11 @@ class _Run:
         """Ask all probes, or as many as it takes; the contexts whose results count, in order."""
         groups, done = self.builder.groups(), 0
         with Prober(self.loaded.model, self.loaded.shape, self.decode, self.loaded.tokenizer) as prober:
+            passes = Passes.settled(self.builder, prober, self.team, self.together)
+            size = ROUND if self.stop is not None else max(ROUND, passes.enough)
             while done < len(groups) and not self.is_stable:
-                self._round(prober, groups[:done], groups[done : done + ROUND])
-                done = min(done + ROUND, len(groups))
+                self._round(passes, groups[:done], groups[done : done + size])
+                done = min(done + size, len(groups))
                 if self.stop is not None:
                     self.change = self._expected_changes(groups[:done])
                 self._report(groups[:done])
@@ -184,14 +191,14 @@ class _Run:
         """Results of these contexts, in order."""
         return [result for context in contexts for result in self.kept.results[context]]
 
-    def _round(self, prober: Prober, before: Sequence[range], groups: Sequence[range]) -> None:
+    def _round(self, passes: Passes, before: Sequence[range], groups: Sequence[range]) -> None:
         """Ask the probes of `groups`, those that have no results yet, and tell all processes of the outcome."""
         missing = [group for group in groups if not self._has(group)]
         mine: dict[int, list[ProbeResult]] = {}
-        if missing and isinstance(path := prober.write_path(), str):
+        if missing and isinstance(path := passes.prober.write_path(), str):
             self.no_write = path
-        for group in self.team.claim(missing):
-            new = {context: prober.run(self.builder.context(context), anew=context == group.start) for context in group}
+        for contexts in self.team.claim(passes.of(missing)):
+            new = passes.ask(contexts)
             self.kept.add(new)
             mine |= new
             self._report([*before, *filter(self._has, groups)])

@@ -1,4 +1,7 @@
-"""Asking many questions about one context: one prefill, and a short suffix over its cache for each question."""
+"""Asking many questions about one context: one prefill, and a short suffix over its cache for each question.
+
+Several contexts may be read side by side, and asked about in one pass.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from headprof.models.loading import require_finite
 from headprof.models.requirements import require_attention_layers
+from headprof.scoring.packing import Packed, hidden_mask
 
 _LEAST_SHARE = 0.1
 """Of a context; sharing a shorter beginning with the one before is not worth a chunked prefill."""
@@ -40,6 +44,10 @@ class SharedContext:
         self.model = model
         self.cache = DynamicCache()
         self._ids: tuple[int, ...] = ()
+        self._lengths: tuple[int, ...] = ()
+        self._width = 0
+        self.peak = torch.zeros(())
+        """The largest of the last logits of what was read, to be found finite by whoever reads it from the device."""
         config = model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
         self._layer_types = getattr(config, "layer_types", None)
@@ -47,6 +55,11 @@ class SharedContext:
         self._window = window if "sliding_attention" in kinds else None
         self.shares_passes = attention in ("sdpa", "eager", "flash_attention_2") and kinds <= _MASKABLE
         """Whether questions may share one forward pass, each hidden from the others by the mask."""
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest context that is held."""
+        return self._width
 
     def read(self, ids: Sequence[int], *, anew: bool = True) -> None:
         """Make the cache that of the context `ids`.
@@ -58,25 +71,43 @@ class SharedContext:
         Raises:
             ModelError: the model's numbers overflow.
         """
+        self.fill(ids, anew=anew)
+        require_finite(self.peak, self.model.dtype)
+
+    def fill(self, ids: Sequence[int], *, anew: bool = True) -> None:
+        """As `read`, but nothing is read from the device: look at `peak`."""
         shared = 0 if anew else _common_length(self._ids, ids)
         if shared < _LEAST_SHARE * len(ids):
             self.cache, shared = DynamicCache(), 0
         else:
             self._drop(len(self._ids) - shared)
         step = _CHUNK if shared else len(ids)
-        for start in range(shared, len(ids), step):
-            logits = self.extend(ids[start : start + step])
-            require_finite(logits.amax(), logits.dtype)
-        self._ids = tuple(ids)
+        peaks = [self.extend(ids[start : start + step]).amax() for start in range(shared, len(ids), step)]
+        self.peak = peaks[0] if len(peaks) == 1 else torch.stack(peaks).amax()
+        self._ids, self._lengths, self._width = tuple(ids), (len(ids),), len(ids)
+
+    def fill_together(self, contexts: Sequence[Sequence[int]]) -> None:
+        """Make the cache that of several contexts, to be asked about with `feed`; shorter ones are filled up behind.
+
+        No token of a context sees what fills it up, since it stands behind.
+        """
+        if len(contexts) == 1:
+            self.fill(contexts[0])
+            return
+        self.cache, self._ids = DynamicCache(), ()
+        self._lengths, self._width = tuple(map(len, contexts)), max(map(len, contexts))
+        filled = torch.tensor([[*ids, *[ids[-1]] * (self._width - len(ids))] for ids in contexts])
+        batch = filled.to(self.model.device, non_blocking=True)
+        self.peak = self.model(batch, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits.amax()
 
     def extend(self, ids: Sequence[int]) -> torch.Tensor:
         """Feed tokens after what is held; logits of the last, `[vocabulary]`."""
-        batch = torch.tensor([ids], device=self.model.device)
+        batch = torch.tensor([ids]).to(self.model.device, non_blocking=True)
         return self.model(batch, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
     def rewind(self) -> None:
         """Drop what was fed after the context."""
-        self._drop(self.cache.get_seq_length() - len(self._ids))
+        self._drop(self.cache.get_seq_length() - self._width)
 
     def together(self, suffixes: Sequence[Sequence[int]]) -> Iterator[slice]:
         """The suffixes in parts that may share a forward pass: all of them, or one at a time."""
@@ -103,36 +134,40 @@ class SharedContext:
 
     def forward(self, suffixes: Sequence[Sequence[int]], rows: torch.Tensor) -> torch.Tensor:
         """As `ask`, of a model that may make a batch of one sequence, `[B, N, vocabulary]`; the cache keeps it all."""
-        seen = len(self._ids)
-        ids = torch.tensor([list(chain.from_iterable(suffixes))], device=self.model.device)
-        options = {}
-        if len(suffixes) > 1:
-            positions = torch.cat([torch.arange(seen, seen + len(suffix)) for suffix in suffixes])
-            options = {"position_ids": positions[None].to(ids.device), "attention_mask": self._masks(suffixes)}
-        rows = rows.to(ids.device)
+        ids = torch.tensor([list(chain.from_iterable(suffixes))])
+        positions = torch.cat([torch.arange(self._width, self._width + len(suffix)) for suffix in suffixes])[None]
+        segments = torch.cat([torch.full((len(suffix),), at) for at, suffix in enumerate(suffixes, start=1)])[None]
+        return self._feed(ids, positions, segments, rows, plain=len(suffixes) == 1)
+
+    def feed(self, packed: Packed) -> torch.Tensor:
+        """Run packed suffixes of the contexts in one pass; the cache is left as it was.
+
+        Returns:
+            logits of the rows that predict answers, `[B, N, vocabulary]`; nobody has looked whether they are finite.
+        """
+        logits = self._feed(packed.ids, packed.positions, packed.segments, packed.rows, plain=packed.is_plain)
+        self.rewind()
+        return logits
+
+    def _feed(
+        self, ids: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor, rows: torch.Tensor, *, plain: bool
+    ) -> torch.Tensor:
+        device = self.model.device
+        ids, positions, segments = torch.stack([ids, positions, segments]).to(device, non_blocking=True)
+        options = {} if plain else {"position_ids": positions, "attention_mask": self._masks(positions, segments)}
+        rows = rows.to(device, non_blocking=True)
         return self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=rows, **options).logits
 
-    def _masks(self, suffixes: Sequence[Sequence[int]]) -> torch.Tensor | dict[str, torch.Tensor]:
-        """What each suffix's tokens see, added to the logits: `[1, 1, S, seen + S]`, one for each type of layer."""
-        if self._window is None:
-            return self._mask(suffixes, None)
-        if self._layer_types is None:
-            return self._mask(suffixes, self._window)
-        windows = {"full_attention": None, "sliding_attention": self._window}
-        return {kind: self._mask(suffixes, window) for kind, window in windows.items()}
+    def _masks(self, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What each token sees, added to the logits: `[B, 1, S, C + S]`, one for each type of layer."""
+        lengths = torch.tensor(self._lengths).to(positions.device, non_blocking=True)
 
-    def _mask(self, suffixes: Sequence[Sequence[int]], window: int | None) -> torch.Tensor:
-        seen, dtype = len(self._ids), self.model.dtype
-        total = sum(map(len, suffixes))
-        mask = torch.full((total, seen + total), torch.finfo(dtype).min, dtype=dtype)
-        stops = list(accumulate(map(len, suffixes)))
-        for stop, suffix in zip(stops, suffixes, strict=True):
-            own = slice(stop - len(suffix), stop)
-            for row, position in zip(range(own.start, own.stop), range(seen, seen + len(suffix)), strict=True):
-                first = 0 if window is None else max(0, position - window + 1)
-                mask[row, first:seen] = 0
-                mask[row, seen + own.start + max(0, first - seen) : seen + row + 1] = 0
-        return mask[None, None].to(self.model.device)
+        def mask(window: int | None) -> torch.Tensor:
+            return hidden_mask(positions, segments, lengths, self._width, window, self.model.dtype)
+
+        if self._window is None or self._layer_types is None:
+            return mask(self._window)
+        return {kind: mask(self._window if kind == "sliding_attention" else None) for kind in _MASKABLE}
 
     def _drop(self, count: int) -> None:
         if count:

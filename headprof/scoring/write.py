@@ -3,18 +3,20 @@
 After Logit-Contribution Scoring (LOCOS; Gema, Alex and Minervini 2026, arXiv 2607.01002, section 3). The other scores
 say where a head looks; this one, by how much what it fetches there raises the logit of the token to be said.
 
-Shapes: `H` query heads, `K` KV heads, `D` head dimension, `N` answer tokens, `T` tokens that the rows can see.
+Shapes: `L` layers, `B` sequences, `H` query heads, `K` KV heads, `D` head dimension, `N` answer tokens, `T` tokens that
+the rows can see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from headprof.models.write_path import WritePath
+from headprof.scoring.attention_rows import RowBlock
 
 
 def written(rows: Tensor, values: Tensor, directions: Tensor, weights: Tensor) -> Tensor:
@@ -24,21 +26,24 @@ def written(rows: Tensor, values: Tensor, directions: Tensor, weights: Tensor) -
     token `t` (see `WritePath.head_directions`).
 
     Args:
-        rows: `a_t`, attention, float `[H, N, T]`.
-        values: `v`, float `[K, T, D]`; query head `h` reads KV head `h // (H // K)`.
-        directions: `d_t`, float `[H, N, D]`.
-        weights: `w`, of each token, float `[T]`: one everywhere for all that a head writes.
+        rows: `a_t`, attention, float `[..., H, N, T]`.
+        values: `v`, float `[..., K, T, D]`; query head `h` reads KV head `h // (H // K)`.
+        directions: `d_t`, float `[..., H, N, D]`.
+        weights: `w`, of each token, float `[T]` or what can be broadcast to the rows: one everywhere for all that a
+            head writes.
 
     Returns:
-        Float32 `[H, N]`, in logits but for what `directions` leaves out.
+        Float32 `[..., H, N]`, in logits but for what `directions` leaves out.
     """
-    num_heads, count, num_tokens = rows.shape
-    weighed = (rows * weights).reshape(len(values), -1, num_tokens)
-    outputs = (weighed @ values).reshape(num_heads, count, -1)
+    *outer, num_heads, count, num_tokens = rows.shape
+    weighed = (rows * weights).reshape(*outer, values.shape[-3], -1, num_tokens)
+    outputs = (weighed @ values).view(*outer, num_heads, count, -1)
     return (outputs * directions).sum(dim=-1)
 
 
-def contrast_weights(needle: tuple[int, int], context_length: int, num_tokens: int) -> Tensor:
+def contrast_weights(
+    needle: tuple[int | Tensor, int | Tensor], context_length: int | Tensor, num_tokens: int
+) -> Tensor:
     """One for the needle's tokens, and minus the needle's share for the other tokens of its context, float32 `[T]`.
 
     With `n` tokens in the needle and `C` in the context the others have `-n / (C - n)` each, so that what is taken away
@@ -46,15 +51,16 @@ def contrast_weights(needle: tuple[int, int], context_length: int, num_tokens: i
     the answer so far are left out of the rest, since nothing can be fetched from a needle that stands there.
 
     Args:
-        needle: its first token, and the one behind its last.
-        context_length: `C`.
+        needle: its first token, and the one behind its last; tensors `[...]` for many needles, of which the weights are
+            then `[..., T]`.
+        context_length: `C`, likewise.
         num_tokens: `T`, the question and the answer so far included.
     """
-    start, stop = needle
-    weights = torch.zeros(num_tokens)
-    weights[:context_length] = -(stop - start) / max(1, context_length - (stop - start))
-    weights[start:stop] = 1.0
-    return weights
+    start, stop, length = (torch.as_tensor(each).unsqueeze(-1) for each in (*needle, context_length))
+    tokens = torch.arange(num_tokens, device=start.device)
+    share = -(stop - start) / (length - (stop - start)).clamp(min=1)
+    rest = torch.where(tokens < length, share, 0.0)
+    return torch.where((tokens >= start) & (tokens < stop), 1.0, rest)
 
 
 class WriteMeter:
@@ -70,29 +76,18 @@ class WriteMeter:
     Args:
         path: of the model.
         num_heads: `H`.
-        needles: where each probe's needle stands.
-        said: the answer's tokens of each probe.
-        rows: numbers of the tokens that predict them, counted over the pass, int64 `[N]` each.
-        context_length: tokens of the context that the probes share.
+        rows: numbers of the `N` tokens that predict answers, the same in all `B` sequences, int64 `[N]`.
+        said: the answers' tokens, `[B, N]`.
+        weights: from `contrast_weights`, `[B, N, T]`.
     """
 
-    def __init__(
-        self,
-        path: WritePath,
-        num_heads: int,
-        needles: Sequence[tuple[int, int]],
-        said: Sequence[Sequence[int]],
-        rows: Sequence[Tensor],
-        context_length: int,
-    ):
+    def __init__(self, path: WritePath, num_heads: int, rows: Tensor, said: Tensor, weights: Tensor):
         self._path, self._num_heads = path, num_heads
-        self._needles, self._context_length = needles, context_length
-        self._sizes, self._rows = [len(each) for each in said], torch.cat(list(rows))
-        self._directions = path.directions(torch.tensor([token for each in said for token in each]))
-        self._of_layer: tuple[int, tuple[Tensor, ...]] = (-1, ())
-        self._unscaled = torch.zeros(len(path.layers), num_heads, sum(self._sizes))
-        self._parts = self._unscaled.split(self._sizes, dim=-1)
-        self._scales = torch.ones(len(path.layers), sum(self._sizes))
+        self._rows = rows.expand(len(said), -1)
+        self._weights, self._directions = weights, path.directions(said)
+        self._of_layers: tuple[range, Tensor] = (range(0), weights)
+        self._unscaled = weights.new_zeros(len(path.layers), len(said), num_heads, len(rows))
+        self._scales = weights.new_ones(1)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -101,15 +96,16 @@ class WriteMeter:
             yield
         self._scales = scales()
 
-    def take(self, layer: int, number: int, rows: Tensor, values: Tensor) -> None:
-        """Take a probe's attention rows `[H, N, T]` in a layer, and the layer's values `[K, T, D]`."""
-        if self._of_layer[0] != layer:
-            directions = self._path.head_directions(layer, self._directions, self._num_heads)
-            self._of_layer = layer, directions.to(rows.device).split(self._sizes, dim=1)
-        weights = contrast_weights(self._needles[number], self._context_length, rows.shape[-1]).to(rows.device)
-        self._parts[number][layer] = written(rows, values, self._of_layer[1][number], weights)
+    def take(self, block: RowBlock) -> None:
+        """Take attention rows of some layers."""
+        layers, at, device = block.layers, block.columns, block.rows.device
+        if self._of_layers[0] != layers:
+            directions = self._path.block_directions(layers, self._directions, self._num_heads)
+            self._of_layers = layers, directions.to(device)
+        weights, directions = self._weights[:, None, at].to(device), self._of_layers[1][..., at, :]
+        place = slice(layers.start, layers.stop)
+        self._unscaled[place, ..., at] = written(block.rows, block.values, directions, weights)
 
-    def scores(self) -> list[Tensor]:
-        """Of each probe, float32 `[L, H]`."""
-        scaled = self._unscaled * self._scales[:, None]
-        return [each.mean(dim=-1) for each in scaled.split(self._sizes, dim=-1)]
+    def of_rows(self) -> Tensor:
+        """What each row's token is written, float32 `[L, B, H, N]`."""
+        return self._unscaled * self._scales.to(self._unscaled.device)[:, :, None]

@@ -103,6 +103,10 @@ class _Functions(TorchFunctionMode):
         if func in _MOVING and isinstance(args[0], Tensor):
             return self._moved(func, args, kwargs)
         result = func(*args, **kwargs)
+        if func is Tensor.cpu:
+            result = result.detach() if result is args[0] else result
+            ledger.mark(result)
+            return result
         if not _has_tensor((args, kwargs)):
             if not _device_given(args, kwargs):
                 ledger.mark(result)
@@ -146,7 +150,9 @@ class _Dispatch(TorchDispatchMode):
         ledger, packet = self.ledger, func.overloadpacket
         known = _has_tensor((args, kwargs)) and ledger.all_host((args, kwargs))
         if not known:
-            if packet in _WAITING or _sizes_by_mask(packet, args) or _repeats_unknown(func, args, kwargs):
+            if packet is aten.copy_ and ledger.is_host(args[0]):
+                ledger.note("copy to the host")
+            elif packet in _WAITING or _sizes_by_mask(packet, args) or _repeats_unknown(func, args, kwargs):
                 ledger.note(packet.__name__)
             elif not func.is_view and packet not in _LEAVING:
                 ledger.operators.append(packet.__name__)

@@ -2,7 +2,7 @@
 
 from headprof.bench.score.agreement import Agreement
 from headprof.bench.score.memory_fit import MemoryLine, limit_length, memory_slope
-from headprof.bench.score.request import PACKED, PREFILLS, SIDES, UNPACKED, ScoreBenchRequest
+from headprof.bench.score.request import PACKED, PREFILLS, SIDES, TOGETHER, UNPACKED, ScoreBenchRequest
 from headprof.bench.score.run import ScoreBenchResult, run_score_bench
 from headprof.bench.score.sides import SideResult
 
@@ -10,6 +10,7 @@ __all__ = [
     "PACKED",
     "PREFILLS",
     "SIDES",
+    "TOGETHER",
     "UNPACKED",
     "Agreement",
     "MemoryLine",

@@ -13,6 +13,8 @@ PREFILLS: dict[str, Prefill] = {"stepwise-fast": "fast", "stepwise-attentions": 
 SIDES = (PACKED, *PREFILLS)
 UNPACKED = "unpacked"
 """Not run unless asked for: our scoring over contexts with one needle each, which shows what packing changes."""
+TOGETHER = "together"
+"""Likewise: packed contexts of one length that share passes, as many as `headprof score` lets on this device."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class ScoreBenchRequest:
         include_failed: compare the scores over all probes too, also those answered wrongly.
         seed: of the probes.
         sides: some of `SIDES`, ours (`packed`) and the papers' procedure with a fast prefill or with one that returns
-            all attention (see `StepwiseProber`), and `UNPACKED`. Scores are compared with those of `packed`; without
-            it, of `UNPACKED`.
+            all attention (see `StepwiseProber`), `UNPACKED` and `TOGETHER`. Scores are compared with those of `packed`;
+            without it, of `UNPACKED`.
         top: heads whose overlap is reported.
         stop_after_answer: see `StepwiseProber`.
     """
@@ -47,10 +49,11 @@ class ScoreBenchRequest:
         Raises:
             UsageError: an unknown side, no side, or a number that is too small.
         """
-        unknown = [side for side in self.sides if side not in (*SIDES, UNPACKED)]
+        unknown = [side for side in self.sides if side not in (*SIDES, UNPACKED, TOGETHER)]
         if unknown or not self.sides:
             raise UsageError(
-                f"There is no side {''.join(unknown[:1])!r} to run: use some of {', '.join((*SIDES, UNPACKED))}."
+                f"There is no side {''.join(unknown[:1])!r} to run: use some of "
+                f"{', '.join((*SIDES, UNPACKED, TOGETHER))}."
             )
         require_at_least(1, lengths=self.lengths, probes=self.probes, top=self.top)
         if self.pack is not None:

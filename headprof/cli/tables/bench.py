@@ -84,7 +84,7 @@ def largest_batches(found: Sequence[LargestBatch]) -> tuple[list[str], Rows]:
 
 
 def scoring(result: ScoreBenchResult) -> tuple[list[str], Rows]:
-    """Each side at each length: its speed and its memory."""
+    """Each side at each length: its speed, its memory, and, at the first, what a probe asks of the device."""
     rows = [
         [
             side.side,
@@ -95,10 +95,15 @@ def scoring(result: ScoreBenchResult) -> tuple[list[str], Rows]:
             number(side.probes_per_minute, ".1f"),
             number(side.packed_speedup, ".1f", "x"),
             _peak(side),
+            number(side.operators_per_probe, ".0f"),
+            number(side.launches_per_probe, ".0f"),
+            number(side.reads_per_probe, ".1f"),
+            number(side.busy_share, ".0%"),
         ]
         for side in result.sides
     ]
-    return ["side", "length", "probes", "right", "a probe", "probes/min", "packed is faster", "peak memory"], rows
+    columns = ["side", "length", "probes", "right", "a probe", "probes/min", "packed is faster", "peak memory"]
+    return [*columns, "operators", "launches", "host reads", "busy"], rows
 
 
 def agreement(result: ScoreBenchResult) -> tuple[list[str], Rows, str]:
