@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.ranking_layer import RankingLayer, Verdict
-from headprof.compression.methods.global_budget import ranked_together
 from headprof.compression.methods.importance import Importance
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
@@ -126,7 +125,8 @@ class RankingCache(PromptCache):
             min(plan.total(length), there)
             for length, there in zip(layers[0].known_lengths(), rows.tolist(), strict=True)
         ]
-        counts = ranked_together(ranked, totals, method.importance.noise).cpu()
+        said = [layer.said[method.importance].importance for layer in layers]
+        counts = method.budget.share_out(said, ranked, totals, method.importance.noise).cpu()
         return [
             Verdict(layer.said[method.importance], counts[:, index], layer.by_observers)
             for index, layer in enumerate(layers)

@@ -6,6 +6,7 @@ the prompt included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +27,10 @@ class BudgetPolicy(Protocol):
     """Whether `spread` hands tokens on from head to head."""
 
     ranks_together: bool = False
-    """Whether one ranking over all layers decides how many tokens each head keeps of a prompt (`GlobalBudget`)."""
+    """Whether the rows of all layers together decide how many each head keeps of a prompt (`share_out`)."""
+
+    adds_up: bool = False
+    """Whether it adds importances up, so that they must be attention, or a share of it (`Importance.adds_up`)."""
 
     goes_by_share: bool = False
     """Whether heads' shares of a budget depend on what share of the context it is."""
@@ -68,6 +72,27 @@ class BudgetPolicy(Protocol):
             As many in all, in each head at most its valid tokens.
         """
         return counts
+
+    def share_out(
+        self,
+        importance: Sequence[torch.Tensor],
+        ranked: Sequence[torch.Tensor],
+        totals: Sequence[int],
+        noise: float,
+    ) -> torch.Tensor:
+        """How many rows each head keeps of a prompt, for a policy that ranks those of all layers together.
+
+        Args:
+            importance: of each layer that of its rows, float `[B, K, T]`.
+            ranked: the same, infinite for the rows that every head keeps, minus infinity where there is no row (see
+                `reduction.ranking`).
+            totals: rows that all heads of each sequence keep together, `B` numbers; no more than there are.
+            noise: the largest difference that means nothing, as a share of the importance.
+
+        Returns:
+            int64 `[B, L, K]` on the device of the first layer's; each sequence's sum is its total.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Importance(Protocol):
     needs_surrogate: bool = False
     """Whether it judges rows by what was fitted to the model (`headprof.profile.surrogate`)."""
 
+    adds_up: bool = False
+    """Whether scores are attention, or as much as that, so that the sum of some rows' is a share of all rows'."""
+
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
 

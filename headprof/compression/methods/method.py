@@ -47,6 +47,11 @@ class Method:
         if not 0 <= self.recent_share <= 1:
             raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
         check_importance(self.importance)
+        if self.budget.adds_up and not self.importance.adds_up:
+            raise UsageError(
+                f"{type(self.importance).__name__} is no attention that a budget could add up: choose another "
+                "importance, or give its class adds_up = True if it is."
+            )
         names = [name for part in self._parts for name in _parameters(part)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")

@@ -29,6 +29,7 @@ from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
+from headprof.compression.methods.prefix_budget import PrefixBudget
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Evict
@@ -61,6 +62,8 @@ METHODS: dict[str, Method] = {
     "pyramidkv": Method(_SNAPKV, PyramidBudget(), Evict()),
     "adakv": Method(_SNAPKV, AdaptiveBudget(), Evict()),
     "h2o": Method(Accumulated(), UniformBudget(), Evict(), recent_share=0.5),
+    "prefixkv": Method(Accumulated(shared=True), PrefixBudget(per="layer"), Evict()),
+    "prefixkv-heads": Method(Accumulated(), PrefixBudget(per="head"), Evict()),
     "streamingllm": Method(Recency(), UniformBudget(), Evict(), sinks=4),
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
     "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
