@@ -66,7 +66,7 @@ def prefix_length(rows, share):
 
 
 def bisected(units, total):
-    """Lengths of all units at the largest share found whose rows are not too many, and the rest by the order of rows."""
+    """Lengths of all units at the largest share whose rows are not too many, and the rest by the order of rows."""
     low, high = Fraction(0), Fraction(1)
     for _ in range(60):
         middle = (low + high) / 2

@@ -148,6 +148,7 @@ class CompressionRequest:
             method=self.method,
             budget=self.budget,
             surrogate=surrogate,
+            tokenizer=loaded.tokenizer,
             **self.options,
             **self.decoding,
         )

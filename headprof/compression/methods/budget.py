@@ -35,6 +35,9 @@ class BudgetPolicy(Protocol):
     goes_by_share: bool = False
     """Whether heads' shares of a budget depend on what share of the context it is."""
 
+    follows_content: bool = False
+    """Whether what a prompt holds decides how much of it is kept (`by_content`), and the budget is but the most."""
+
     tuned: bool = False
     """Whether the profile says which parameters the method has (`headprof.profile.tuned`)."""
 
@@ -73,6 +76,18 @@ class BudgetPolicy(Protocol):
         """
         return counts
 
+    def by_content(self, ranked: torch.Tensor, attention: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """How many rows each head keeps of a prompt, for a policy that follows what this holds, int64 `[B, K]`.
+
+        As it stands, what it was allotted.
+
+        Args:
+            ranked: importance of the rows, float `[B, K, T]`, as for `share_out`.
+            attention: that each row can expect (`Assessment.weights`), `[B, K, T]`.
+            counts: what `allocate` gave the layer's heads, int64 `[B, K]`; of each sequence they keep no more in all.
+        """
+        return counts
+
     def share_out(
         self,
         importance: Sequence[torch.Tensor],
@@ -92,7 +107,8 @@ class BudgetPolicy(Protocol):
         Returns:
             int64 `[B, L, K]` on the device of the first layer's; each sequence's sum is its total.
         """
-        raise NotImplementedError
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} shares rows out by no ranking of all layers")
 
 
 @dataclass(frozen=True)

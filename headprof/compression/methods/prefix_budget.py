@@ -69,7 +69,7 @@ def prefix_counts(
         int64 `[B, L, K]` on the device of the first layer's; each sequence's sum is its total.
     """
     device = ranked[0].device
-    batch, heads, tokens = ranked[0].shape
+    batch, heads = ranked[0].shape[:2]
     pairs = zip(importance, ranked, strict=True)
     orders = [_unmet(_by_unit(own, per), _by_unit(order, per)).to(device) for own, order in pairs]
     unmet = torch.stack(orders, dim=1).flatten(1, 2)  # [B, units, rows of a unit]
