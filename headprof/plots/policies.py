@@ -21,7 +21,7 @@ COLORS = ("#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#3b3640")
 
 MEANINGS = ("special tokens", "and punctuation", "and heavy hitters", "and the last rows", "all rows")
 
-_LEGEND = 2.3  # inches
+_TOP, _LEGEND = 0.95, 2.3  # inches
 _LINE = 0.24
 
 
@@ -50,7 +50,7 @@ def _draw(found: HeadPolicies) -> Figure:
     panel = layout.left + layout.panel_width
     width = max(panel + layout.bar_gap + _LEGEND, 4.6)
     tall = max(layout.panel_height, _LINE * len(POLICIES))
-    height = layout.top + tall + layout.bottom
+    height = _TOP + tall + layout.bottom
     figure = new_figure(width, height)
     margins = layout.left, layout.right
     facts = [
