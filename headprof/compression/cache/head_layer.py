@@ -291,7 +291,7 @@ class HeadCacheLayer(PromptLayer):
         schedule = self.schedule
         needed = min(self.plan.buffer or 0, max(self.storage.appended, BUFFER))
         self.slack = max(self.slack, needed)
-        ids = self.tokens.first(self.seen, self.batch_size)
+        ids = self.tokens.first(self.seen, self.batch_size) if schedule.importance.needs_ids else None
         observed = replace(self.held.observed(self.seen), ids=ids)
         counts = schedule.counts_again(observed, self.storage)
         self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts), needed=needed)

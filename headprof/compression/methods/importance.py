@@ -39,8 +39,11 @@ class Importance(Protocol):
     needs_surrogate: bool = False
     """Whether it judges rows by what was fitted to the model (`headprof.profile.surrogate`)."""
 
+    needs_ids: bool = False
+    """Whether it asks what tokens rows are (`Observation.ids`)."""
+
     needs_token_kinds: bool = False
-    """Whether it judges rows by what tokens they are (`Observation.ids`, `headprof.models.token_kinds`)."""
+    """Whether it asks of which kinds a tokenizer's tokens are (`headprof.models.token_kinds`)."""
 
     orders_by_policy: bool = False
     """Whether its best rows are those of one policy after the other (`policy_order`)."""

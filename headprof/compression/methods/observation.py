@@ -115,7 +115,7 @@ class Observation:
             segments, and nothing is padding. Empty where each query sees all before it.
         query_norms: norm of the hidden state that each query of a prompt was made from, as the attention module was
             given it, float32 `[B, N]`; `None` where nobody has asked, and for rows that are held.
-        ids: of the sequence's tokens so far, int64 `[B, seen]`; `None` where they are not known.
+        ids: of the sequence's tokens so far, int64 `[B, seen]`; `None` where they are not known, or nobody asks.
         shared: what several importances need of this, computed once.
     """
 

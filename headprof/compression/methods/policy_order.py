@@ -44,7 +44,7 @@ class PolicyOrder(Accumulated):
     local: float = 0.3
     kinds: TokenKinds | None = field(default=None, repr=False)
 
-    needs_token_kinds = True
+    needs_ids = needs_token_kinds = True
     orders_by_policy = True
 
     def __post_init__(self) -> None:
