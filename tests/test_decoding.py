@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from support.observations import observed_prompt
-from support.profiles import random_profile, random_surrogate
+from support.profiles import judging, random_profile
 from support.prompts import GREEDY, distinct_ids, left_padded, padded_ids, random_ids
 from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 
@@ -50,10 +50,8 @@ def options_of(name):
 
 def plan_for(model, name, budget=12, buffer=8, **options):
     options = options_of(name) | options
-    surrogate = random_surrogate(model) if "kvzap" in name else None
-    return make_plan(
-        model, random_profile(model), method=name, budget=budget, buffer=buffer, surrogate=surrogate, **options
-    )
+    how = {"method": name, "budget": budget, "buffer": buffer} | judging(model, name) | options
+    return make_plan(model, random_profile(model), **how)
 
 
 def filled(model, name, ids, budget=12, buffer=8, **options):

@@ -20,11 +20,13 @@ from headprof.compression.methods import reduction
 from headprof.compression.methods.table import METHODS as UNBOUND
 from headprof.compression.methods.window_attention import WindowAttention
 from headprof.compression.rows import HeadCounts
+from headprof.models.token_kinds import TokenKinds
 
 TOKENS, BUDGET, KV_HEADS = 300, 40, 2
 SURROGATE = random_surrogate(tiny_model(head_dim=8, num_kv_heads=KV_HEADS, num_heads=2 * KV_HEADS))
+KINDS = TokenKinds(frozenset(range(3)), frozenset(range(3, 40)))
 METHODS = {
-    name: replace(method, importance=method.importance.with_surrogate(SURROGATE).of_layer(1))
+    name: replace(method, importance=method.importance.with_surrogate(SURROGATE).with_token_kinds(KINDS).of_layer(1))
     for name, method in UNBOUND.items()
 }
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.observations import as_held_rows, observed_prompt
-from support.profiles import random_curves, random_profile, random_rows, random_surrogate
+from support.profiles import judging, random_curves, random_profile, random_rows
 from support.prompts import random_ids
 from support.tiny_models import tiny_model
 from support.twins import slow_attention, slow_score
@@ -269,13 +269,18 @@ def test_generation_with_every_method(name):
     ids = random_ids(1, 40, seed=1)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     full = model.generate(ids, **options)
-    by = {"method": name, "surrogate": random_surrogate(model)}
-    with compressed(model, random_profile(model), **by, budget=40):
+    by = {"method": name} | judging(model, name)
+    whole = {"recovery": 1.0} if METHODS[name].budget.follows_content else {}
+    with compressed(model, random_profile(model), **by, budget=40, **whole):
         assert torch.equal(model.generate(ids, **options), full)
     with compressed(model, random_profile(model), **by, budget=9) as plan:
         cache = HeadCache(plan)
         prefill(model, ids, cache)
     lengths = cache.lengths[:, 0]
+    if plan.follows_content:  # and a budget is but the most
+        assert (lengths.sum(-1) <= plan.allocation(40).sum(-1)).all()
+        assert int(lengths.min()) >= plan.method.always_kept
+        return
     assert lengths.sum() == plan.allocation(40).sum()
     if not plan.method.budget.ranks_together:
         assert torch.equal(lengths.sum(-1), plan.allocation(40).sum(-1))

@@ -118,7 +118,7 @@ def bench_generate(
 
         head_profile = load_profile(loaded, profile) if request.needs_profile else None
         surrogate = load_surrogate(loaded, profile=profile) if request.needs_surrogate else None
-    request = replace(request, surrogate=surrogate)
+    request = replace(request, surrogate=surrogate, tokenizer=loaded.tokenizer)
     run = loaded.model, loaded.max_positions, head_profile, request
     with terminal.progress() as report:
         result = run_bench(*run, report)

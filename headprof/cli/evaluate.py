@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -59,6 +60,16 @@ class WhatOptions:
         typer.Option(
             "--compression-ratio",
             help="Instead: shares of the prompt's cache to remove, such as 0.5,0.75,0.9.",
+            rich_help_panel="What",
+        ),
+    ] = None
+    recovery: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Instead, for fastgen: share of each head's attention that is recovered (0.85); budgets beside it are "
+            "the most that is kept.",
             rich_help_panel="What",
         ),
     ] = None
@@ -168,6 +179,7 @@ def evaluate(
     headprof eval --tasks multi --query-agnostic --budgets 128,256
     headprof eval --tasks ruler --lengths 4k --query-agnostic --compression-ratio 0.5,0.75 --data-dir questions
     headprof eval --tasks longbench/hotpotqa --query-agnostic --keep "/Passage [0-9]+:/"
+    headprof eval --methods fastgen --recovery 0.9
     headprof eval --tasks perplexity --data-dir texts --methods h2o,ems --budgets 64,256[/]
     """
     from headprof.evaluation.run import EvalRun
@@ -235,21 +247,39 @@ def _request(
         question_known=not caches.query_agnostic,
         observe=observe,
         **asdict(data) | {"max_prompt": parse_length(data.max_prompt) if data.max_prompt else None},
-        options=tuning.chosen(),
+        options=tuning.chosen() | ({} if what.recovery is None else {"recovery": what.recovery}),
         decoding=decoding.chosen(),
         step=step_of(caches.eager),
     )
 
 
 def _budgets(what: WhatOptions) -> tuple[str, ...]:
-    """Budgets as given, or what the compression ratios come to; raises `UsageError` when there are both."""
+    """Budgets as given, or what the compression ratios come to; without bound where recovery stands in their place.
+
+    Raises:
+        UsageError: there are both, or recovery is in the place of a budget of methods that need one.
+    """
     from headprof.compression.methods.given_budget import ratio_budget
 
+    if what.compression_ratio is None and what.budgets is None and what.recovery is not None:
+        return _without_bound(listed(what.methods))
     if what.compression_ratio is None:
         return listed(what.budgets)
     if what.budgets is not None:
         raise UsageError(BOTH.format("--budgets"))
     return tuple(ratio_budget(ratio) for ratio in what.compression_ratio.split(","))
+
+
+def _without_bound(methods: Sequence[str]) -> tuple[str, ...]:
+    from headprof.compression.methods.table import find_method
+
+    found = {name: find_method(name) for name in methods}
+    needing = [name for name, each in found.items() if not each.has_option("recovery") and not each.keeps_everything]
+    if needing or not methods:
+        raise UsageError(
+            "--recovery stands in the place of a budget for fastgen alone: add --budgets, or choose --methods fastgen."
+        )
+    return ("100%",)
 
 
 def _show(found: Evaluation, output: Path, json: bool) -> None:

@@ -192,20 +192,34 @@ class CompressOptions:
             "how much. A --budget is then the most that is kept.",
         ),
     ] = None
+    recovery: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Keep what recovers this share of each head's attention (0.85), for fastgen: what the text holds "
+            "decides how much. A --budget is then the most that is kept.",
+        ),
+    ] = None
 
     def asked(self, given: Sequence[str]) -> dict[str, Any]:
         """The same as attributes of a `CompressionRequest`; ratio and threshold as the budget that they come to.
+
+        A method that spends what it needs is bound by no budget but one that is given.
 
         Args:
             given: those of these options that were given on the command line.
 
         Raises:
-            UsageError: budget and ratio are both given.
+            UsageError: budget and ratio are both given, or a recovery for a method that spends a budget.
         """
         from headprof.compression.methods.given_budget import ratio_budget
+        from headprof.compression.request import spends_what_it_needs
 
         values = asdict(self)
         ratio, threshold = values.pop("compression_ratio"), values.pop("threshold")
+        if spends_what_it_needs(self.method, values.pop("recovery")) and "--budget" not in given:
+            values["budget"] = "100%"
         if ratio is not None:
             if "--budget" in given:
                 raise UsageError(BOTH.format("--budget"))
@@ -334,8 +348,7 @@ def compression_request(
     """What these groups ask for together, checked; `given` are the options that were given, as `--name`."""
     from headprof.compression.request import CompressionRequest
 
-    request = CompressionRequest(
-        **compress.asked(given), **read.how(), options=method.chosen(), decoding=decoding.chosen()
-    )
+    options = {"recovery": compress.recovery} | method.chosen()
+    request = CompressionRequest(**compress.asked(given), **read.how(), options=options, decoding=decoding.chosen())
     request.check()
     return request

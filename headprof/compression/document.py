@@ -39,6 +39,7 @@ from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerpr
 from headprof.models.output_projection import projecting_modules
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.models.token_kinds import TokenKinds
 from headprof.profile.surrogate import Surrogate
 from headprof.profile.surrogate_checks import check_parts
 from headprof.utils.files import atomic_write
@@ -179,6 +180,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     plan = _saved_plan(loaded, facts, tensors["scores"], tensors.get("shares"))
     if facts.method.importance.needs_surrogate:
         plan = _judging_by(plan, _saved_surrogate(path, tensors, metadata, loaded))
+    if plan.method.importance.needs_token_kinds:
+        plan = _knowing(plan, TokenKinds.of_tokenizer(loaded.tokenizer))
     layers = [HeadCacheLayer(index, plan) for index in range(loaded.shape.num_layers)]
     weighs = plan.method.importance.norms
     modules = (
@@ -288,6 +291,11 @@ def _saved_surrogate(
 def _judging_by(plan: CompressionPlan, surrogate: Surrogate) -> CompressionPlan:
     method = plan.method
     return replace(plan, method=replace(method, importance=method.importance.with_surrogate(surrogate)))
+
+
+def _knowing(plan: CompressionPlan, kinds: TokenKinds) -> CompressionPlan:
+    method = plan.method
+    return replace(plan, method=replace(method, importance=method.importance.with_token_kinds(kinds)))
 
 
 def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, how: AttentionLayer) -> None:

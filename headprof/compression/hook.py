@@ -223,6 +223,7 @@ def _starting_with(model: PreTrainedModel, new_cache: Callable[[], Cache] | None
                 if cache.weighs_norms:
                     now.watch(model)
                 if (ranking := cache.before_reading(read.shape[1])) is not None:
+                    ranking.note_tokens(ids)
                     _read_before(model, ranking, names, args, kwargs)
                     cache.judged_by(ranking)
         return args, kwargs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,9 +31,9 @@ class CompressionPlan:
         bytes_per_element: of a cached number, for budgets in bytes.
         name: the method's, for files and messages.
         profile_digest: of the head profile that the scores came from; empty without one.
-        decode_budget: average rows per KV head while generating; `None` for the prompt's budget, or for what a
-            threshold has kept of the prompt. A share is one of all tokens seen so far, so that memory grows with them;
-            tokens and bytes hold it constant.
+        decode_budget: average rows per KV head while generating; `None` for the prompt's budget, or for what has been
+            kept of the prompt where its content decided on that (`follows_content`). A share is one of all tokens seen
+            so far, so that memory grows with them; tokens and bytes hold it constant.
         buffer: new tokens that every head takes beyond its budget before it is compressed again; `None` to keep
             all that come after the prompt.
         windows: tokens that each layer can see at most, `L` numbers, `None` for all; empty if every layer sees all.
@@ -134,9 +133,14 @@ class CompressionPlan:
         """
         return self._allocation(self.budget, prompt_length, protected)
 
+    @property
+    def follows_content(self) -> bool:
+        """Whether what a prompt holds decides how much of it is kept, and the budget is but the most that may be."""
+        return self.budget.above is not None or self.method.budget.follows_content
+
     def loses(self, prompt_length: int) -> bool:
         """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
-        return self.budget.above is not None or self._is_short(prompt_length)
+        return self.follows_content or self._is_short(prompt_length)
 
     def _is_short(self, prompt_length: int) -> bool:
         """Whether the budget alone, without a threshold, is too small for a prompt of this many tokens."""
@@ -160,28 +164,19 @@ class CompressionPlan:
         return min(self._tokens(self.budget, prompt_length), prompt_length) * heads
 
     def sharing_by(self, counts: torch.Tensor) -> CompressionPlan:
-        """This plan for sequences of which the heads have kept so many tokens, int64 `[B, L, K]`."""
+        """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
+
+        While text is generated, they share the budget as they have shared these. Where the prompt's content decided how
+        many there are, and no budget is given for generating, each holds as many as it has kept.
+        """
         shares = (counts - self.method.always_kept).clamp(min=0).float()
         return replace(self, shares=shares[0] if len(shares) == 1 else shares, _known=[])
 
     def goes_by_prompt(self, prompt_length: int) -> bool:
-        """Whether what heads keep of a prompt of this many tokens says what they hold after it (`after_prompt`)."""
-        if self.budget.above is not None:
+        """Whether what heads keep of a prompt of this many tokens says what they hold after it (`sharing_by`)."""
+        if self.follows_content:
             return True
         return self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
-
-    def after_prompt(self, counts: torch.Tensor, protected: ProtectedTokens | None = None) -> CompressionPlan:
-        """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.
-
-        Where heads' shares depend on the length, or a threshold decided, those of the prompt hold from now on; but for
-        what every head keeps, also `protected` tokens that were among the last ones, or that some layer cannot see.
-        """
-        if self.budget.above is not None:
-            largest = math.ceil(float(counts.double().mean(dim=(1, 2)).max()))
-            least = self.method.always_kept + max(self.protected_later(protected), default=0)
-            budget = self.decode_budget or Budget(max(1, least, largest), "tokens")
-            return replace(self.sharing_by(counts), decode_budget=budget)
-        return self.sharing_by(counts)
 
     def of_sequences(self, indices: torch.Tensor) -> CompressionPlan:
         """This plan for some sequences of a batch, in this order; one may come more than once."""
@@ -202,6 +197,9 @@ class CompressionPlan:
         Raises:
             UsageError: the budget is below what every head keeps.
         """
+        if self.follows_content and self.shares is not None and self.decode_budget is None:
+            least = self.method.always_kept + protected
+            return (self.shares.round().long() + self.method.always_kept).clamp(min=least).minimum(self._visible(seen))
         return self._allocation(self.decode_budget or self.budget, seen, protected, self.shares)
 
     def _tokens(self, given: Budget, length: int) -> int:

@@ -195,7 +195,7 @@ def check_promise(max_loss: float | None, given: Sequence[str]) -> None:
     """
     if max_loss is None:
         return
-    for option in ("--budget", "--compression-ratio", "--threshold"):
+    for option in ("--budget", "--compression-ratio", "--threshold", "--recovery"):
         if option in given:
             raise UsageError(f"A promise finds the budget by itself: leave {option} or --max-loss away.")
     check_max_loss(max_loss)
@@ -229,6 +229,11 @@ class Candidates:
     ):
         if plan.method.keeps_everything:
             raise UsageError("The full cache loses nothing: leave --max-loss away, or choose a method with a budget.")
+        if plan.method.budget.follows_content:
+            raise UsageError(
+                "This method spends what it needs, whatever the budget, so that none can be found for a promise: leave "
+                "--max-loss away, or choose a method with a budget."
+            )
         if not document.strip():
             raise UsageError("The document is empty, so that nothing of it can be lost: give one with text in it.")
         check_length(loaded, document)

@@ -65,6 +65,25 @@ def document_method(model: str | None, profile: Path | None, observe: str | None
     return "headkv-kvzip" if learned is None else "learned-kvzip"
 
 
+def spends_what_it_needs(method: str, recovery: float | None) -> bool:
+    """Whether a method spends what it needs to recover attention, and a budget is but the most.
+
+    Args:
+        method: its name, which may be followed by parameters.
+        recovery: share of the attention that is to be recovered, if the user has named one.
+
+    Raises:
+        UsageError: there is no such method, or a share is named for one that spends a budget.
+    """
+    needs = find_method(method).has_option("recovery")
+    if recovery is not None and not needs:
+        raise UsageError(
+            f"The method {method!r} spends a budget, not what it needs to recover attention: choose --method fastgen, "
+            "or leave --recovery away."
+        )
+    return needs
+
+
 def check_named_files(methods: Iterable[Method], profile: Path | None, surrogate: Path | None) -> None:
     """Refuse files that the user named and that would be passed over.
 
@@ -131,6 +150,11 @@ class CompressionRequest:
     def label(self) -> str:
         """What to call a cache that is made by it."""
         how_much = self.budget if self.budget.startswith("ratio") else f"budget {self.budget}"
+        method = find_method(self.method).with_options(**self.options)
+        if (recovery := getattr(method.budget, "recovery", None)) is not None:
+            how_much = (
+                f"recovery {recovery:g}" if self.budget == "100%" else f"recovery {recovery:g}, {how_much} at most"
+            )
         return self.method if self.keeps_everything else f"{self.method}, {how_much}"
 
     def plan(self, loaded: LoadedModel) -> CompressionPlan:
@@ -151,6 +175,7 @@ class CompressionRequest:
             method=self.method,
             budget=self.budget,
             surrogate=surrogate,
+            tokenizer=loaded.tokenizer,
             **self.options,
             **self.decoding,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -25,6 +25,7 @@ from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.models.token_kinds import TokenKinds
 from headprof.profile.commands import score_command
 from headprof.profile.refined_rows import REFINED
 
@@ -44,6 +45,7 @@ def make_plan(
     decode_budget: int | str | Budget | None = None,
     buffer: int | None = BUFFER,
     surrogate: Surrogate | None = None,
+    tokenizer: Any = None,
     **options,
 ) -> CompressionPlan:
     """Put a method, a budget and a profile together for a model.
@@ -57,10 +59,11 @@ def make_plan(
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
         decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
         surrogate: fitted to the model, for methods that judge rows by one (`kvzap`); `load_surrogate` finds it.
+        tokenizer: the model's, for methods that judge rows by what tokens they are (`fastgen`).
         options: parameters of the method's parts, such as `window=8`, `keep_last=4`, `pool_factor=1.1`.
 
     Raises:
-        UsageError: no such method or parameter, or the budget cannot be read.
+        UsageError: no such method or parameter, the budget cannot be read, or the method needs a tokenizer.
         ProfileError: the method needs a profile or a surrogate and there is none, or it belongs to another model.
         ModelError: the model's layers keep or turn something else than the method can deal with.
     """
@@ -76,6 +79,7 @@ def make_plan(
         projecting_modules(model, shape, f"{_called(name)} with norms")
     scores, digest = _budget_scores(profile, chosen, name, shape)
     chosen = _with_surrogate(chosen, surrogate, name, model, shape)
+    chosen = _with_token_kinds(chosen, tokenizer, name)
     element = torch.empty(0, dtype=model.dtype).element_size()
     return CompressionPlan(
         chosen,
@@ -164,6 +168,22 @@ def _with_surrogate(
     return replace(method, importance=method.importance.with_surrogate(surrogate))
 
 
+def _with_token_kinds(method: Method, tokenizer: Any, name: str) -> Method:
+    """The method, knowing the kinds of the tokenizer's tokens if it judges by them.
+
+    Raises:
+        UsageError: it does, and there is no tokenizer.
+    """
+    if not method.importance.needs_token_kinds:
+        return method
+    if tokenizer is None:
+        raise UsageError(
+            f"{_called(name)} judges rows by what tokens they are: give tokenizer=loaded.tokenizer, or choose h2o."
+        )
+    kinds = TokenKinds.of_tokenizer(tokenizer)
+    return replace(method, importance=method.importance.with_token_kinds(kinds))
+
+
 def _called(name: str) -> str:
     return f"The method {name!r}" if name else "This method"
 
@@ -231,6 +251,7 @@ def compressed(
     buffer: int | None = BUFFER,
     keep: Keep | None = None,
     surrogate: Surrogate | None = None,
+    tokenizer: Any = None,
     **options,
 ) -> Iterator[CompressionPlan]:
     """Generate with a compressed cache: `with compressed(model, profile, budget=64): model.generate(...)`.
@@ -241,7 +262,7 @@ def compressed(
     whatever order and also by an exception, leaves the model exactly as it was. Only one thread at a time enters it.
 
     Args:
-        model, profile, method, budget, decode_budget, buffer, surrogate, options: as for `make_plan`.
+        model, profile, method, budget, decode_budget, buffer, surrogate, tokenizer, options: as for `make_plan`.
         backend, prefill_chunk, step: as for `attending_ragged`.
         keep: tokens of every prompt that all heads keep, as for `HeadCache.protect`.
 
@@ -261,6 +282,7 @@ def compressed(
         decode_budget=decode_budget,
         buffer=buffer,
         surrogate=surrogate,
+        tokenizer=tokenizer,
         **options,
     )
 

@@ -302,6 +302,7 @@ class EvalRequest:
                     method=name,
                     budget=budget or 1,
                     surrogate=surrogate,
+                    tokenizer=loaded.tokenizer,
                     **options[name],
                     **self.decoding,
                 )

@@ -132,6 +132,7 @@ class HeadprofLM(HFLM):
             decode_budget=decode_budget,
             buffer=buffer or None,
             surrogate=surrogate,
+            tokenizer=self.tokenizer,
             **settings,
         )
         self.plan.check(self.max_length)

@@ -29,6 +29,7 @@ class TextEncoder:
 
     Attributes:
         gives_offsets: whether the tokenizer is a fast one, so that there is `with_offsets`.
+        control_ids: the control tokens.
     """
 
     def __init__(self, tokenizer: Any, template: str = "") -> None:
@@ -36,7 +37,7 @@ class TextEncoder:
         self.gives_offsets = bool(getattr(tokenizer, "is_fast", False))
         added = getattr(tokenizer, "added_tokens_decoder", {}).items()
         found = {str(token): number for number, token in added if token.special or _is_marker(str(token), template)}
-        self._control_ids = set(found.values())
+        self.control_ids = frozenset(found.values())
         # Of several that begin at one place, tokenizers take the longest.
         names = sorted(filter(None, found), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names))) if names else None
@@ -133,7 +134,7 @@ class TextEncoder:
         if not is_control:
             return self._encode(text).input_ids
         ids = self._encode(text, split_special_tokens=True).input_ids
-        if len(text) == 1 or not self._control_ids.intersection(ids):
+        if len(text) == 1 or not self.control_ids.intersection(ids):
             return ids
         return self._encode(text[0]).input_ids + self.ids(text[1:])  # one that is not special, and is not split
 

@@ -31,7 +31,7 @@ def draw_cells(
     norm = PowerNorm(gamma=gamma, vmin=0, vmax=float(values.max()) or 1.0)
     mesh = axes.pcolormesh(values, cmap=colormap, norm=norm, edgecolors=GRID, linewidth=0.25)
     axes.set(xlim=(0, layout.num_heads), ylim=(layout.num_layers, 0))
-    _label_axes(axes, layout)
+    label_axes(axes, layout)
     _separate_groups(axes, layout, group_size)
     return axes, mesh
 
@@ -84,14 +84,15 @@ def number_head(axes: Axes, layout: HeadsLayout, color: Any, rank: int, head: tu
     number.set(fontsize=size, fontweight="bold", color="white" if is_dark else INK)
 
 
-def _label_axes(axes: Axes, layout: HeadsLayout) -> None:
+def label_axes(axes: Axes, layout: HeadsLayout, across: str = "query head") -> None:
+    """Number layers and heads; `across` says which heads."""
     columns = tick_step(layout.panel_width / layout.num_heads)
     rows = tick_step(layout.cell_height)
     heads, layers = range(0, layout.num_heads, columns), range(0, layout.num_layers, rows)
     axes.set_xticks([head + 0.5 for head in heads], [str(head) for head in heads])
     axes.set_yticks([layer + 0.5 for layer in layers], [str(layer) for layer in layers])
     axes.tick_params(labelsize=7, length=2, color=MUTED, labelcolor=INK, pad=2)
-    axes.set_xlabel("query head", size=8, color=MUTED, labelpad=3)
+    axes.set_xlabel(across, size=8, color=MUTED, labelpad=3)
     axes.set_ylabel("layer", size=8, color=MUTED, labelpad=3)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -26,8 +26,9 @@ def observed_prompt(queries, keys, valid=None, values=None, **layer):
         valid = torch.ones(batch, tokens, dtype=torch.bool)
     if values is None:
         values = torch.randn(keys.shape, generator=torch.Generator().manual_seed(0)).to(keys.dtype)
+    ids = torch.randint(512, (batch, tokens), generator=torch.Generator().manual_seed(0))
     how = AttentionLayer(**{"rotary": rotary(head_dim) if head_dim % 2 == 0 else None} | layer)
-    return Observation(queries, Rows.of_prompt(keys, values), valid, how)
+    return Observation(queries, Rows.of_prompt(keys, values), valid, how, ids=ids)
 
 
 def as_held_rows(observed):

@@ -11,6 +11,7 @@ from headprof.profile.influence import SITUATIONS, InfluenceCurves
 from headprof.profile.kinds import PROBE_KINDS
 from headprof.profile.random_scores import random_surrogate as drawn_surrogate
 from headprof.profile.tuned import Tuned
+from support.tiny_models import tiny_tokenizer
 
 SIZES = [(30, 9, 3), (32, 32, 8), (80, 64, 8), (12, 12, 12), (4, 4, 1), (1, 1, 1)]
 """Layers, heads and KV heads of profiles to draw: common, large, without groups, with one KV head, smallest."""
@@ -115,5 +116,7 @@ def random_surrogate(model, seed=0):
 
 
 def judging(model, name):
-    """What `make_plan` needs beside a profile for a method of this name: a surrogate, if it judges by one."""
+    """What `make_plan` needs beside a profile for a method of this name: a surrogate or a tokenizer."""
+    if name.startswith("fastgen"):
+        return {"tokenizer": tiny_tokenizer()}
     return {"surrogate": random_surrogate(model)} if "kvzap" in name else {}

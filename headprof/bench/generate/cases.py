@@ -75,7 +75,7 @@ def all_cases(model: Any, max_positions: int, profile: HeadProfile | None, reque
             "that the model can read: lower --lengths or --new-tokens."
         )
     options = deal_options(request.methods, request.options)
-    common = {"surrogate": request.surrogate, **request.decoding}
+    common = {"surrogate": request.surrogate, "tokenizer": request.tokenizer, **request.decoding}
     plans = [
         (name, budget, make_plan(model, profile, method=name, budget=budget, **options[name], **common))
         for name in request.methods

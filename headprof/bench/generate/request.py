@@ -37,6 +37,7 @@ class BenchRequest:
         options: parameters of the methods, `None` for their defaults; a method without a parameter ignores it.
         decoding: `decode_budget` and `buffer`, as for `headprof.make_plan`; what is missing keeps its default.
         surrogate: of the model, for methods that judge rows by one.
+        tokenizer: the model's, for methods that judge rows by what tokens they are.
     """
 
     methods: tuple[str, ...]
@@ -54,6 +55,7 @@ class BenchRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     decoding: Mapping[str, Any] = field(default_factory=dict)
     surrogate: Surrogate | None = None
+    tokenizer: Any = None
 
     def check(self) -> None:
         """Find mistakes that need no model.

@@ -90,5 +90,6 @@ class FanOutCache(PromptCache):
                 cache.judged_by(ranking)
 
     def _noted(self, ids: torch.Tensor | None) -> None:
+        super()._noted(ids)
         for cache in self.caches:
             cache._noted(ids)

@@ -16,9 +16,6 @@ from headprof.compression.protected import Keep, ProtectedTokens
 from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
-_MOST_PARTS = 256
-"""Pieces of token ids, one of each forward pass, before they are laid together."""
-
 
 class HeadCache(PromptCache):
     """A Transformers cache that keeps of a prompt what a method and a budget allot to each KV head.
@@ -34,14 +31,13 @@ class HeadCache(PromptCache):
 
     def __init__(self, plan: CompressionPlan, slack: int = SLACK):
         self.plan = self._given = plan
-        self._tokens: list[torch.Tensor] = []
         super().__init__([HeadCacheLayer(index, plan, slack) for index in range(plan.shape.num_layers)])
         self.layers[-1].owner = ref(self)  # which is freed with its last user
 
     def all_filled(self) -> None:
         """All layers have been filled: go on by what that came to, where the plan does so."""
         if self.plan.goes_by_prompt(self.get_seq_length()):
-            self.continue_with(self.plan.after_prompt(self.lengths.transpose(0, 1), self.protected))
+            self.continue_with(self.plan.sharing_by(self.lengths.transpose(0, 1)))
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:
@@ -49,6 +45,7 @@ class HeadCache(PromptCache):
         cache = cls(layers[0].plan)
         cache.layers = list(layers)
         cache.layers[-1].owner = ref(cache)
+        cache.share_tokens()
         return cache
 
     @property
@@ -139,31 +136,20 @@ class HeadCache(PromptCache):
     def token_ids(self) -> torch.Tensor | None:
         """The tokens that it has seen, int64 `[B, get_seq_length()]`, so that it can be told what they were.
 
-        They are those that the model was given inside `compressed`; `None` where it was given something else, or since
-        beams have been reordered.
+        They are those that the model was given inside `compressed`; `None` where it was given something else.
         """
-        if len(self._tokens) > 1:
-            self._tokens = [torch.cat(self._tokens, dim=1)]
-        known = self._tokens[0] if self._tokens else None
+        known = self.tokens.joined()
         if known is None or tuple(known.shape) != (self.batch_size, self.get_seq_length()):
             return None
         return known
 
     def with_tokens(self, ids: torch.Tensor | None) -> HeadCache:
         """The same cache, which has seen the tokens `ids`, `[B, T]`."""
-        self._tokens = [] if ids is None else [ids]
+        self.tokens.replace(ids)
         return self
 
-    def _noted(self, ids: torch.Tensor | None) -> None:
-        if ids is None or (self._tokens and len(ids) != len(self._tokens[0])):
-            self._tokens = []
-            return
-        self._tokens.append(ids)
-        if len(self._tokens) > _MOST_PARTS:
-            self._tokens = [torch.cat(self._tokens, dim=1)]
-
     def reset(self) -> None:
-        self._tokens = []
+        self.tokens.replace(None)
         super().reset()
         if self.plan.shares is not None:  # which were those of what it held
             self.continue_with(replace(self._given, shares=None, _known=[]))
@@ -201,10 +187,11 @@ class HeadCache(PromptCache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Let sequence `i` go on from what sequence `beam_idx[i]` holds (beam search)."""
-        self._tokens = []
+        known = self.token_ids
         for layer in self.head_layers:
             layer.reorder_cache(beam_idx)
         self._follow(beam_idx)
+        self.with_tokens(None if known is None else known[beam_idx.to(known.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences of the batch, in this order; one may come more than once."""

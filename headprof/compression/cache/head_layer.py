@@ -156,9 +156,10 @@ class HeadCacheLayer(PromptLayer):
     def _remember(self, observed: Observation) -> None:
         """Keep the prompt's last queries if the rows will be scored again before enough new ones have come."""
         needed = self.schedule.recent_queries or 0
-        # What a threshold kept is the target from now on, so that the buffer is all that is left.
-        by_threshold = self.plan.budget.above is not None
-        until_due = (self.plan.buffer or 0) if by_threshold else self.schedule.until_due(self.seen, self.storage)
+        # What the content decided on is the target from now on, so that the buffer is all that is left.
+        until_due = (
+            (self.plan.buffer or 0) if self.plan.follows_content else self.schedule.until_due(self.seen, self.storage)
+        )
         short = needed - max(0, until_due)
         if short > 0:
             query = observed.queries[:, :, max(0, observed.queries.shape[2] - short) :]
@@ -290,7 +291,8 @@ class HeadCacheLayer(PromptLayer):
         schedule = self.schedule
         needed = min(self.plan.buffer or 0, max(self.storage.appended, BUFFER))
         self.slack = max(self.slack, needed)
-        observed = self.held.observed(self.seen)
+        ids = self.tokens.first(self.seen, self.batch_size) if schedule.importance.needs_ids else None
+        observed = replace(self.held.observed(self.seen), ids=ids)
         counts = schedule.counts_again(observed, self.storage)
         self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts), needed=needed)
         if schedule.importance.queries is None:

@@ -10,19 +10,30 @@ from transformers.cache_utils import Cache
 
 from headprof.compression.cache.prompt_layer import PromptLayer, outside_context
 from headprof.compression.cache.ranking_layer import RankingLayer, Verdict
-from headprof.compression.methods.global_budget import ranked_together
+from headprof.compression.cache.seen_tokens import SeenTokens
 from headprof.compression.methods.importance import Importance
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
 
 
 class PromptCache(Cache):
-    """A cache whose layers are filled from a prompt as soon as they have attended over it."""
+    """A cache whose layers are filled from a prompt as soon as they have attended over it.
+
+    Attributes:
+        tokens: that it has been given; its layers know them, too.
+    """
 
     layers: list[Any]  # of PromptLayer
 
     def __init__(self, layers: Sequence[PromptLayer]):
         super().__init__(layers=list(layers))
+        self.tokens = SeenTokens()
+        self.share_tokens()
+
+    def share_tokens(self) -> None:
+        """Let all layers know the tokens that it is given."""
+        for layer in self.layers:
+            layer.tokens = self.tokens
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """As Transformers' caches.
@@ -43,7 +54,7 @@ class PromptCache(Cache):
         self._noted(ids)
 
     def _noted(self, ids: torch.Tensor | None) -> None:
-        raise NotImplementedError
+        self.tokens.add(ids)
 
     def expect(self, prompt_tokens: int) -> None:
         """Announce a prompt that each layer will get in chunks."""
@@ -104,9 +115,6 @@ class RankingCache(PromptCache):
         self.importances = importances
         super().__init__([RankingLayer(importances, index) for index in range(num_layers)])
 
-    def _noted(self, ids: torch.Tensor | None) -> None:
-        """The ids are those of the next pass, too."""
-
     def verdicts(self, plan: CompressionPlan, protected: ProtectedTokens | None = None) -> list[Verdict]:
         """What a plan decides on the rows of each layer, of which every head keeps those that are protected.
 
@@ -126,7 +134,8 @@ class RankingCache(PromptCache):
             min(plan.total(length), there)
             for length, there in zip(layers[0].known_lengths(), rows.tolist(), strict=True)
         ]
-        counts = ranked_together(ranked, totals, method.importance.noise).cpu()
+        said = [layer.said[method.importance].importance for layer in layers]
+        counts = method.budget.share_out(said, ranked, totals, method.importance.noise).cpu()
         return [
             Verdict(layer.said[method.importance], counts[:, index], layer.by_observers)
             for index, layer in enumerate(layers)

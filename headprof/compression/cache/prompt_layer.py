@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from headprof.compression.cache.seen_tokens import SeenTokens
 from headprof.compression.hook import mark
 from headprof.compression.methods.observation import AttentionLayer, Observation, Tokens
 from headprof.compression.rows import Rows
@@ -25,6 +26,9 @@ class PromptLayer(CacheLayerMixin):
     A prompt may come in several chunks, one after the other through this layer before the next layer begins; then
     `expected` says how many tokens belong to it. Of these the last `observers` only observe the others: they are not
     kept, and do not count as seen. They may be in `segments`, which do not see one another.
+
+    Attributes:
+        tokens: that its cache has been given, those of the pass under way among them.
     """
 
     is_sliding = False
@@ -34,6 +38,7 @@ class PromptLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
+        self.tokens = SeenTokens()
         self.forget_prompt()
 
     def forget_prompt(self) -> None:
@@ -127,6 +132,7 @@ class PromptLayer(CacheLayerMixin):
                 visible=known.visible,
                 attended=whole if self.observers else None,
                 segments=self.segments,
+                ids=self.tokens.first(self.seen, len(key)),
                 query_norms=None if norms is None else norms[:, norms.shape[1] - queries.shape[2] :],
             )
         )

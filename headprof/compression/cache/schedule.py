@@ -100,15 +100,21 @@ class LayerSchedule:
         valid = observed.valid if observed.padded else None
         past = self._past(observed)
         ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed), past)
-        if observed.is_prompt and (above := self.plan.budget.above) is not None:
-            counts = HeadCounts.looked_up(counts.counts.minimum((ranked > above).sum(dim=-1)))
         weights = assessment.importance if assessment.weights is None else assessment.weights
+        if observed.is_prompt and self.plan.follows_content:
+            counts = HeadCounts.looked_up(self._by_content(ranked, weights, counts.counts))
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
         if past is not None:  # nor is it merged, or fitted to
             weights = weights.masked_fill(past, 0.0)
             observed = replace(observed, valid=observed.valid_rows() & ~past, padded=True, shared={})
         return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+
+    def _by_content(self, ranked: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """How many of a prompt's rows each head keeps by what they are, int64 `[B, K]`; `counts` are the most."""
+        if (above := self.plan.budget.above) is not None:
+            return counts.minimum((ranked > above).sum(dim=-1))
+        return self.plan.method.budget.by_content(ranked, weights, counts)
 
     def _past(self, observed: Observation) -> torch.Tensor | None:
         """Which held rows the next token cannot see, bool `[B, K, T]`; `None` where it sees all."""

@@ -6,6 +6,7 @@ the prompt included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,10 +27,16 @@ class BudgetPolicy(Protocol):
     """Whether `spread` hands tokens on from head to head."""
 
     ranks_together: bool = False
-    """Whether one ranking over all layers decides how many tokens each head keeps of a prompt (`GlobalBudget`)."""
+    """Whether the rows of all layers together decide how many each head keeps of a prompt (`share_out`)."""
+
+    adds_up: bool = False
+    """Whether it adds importances up, so that they must be attention, or a share of it (`Importance.adds_up`)."""
 
     goes_by_share: bool = False
     """Whether heads' shares of a budget depend on what share of the context it is."""
+
+    follows_content: bool = False
+    """Whether what a prompt holds decides how much of it is kept (`by_content`), and the budget is but the most."""
 
     tuned: bool = False
     """Whether the profile says which parameters the method has (`headprof.profile.tuned`)."""
@@ -68,6 +75,40 @@ class BudgetPolicy(Protocol):
             As many in all, in each head at most its valid tokens.
         """
         return counts
+
+    def by_content(self, ranked: torch.Tensor, attention: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """How many rows each head keeps of a prompt, for a policy that follows what this holds, int64 `[B, K]`.
+
+        As it stands, what it was allotted.
+
+        Args:
+            ranked: importance of the rows, float `[B, K, T]`, as for `share_out`.
+            attention: that each row can expect (`Assessment.weights`), `[B, K, T]`.
+            counts: what `allocate` gave the layer's heads, int64 `[B, K]`; of each sequence they keep no more in all.
+        """
+        return counts
+
+    def share_out(
+        self,
+        importance: Sequence[torch.Tensor],
+        ranked: Sequence[torch.Tensor],
+        totals: Sequence[int],
+        noise: float,
+    ) -> torch.Tensor:
+        """How many rows each head keeps of a prompt, for a policy that ranks those of all layers together.
+
+        Args:
+            importance: of each layer that of its rows, float `[B, K, T]`.
+            ranked: the same, infinite for the rows that every head keeps, minus infinity where there is no row (see
+                `reduction.ranking`).
+            totals: rows that all heads of each sequence keep together, `B` numbers; no more than there are.
+            noise: the largest difference that means nothing, as a share of the importance.
+
+        Returns:
+            int64 `[B, L, K]` on the device of the first layer's; each sequence's sum is its total.
+        """
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} shares rows out by no ranking of all layers")
 
 
 @dataclass(frozen=True)

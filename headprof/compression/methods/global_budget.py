@@ -27,6 +27,15 @@ class GlobalBudget(UniformBudget):
 
     ranks_together = True
 
+    def share_out(
+        self,
+        importance: Sequence[torch.Tensor],
+        ranked: Sequence[torch.Tensor],
+        totals: Sequence[int],
+        noise: float,
+    ) -> torch.Tensor:
+        return ranked_together(ranked, totals, noise)
+
 
 def ranked_together(ranked: Sequence[torch.Tensor], totals: Sequence[int], noise: float) -> torch.Tensor:
     """How many rows each head keeps where one ranking over all of them decides.

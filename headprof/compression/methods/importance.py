@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from headprof.compression.methods.observation import NOISE, Assessment, Observation
 from headprof.compression.rows import COLUMNS
 from headprof.errors import UsageError
+from headprof.models.token_kinds import TokenKinds
 
 
 class Importance(Protocol):
@@ -37,6 +38,18 @@ class Importance(Protocol):
 
     needs_surrogate: bool = False
     """Whether it judges rows by what was fitted to the model (`headprof.profile.surrogate`)."""
+
+    needs_ids: bool = False
+    """Whether it asks what tokens rows are (`Observation.ids`)."""
+
+    needs_token_kinds: bool = False
+    """Whether it asks of which kinds a tokenizer's tokens are (`headprof.models.token_kinds`)."""
+
+    orders_by_policy: bool = False
+    """Whether its best rows are those of one policy after the other (`policy_order`)."""
+
+    adds_up: bool = False
+    """Whether scores are attention, or as much as that, so that the sum of some rows' is a share of all rows'."""
 
     noise: float = NOISE
     """Scores that differ by so small a share of themselves are equal, and the earlier row is kept."""
@@ -61,6 +74,10 @@ class Importance(Protocol):
 
     def with_surrogate(self, surrogate: Any) -> Importance:
         """The same by this surrogate, for those who need one."""
+        return self
+
+    def with_token_kinds(self, kinds: TokenKinds | None) -> Importance:
+        """The same by the kinds of a tokenizer's tokens, for those who need them."""
         return self
 
     def of_layer(self, layer_idx: int) -> Importance:

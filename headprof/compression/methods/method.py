@@ -11,6 +11,7 @@ from torch import Tensor
 from headprof.compression.methods.budget import BudgetPolicy, UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance, KeepAll, check_importance
+from headprof.compression.methods.recovery_budget import RecoveryBudget
 from headprof.compression.methods.reduction import Evict, Reduction, ranking
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
@@ -47,6 +48,16 @@ class Method:
         if not 0 <= self.recent_share <= 1:
             raise UsageError(f"A recent_share of {self.recent_share} is no share of a head's tokens: give 0 to 1.")
         check_importance(self.importance)
+        if self.budget.adds_up and not self.importance.adds_up:
+            raise UsageError(
+                f"{type(self.importance).__name__} is no attention that a budget could add up: choose another "
+                "importance, or give its class adds_up = True if it is."
+            )
+        if isinstance(self.budget, RecoveryBudget) and not self.importance.orders_by_policy:
+            raise UsageError(
+                f"{type(self.importance).__name__} knows no policies of which a head could take the smallest: choose "
+                "PolicyOrder."
+            )
         names = [name for part in self._parts for name in _parameters(part)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")

@@ -6,9 +6,9 @@ from headprof.compression.methods.plugins import plugin_names
 
 METHOD_NAMES: tuple[str, ...] = (
     *("full", "snapkv", "headkv", "headkv-r2", "headkv-tuned", "headkv-refined", "headkv-curves", "ems", "headkv-ems"),
-    *("tova", "pyramidkv", "adakv", "h2o", "streamingllm", "knorm", "keydiff", "expected-attention", "kvzip"),
-    *("adakv-kvzip", "headkv-kvzip", "learned-kvzip", "curves-kvzip", "headkv-fit", "learned-fit", "kvzap"),
-    *("headkv-kvzap", "learned-kvzap"),
+    *("tova", "pyramidkv", "adakv", "h2o", "prefixkv", "prefixkv-heads", "fastgen", "streamingllm", "knorm"),
+    *("keydiff", "expected-attention", "kvzip", "adakv-kvzip", "headkv-kvzip", "learned-kvzip", "curves-kvzip"),
+    *("headkv-fit", "learned-fit", "kvzap", "headkv-kvzap", "learned-kvzap"),
 )
 """The built-in methods, in the order of their table."""
 

@@ -115,6 +115,7 @@ class Observation:
             segments, and nothing is padding. Empty where each query sees all before it.
         query_norms: norm of the hidden state that each query of a prompt was made from, as the attention module was
             given it, float32 `[B, N]`; `None` where nobody has asked, and for rows that are held.
+        ids: of the sequence's tokens so far, int64 `[B, seen]`; `None` where they are not known, or nobody asks.
         shared: what several importances need of this, computed once.
     """
 
@@ -132,6 +133,7 @@ class Observation:
     attended: Tokens | None = None
     segments: tuple[int, ...] = ()
     query_norms: Tensor | None = None
+    ids: Tensor | None = None
     shared: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -153,6 +155,13 @@ class Observation:
     def num_seen(self) -> int:
         """Tokens of the sequence so far."""
         return self.rows.keys.shape[2] if self.seen is None else self.seen
+
+    def ids_of_rows(self) -> Tensor | None:
+        """The id of each row's token, int64 `[B, K, T]`, any for padding; `None` where they are not known."""
+        if self.ids is None:
+            return None
+        places = self.positions.long().clamp(0, self.ids.shape[1] - 1)
+        return self.ids.to(places.device)[:, None].expand(-1, places.shape[1], -1).gather(2, places)
 
     def positions_of_queries(self) -> Tensor:
         """Each query's position in the sequence, int64 `[N]`."""

@@ -16,23 +16,32 @@ from torch import Tensor
 from headprof.compression.kernels.column_sums import column_sums
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
-from headprof.compression.methods.window_attention import WindowAttention
+from headprof.compression.methods.window_attention import WindowAttention, over_heads
 from headprof.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Accumulated(Importance):
-    """Attention summed over all queries so far, averaged over the group (H2O, Zhang et al. 2023)."""
+    """Attention summed over all queries so far, averaged over the group (H2O, Zhang et al. 2023).
+
+    Attributes:
+        shared: average it over the KV heads of the layer too (PrefixKV, Wang et al. 2024), so that they keep the same
+            rows.
+    """
+
+    shared: bool = False
 
     queries = None
     at_hand = 0
+    adds_up = True
 
     def score(self, observed: Observation) -> Tensor:
-        return received_attention(observed)
+        return self.assess(observed).importance
 
     def assess(self, observed: Observation) -> Assessment:
-        received = self.score(observed)
-        return Assessment(received, columns={"received": received})
+        received = received_attention(observed)
+        judged = over_heads(received, observed) if self.shared else received
+        return Assessment(judged, columns={"received": received})
 
 
 def received_attention(observed: Observation, samples: int = 0, last: int = 0) -> Tensor:

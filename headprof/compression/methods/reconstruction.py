@@ -53,6 +53,7 @@ class Reconstruction(Importance):
     norms: bool = False
 
     asks_for_repetition = True
+    adds_up = True
 
     def __post_init__(self) -> None:
         if self.window < 1:

@@ -35,6 +35,7 @@ class SurrogateImportance(Importance):
 
     queries = 0
     needs_surrogate = True
+    adds_up = True
 
     @property
     def has_scale(self) -> bool:

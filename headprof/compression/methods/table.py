@@ -29,8 +29,11 @@ from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
+from headprof.compression.methods.policy_order import PolicyOrder
+from headprof.compression.methods.prefix_budget import PrefixBudget
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
+from headprof.compression.methods.recovery_budget import RecoveryBudget
 from headprof.compression.methods.reduction import Evict
 from headprof.compression.methods.refined_budget import RefinedBudget
 from headprof.compression.methods.surrogate import SurrogateImportance
@@ -65,6 +68,9 @@ METHODS: dict[str, Method] = {
     "pyramidkv": Method(_SNAPKV, PyramidBudget(), Evict()),
     "adakv": Method(_SNAPKV, AdaptiveBudget(), Evict()),
     "h2o": Method(Accumulated(), UniformBudget(), Evict(), recent_share=0.5),
+    "prefixkv": Method(Accumulated(shared=True), PrefixBudget(per="layer"), Evict()),
+    "prefixkv-heads": Method(Accumulated(), PrefixBudget(per="head"), Evict()),
+    "fastgen": Method(PolicyOrder(), RecoveryBudget(), Evict()),
     "streamingllm": Method(Recency(), UniformBudget(), Evict(), sinks=4),
     "knorm": Method(KeyNorm(), UniformBudget(), Evict()),
     "keydiff": Method(KeyDiff(), UniformBudget(), Evict()),
@@ -112,7 +118,7 @@ def _named(name: str) -> Method:
 
 def name_of(method: Method) -> str:
     """The name in the table from which `with_options(**method.options())` makes this method; empty if there is none."""
-    method = replace(method, importance=method.importance.with_surrogate(None))
+    method = replace(method, importance=method.importance.with_surrogate(None).with_token_kinds(None))
     same = [name for name, known in METHODS.items() if known == method]
     return next((name for name in (*same, *METHODS) if _alike(METHODS[name], method)), "")
 

@@ -46,6 +46,8 @@ class WindowAttention(Importance):
     ramp: bool = False
     shared: bool = False
 
+    adds_up = True
+
     def __post_init__(self) -> None:
         if self.window < 1:
             raise UsageError(f"A window of {self.window} queries judges nothing: give a --window of at least 1.")
@@ -186,6 +188,7 @@ class LastQuery(Importance):
     """
 
     queries = 1
+    adds_up = True
 
     def score(self, observed: Observation) -> Tensor:
         return over_heads(_LAST.attention(observed), observed)
