@@ -267,8 +267,9 @@ def test_generation_with_every_method(name):
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     full = model.generate(ids, **options)
     by = {"method": name, "surrogate": random_surrogate(model)}
-    with compressed(model, random_profile(model), **by, budget=40):
-        assert torch.equal(model.generate(ids, **options), full)
+    if METHODS[name].representation.is_full:
+        with compressed(model, random_profile(model), **by, budget=40):
+            assert torch.equal(model.generate(ids, **options), full)
     with compressed(model, random_profile(model), **by, budget=9) as plan:
         cache = HeadCache(plan)
         prefill(model, ids, cache)

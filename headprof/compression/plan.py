@@ -67,6 +67,9 @@ class CompressionPlan:
         if self.buffer is not None and self.buffer < 1:
             raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
         self.method.check_budget(self.budget, self.name)
+        held = self.method.representation
+        if fault := held.fault(self.shape.head_dim):
+            raise UsageError(f"This model's rows cannot be held as {held.name!r}: {fault}; choose representation=full.")
         if self.decode_budget is not None and self.decode_budget.above is not None:
             raise UsageError("A threshold is for what is read: give --decode-budget in tokens, as a share or in bytes.")
 
@@ -135,8 +138,8 @@ class CompressionPlan:
         return self._allocation(self.budget, prompt_length, protected)
 
     def loses(self, prompt_length: int) -> bool:
-        """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
-        return self.budget.above is not None or self._is_short(prompt_length)
+        """Whether some head cannot keep all that its layer can see of a prompt of this many tokens, just as it is."""
+        return not self.method.representation.is_full or self.budget.above is not None or self._is_short(prompt_length)
 
     def _is_short(self, prompt_length: int) -> bool:
         """Whether the budget alone, without a threshold, is too small for a prompt of this many tokens."""
@@ -168,7 +171,7 @@ class CompressionPlan:
         """Whether what heads keep of a prompt of this many tokens says what they hold after it (`after_prompt`)."""
         if self.budget.above is not None:
             return True
-        return self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
+        return self.shares is None and self.method.budget.goes_by_share and self._is_short(prompt_length)
 
     def after_prompt(self, counts: torch.Tensor, protected: ProtectedTokens | None = None) -> CompressionPlan:
         """This plan for what comes after prompts of which the heads have kept so many tokens, int64 `[B, L, K]`.

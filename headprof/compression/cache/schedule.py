@@ -89,7 +89,7 @@ class LayerSchedule:
         return self._left
 
     def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
-        """What the heads keep of their rows, flat.
+        """What the heads keep of their rows, flat, as it is held.
 
         Args:
             observed: the rows.
@@ -108,7 +108,8 @@ class LayerSchedule:
         if past is not None:  # nor is it merged, or fitted to
             weights = weights.masked_fill(past, 0.0)
             observed = replace(observed, valid=observed.valid_rows() & ~past, padded=True, shared={})
-        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+        reduced = method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+        return method.representation.hold(reduced, first=method.sinks, newest=method.keep_last)
 
     def _past(self, observed: Observation) -> torch.Tensor | None:
         """Which held rows the next token cannot see, bool `[B, K, T]`; `None` where it sees all."""

@@ -1,0 +1,156 @@
+"""How kept rows are held: one axis of the table of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import ClassVar, Protocol
+
+import torch
+
+from headprof.compression.kernels.packed_rows import ragged_index
+from headprof.compression.kernels.quantised_rows import QuantisedRows
+from headprof.compression.rows import Rows
+from headprof.errors import UsageError
+
+
+class Representation(Protocol):
+    """How a layer's rows are held once it is compressed; later ones are held as they come, until it is once more.
+
+    A dataclass, whose fields are its parameters.
+    """
+
+    name: ClassVar[str]
+    """What it is called in `--set representation=...`."""
+
+    is_full: ClassVar[bool] = False
+    """Whether it holds rows as the model made them."""
+
+    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
+        """Kept rows as they are held from now on.
+
+        Args:
+            rows: flat, none of them packed.
+            first, newest: rows of each head that stay as they are, its oldest and its newest.
+        """
+        ...
+
+    def fault(self, head_dim: int) -> str | None:
+        """Why heads of this dimension cannot be held so, as a clause; `None` if they can."""
+        return None
+
+
+@dataclass(frozen=True)
+class Full(Representation):
+    """Rows stay as the model made them."""
+
+    name: ClassVar[str] = "full"
+    is_full: ClassVar[bool] = True
+
+    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
+        return rows
+
+
+@dataclass(frozen=True)
+class _Quantised(Representation):
+    """Rows in fewer bits ("More Tokens, Lower Precision", Zhang et al. 2024).
+
+    arXiv 2412.12706: of equal memory, several times the rows in 4 bits serve better than fewer rows in 16. The layout
+    is KIVI's (see `kernels.quantised_rows`): keys per channel in groups of a head's rows that follow one another,
+    values per row, scales and zeros in 16 bits. A head's first and newest rows stay as they are, and so does a last
+    group of so few rows that its scales would take what it saves. When a head is compressed again, all that it keeps is
+    quantised anew.
+
+    Attributes:
+        group_size: rows of a head that share the scales of their keys.
+        residual: newest rows of a head that stay as they are, if that is more than the method's `keep_last`.
+    """
+
+    bits: ClassVar[int]
+    group_size: int = 32
+    residual: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise UsageError(f"A group of {self.group_size} rows has none to quantise: give group_size at least 1.")
+        if self.residual < 0:
+            raise UsageError(f"A head has no {self.residual} newest rows: give residual at least 0.")
+
+    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
+        lengths, device, (_, head_dim) = rows.known_lengths(), rows.keys.device, rows.keys.shape
+        kept = first + max(newest, self.residual)
+        least = self._least(head_dim, rows.keys.element_size())
+        counts = [self._packed(length - kept, least) for length in lengths]
+        if not any(counts):
+            return rows
+        starts = [start + first for start in accumulate(lengths, initial=0)][:-1]
+        packed = ragged_index(starts, counts, device)
+        others = _others(lengths, counts, first, device)
+        quantised = QuantisedRows.quantised(
+            rows.keys[packed], rows.values[packed], counts, first=first, bits=self.bits, group_size=self.group_size
+        )
+        return replace(rows, keys=rows.keys[others], values=rows.values[others], lengths=lengths, packed=quantised)
+
+    def fault(self, head_dim: int) -> str | None:
+        if head_dim * self.bits % 8:
+            return f"codes of {self.bits} bits for {head_dim} channels fill no whole bytes"
+        return None
+
+    def _least(self, head_dim: int, bytes_per_element: int) -> int:
+        """Rows that a group must have for the scales of its keys not to take what it saves."""
+        saved = 2 * head_dim * bytes_per_element - 2 * head_dim * self.bits // 8 - _VALUE_SCALES
+        return _KEY_SCALES * head_dim // saved + 1 if saved > 0 else self.group_size + 1
+
+    def _packed(self, count: int, least: int) -> int:
+        """Of so many rows of a head that may be quantised those that are, the first of them."""
+        if count < 1 or least > self.group_size:
+            return 0
+        rest = count % self.group_size
+        return count if rest >= least else count - rest
+
+
+_KEY_SCALES, _VALUE_SCALES = 4, 4
+"""Bytes of a scale and a zero: of each channel of a group, of each row."""
+
+
+@dataclass(frozen=True)
+class Int8(_Quantised):
+    """Rows in 8 bits (see `_Quantised`)."""
+
+    name: ClassVar[str] = "int8"
+    bits: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class Int4(_Quantised):
+    """Rows in 4 bits (see `_Quantised`)."""
+
+    name: ClassVar[str] = "int4"
+    bits: ClassVar[int] = 4
+
+
+REPRESENTATIONS: dict[str, Representation] = {each.name: each for each in (Full(), Int8(), Int4())}
+"""All there are, by their names."""
+
+
+def find_representation(name: object) -> Representation:
+    """The representation of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not isinstance(name, str) or name not in REPRESENTATIONS:
+        raise UsageError(f"There is no representation {name!r}: choose one of {', '.join(REPRESENTATIONS)}.")
+    return REPRESENTATIONS[name]
+
+
+def _others(lengths: Sequence[int], counts: Sequence[int], first: int, device: torch.device) -> torch.Tensor:
+    """Where the rows are that stay as they are, before and after those that are packed, head by head: int64."""
+    starts, sizes, start = [], [], 0
+    for length, count in zip(lengths, counts, strict=True):
+        before = min(first, length)
+        starts += [start, start + before + count]
+        sizes += [before, length - before - count]
+        start += length
+    return ragged_index(starts, sizes, device)
