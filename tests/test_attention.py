@@ -341,7 +341,8 @@ for kernel in kernels:
         (80, "fp32", True, 0), (90, "bf16", True, 4), (90, "bf16", False, 0), (80, "bf16", False, 8)
     ]:
         whole = ("bounds", "positions", "next_positions", "items", "counts", "before", "groups_before", "behind")
-        pointers = dict.fromkeys(whole, "*i32") | dict.fromkeys(packed[2::2], "*u8") | dict.fromkeys(packed[3::2], "*fp16")
+        pointers = dict.fromkeys(whole, "*i32") | dict.fromkeys(packed[2::2], "*u8")
+        pointers |= dict.fromkeys(packed[3::2], "*fp16")
         pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(data, "*" + dtype)
         signature = pointers | dict(scaling="fp32", softcap="fp32")
         fixed = dict(NUM_KV_HEADS=2, GROUP_SIZE=4, HEAD_DIM=80, BLOCK_DIM=128, BLOCK_QUERIES=16, BLOCK_TOKENS=4)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import interpreted
-from support.packed import packed_in
+from support.packed import packed_in, slow_twin
 from test_attention import TOLERANCE, assert_like_reference, attend, attend_in_parts, make_request
 
 from headprof.compression.kernels import backends, flash
@@ -19,29 +19,6 @@ from headprof.compression.kernels.triton_append import triton_append
 from headprof.errors import UsageError
 
 BACKENDS = ["torch", pytest.param("triton", marks=interpreted)]
-
-
-def slow_numbers(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """What is left of numbers that have one scale and one zero, in float64."""
-    least, largest = float(numbers.min()), float(numbers.max())
-    scale, zero = (float(torch.tensor(each).half()) for each in ((largest - least) / (2**bits - 1), least))
-    codes = [min(2**bits - 1, max(0, round((float(each) - zero) / scale))) if scale else 0 for each in numbers]
-    return torch.tensor([code * scale + zero for code in codes], dtype=torch.float64)
-
-
-def slow_twin(keys, values, counts, bits, group_size):
-    """Keys and values after quantising, head by head, group by group, channel by channel."""
-    keys, values, start = keys.double(), values.double(), 0
-    new_keys, new_values = keys.clone(), values.clone()
-    for count in counts:
-        for first in range(start, start + count, group_size):
-            group = slice(first, min(first + group_size, start + count))
-            for channel in range(keys.shape[1]):
-                new_keys[group, channel] = slow_numbers(keys[group, channel], bits)
-        for row in range(start, start + count):
-            new_values[row] = slow_numbers(values[row], bits)
-        start += count
-    return new_keys, new_values
 
 
 def random_rows(counts, head_dim, dtype, seed=0):
@@ -64,14 +41,10 @@ def test_rows_are_those_of_the_slow_twin(counts, head_dim, bits, group_size, dty
     keys, values = random_rows(counts, head_dim, dtype, seed)
     packed = QuantisedRows.quantised(keys, values, counts, first=1, bits=bits, group_size=group_size)
     expected = slow_twin(keys, values, counts, bits, group_size)
-    steps = [
-        abs(each.double() - own).max().item() if len(own) else 0.0
-        for each, own in zip((keys, values), expected, strict=True)
-    ]
-    for found, own, error in zip(packed.unpacked(torch.float32), expected, steps, strict=True):
+    for found, own, plain in zip(packed.unpacked(torch.float32), expected, (keys, values), strict=True):
         # A number half way between two codes may become either.
-        far = (found.double() - own).abs() > 1e-5
-        assert far.double().mean() < 0.02 if far.numel() else True
+        far, error = (found.double() - own).abs() > 1e-5, (own - plain.double()).abs().max() if own.numel() else 0
+        assert far.sum() <= 1 + own.numel() // 50
         assert ((found.double() - own).abs() <= 2.1 * error + 1e-5).all()
     groups = sum(-(-count // group_size) for count in counts)
     size = sum(counts) * (2 * head_dim * bits // 8 + 4) + groups * head_dim * 4

@@ -21,3 +21,26 @@ def packed_in(
     given = rows.keys[~keep], rows.values[~keep], counts
     packed = QuantisedRows.quantised(*given, first=first, bits=bits, group_size=group_size)
     return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
+
+
+def slow_numbers(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of numbers that have one scale and one zero, which are rounded to float16; in float64."""
+    least, largest = numbers.float().min(), numbers.float().max()
+    scale, zero = (float(each.half()) for each in ((largest - least) / (2**bits - 1), least))
+    codes = [min(2**bits - 1, max(0, round((float(each) - zero) / scale))) if scale else 0 for each in numbers]
+    return torch.tensor([code * scale + zero for code in codes], dtype=torch.float64)
+
+
+def slow_twin(keys, values, counts, bits, group_size):
+    """Keys and values after quantising, head by head, group by group, channel by channel."""
+    keys, values, start = keys.double(), values.double(), 0
+    new_keys, new_values = keys.clone(), values.clone()
+    for count in counts:
+        for first in range(start, start + count, group_size):
+            group = slice(first, min(first + group_size, start + count))
+            for channel in range(keys.shape[1]):
+                new_keys[group, channel] = slow_numbers(keys[group, channel], bits)
+        for row in range(start, start + count):
+            new_values[row] = slow_numbers(values[row], bits)
+        start += count
+    return new_keys, new_values
