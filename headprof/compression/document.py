@@ -264,7 +264,7 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if (version := metadata.get("format_version")) not in _READABLE:
         raise CacheError(
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
-            f"{' and '.join(_READABLE)}: update headprof, or {_MEND}."
+            f"{', '.join(_READABLE[:-1])} and {_READABLE[-1]}: update headprof, or {_MEND}."
         )
 
 
