@@ -161,6 +161,56 @@ def test_a_crafted_document_is_refused(change, document, loaded, tmp_path):
     assert_one_sentence(caught.value)
 
 
+@pytest.fixture(scope="module")
+def quantised(loaded, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("quantised") / "doc.kv.safetensors"
+    plan = make_plan(loaded.model, random_profile(loaded.model), method="headkv-r2-int4", budget=12)
+    save_document(compress_document(loaded, TEXT, plan), path, loaded)
+    return path
+
+
+HELD = {"first": 1, "bits": 4, "group_size": 32}
+QUANTISED = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "key_codes", "key_scales", "value_scales")},
+    "negative packed": poke(f"{FIRST}packed", -1),
+    "huge packed": put(f"{FIRST}packed", wide()),
+    "more packed than rows": turn(f"{FIRST}packed", lambda each: each + torch.tensor([[3, -3]])),
+    "packed in int64": turn(f"{FIRST}packed", torch.Tensor.long),
+    "packed of one dimension": turn(f"{FIRST}packed", torch.Tensor.flatten),
+    "codes lack a row": turn(f"{FIRST}key_codes", lambda each: each[1:]),
+    "codes of other width": turn(f"{FIRST}value_codes", lambda each: each[:, 1:]),
+    "codes of whole numbers": turn(f"{FIRST}key_codes", torch.Tensor.int),
+    "scales of another type": turn(f"{FIRST}key_scales", torch.Tensor.float),
+    "scales of no dimension": put(f"{FIRST}key_scales", torch.tensor(1.0).half()),
+    "scales lack a group": turn(f"{FIRST}key_scales", lambda each: each[1:]),
+    "scales not a number": poke(f"{FIRST}key_scales", float("nan")),
+    "scales infinite": poke(f"{FIRST}value_scales", float("inf")),
+    "positions of no dimension": put(f"{FIRST}positions", torch.tensor(1, dtype=torch.int32)),
+    "not said how": forget("packed"),
+    "said of other layers": note("packed", json.dumps([HELD])),
+    "said of one layer": note("packed", json.dumps([HELD, None])),
+    "said no list": note("packed", json.dumps(HELD)),
+    "said of more": note("packed", json.dumps([HELD | {"more": 1}] * 2)),
+    "said of less": note("packed", json.dumps([{"first": 1, "bits": 4}] * 2)),
+    "other bits": note("packed", json.dumps([HELD | {"bits": 8}] * 2)),
+    "five bits": note("packed", json.dumps([HELD | {"bits": 5}] * 2)),
+    "other groups": note("packed", json.dumps([HELD | {"group_size": 3}] * 2)),
+    "groups of none": note("packed", json.dumps([HELD | {"group_size": 0}] * 2)),
+    "first beyond all": note("packed", json.dumps([HELD | {"first": 50}] * 2)),
+    "negative first": note("packed", json.dumps([HELD | {"first": -1}] * 2)),
+    "unknown representation": note("options", '{"representation": "int5"}'),
+}
+
+
+@pytest.mark.parametrize("change", QUANTISED.values(), ids=QUANTISED.keys())
+def test_a_crafted_document_of_quantised_rows_is_refused(change, quantised, loaded, tmp_path):
+    load_document(quantised, loaded)
+    path = craft(quantised, tmp_path / "doc.safetensors", change)
+    with pytest.raises((CacheError, UsageError)) as caught:
+        load_document(path, loaded)
+    assert_one_sentence(caught.value)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -249,9 +249,8 @@ def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, b
     if missing := [part for part in _NEEDED if part not in own]:
         raise ValueError(f"it lacks the tensor {prefix}{missing[0]}")
     shape, keys = facts.shape, own["keys"]
-    rows, in_full = own["positions"].shape[:1], own["keys"].shape[:1]
-    if "packed" not in own:
-        in_full = rows
+    rows = (math.prod(own["positions"].shape),)
+    in_full = keys.shape[:1] if "packed" in own else rows
     queries = own.get("queries", Stored("", ()))
     newest = queries.shape[2:3]
     wanted = {
