@@ -102,6 +102,18 @@ def test_bytes_are_counted_one_by_one(name, dtype):
     )
 
 
+@pytest.mark.parametrize("size", [6_000, 20_000, 60_000])
+@pytest.mark.parametrize("representation", ["full", "int8", "int4:residual=4", "int4:group_size=3"])
+def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation, size):
+    name, options = f"headkv-r2:representation={representation}", {"budget": f"{size}B", "buffer": None}
+    cache = filled(model, name, random_ids(1, 300), **options)
+    rows = [layer.storage.compact() for layer in cache.head_layers]
+    held = sum(each.nbytes for own in rows for each in own.tensors if each is not own.positions)
+    assert 0.6 * size < held <= size
+    in_full = size // (2 * 2 * 2 * 32 * 4)
+    assert int(cache.lengths.sum()) >= 4 * in_full * (1 if representation == "full" or size < 10_000 else 1.5)
+
+
 @pytest.mark.parametrize(("element", "bits", "least"), [(4, 4, 1), (2, 4, 2), (2, 8, 3)])
 def test_a_last_group_that_would_save_nothing_is_left_as_it_is(element, bits, least):
     dtype = {4: torch.float32, 2: torch.bfloat16}[element]

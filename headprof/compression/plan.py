@@ -210,12 +210,19 @@ class CompressionPlan:
     def _tokens(self, given: Budget, length: int) -> int:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
         budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
+        if given.unit == "bytes" and not self.method.representation.is_full:
+            budget = self._rows_in(given.amount)
         if budget < 1:
             raise UsageError(
                 f"A budget of {int(given.amount)} bytes is less than one token per head "
                 f"({bytes_per_token} bytes): raise --budget."
             )
         return budget
+
+    def _rows_in(self, num_bytes: float) -> int:
+        """Rows per head that fit in so many bytes for all heads, as the method holds them."""
+        heads, size = self.shape.num_layers * self.shape.num_kv_heads, (self.shape.head_dim, self.bytes_per_element)
+        return self.method.representation.rows_in(num_bytes / heads, self.method.always_kept, *size)
 
     def _allotted(self, budget: int, length: int, always_kept: int, shares: torch.Tensor | None) -> torch.Tensor:
         sizes = {"budget": budget, "context_length": length, "always_kept": always_kept}

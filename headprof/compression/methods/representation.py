@@ -36,6 +36,10 @@ class Representation(Protocol):
         """
         ...
 
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+        """How many rows a head can surely hold in so many bytes, of which `in_full` stay as they are."""
+        ...
+
     def fault(self, head_dim: int) -> str | None:
         """Why heads of this dimension cannot be held so, as a clause; `None` if they can."""
         return None
@@ -50,6 +54,9 @@ class Full(Representation):
 
     def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
         return rows
+
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+        return int(num_bytes // (2 * head_dim * bytes_per_element))
 
 
 @dataclass(frozen=True)
@@ -97,9 +104,20 @@ class _Quantised(Representation):
             return f"codes of {self.bits} bits for {head_dim} channels fill no whole bytes"
         return None
 
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+        each, scales = 2 * head_dim * bytes_per_element, _KEY_SCALES * head_dim
+        plainly, in_full = int(num_bytes // each), in_full + self.residual
+        left = num_bytes - in_full * each - scales  # of a last group that is not full
+        packed = int(left // (self._packed_bytes(head_dim) + scales / self.group_size))
+        return max(plainly, in_full + packed)
+
+    def _packed_bytes(self, head_dim: int) -> int:
+        """What a quantised row takes, without the scales of its key."""
+        return 2 * head_dim * self.bits // 8 + _VALUE_SCALES
+
     def _least(self, head_dim: int, bytes_per_element: int) -> int:
         """Rows that a group must have for the scales of its keys not to take what it saves."""
-        saved = 2 * head_dim * bytes_per_element - 2 * head_dim * self.bits // 8 - _VALUE_SCALES
+        saved = 2 * head_dim * bytes_per_element - self._packed_bytes(head_dim)
         return _KEY_SCALES * head_dim // saved + 1 if saved > 0 else self.group_size + 1
 
     def _packed(self, count: int, least: int) -> int:
