@@ -2,8 +2,8 @@
 
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged or fitted rows) and `.received` (attention so far), float32 `[rows]`;
-where some are quantised `.packed` int32 `[B, K]`, how many of each head, and `.key_codes`, `.key_scales`,
-`.value_codes` and `.value_scales` in the place of their keys and values (see `kernels.quantised_rows`); where the next
+where some are packed `.packed` int32 `[B, K]`, how many of each head, and what holds their keys and values by the names
+of its parts (see `kernels.quantised_rows` and `thinned_rows`); where the next
 compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
 padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 FORMAT = "headprof.cache"
 FORMAT_VERSION = "5"
-"""Version 3 knew no `shares`, `protected` and surrogates, 4 no quantised rows; they are still read, and written where
+"""Version 3 knew no `shares`, `protected` and surrogates, 4 no packed rows; they are still read, and written where
 they say all."""
 _READABLE = ("3", "4", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headprof.compression.document_packed import PACKED_PARTS, check_packed_counts, check_packed_sizes, packed_facts
+from headprof.compression.kernels.packed_kinds import ALL_PARTS
 from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
@@ -232,7 +233,7 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
         lengths = file.read(f"{prefix}lengths")
         _check_lengths(prefix, lengths, stored[f"{prefix}positions"].shape[0], facts.seen)
         if (packed := facts.packed[number]) is not None:
-            own = {part: stored[prefix + part] for part in PACKED_PARTS}
+            own = {part: stored[prefix + part] for part in PACKED_PARTS if prefix + part in stored}
             check_packed_counts(prefix, own, packed, file.read(f"{prefix}packed"), lengths)
 
 
@@ -297,18 +298,20 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
         numbers = tensors.get(name)
         if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():
             raise ValueError(f"its {name} are not all numbers that heads can have")
-    parts = ("keys", "values", "queries", "received", "positions", "bias", "key_scales", "value_scales")
+    parts = ("keys", "values", "queries", "received", "positions", "bias", *ALL_PARTS)
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:
-        if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts.seen):
+        if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts):
             raise ValueError(f"its {name} hold what cannot be")
 
 
-def _is_sound(part: str, numbers: torch.Tensor, seen: int) -> bool:
+def _is_sound(part: str, numbers: torch.Tensor, facts: DocumentFacts) -> bool:
     if numbers.numel() == 0:
         return True
     if part == "positions":
-        return int(numbers.min()) >= 0 and int(numbers.max()) < seen
+        return int(numbers.min()) >= 0 and int(numbers.max()) < facts.seen
+    if part == "key_channels":
+        return int(numbers.min()) >= 0 and int(numbers.max()) < facts.shape.head_dim
     if part == "bias":  # a row that is hidden has minus infinity
         return bool((numbers < _LARGEST).all())
     return bool((numbers.abs() < _LARGEST).all())

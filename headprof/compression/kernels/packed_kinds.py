@@ -7,35 +7,53 @@ from typing import Any
 
 from torch import Tensor
 
+from headprof.compression.kernels import quantised_rows, thinned_rows
 from headprof.compression.kernels.packed_rows import PackedRows
-from headprof.compression.kernels.quantised_rows import PARTS, QuantisedRows
+from headprof.compression.kernels.quantised_rows import QuantisedRows
+from headprof.compression.kernels.thinned_rows import ThinnedRows
 
 
 def as_arguments(packed: PackedRows | None) -> tuple[list[Tensor], list[int]]:
     """What `from_arguments` makes the same rows of; two empty lists for none."""
-    if not isinstance(packed, QuantisedRows):
+    if packed is None:
         return [], []
-    tensors = [packed.before, packed.groups_before, *packed.tensors]
-    return tensors, [packed.first, packed.bits, packed.group_size]
+    if isinstance(packed, QuantisedRows):
+        tensors = [packed.before, packed.groups_before, *packed.tensors]
+        return tensors, [packed.first, packed.bits, packed.group_size]
+    return [packed.before, *packed.tensors], [packed.first]
 
 
 def from_arguments(tensors: Sequence[Tensor], numbers: Sequence[int]) -> PackedRows | None:
     """The rows of which these are the arguments; how many each head has, only the device knows."""
     if not tensors:
         return None
-    before, groups_before, *parts = tensors
-    first, bits, group_size = numbers
-    named = dict(zip(PARTS, parts, strict=True))
-    return QuantisedRows(first, before, (), bits, group_size, groups_before, **named)
+    before, *parts = tensors
+    first, *others = numbers
+    if not others:
+        return ThinnedRows(first, before, (), *parts)
+    bits, group_size = others
+    return QuantisedRows(first, before, (), bits, group_size, *parts)
 
 
 def as_facts(packed: PackedRows | None) -> dict[str, int] | None:
     """What a file says of packed rows beside their tensors and how many each head has."""
-    if not isinstance(packed, QuantisedRows):
+    if packed is None:
         return None
-    return {"first": packed.first, "bits": packed.bits, "group_size": packed.group_size}
+    if isinstance(packed, QuantisedRows):
+        return {"first": packed.first, "bits": packed.bits, "group_size": packed.group_size}
+    return {"first": packed.first}
+
+
+def part_names(facts: Mapping[str, Any]) -> Sequence[str]:
+    """The names in a file of the tensors that hold such rows."""
+    return quantised_rows.PARTS if "bits" in facts else thinned_rows.PARTS
 
 
 def from_facts(facts: Mapping[str, Any], parts: Mapping[str, Tensor], counts: Sequence[int]) -> PackedRows:
     """The rows of which a file holds these tensors, by their names there."""
-    return QuantisedRows.of_parts(parts, counts, **facts)
+    kind = QuantisedRows if "bits" in facts else ThinnedRows
+    return kind.of_parts(parts, counts, **facts)
+
+
+ALL_PARTS = (*quantised_rows.PARTS, *thinned_rows.PARTS)
+"""The names that tensors of packed rows have."""

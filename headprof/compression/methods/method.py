@@ -13,7 +13,8 @@ from headprof.compression.methods.budget import BudgetPolicy, UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance, KeepAll, check_importance
 from headprof.compression.methods.reduction import Evict, Reduction, ranking
-from headprof.compression.methods.representation import Full, Representation, find_representation
+from headprof.compression.methods.representation import Full, Representation
+from headprof.compression.methods.representations import find_representation
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 
@@ -72,6 +73,11 @@ class Method:
                 f"{called} would change rows that have been fitted to stand for others: choose representation=full, or "
                 "a method that evicts or merges."
             )
+        if self.representation.queries and self.budget.ranks_together:
+            raise UsageError(
+                f"{called} judges channels by queries, which are gone when a method has ranked the rows of all layers "
+                "together: choose adakv-kvzip or headkv-kvzip."
+            )
 
     @property
     def keeps_everything(self) -> bool:
@@ -80,8 +86,9 @@ class Method:
 
     @property
     def asks_queries(self) -> bool:
-        """Whether what is kept of a prompt depends on any of its queries."""
-        return self.importance.queries != 0 or self.reduction.prompt_queries != 0
+        """Whether what is kept of a prompt, or how it is held, depends on any of its queries."""
+        asked = (self.importance.queries, self.reduction.prompt_queries, self.representation.queries)
+        return any(each != 0 for each in asked)
 
     @property
     def always_kept(self) -> int:

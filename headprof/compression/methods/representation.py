@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar, Protocol
 
 import torch
 
 from headprof.compression.kernels.packed_rows import ragged_index
-from headprof.compression.kernels.quantised_rows import QuantisedRows
+from headprof.compression.methods.observation import Observation
 from headprof.compression.rows import Rows
-from headprof.errors import UsageError
 
 
 class Representation(Protocol):
@@ -27,11 +26,15 @@ class Representation(Protocol):
     is_full: ClassVar[bool] = False
     """Whether it holds rows as the model made them."""
 
-    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
+    queries: ClassVar[int] = 0
+    """How many of the newest queries it looks at, as far as there are so many."""
+
+    def hold(self, rows: Rows, observed: Observation, *, first: int, newest: int) -> Rows:
         """Kept rows as they are held from now on.
 
         Args:
             rows: flat, none of them packed.
+            observed: what they were chosen from, with the newest queries.
             first, newest: rows of each head that stay as they are, its oldest and its newest.
         """
         ...
@@ -52,123 +55,31 @@ class Full(Representation):
     name: ClassVar[str] = "full"
     is_full: ClassVar[bool] = True
 
-    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
+    def hold(self, rows: Rows, observed: Observation, *, first: int, newest: int) -> Rows:
         return rows
 
     def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
         return int(num_bytes // (2 * head_dim * bytes_per_element))
 
 
-@dataclass(frozen=True)
-class _Quantised(Representation):
-    """Rows in fewer bits ("More Tokens, Lower Precision", Zhang et al. 2024).
+def apart(
+    lengths: Sequence[int], counts: Sequence[int], first: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the rows are that are packed, and where those that stay as they are, head by head, int64 each.
 
-    arXiv 2412.12706: of equal memory, several times the rows in 4 bits serve better than fewer rows in 16. The layout
-    is KIVI's (see `kernels.quantised_rows`): keys per channel in groups of a head's rows that follow one another,
-    values per row, scales and zeros in 16 bits. A head's first and newest rows stay as they are, and so does a last
-    group of so few rows that its scales would take what it saves. When a head is compressed again, all that it keeps is
-    quantised anew.
-
-    Attributes:
-        group_size: rows of a head that share the scales of their keys.
-        residual: newest rows of a head that stay as they are, if that is more than the method's `keep_last`.
+    Args:
+        lengths: rows of each head, flat.
+        counts: how many of them are packed.
+        first: rows of each head that come before these.
     """
-
-    bits: ClassVar[int]
-    group_size: int = 32
-    residual: int = 0
-
-    def __post_init__(self) -> None:
-        if self.group_size < 1:
-            raise UsageError(f"A group of {self.group_size} rows has none to quantise: give group_size at least 1.")
-        if self.residual < 0:
-            raise UsageError(f"A head has no {self.residual} newest rows: give residual at least 0.")
-
-    def hold(self, rows: Rows, *, first: int, newest: int) -> Rows:
-        lengths, device, (_, head_dim) = rows.known_lengths(), rows.keys.device, rows.keys.shape
-        kept = first + max(newest, self.residual)
-        least = self._least(head_dim, rows.keys.element_size())
-        counts = [self._packed(length - kept, least) for length in lengths]
-        if not any(counts):
-            return rows
-        starts = [start + first for start in accumulate(lengths, initial=0)][:-1]
-        packed = ragged_index(starts, counts, device)
-        others = _others(lengths, counts, first, device)
-        quantised = QuantisedRows.quantised(
-            rows.keys[packed], rows.values[packed], counts, first=first, bits=self.bits, group_size=self.group_size
-        )
-        return replace(rows, keys=rows.keys[others], values=rows.values[others], lengths=lengths, packed=quantised)
-
-    def fault(self, head_dim: int) -> str | None:
-        if head_dim * self.bits % 8:
-            return f"codes of {self.bits} bits for {head_dim} channels fill no whole bytes"
-        return None
-
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
-        each, scales = 2 * head_dim * bytes_per_element, _KEY_SCALES * head_dim
-        plainly, in_full = int(num_bytes // each), in_full + self.residual
-        left = num_bytes - in_full * each - scales  # of a last group that is not full
-        packed = int(left // (self._packed_bytes(head_dim) + scales / self.group_size))
-        return max(plainly, in_full + packed)
-
-    def _packed_bytes(self, head_dim: int) -> int:
-        """What a quantised row takes, without the scales of its key."""
-        return 2 * head_dim * self.bits // 8 + _VALUE_SCALES
-
-    def _least(self, head_dim: int, bytes_per_element: int) -> int:
-        """Rows that a group must have for the scales of its keys not to take what it saves."""
-        saved = 2 * head_dim * bytes_per_element - self._packed_bytes(head_dim)
-        return _KEY_SCALES * head_dim // saved + 1 if saved > 0 else self.group_size + 1
-
-    def _packed(self, count: int, least: int) -> int:
-        """Of so many rows of a head that may be quantised those that are, the first of them."""
-        if count < 1 or least > self.group_size:
-            return 0
-        rest = count % self.group_size
-        return count if rest >= least else count - rest
+    starts = list(accumulate(lengths, initial=0))[:-1]
+    packed = ragged_index([start + first for start in starts], counts, device)
+    firsts = [min(first, length) for length in lengths]
+    seconds = [start + one + count for start, one, count in zip(starts, firsts, counts, strict=True)]
+    rests = [length - one - count for length, one, count in zip(lengths, firsts, counts, strict=True)]
+    others = ragged_index(_in_turn(starts, seconds), _in_turn(firsts, rests), device)
+    return packed, others
 
 
-_KEY_SCALES, _VALUE_SCALES = 4, 4
-"""Bytes of a scale and a zero: of each channel of a group, of each row."""
-
-
-@dataclass(frozen=True)
-class Int8(_Quantised):
-    """Rows in 8 bits (see `_Quantised`)."""
-
-    name: ClassVar[str] = "int8"
-    bits: ClassVar[int] = 8
-
-
-@dataclass(frozen=True)
-class Int4(_Quantised):
-    """Rows in 4 bits (see `_Quantised`)."""
-
-    name: ClassVar[str] = "int4"
-    bits: ClassVar[int] = 4
-
-
-REPRESENTATIONS: dict[str, Representation] = {each.name: each for each in (Full(), Int8(), Int4())}
-"""All there are, by their names."""
-
-
-def find_representation(name: object) -> Representation:
-    """The representation of this name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not isinstance(name, str) or name not in REPRESENTATIONS:
-        raise UsageError(f"There is no representation {name!r}: choose one of {', '.join(REPRESENTATIONS)}.")
-    return REPRESENTATIONS[name]
-
-
-def _others(lengths: Sequence[int], counts: Sequence[int], first: int, device: torch.device) -> torch.Tensor:
-    """Where the rows are that stay as they are, before and after those that are packed, head by head: int64."""
-    starts, sizes, start = [], [], 0
-    for length, count in zip(lengths, counts, strict=True):
-        before = min(first, length)
-        starts += [start, start + before + count]
-        sizes += [before, length - before - count]
-        start += length
-    return ragged_index(starts, sizes, device)
+def _in_turn(ones: Sequence[int], others: Sequence[int]) -> list[int]:
+    return [number for pair in zip(ones, others, strict=True) for number in pair]

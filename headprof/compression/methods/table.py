@@ -29,11 +29,12 @@ from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
+from headprof.compression.methods.quantisation import Int4, Int8
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.reduction import Evict
-from headprof.compression.methods.representation import Int4, Int8
 from headprof.compression.methods.surrogate import SurrogateImportance
+from headprof.compression.methods.thinning import Thin
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.errors import UsageError
 
@@ -54,6 +55,7 @@ METHODS: dict[str, Method] = {
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
     "headkv-r2-int8": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int8()),
     "headkv-r2-int4": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int4()),
+    "think": Method(_SNAPKV, UniformBudget(), Evict(), representation=Thin()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
     "headkv-curves": Method(_TUNED, CurveBudget("known"), Evict()),
     "ems": Method(_EMS, UniformBudget(), _MERGE),
