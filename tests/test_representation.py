@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from support.prompts import random_ids
 from support.tiny_models import tiny_model
 
 from headprof import compressed
+from headprof.cli.tables.evaluate import scores, sizes
 from headprof.compression.cache.fan_out import FanOutCache
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.schedule import LayerSchedule
@@ -343,6 +345,17 @@ def test_a_loss_is_measured_beside_the_full_cache_in_full(tiny):
     candidates = Candidates(tiny, TEXT, plan, questions=0)
     assert packed_of(candidates.caches[0]) == [None] * 2 and None not in packed_of(candidates.caches[1])
     assert candidates.caches[0].plan.method.representation == Full()
+
+
+def test_tables_show_bytes_where_methods_differ_in_them():
+    def cell(method, budget, cache_bytes):
+        return SimpleNamespace(**vars(), task="niah", group="512", questions=3, score=0.5, interval=None)
+
+    alike = [cell("full", "", 10**7), cell("snapkv", "16", 1000), cell("h2o", "16", 1040)]
+    assert sizes(alike)[1] == [] and scores(alike)[1][-1] == ["cache bytes", "1.02 kB"]
+    unlike = [*alike, cell("headkv-r2-int4", "16", 600)]
+    assert sizes(unlike)[1][1:] == [["snapkv", "1 kB"], ["h2o", "1.04 kB"], ["headkv-r2-int4", "600 B"]]
+    assert len(scores(unlike)[1]) == 4
 
 
 # How it is asked for, and what is refused.
