@@ -11,16 +11,23 @@ from headprof.compression.kernels import quantised_rows, thinned_rows
 from headprof.compression.kernels.packed_rows import PackedRows
 from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.thinned_rows import ThinnedRows
+from headprof.errors import CacheError
 
 
 def as_arguments(packed: PackedRows | None) -> tuple[list[Tensor], list[int]]:
-    """What `from_arguments` makes the same rows of; two empty lists for none."""
+    """What `from_arguments` makes the same rows of; two empty lists for none.
+
+    Raises:
+        CacheError: they are of a kind that is not known here.
+    """
     if packed is None:
         return [], []
     if isinstance(packed, QuantisedRows):
         tensors = [packed.before, packed.groups_before, *packed.tensors]
         return tensors, [packed.first, packed.bits, packed.group_size]
-    return [packed.before, *packed.tensors], [packed.first]
+    if isinstance(packed, ThinnedRows):
+        return [packed.before, *packed.tensors], [packed.first]
+    raise _unknown(packed)
 
 
 def from_arguments(tensors: Sequence[Tensor], numbers: Sequence[int]) -> PackedRows | None:
@@ -36,12 +43,18 @@ def from_arguments(tensors: Sequence[Tensor], numbers: Sequence[int]) -> PackedR
 
 
 def as_facts(packed: PackedRows | None) -> dict[str, int] | None:
-    """What a file says of packed rows beside their tensors and how many each head has."""
+    """What a file says of packed rows beside their tensors and how many each head has.
+
+    Raises:
+        CacheError: they are of a kind that is not known here.
+    """
     if packed is None:
         return None
     if isinstance(packed, QuantisedRows):
         return {"first": packed.first, "bits": packed.bits, "group_size": packed.group_size}
-    return {"first": packed.first}
+    if isinstance(packed, ThinnedRows):
+        return {"first": packed.first}
+    raise _unknown(packed)
 
 
 def part_names(facts: Mapping[str, Any]) -> Sequence[str]:
@@ -53,6 +66,12 @@ def from_facts(facts: Mapping[str, Any], parts: Mapping[str, Tensor], counts: Se
     """The rows of which a file holds these tensors, by their names there."""
     kind = QuantisedRows if "bits" in facts else ThinnedRows
     return kind.of_parts(parts, counts, **facts)
+
+
+def _unknown(packed: PackedRows) -> CacheError:
+    return CacheError(
+        f"{type(packed).__name__} of another package can be neither saved nor compiled: choose representation=full."
+    )
 
 
 ALL_PARTS = (*quantised_rows.PARTS, *thinned_rows.PARTS)

@@ -86,11 +86,14 @@ class PackedRows(ABC):
             keys, values: of the rows that are not packed, `[rows - P, D]`.
             starts: first row of each head, `[N]`.
         """
-        packed = torch.zeros(len(keys) + self.total, dtype=torch.bool, device=keys.device)
-        packed[self.index(starts)] = True
-        place = torch.where(packed, packed.cumsum(0) + (len(keys) - 1), (~packed).cumsum(0) - 1)
+        index = self.index(starts)
+        plain = torch.ones(len(keys) + self.total, dtype=torch.bool, device=keys.device)
+        plain[index] = False
+        known = plain.device.type in ("cpu", "cuda")  # where nobody has to look how many there are
+        others = (torch.nonzero_static(plain, size=len(keys)) if known else plain.nonzero()).squeeze(1)
+        whole = [each.new_empty(len(plain), each.shape[1]).index_copy_(0, others, each) for each in (keys, values)]
         own_keys, own_values = self.unpacked(keys.dtype)
-        return torch.cat([keys, own_keys])[place], torch.cat([values, own_values])[place]
+        return whole[0].index_copy_(0, index, own_keys), whole[1].index_copy_(0, index, own_values)
 
     def lasting(self) -> Self:
         """Copies, that may be written to in any mode of torch."""

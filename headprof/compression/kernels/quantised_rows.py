@@ -97,8 +97,9 @@ class QuantisedRows(PackedRows):
         offset = torch.arange(self.total, device=heads.device)
         offset -= self.before[:-1].repeat_interleave(heads, output_size=self.total)
         group = self.groups_before[:-1].repeat_interleave(heads, output_size=self.total) + offset // self.group_size
-        keys = _numbers(self.key_codes, self.key_scales[group], self.bits)
-        values = _numbers(self.value_codes, self.value_scales[..., None], self.bits)
+        scale, zero = self.key_scales.unbind(1)
+        keys = _numbers(self.key_codes, self.bits).mul_(scale[group]).add_(zero[group])
+        values = _numbers(self.value_codes, self.bits).mul_(self.value_scales[:, :1]).add_(self.value_scales[:, 1:])
         return keys.to(dtype), values.to(dtype)
 
     def of_heads(self, heads: Sequence[int]) -> Self:
@@ -166,8 +167,6 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
     return low | high << 4
 
 
-def _numbers(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """What packed codes stand for, float32 `[P, D]`; `scales` as for `_codes`."""
-    whole = codes if bits == 8 else torch.cat([codes & 15, codes >> 4], dim=-1)
-    scale, zero = scales.float().unbind(1)
-    return whole.float() * scale + zero
+def _numbers(codes: Tensor, bits: int) -> Tensor:
+    """Packed codes as numbers, float32 `[P, D]`."""
+    return (codes if bits == 8 else torch.cat([codes & 15, codes >> 4], dim=-1)).float()
