@@ -162,11 +162,13 @@ def test_a_crafted_document_is_refused(change, document, loaded, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quantised(loaded, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("quantised") / "doc.kv.safetensors"
-    plan = make_plan(loaded.model, random_profile(loaded.model), method="headkv-r2-int4", budget=12)
-    save_document(compress_document(loaded, TEXT, plan), path, loaded)
-    return path
+def packed(loaded, tmp_path_factory) -> dict[str, Path]:
+    paths = {}
+    for method in ("headkv-r2-int4", "think"):
+        paths[method] = tmp_path_factory.mktemp("packed") / "doc.kv.safetensors"
+        plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=12)
+        save_document(compress_document(loaded, TEXT, plan), paths[method], loaded)
+    return paths
 
 
 HELD = {"first": 1, "bits": 4, "group_size": 32}
@@ -199,13 +201,35 @@ QUANTISED = {
     "first beyond all": note("packed", json.dumps([HELD | {"first": 50}] * 2)),
     "negative first": note("packed", json.dumps([HELD | {"first": -1}] * 2)),
     "unknown representation": note("options", '{"representation": "int5"}'),
+    "thinner keys that are not there": note("packed", json.dumps([{"first": 1}] * 2)),
+}
+THINNED = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "thin_keys", "thin_values", "key_channels")},
+    "a channel beyond all": poke(f"{FIRST}key_channels", 16),
+    "a negative channel": poke(f"{FIRST}key_channels", -1),
+    "channels in int32": turn(f"{FIRST}key_channels", torch.Tensor.int),
+    "channels of other heads": turn(f"{FIRST}key_channels", lambda each: each[:1]),
+    "more channels than there are": lambda tensors, metadata: tensors.update(
+        {f"{FIRST}{part}": tensors[f"{FIRST}{part}"].repeat(1, 3) for part in ("thin_keys", "key_channels")}
+    ),
+    "keys of no dimension": put(f"{FIRST}thin_keys", torch.tensor(1.0)),
+    "keys lack a row": turn(f"{FIRST}thin_keys", lambda each: each[1:]),
+    "values of other width": turn(f"{FIRST}thin_values", lambda each: each[:, 1:]),
+    "values not a number": poke(f"{FIRST}thin_values", float("nan")),
+    "codes that are not there": note("packed", json.dumps([HELD] * 2)),
 }
 
 
-@pytest.mark.parametrize("change", QUANTISED.values(), ids=QUANTISED.keys())
-def test_a_crafted_document_of_quantised_rows_is_refused(change, quantised, loaded, tmp_path):
-    load_document(quantised, loaded)
-    path = craft(quantised, tmp_path / "doc.safetensors", change)
+PACKED = {
+    **{f"quantised: {what}": ("headkv-r2-int4", change) for what, change in QUANTISED.items()},
+    **{f"thinned: {what}": ("think", change) for what, change in THINNED.items()},
+}
+
+
+@pytest.mark.parametrize(("method", "change"), PACKED.values(), ids=PACKED.keys())
+def test_a_crafted_document_of_packed_rows_is_refused(method, change, packed, loaded, tmp_path):
+    load_document(packed[method], loaded)
+    path = craft(packed[method], tmp_path / "doc.safetensors", change)
     with pytest.raises((CacheError, UsageError)) as caught:
         load_document(path, loaded)
     assert_one_sentence(caught.value)
