@@ -172,7 +172,7 @@ class Method:
     def options(self) -> dict[str, Any]:
         """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
         own = {} if self.keeps_everything else {_REPRESENTATION: self.representation.name}
-        return own | {name: value for part in self._parts for name, value in _parameters(part).items()}
+        return {name: value for part in self._parts for name, value in _parameters(part).items()} | own
 
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
