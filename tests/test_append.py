@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from support.devices import interpreted, on_cuda
+from support.packed import packed_in
 from test_attention import OPTIONS, assert_like_reference, attend, make_request
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from headprof.compression.kernels import append
 from headprof.compression.kernels.append import append_rows, torch_append
 from headprof.compression.kernels.backends import ragged_attention
+from headprof.compression.kernels.packed_kinds import as_arguments
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.kernels.triton_append import triton_append
 
@@ -183,25 +185,31 @@ def test_a_step_compiles_as_one_graph(option, columns):
     assert len(compilations) == 1 and compilations[0] < 10
 
 
-def operator_arguments(option: str) -> tuple:
+def operator_arguments(option: str, packed_counts=()) -> tuple:
     request = make_request([4, 50, 12, 20], num_kv_heads=2, group_size=3, num_queries=2, option=option)
-    rows = request.rows
+    rows = request.rows if not packed_counts else packed_in(request.rows, packed_counts)
     tensors = (rows.keys.nan_to_num(), rows.values.nan_to_num(), rows.positions, rows.bounds)
     columns = (None if rows.bias is None else rows.bias.nan_to_num(neginf=-float("inf")), request.sinks)
     numbers = (rows.longest, rows.uniform, 2, request.scaling, request.softcap, request.sliding_window)
-    return (request.query, *tensors, *columns, rows.bounds.new_empty(0), *numbers, "auto")
+    packed = as_arguments(rows.packed)
+    return (request.query, *tensors, *columns, rows.bounds.new_empty(0), *packed, *numbers, "auto")
 
 
+@pytest.mark.parametrize("packed_counts", [(), (0, 40, 8, 17)])
 @pytest.mark.parametrize("option", ["plain", "all"])
-def test_the_operator_of_attention(option):
-    torch.library.opcheck(torch.ops.headprof.ragged_attention.default, operator_arguments(option))
+def test_the_operator_of_attention(option, packed_counts):
+    arguments = operator_arguments(option, packed_counts)
+    torch.library.opcheck(torch.ops.headprof.ragged_attention.default, arguments)
 
 
+@pytest.mark.parametrize("packed_counts", [(), (0, 20, 8, 17)])
 @pytest.mark.parametrize("columns", [(), ("bias",), ("bias", "received")])
-def test_the_operator_of_appending(columns):
+def test_the_operator_of_appending(columns, packed_counts):
     rows = roomy_rows([4, 30, 12, 20], 16, columns=columns)
+    rows = packed_in(rows, packed_counts) if packed_counts else rows
     tensors = (rows.keys, rows.values, rows.positions, rows.bounds, rows.next_positions, rows.bias, rows.received)
-    torch.library.opcheck(torch.ops.headprof.append_rows.default, (*tensors, *new_states(4, 2, 3, 16)))
+    packed = as_arguments(rows.packed)
+    torch.library.opcheck(torch.ops.headprof.append_rows.default, (*tensors, *new_states(4, 2, 3, 16), *packed))
 
 
 @interpreted

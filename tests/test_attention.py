@@ -335,16 +335,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 floats = ("bias", "received", "partial", "log_sums")
 data = ("query", "keys", "values", "output", "sinks", "key_states", "value_states")
+packed = ("before", "groups_before", "key_codes", "key_scales", "value_codes", "value_scales")
 for kernel in kernels:
-    for capability, dtype, options in [(80, "fp32", True), (90, "bf16", True), (90, "bf16", False)]:
-        pointers = dict.fromkeys(("bounds", "positions", "next_positions", "items", "counts"), "*i32")
+    for capability, dtype, options, bits in [
+        (80, "fp32", True, 0), (90, "bf16", True, 4), (90, "bf16", False, 0), (80, "bf16", False, 8)
+    ]:
+        whole = ("bounds", "positions", "next_positions", "items", "counts", "before", "groups_before", "behind")
+        pointers = dict.fromkeys(whole, "*i32") | dict.fromkeys(packed[2::2], "*u8")
+        pointers |= dict.fromkeys(packed[3::2], "*fp16")
         pointers |= dict.fromkeys(floats, "*fp32") | dict.fromkeys(data, "*" + dtype)
         signature = pointers | dict(scaling="fp32", softcap="fp32")
         fixed = dict(NUM_KV_HEADS=2, GROUP_SIZE=4, HEAD_DIM=80, BLOCK_DIM=128, BLOCK_QUERIES=16, BLOCK_TOKENS=4)
-        fixed |= dict(BLOCK_ROWS={"fp32": 32, "bf16": 64}[dtype])
+        fixed |= dict(BLOCK_ROWS={"fp32": 32, "bf16": 64}[dtype], FIRST=1, GROUP_ROWS=32, BITS=bits)
         fixed |= dict(DOT_DTYPE={"fp32": module.tl.float32, "bf16": module.tl.bfloat16}[dtype])
         if not options:
             fixed |= dict.fromkeys(["bias", "received", "sinks", "softcap", "sliding_window"])
+        if not bits:
+            fixed |= dict.fromkeys([*packed, "behind"])
         fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in fixed else signature.get(name, "i32") for name in kernel.arg_names}
         target = GPUTarget("cuda", capability, 32)

@@ -161,6 +161,80 @@ def test_a_crafted_document_is_refused(change, document, loaded, tmp_path):
     assert_one_sentence(caught.value)
 
 
+@pytest.fixture(scope="module")
+def packed(loaded, tmp_path_factory) -> dict[str, Path]:
+    paths = {}
+    for method in ("headkv-r2-int4", "think"):
+        paths[method] = tmp_path_factory.mktemp("packed") / "doc.kv.safetensors"
+        plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=12)
+        save_document(compress_document(loaded, TEXT, plan), paths[method], loaded)
+    return paths
+
+
+HELD = {"first": 1, "bits": 4, "group_size": 32}
+QUANTISED = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "key_codes", "key_scales", "value_scales")},
+    "negative packed": poke(f"{FIRST}packed", -1),
+    "huge packed": put(f"{FIRST}packed", wide()),
+    "more packed than rows": turn(f"{FIRST}packed", lambda each: each + torch.tensor([[3, -3]])),
+    "packed in int64": turn(f"{FIRST}packed", torch.Tensor.long),
+    "packed of one dimension": turn(f"{FIRST}packed", torch.Tensor.flatten),
+    "codes lack a row": turn(f"{FIRST}key_codes", lambda each: each[1:]),
+    "codes of other width": turn(f"{FIRST}value_codes", lambda each: each[:, 1:]),
+    "codes of whole numbers": turn(f"{FIRST}key_codes", torch.Tensor.int),
+    "scales of another type": turn(f"{FIRST}key_scales", torch.Tensor.float),
+    "scales of no dimension": put(f"{FIRST}key_scales", torch.tensor(1.0).half()),
+    "scales lack a group": turn(f"{FIRST}key_scales", lambda each: each[1:]),
+    "scales not a number": poke(f"{FIRST}key_scales", float("nan")),
+    "scales infinite": poke(f"{FIRST}value_scales", float("inf")),
+    "positions of no dimension": put(f"{FIRST}positions", torch.tensor(1, dtype=torch.int32)),
+    "not said how": forget("packed"),
+    "said of other layers": note("packed", json.dumps([HELD])),
+    "said of one layer": note("packed", json.dumps([HELD, None])),
+    "said no list": note("packed", json.dumps(HELD)),
+    "said of more": note("packed", json.dumps([HELD | {"more": 1}] * 2)),
+    "said of less": note("packed", json.dumps([{"first": 1, "bits": 4}] * 2)),
+    "other bits": note("packed", json.dumps([HELD | {"bits": 8}] * 2)),
+    "five bits": note("packed", json.dumps([HELD | {"bits": 5}] * 2)),
+    "other groups": note("packed", json.dumps([HELD | {"group_size": 3}] * 2)),
+    "groups of none": note("packed", json.dumps([HELD | {"group_size": 0}] * 2)),
+    "first beyond all": note("packed", json.dumps([HELD | {"first": 50}] * 2)),
+    "negative first": note("packed", json.dumps([HELD | {"first": -1}] * 2)),
+    "unknown representation": note("options", '{"representation": "int5"}'),
+    "thinner keys that are not there": note("packed", json.dumps([{"first": 1}] * 2)),
+}
+THINNED = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "thin_keys", "thin_values", "key_channels")},
+    "a channel beyond all": poke(f"{FIRST}key_channels", 16),
+    "a negative channel": poke(f"{FIRST}key_channels", -1),
+    "channels in int32": turn(f"{FIRST}key_channels", torch.Tensor.int),
+    "channels of other heads": turn(f"{FIRST}key_channels", lambda each: each[:1]),
+    "more channels than there are": lambda tensors, metadata: tensors.update(
+        {f"{FIRST}{part}": tensors[f"{FIRST}{part}"].repeat(1, 3) for part in ("thin_keys", "key_channels")}
+    ),
+    "keys of no dimension": put(f"{FIRST}thin_keys", torch.tensor(1.0)),
+    "keys lack a row": turn(f"{FIRST}thin_keys", lambda each: each[1:]),
+    "values of other width": turn(f"{FIRST}thin_values", lambda each: each[:, 1:]),
+    "values not a number": poke(f"{FIRST}thin_values", float("nan")),
+    "codes that are not there": note("packed", json.dumps([HELD] * 2)),
+}
+
+
+PACKED = {
+    **{f"quantised: {what}": ("headkv-r2-int4", change) for what, change in QUANTISED.items()},
+    **{f"thinned: {what}": ("think", change) for what, change in THINNED.items()},
+}
+
+
+@pytest.mark.parametrize(("method", "change"), PACKED.values(), ids=PACKED.keys())
+def test_a_crafted_document_of_packed_rows_is_refused(method, change, packed, loaded, tmp_path):
+    load_document(packed[method], loaded)
+    path = craft(packed[method], tmp_path / "doc.safetensors", change)
+    with pytest.raises((CacheError, UsageError)) as caught:
+        load_document(path, loaded)
+    assert_one_sentence(caught.value)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

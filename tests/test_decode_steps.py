@@ -23,7 +23,7 @@ from headprof.compression.session import make_plan, prefill
 from headprof.errors import ModelError
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
-METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm"]
+METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4"]
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ def test_a_step_that_waits_is_seen(monkeypatch):
     assert len(watched.waits) == 2
 
 
-COMPILED = {"llama": "headkv-ems", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "snapkv"}
+COMPILED = {"llama": "headkv-ems", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "snapkv", "phi3": "headkv-r2-int4"}
 
 
 @pytest.mark.parametrize(("arch", "method"), COMPILED.items())

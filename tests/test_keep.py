@@ -73,7 +73,7 @@ def keeping_all(name):
 
 def rows_of(layer):
     """Positions, keys and values of each head, by position."""
-    rows = layer.storage.compact()
+    rows = layer.storage.compact().unpacked()
     parts = [each.split(layer.lengths) for each in (rows.positions, rows.keys, rows.values)]
     return [{int(p): (key, value) for p, key, value in zip(*head, strict=True)} for head in zip(*parts, strict=True)]
 
@@ -83,14 +83,16 @@ def positions_of(cache):
 
 
 def assert_kept(cache, whole, kept=KEPT):
-    """Every head holds the rows `kept`, exactly as the full cache has them, but for values that are fitted."""
+    """Every head holds the rows `kept`, just as the full cache has them, but for what fits, quantises or thins them."""
     fitted = isinstance(cache.plan.method.reduction, Fit)
+    held = cache.plan.method.representation.name
+    near, compared = {"int8": 0.1, "int4": 1.0}.get(held, 0.0), slice(0, 1) if fitted else slice(held == "thin", 2)
     for layer, full in zip(cache.head_layers, whole.head_layers, strict=True):
         for own, all_rows in zip(rows_of(layer), rows_of(full), strict=True):
             assert kept <= own.keys()
             for position in kept:
-                pairs = list(zip(own[position], all_rows[position], strict=True))
-                assert all(torch.equal(*pair) for pair in (pairs[:1] if fitted else pairs))
+                pairs = list(zip(own[position], all_rows[position], strict=True))[compared]
+                assert all((one - two).abs().max() <= near for one, two in pairs)
 
 
 def test_spans_marks_and_nothing():
@@ -168,7 +170,7 @@ def test_without_protection_nothing_changes(model, name):
         assert all(torch.equal(*pair) for pair in zip(made[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", [name for name in LOSSY if METHODS[name].representation.is_full])
 def test_a_budget_of_the_whole_context_is_the_full_cache(model, name):
     ids = random_ids(1, PROMPT)
     full = model.generate(ids, max_new_tokens=12, **GREEDY)

@@ -2,8 +2,10 @@
 
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged or fitted rows) and `.received` (attention so far), float32 `[rows]`;
-where the next compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`,
-false for padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
+where some are packed `.packed` int32 `[B, K]`, how many of each head, and what holds their keys and values by the names
+of its parts (see `kernels.quantised_rows` and `thinned_rows`); where the next
+compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
+padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
 holds decided how many rows each head kept; where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens,
 which logits processors may look at; `protected` bool `[B, tokens seen]`, true for tokens that every head keeps, if
@@ -28,8 +30,11 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.kernels.packed_kinds import as_facts, from_facts
+from headprof.compression.kernels.packed_rows import PackedRows
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.observation import AttentionLayer
+from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import COLUMNS, Rows
@@ -50,9 +55,10 @@ if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "4"
-"""Version 3 knew no `shares`, `protected` and surrogates; it is still read, and written where it says all."""
-_READABLE = ("3", FORMAT_VERSION)
+FORMAT_VERSION = "5"
+"""Version 3 knew no `shares`, `protected` and surrogates, 4 no packed rows; they are still read, and written where
+they say all."""
+_READABLE = ("3", "4", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
 
 
@@ -114,17 +120,17 @@ def _tensors(cache: HeadCache) -> dict[str, torch.Tensor]:
 def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
     """What a file says of a cache."""
     plan = cache.plan
-    new = plan.shares, plan.surrogate, cache.protected
-    beyond_third = plan.scores.ndim > 2 or any(each is not None for each in new)
+    packed = [as_facts(layer.storage.rows.packed) for layer in cache.head_layers]
+    options = _options(plan)
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if beyond_third else _READABLE[0],
+        "format_version": _version(cache, any(packed) or "representation" in options),
         "model": loaded.name,
         "fingerprint": json.dumps(loaded.shape.to_dict()),
         "weights": weights_fingerprint(loaded.model),
         "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
         "method": plan.name,
-        "options": json.dumps(plan.method.options()),
+        "options": json.dumps(options),
         "budget": json.dumps(_budget_facts(plan.budget)),
         "decode_budget": json.dumps(plan.decode_budget and _budget_facts(plan.decode_budget)),
         "buffer": json.dumps(plan.buffer),
@@ -136,7 +142,27 @@ def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
     left = [layer.schedule.left_to_note(layer.seen, layer.storage) for layer in cache.head_layers]
     if any(each is not None for each in left):
         metadata["left"] = json.dumps(left)
+    if any(packed):
+        metadata["packed"] = json.dumps(packed)
     return metadata
+
+
+def _version(cache: HeadCache, of_representation: bool) -> str:
+    """The oldest format that says all of a cache; the newest where it or its method is of some representation."""
+    if of_representation:
+        return FORMAT_VERSION
+    plan = cache.plan
+    new = plan.shares, plan.surrogate, cache.protected
+    beyond_third = plan.scores.ndim > 2 or any(each is not None for each in new)
+    return _READABLE[1] if beyond_third else _READABLE[0]
+
+
+def _options(plan: CompressionPlan) -> dict[str, Any]:
+    """A method's parameters as the file has them: that rows are held in full only where its name says otherwise."""
+    options = plan.method.options()
+    if plan.method.representation.is_full and find_method(plan.name).representation.is_full:
+        options.pop("representation", None)
+    return options
 
 
 def _logits(recent: RecentQueries) -> dict[str, Any]:
@@ -159,7 +185,16 @@ def _parts(layer: HeadCacheLayer) -> dict[str, torch.Tensor | None]:
         **rows.columns,
         "queries": queries,
         "judges": valid,
+        **_packed_parts(layer, rows.packed),
     }
+
+
+def _packed_parts(layer: HeadCacheLayer, packed: PackedRows | None) -> Mapping[str, torch.Tensor]:
+    """How many rows of each head are packed, and what holds them; nothing where none are."""
+    if packed is None:
+        return {}
+    counts = torch.tensor(packed.counts, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads)
+    return {"packed": counts, **packed.parts}
 
 
 def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dict[str, str]]:
@@ -192,7 +227,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
         module = modules[layer.layer_idx] if modules else None
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx), module=module)
-        _restore(layer, own, facts.seen, how)
+        _restore(layer, own, facts, how)
         layer.schedule.resume(facts.left[layer.layer_idx])
     cache = HeadCache.of_layers(layers)
     cache.goes_on_protecting(ProtectedTokens.of(tensors.get("protected")))
@@ -232,7 +267,7 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
     if (version := metadata.get("format_version")) not in _READABLE:
         raise CacheError(
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
-            f"{' and '.join(_READABLE)}: update headprof, or {_MEND}."
+            f"{', '.join(_READABLE[:-1])} and {_READABLE[-1]}: update headprof, or {_MEND}."
         )
 
 
@@ -298,16 +333,21 @@ def _knowing(plan: CompressionPlan, kinds: TokenKinds) -> CompressionPlan:
     return replace(plan, method=replace(method, importance=method.importance.with_token_kinds(kinds)))
 
 
-def _restore(layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], seen: int, how: AttentionLayer) -> None:
+def _restore(
+    layer: HeadCacheLayer, parts: Mapping[str, torch.Tensor], facts: DocumentFacts, how: AttentionLayer
+) -> None:
     """Give a layer back what `_parts` took from it."""
     keys, lengths = parts["keys"], parts["lengths"]
     layer.batch_size, layer.num_kv_heads, layer.head_dim = *lengths.shape, keys.shape[-1]
-    layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, seen
+    layer.dtype, layer.device, layer.seen = keys.dtype, keys.device, facts.seen
     columns = {name: parts[name] for name in COLUMNS if name in parts}
     recent = RecentQueries(layer=how)
     if "queries" in parts:
         recent = RecentQueries(parts["queries"], parts.get("judges"), how)
-    layer.hold(Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns), recent)
+    rows = Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns)
+    if (packed := facts.packed[layer.layer_idx]) is not None:
+        rows = replace(rows, packed=from_facts(packed, parts, parts["packed"].flatten().tolist()))
+    layer.hold(rows, recent)
     layer.storage.hides = "bias" in columns and bool(columns["bias"].isneginf().any())
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from headprof.compression.document_packed import PACKED_PARTS, check_packed_counts, check_packed_sizes, packed_facts
+from headprof.compression.kernels.packed_kinds import ALL_PARTS
 from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.learned_budget import LEARNED
@@ -32,6 +34,7 @@ from headprof.utils.tensor_files import Stored, TensorFile
 
 _NEEDED = ("keys", "values", "positions", "lengths")
 _OPTIONAL = ("bias", "received", "queries", "judges")
+_PARTS = (*_NEEDED, *_OPTIONAL, *PACKED_PARTS)
 SURROGATE = "surrogate."
 """What the names of a surrogate's tensors begin with."""
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -57,6 +60,7 @@ class DocumentFacts:
         seen: tokens of the sequence.
         logits: of each layer, what `AttentionLayer` is made of.
         left: of each layer, tokens until it is compressed again, where that was noted; else `None`.
+        packed: of each layer, how those of its rows are held that are not held in full; `None` where all are.
     """
 
     shape: HeadShape
@@ -69,6 +73,7 @@ class DocumentFacts:
     seen: int
     logits: list[dict[str, Any]]
     left: list[int | None]
+    packed: list[dict[str, int] | None]
 
 
 def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
@@ -92,6 +97,7 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
             _tokens_seen(metadata["tokens_seen"]),
             _logits(parse_json(metadata["logits"]), shape.num_layers),
             _left(parse_json(metadata.get("left", "null")), shape.num_layers),
+            packed_facts(metadata, shape.num_layers),
         )
     except KeyError as error:
         raise ValueError(f"its {error.args[0]} is missing") from None
@@ -127,10 +133,10 @@ def _method(name: str, options: str) -> Method:
     if len(name) > _LONGEST_NAME:
         raise ValueError(f"the name of its method is longer than {_LONGEST_NAME} characters")
     method, given = find_method(name), parse_object(options)
-    for option in given:
-        if not method.has_option(option):
-            raise ValueError(f"its method has no parameter {plain(option)}")
     try:
+        known = method.own_options(given)
+        if unknown := [option for option in given if option not in known]:
+            raise ValueError(f"its method has no parameter {plain(unknown[0])}")
         return method.with_options(**given)
     except UsageError as error:
         raise ValueError(f"its options cannot be: {str(error).removesuffix('.')}") from None
@@ -216,15 +222,20 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     prefixes = [f"layers.{layer}." for layer in range(min(shape.num_layers, len(stored)))]
     if stored.pop("protected", None) not in (None, Stored("BOOL", (batch, facts.seen))):
         raise ValueError("its protected are not one mark for each token that was seen")
-    if unknown := sorted(stored.keys() - {p + part for p in prefixes for part in (*_NEEDED, *_OPTIONAL)}):
+    if unknown := sorted(stored.keys() - {p + part for p in prefixes for part in _PARTS}):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")
-    for prefix in prefixes:
-        own = {part: stored[prefix + part] for part in (*_NEEDED, *_OPTIONAL) if prefix + part in stored}
+    for number, prefix in enumerate(prefixes):
+        own = {part: stored[prefix + part] for part in _PARTS if prefix + part in stored}
         _check_layer(prefix, own, facts, batch)
+        check_packed_sizes(prefix, own, facts.packed[number], facts.shape, batch)
     if len(prefixes) != shape.num_layers:
         raise ValueError("it lacks layers")
-    for prefix in prefixes:
-        _check_lengths(prefix, file.read(f"{prefix}lengths"), stored[f"{prefix}keys"].shape[0], facts.seen)
+    for number, prefix in enumerate(prefixes):
+        lengths = file.read(f"{prefix}lengths")
+        _check_lengths(prefix, lengths, stored[f"{prefix}positions"].shape[0], facts.seen)
+        if (packed := facts.packed[number]) is not None:
+            own = {part: stored[prefix + part] for part in PACKED_PARTS if prefix + part in stored}
+            check_packed_counts(prefix, own, packed, file.read(f"{prefix}packed"), lengths)
 
 
 def _right_number(leading: tuple[int, ...], method: Method) -> bool:
@@ -242,12 +253,13 @@ def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, b
     if missing := [part for part in _NEEDED if part not in own]:
         raise ValueError(f"it lacks the tensor {prefix}{missing[0]}")
     shape, keys = facts.shape, own["keys"]
-    rows = keys.shape[:1]
+    rows = (math.prod(own["positions"].shape),)
+    in_full = keys.shape[:1] if "packed" in own else rows
     queries = own.get("queries", Stored("", ()))
     newest = queries.shape[2:3]
     wanted = {
-        "keys": (_FLOATS, (*rows, shape.head_dim)),
-        "values": ((keys.dtype,), (*rows, shape.head_dim)),
+        "keys": (_FLOATS, (*in_full, shape.head_dim)),
+        "values": ((keys.dtype,), (*in_full, shape.head_dim)),
         "positions": (("I32",), rows),
         "lengths": (("I32",), (batch, shape.num_kv_heads)),
         "bias": (("F32",), rows),
@@ -255,8 +267,9 @@ def _check_layer(prefix: str, own: Mapping[str, Stored], facts: DocumentFacts, b
         "queries": (_FLOATS, (batch, shape.num_heads, *newest, shape.head_dim)),
         "judges": (("BOOL",), (batch, *newest)),
     }
-    for part, stored in own.items():
-        dtypes, sizes = wanted[part]
+    for part, (dtypes, sizes) in wanted.items():
+        if (stored := own.get(part)) is None:
+            continue
         if stored.dtype not in dtypes or stored.shape != sizes:
             raise ValueError(
                 f"its {prefix}{part} are {stored.dtype} {list(stored.shape)} where {list(sizes)} of {dtypes[0]} belong"
@@ -290,18 +303,20 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
         numbers = tensors.get(name)
         if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():
             raise ValueError(f"its {name} are not all numbers that heads can have")
-    parts = ("keys", "values", "queries", "received", "positions", "bias")
+    parts = ("keys", "values", "queries", "received", "positions", "bias", *ALL_PARTS)
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:
-        if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts.seen):
+        if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts):
             raise ValueError(f"its {name} hold what cannot be")
 
 
-def _is_sound(part: str, numbers: torch.Tensor, seen: int) -> bool:
+def _is_sound(part: str, numbers: torch.Tensor, facts: DocumentFacts) -> bool:
     if numbers.numel() == 0:
         return True
     if part == "positions":
-        return int(numbers.min()) >= 0 and int(numbers.max()) < seen
+        return int(numbers.min()) >= 0 and int(numbers.max()) < facts.seen
+    if part == "key_channels":
+        return int(numbers.min()) >= 0 and int(numbers.max()) < facts.shape.head_dim
     if part == "bias":  # a row that is hidden has minus infinity
         return bool((numbers < _LARGEST).all())
     return bool((numbers.abs() < _LARGEST).all())

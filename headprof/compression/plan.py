@@ -66,6 +66,9 @@ class CompressionPlan:
         if self.buffer is not None and self.buffer < 1:
             raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
         self.method.check_budget(self.budget, self.name)
+        held = self.method.representation
+        if fault := held.fault(self.shape.head_dim):
+            raise UsageError(f"This model's rows cannot be held as {held.name!r}: {fault}; choose representation=full.")
         if self.decode_budget is not None and self.decode_budget.above is not None:
             raise UsageError("A threshold is for what is read: give --decode-budget in tokens, as a share or in bytes.")
 
@@ -139,8 +142,8 @@ class CompressionPlan:
         return self.budget.above is not None or self.method.budget.follows_content
 
     def loses(self, prompt_length: int) -> bool:
-        """Whether some head cannot keep all that its layer can see of a prompt of this many tokens."""
-        return self.follows_content or self._is_short(prompt_length)
+        """Whether some head cannot keep all that its layer can see of a prompt of this many tokens, just as it is."""
+        return not self.method.representation.is_full or self.follows_content or self._is_short(prompt_length)
 
     def _is_short(self, prompt_length: int) -> bool:
         """Whether the budget alone, without a threshold, is too small for a prompt of this many tokens."""
@@ -176,7 +179,7 @@ class CompressionPlan:
         """Whether what heads keep of a prompt of this many tokens says what they hold after it (`sharing_by`)."""
         if self.follows_content:
             return True
-        return self.shares is None and self.method.budget.goes_by_share and self.loses(prompt_length)
+        return self.shares is None and self.method.budget.goes_by_share and self._is_short(prompt_length)
 
     def of_sequences(self, indices: torch.Tensor) -> CompressionPlan:
         """This plan for some sequences of a batch, in this order; one may come more than once."""
@@ -205,12 +208,19 @@ class CompressionPlan:
     def _tokens(self, given: Budget, length: int) -> int:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
         budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
+        if given.unit == "bytes" and not self.method.representation.is_full:
+            budget = self._rows_in(given.amount)
         if budget < 1:
             raise UsageError(
                 f"A budget of {int(given.amount)} bytes is less than one token per head "
                 f"({bytes_per_token} bytes): raise --budget."
             )
         return budget
+
+    def _rows_in(self, num_bytes: float) -> int:
+        """Rows per head that fit in so many bytes for all heads, as the method holds them."""
+        heads, size = self.shape.num_layers * self.shape.num_kv_heads, (self.shape.head_dim, self.bytes_per_element)
+        return self.method.representation.rows_in(num_bytes / heads, self.method.always_kept, *size)
 
     def _allotted(self, budget: int, length: int, always_kept: int, shares: torch.Tensor | None) -> torch.Tensor:
         sizes = {"budget": budget, "context_length": length, "always_kept": always_kept}

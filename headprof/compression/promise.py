@@ -290,7 +290,8 @@ def _grid(plan: CompressionPlan, document_tokens: int, protected: ProtectedToken
     Raises:
         UsageError: not even the full cache can be had, since what the plan holds while generating cannot.
     """
-    full = replace(plan, budget=Budget(1.0, "share"), _known=[])
+    method = plan.method.with_options(representation="full")
+    full = replace(plan, method=method, budget=Budget(1.0, "share"), _known=[])
     full.check(document_tokens, protected)
     sizes = dict.fromkeys(round(share * document_tokens) for share in SHARES)
     tried = [replace(plan, budget=Budget(float(size), "tokens"), _known=[]) for size in sizes if size > 0]

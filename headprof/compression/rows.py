@@ -13,6 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from headprof.compression.kernels.packed_rows import PackedRows, ragged_index
+
 
 @dataclass(frozen=True)
 class Column:
@@ -69,11 +71,14 @@ class Rows:
     """The rows of a layer's heads: a block with as many for each head, or flat, with each head's own number.
 
     Attributes:
-        keys, values: `[B, K, T, D]` in a block; flat `[rows, D]`, one head after the other.
+        keys, values: `[B, K, T, D]` in a block; flat `[rows, D]`, one head after the other, where some are packed
+            those of the others alone.
         positions: each row's position in the sequence, int `[B, K, T]` or int32 `[rows]`.
         lengths: rows of each head, `B * K` numbers; empty in a block, `None` if the host does not know them.
         columns: what else is known of each row, by names of `COLUMNS`: float32 `[B, K, T]` or `[rows]`.
         counts: the same as `lengths` on the device, int64 `[B * K]`, where rows have just been chosen.
+        packed: of flat rows those that are held in another form (see `packed_rows`), or `None`; where there are some
+            the host knows `lengths`.
     """
 
     keys: Tensor
@@ -82,6 +87,7 @@ class Rows:
     lengths: Sequence[int] | None = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Tensor | None = None
+    packed: PackedRows | None = None
 
     @classmethod
     def of_prompt(cls, keys: Tensor, values: Tensor) -> Rows:
@@ -90,7 +96,11 @@ class Rows:
         return cls(keys, values, positions.expand(keys.shape[:3]))
 
     def map(self, change: Callable[[Tensor], Tensor], lengths: Sequence[int] | None = ()) -> Rows:
-        """The same change made to keys, values, positions and every column; `lengths` of what comes of it."""
+        """The same change made to keys, values, positions and every column; `lengths` of what comes of it.
+
+        None of the rows may be packed.
+        """
+        assert self.packed is None
         columns = {name: change(column) for name, column in self.columns.items()}
         return Rows(change(self.keys), change(self.values), change(self.positions), lengths, columns)
 
@@ -122,14 +132,36 @@ class Rows:
     def of_heads(self, heads: Sequence[int]) -> Rows:
         """Of flat rows those of these heads, in this order; a head may come more than once."""
         held = self.known_lengths()
-        starts = [0, *accumulate(held)]
         lengths = [held[head] for head in heads]
-        index = ragged_index([starts[head] for head in heads], lengths, self.keys.device)
-        return self.map(lambda each: each[index], lengths)
+        index = _of_heads(held, heads, self.keys.device)
+        if self.packed is None:
+            return self.map(lambda each: each[index], lengths)
+        own = _of_heads(self._unpacked_lengths(), heads, self.keys.device)
+        columns = {name: column[index] for name, column in self.columns.items()}
+        packed = self.packed.of_heads(heads)
+        return Rows(self.keys[own], self.values[own], self.positions[index], lengths, columns, packed=packed)
+
+    def unpacked(self) -> Rows:
+        """Flat rows with all keys and values at hand: copies, where some are packed."""
+        if self.packed is None:
+            return self
+        starts = torch.tensor([0, *accumulate(self.known_lengths())][:-1], device=self.keys.device)
+        keys, values = self.packed.among(self.keys, self.values, starts)
+        return replace(self, keys=keys, values=values, packed=None)
+
+    def _unpacked_lengths(self) -> list[int]:
+        """Of each head, how many rows are not packed."""
+        packed = [0] * len(self.known_lengths()) if self.packed is None else self.packed.counts
+        return [length - count for length, count in zip(self.known_lengths(), packed, strict=True)]
 
     @classmethod
     def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """The heads of several flat rows, in order; a column that some of them lack is filled."""
+        """The heads of several flat rows, in order; a column that some of them lack is filled.
+
+        Where rows are packed in different ways, none of them is packed in what comes of it.
+        """
+        if len({part.packed.kind for part in parts if part.packed is not None}) > 1:
+            parts = [part.unpacked() for part in parts]
         names = [name for name in COLUMNS if any(name in part.columns for part in parts)]
         whole = [part.with_columns({name: part.column(name) for name in names}) for part in parts]
         return cls(
@@ -138,6 +170,7 @@ class Rows:
             torch.cat([part.positions for part in parts]),
             [length for part in parts for length in part.known_lengths()],
             {name: torch.cat([part.columns[name] for part in whole]) for name in names},
+            packed=_joined_packed(parts),
         )
 
     def column(self, name: str) -> Tensor:
@@ -150,7 +183,8 @@ class Rows:
     @property
     def tensors(self) -> list[Tensor]:
         """All that these rows are made of."""
-        return [self.keys, self.values, self.positions, *self.columns.values()]
+        packed = [] if self.packed is None else self.packed.tensors
+        return [self.keys, self.values, self.positions, *self.columns.values(), *packed]
 
 
 def marked(kept: Tensor, total: int) -> tuple[Tensor, ...]:
@@ -165,9 +199,15 @@ def marked(kept: Tensor, total: int) -> tuple[Tensor, ...]:
     return kept.nonzero(as_tuple=True)
 
 
-def ragged_index(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
-    """`start, start + 1, ...` for each head, one head after the other, int64 `[sum(lengths)]`."""
-    counts = torch.tensor(lengths)
-    shifts = torch.tensor(starts) - (counts.cumsum(0) - counts)
-    index = torch.arange(sum(lengths)) + shifts.repeat_interleave(counts)
-    return index.to(device)
+def _of_heads(lengths: Sequence[int], heads: Sequence[int], device: torch.device) -> Tensor:
+    """Where the rows of these heads are, if all heads have so many, one head after the other: int64."""
+    starts = [0, *accumulate(lengths)]
+    return ragged_index([starts[head] for head in heads], [lengths[head] for head in heads], device)
+
+
+def _joined_packed(parts: Sequence[Rows]) -> PackedRows | None:
+    """The packed rows of several flat rows, which are of one kind, as one; `None` if there are none."""
+    first = next((part.packed for part in parts if part.packed is not None), None)
+    if first is None:
+        return None
+    return first.joined_with([len(part.known_lengths()) if part.packed is None else part.packed for part in parts])

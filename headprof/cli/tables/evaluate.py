@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def evaluation(found: Evaluation) -> list[tuple[list[str], Rows, str]]:
     """Scores and fidelity of methods at budgets: two tables for each task, or for all of a suite's together.
 
+    Where methods hold their rows in different ways, a third says in how many bytes.
+
     Of a suite's single tasks there are the scores at the largest budget; and there is a table of perplexities.
     """
     from headprof.evaluation.results import main_cells, suite_of
@@ -26,7 +28,7 @@ def evaluation(found: Evaluation) -> list[tuple[list[str], Rows, str]]:
     shown = main_cells(found.cells)
     for cell in shown:
         groups.setdefault((cell.task, cell.group), []).append(cell)
-    made = [table for group in groups.values() for table in (scores(group), fidelity(group)) if table[1]]
+    made = [table for group in groups.values() for table in (scores(group), sizes(group), fidelity(group)) if table[1]]
     single = [cell for cell in found.cells if cell not in shown]
     for suite in dict.fromkeys(suite_of(cell.task) for cell in single):
         made.append(by_task([cell for cell in single if suite_of(cell.task) == suite], suite))
@@ -49,7 +51,16 @@ def by_task(cells: Sequence[Cell], suite: str) -> tuple[list[str], Rows, str]:
 def scores(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
     """The scores of one task, a column for each budget, with 95 % intervals."""
     columns, rows = _by_budget(cells, lambda cell: f"{cell.score:.0%}{_interval(cell.interval)}")
-    return columns, [*rows, _cache_bytes(cells, len(columns))], f"{_title(cells)}: score, and its 95 % interval"
+    mean = [_cache_bytes(cells, len(columns))] if _are_of_one_size(cells) else []
+    return columns, [*rows, *mean], f"{_title(cells)}: score, and its 95 % interval"
+
+
+def sizes(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
+    """Mean bytes of each method's cache after a prompt; no rows if they are about the same for all of a budget."""
+    title = f"{_title(cells)}: bytes of the cache after a prompt"
+    if _are_of_one_size(cells):
+        return [], [], title
+    return *_by_budget(cells, lambda cell: human_bytes(cell.cache_bytes)), title
 
 
 def fidelity(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
@@ -108,6 +119,15 @@ def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> tuple[list
         methods.setdefault(cell.method, {})[cell.budget or "".join(budgets[:1])] = text(cell)
     rows = [[escape(name), *(row.get(budget, "") for budget in budgets or [""])] for name, row in methods.items()]
     return ["method", *(budgets or [""])], rows
+
+
+def _are_of_one_size(cells: Sequence[Cell]) -> bool:
+    """Whether the caches of each budget differ by no more than a twentieth, as rounding and remembered queries do."""
+    of_budgets: dict[str, list[float]] = {}
+    for cell in cells:
+        if cell.budget:
+            of_budgets.setdefault(cell.budget, []).append(cell.cache_bytes)
+    return all(max(each) <= 1.05 * min(each) for each in of_budgets.values())
 
 
 def _cache_bytes(cells: Sequence[Cell], columns: int) -> list[str]:

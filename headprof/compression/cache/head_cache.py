@@ -241,8 +241,8 @@ class HeadCache(PromptCache):
     def nbytes(self) -> int:
         """Bytes of memory that the cache holds; free space, positions and remembered queries included.
 
-        Left out are token ids, which of them are protected, and where each head's rows begin and end, 16 bytes a head
-        of each layer.
+        Left out are token ids, which of them are protected, and where each head's rows begin and end and how many are
+        packed, 16 to 24 bytes a head of each layer.
         """
         return sum(layer.nbytes for layer in self.head_layers)
 

@@ -94,7 +94,7 @@ class HeldRows:
             seen: tokens of the sequence up to the last of these queries.
         """
         shape = (-1, self.num_kv_heads, index.shape[1])
-        rows = self.storage.rows.map(lambda each: each[index].view(*shape, *each.shape[1:]))
+        rows = self.storage.unpacked().map(lambda each: each[index].view(*shape, *each.shape[1:]))
         valid = own.view(shape)
         if "bias" in rows.columns:
             bias = rows.columns["bias"]

@@ -65,18 +65,23 @@ class LayerSchedule:
 
     @property
     def prompt_queries(self) -> int | None:
-        """How many of a prompt's last queries importance and reduction need; `None` for all."""
-        return _most(self.importance.queries, self.plan.method.reduction.prompt_queries)
+        """How many of a prompt's last queries importance, reduction and representation need; `None` for all."""
+        return _most(self.importance.queries, self.plan.method.reduction.prompt_queries, self._held_by)
 
     @property
     def recent_queries(self) -> int | None:
         """How many of the newest queries they need while text is generated; `None` for all since they were last."""
-        return _most(self.importance.queries, self.plan.method.reduction.recent_queries)
+        return _most(self.importance.queries, self.plan.method.reduction.recent_queries, self._held_by)
 
     @property
     def at_hand(self) -> int | None:
         """Of all queries, how many of the last must be at hand; `None` for all that are remembered."""
-        return _most(self.importance.at_hand, self.plan.method.reduction.recent_queries)
+        return _most(self.importance.at_hand, self.plan.method.reduction.recent_queries, self._held_by)
+
+    @property
+    def _held_by(self) -> int:
+        """How many of the newest queries say how rows are held."""
+        return self.plan.method.representation.queries
 
     @property
     def goes_on(self) -> bool:
@@ -89,7 +94,7 @@ class LayerSchedule:
         return self._left
 
     def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
-        """What the heads keep of their rows, flat.
+        """What the heads keep of their rows, flat, as it is held.
 
         Args:
             observed: the rows.
@@ -108,7 +113,8 @@ class LayerSchedule:
         if past is not None:  # nor is it merged, or fitted to
             weights = weights.masked_fill(past, 0.0)
             observed = replace(observed, valid=observed.valid_rows() & ~past, padded=True, shared={})
-        return method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+        reduced = method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
+        return method.representation.hold(reduced, observed, first=method.sinks, newest=method.keep_last)
 
     def _by_content(self, ranked: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """How many of a prompt's rows each head keeps by what they are, int64 `[B, K]`; `counts` are the most."""
@@ -257,6 +263,7 @@ class LayerSchedule:
         return [most - there for most, there in zip(allowed, held.sums(heads), strict=True)]
 
 
-def _most(one: int | None, other: int | None) -> int | None:
-    """The larger of two numbers of queries, of which `None` stands for all."""
-    return None if one is None or other is None else max(one, other)
+def _most(*counts: int | None) -> int | None:
+    """The largest of several numbers of queries, of which `None` stands for all."""
+    known = [count for count in counts if count is not None]
+    return max(known) if len(known) == len(counts) else None

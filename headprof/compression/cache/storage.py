@@ -59,7 +59,7 @@ class RowStorage:
                 self._rooms = [max(pair) for pair in zip(self._rooms, rooms, strict=True)]
         total = len(rows.keys) + heads * slack if self._rooms is None else sum(self._rooms)
         with torch.inference_mode(False):
-            self.rows = rows.map(lambda each: each.new_zeros(total, *each.shape[1:]))
+            self.rows = _room_for(rows, total)
             self._bounds = torch.full((2 * heads + 1,), total, dtype=torch.int32, device=device)
             if isinstance(seen, int):
                 self._next_positions = torch.full((heads,), seen, dtype=torch.int32, device=device)
@@ -75,21 +75,21 @@ class RowStorage:
 
     def _put(self, rows: Rows, counts: Tensor, appended: int) -> None:
         """Write rows, flat and without gaps, over what is held; rooms that are not known get equal free space."""
-        heads, before = len(counts), counts.cumsum(0) - counts
-        slack = (len(self.rows.keys) - len(rows.keys)) // heads
+        heads, before, size = len(counts), counts.cumsum(0) - counts, len(rows.positions)
+        slack = (len(self.rows.positions) - size) // heads
         if self._rooms is None:
             self._bounds[0:-1:2] = before + torch.arange(heads, device=counts.device) * slack
         starts = self._bounds[0:-1:2]
         self._bounds[1::2] = starts + counts
-        shift = (starts - before).repeat_interleave(counts, output_size=len(rows.keys))
-        index = torch.arange(len(rows.keys), device=counts.device) + shift
-        self.rows.keys.index_copy_(0, index, rows.keys)
-        self.rows.values.index_copy_(0, index, rows.values)
+        index = _shifted(starts - before, counts, size)
+        own = self._of_unpacked(index, starts, before, counts, len(rows.keys))
+        self.rows.keys.index_copy_(0, own, rows.keys)
+        self.rows.values.index_copy_(0, own, rows.values)
         self.rows.positions.index_copy_(0, index, rows.positions)
         for name, column in self.rows.columns.items():
             column.index_copy_(0, index, rows.column(name))
         self._kept = None if rows.lengths is None else [length - appended for length in rows.lengths]
-        self._sum, self.appended = len(rows.keys) - heads * appended, appended
+        self._sum, self.appended = size - heads * appended, appended
         self._uniform = 0
         if self._rooms is None or self._kept is None:
             self._slack = slack + appended
@@ -110,13 +110,15 @@ class RowStorage:
         counts = _counts(rows)
         if len(counts) != self.num_heads or set(rows.columns) - set(self.rows.columns):
             return False
-        spare = len(self.rows.keys) - len(rows.keys) - slack * len(counts)
+        spare = len(self.rows.positions) - len(rows.positions) - slack * len(counts)
         if not 0 <= spare <= max(slack, SLACK) * len(counts):
             return False
         if self._rooms is not None and (
             rows.lengths is None
             or any(length + slack > room for length, room in zip(rows.lengths, self._rooms, strict=True))
         ):
+            return False
+        if not (rows.packed is None if self.rows.packed is None else self.rows.packed.take(rows.packed)):
             return False
         self._put(rows, counts, 0)
         self.hides = False
@@ -194,18 +196,44 @@ class RowStorage:
             next_positions=self._next_positions,
             received=rows.columns.get("received"),
             in_use=self.in_use,
+            packed=rows.packed,
             plans=self._plans,
         )
 
     def compact(self) -> Rows:
         """What the heads hold now, copied together without gaps."""
-        counts = self.counts
+        counts, starts = self.counts, self._bounds[0:-1:2]
         before = counts.cumsum(0) - counts
-        total = self.total
-        index = torch.arange(total, device=counts.device)
-        index += (self._bounds[0:-1:2] - before).repeat_interleave(counts, output_size=total)
-        rows = self.rows.map(lambda each: each[index], None if self._kept is None else self.lengths)
-        return replace(rows, counts=counts)
+        index = _shifted(starts - before, counts, self.total)
+        packed = self.rows.packed
+        own = self._of_unpacked(index, starts, before, counts, self.total - (0 if packed is None else packed.total))
+        return Rows(
+            self.rows.keys[own],
+            self.rows.values[own],
+            self.rows.positions[index],
+            None if self._kept is None else self.lengths,
+            {name: column[index] for name, column in self.rows.columns.items()},
+            counts,
+            packed,
+        )
+
+    def _of_unpacked(self, index: Tensor, starts: Tensor, before: Tensor, counts: Tensor, total: int) -> Tensor:
+        """Where the `total` rows lie that are not packed, among their like.
+
+        Args:
+            index: where all rows lie, which it is if none is packed.
+            starts, before, counts: of each head, where it begins, rows of the heads before it and its own, `[N]`.
+        """
+        packed = self.rows.packed
+        if packed is None:
+            return index
+        # Of both what lies before a head is less by what is packed, and so is what it holds.
+        return _shifted(starts - before, counts - packed.per_head, total)
+
+    def unpacked(self) -> Rows:
+        """The rows as they lie, with all keys and values at hand."""
+        held = self.in_place().unpacked()
+        return replace(self.rows, keys=held.keys, values=held.values, packed=None)
 
     def padded_index(self) -> tuple[Tensor, Tensor]:
         """Where each head's rows are, int64 `[N, longest]`, and which of these it has, bool `[N, longest]`.
@@ -255,6 +283,25 @@ class RowStorage:
             with torch.inference_mode(False):
                 self.rows = self.rows.with_columns({name: self.rows.column(name)})
         return self.rows.columns[name]
+
+
+def _room_for(rows: Rows, total: int) -> Rows:
+    """Zeros in the place of rows, for so many in all; but what is packed, which is copied."""
+    packed = None if rows.packed is None else rows.packed.lasting()
+    own = total if packed is None else total - packed.total
+    return Rows(
+        rows.keys.new_zeros(own, *rows.keys.shape[1:]),
+        rows.values.new_zeros(own, *rows.values.shape[1:]),
+        rows.positions.new_zeros(total),
+        columns={name: column.new_zeros(total) for name, column in rows.columns.items()},
+        packed=packed,
+    )
+
+
+def _shifted(shifts: Tensor, counts: Tensor, total: int) -> Tensor:
+    """Numbers from 0, of which each head's `counts` are moved on by its own shift, int64 `[total]`."""
+    index = torch.arange(total, device=counts.device)
+    return index + shifts.repeat_interleave(counts, output_size=total)
 
 
 def _counts(rows: Rows) -> Tensor:

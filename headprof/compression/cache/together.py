@@ -85,8 +85,8 @@ class TogetherLayer(PromptLayer):
     def observe(self, query: Tensor, valid: Tensor | None, layer: AttentionLayer) -> None:
         """Remember the newest queries, `[B, H, 1, D]`, as far as the next compression needs them."""
         schedule = self.members[0].schedule
-        if schedule.goes_on and schedule.importance.queries != 0:
-            self._recent.add(query, valid, schedule.importance.queries, (schedule.importance.at_hand or 0) + FOLD)
+        if schedule.goes_on and schedule.recent_queries != 0:
+            self._recent.add(query, valid, schedule.recent_queries, (schedule.at_hand or 0) + FOLD)
             self._recent.layer = layer
 
     def _ready(self) -> RowStorage:
@@ -104,7 +104,7 @@ class TogetherLayer(PromptLayer):
         schedule = self.members[number].schedule
         if not schedule.goes_on:
             return False
-        at_hand = schedule.importance.at_hand
+        at_hand = schedule.at_hand
         remembered = len(self._apart[number].recent) + len(self._recent)
         return schedule.left is None or schedule.left < 1 or (at_hand is not None and remembered >= at_hand + FOLD)
 
@@ -143,7 +143,7 @@ class TogetherLayer(PromptLayer):
 
     def _hand_on(self, recent: RecentQueries, query: Tensor) -> None:
         """Let a member remember queries, as if they had come one by one."""
-        needed = self.members[0].schedule.importance.queries
+        needed = self.members[0].schedule.recent_queries
         recent.add(query, None, needed)
         if needed is not None:
             recent.keep_last(needed)

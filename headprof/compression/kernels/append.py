@@ -5,9 +5,12 @@ Shapes as in `ragged_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from headprof.compression.kernels.packed_kinds import as_arguments, from_arguments
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.kernels.triton_append import triton_append
 from headprof.compression.kernels.triton_support import triton_unsupported
@@ -36,6 +39,7 @@ def append_rows(rows: RaggedRows, key_states: Tensor, value_states: Tensor) -> N
             rows.received,
             key_states,
             value_states,
+            *as_arguments(rows.packed),
         )
     elif rows.keys.is_cuda and triton_unsupported(key_states) is None:
         triton_append(rows, key_states, value_states)
@@ -52,8 +56,11 @@ def torch_append(rows: RaggedRows, key_states: Tensor, value_states: Tensor) -> 
         new = torch.arange(count, dtype=torch.int32, device=ends.device)
         index, positions = (index[:, None] + new).flatten(), (positions[:, None] + new).flatten()
     rows.positions.index_copy_(0, index, positions)
-    rows.keys.index_copy_(0, index, key_states.reshape(len(index), -1))
-    rows.values.index_copy_(0, index, value_states.reshape(len(index), -1))
+    own = index
+    if rows.packed is not None:
+        own = index - rows.packed.appended_behind.repeat_interleave(count, output_size=len(index))
+    rows.keys.index_copy_(0, own, key_states.reshape(len(index), -1))
+    rows.values.index_copy_(0, own, value_states.reshape(len(index), -1))
     for column in (rows.bias, rows.received):
         if column is not None:
             column.index_fill_(0, index, 0.0)
@@ -75,14 +82,25 @@ def _append_rows(
     received: Tensor | None,
     key_states: Tensor,
     value_states: Tensor,
+    packed_tensors: Sequence[Tensor],
+    packed_numbers: Sequence[int],
 ) -> None:
     """`append_rows` as an operator."""
     rows = RaggedRows(
-        keys, values, positions, bounds, len(keys), 0, bias, received=received, next_positions=next_positions
+        keys,
+        values,
+        positions,
+        bounds,
+        len(positions),
+        0,
+        bias,
+        received=received,
+        next_positions=next_positions,
+        packed=from_arguments(packed_tensors, packed_numbers),
     )
     append_rows(rows, key_states, value_states)
 
 
 @_append_rows.register_fake
-def _(keys, values, positions, bounds, next_positions, bias, received, key_states, value_states) -> None:
+def _(*_arguments) -> None:
     return None

@@ -5,7 +5,7 @@ Shapes as in `ragged_rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +18,12 @@ from headprof.compression.kernels.flash import (
     varlen_attention,
     varlen_unsupported,
 )
+from headprof.compression.kernels.packed_kinds import as_arguments, from_arguments
 from headprof.compression.kernels.ragged_rows import RaggedRows, Request
 from headprof.compression.kernels.reference import reference_attention
 from headprof.compression.kernels.requirements import Package
 from headprof.compression.kernels.torch_attention import torch_attention
-from headprof.compression.kernels.triton_attention import PLAN, planned, triton_attention
+from headprof.compression.kernels.triton_attention import PLAN, attention_unsupported, planned, triton_attention
 from headprof.compression.kernels.triton_support import TRITON, triton_unsupported
 from headprof.compression.kernels.work_items import WorkItems, rows_per_item
 from headprof.errors import UsageError
@@ -55,7 +56,7 @@ BACKENDS = {
     "torch": Backend(torch_attention, _anything),
     "flash-attn": Backend(flash_attention, flash_attn_unsupported, FLASH_ATTN),
     "varlen": Backend(varlen_attention, varlen_unsupported),
-    "triton": Backend(triton_attention, lambda request: triton_unsupported(request.query), TRITON),
+    "triton": Backend(triton_attention, attention_unsupported, TRITON),
 }
 
 
@@ -128,6 +129,7 @@ def _compiled(request: Request, backend: str) -> Tensor:
         rows.bias,
         request.sinks,
         plan.table if isinstance(plan, WorkItems) else rows.bounds.new_empty(0),
+        *as_arguments(rows.packed),
         rows.longest,
         rows.uniform,
         request.num_kv_heads,
@@ -148,6 +150,8 @@ def _ragged_attention(
     bias: Tensor | None,
     sinks: Tensor | None,
     work_items: Tensor,
+    packed_tensors: Sequence[Tensor],
+    packed_numbers: Sequence[int],
     longest: int,
     uniform: int,
     num_kv_heads: int,
@@ -157,7 +161,8 @@ def _ragged_attention(
     backend: str,
 ) -> Tensor:
     """`ragged_attention` as an operator; `work_items` is the table of the storage's `WorkItems`, empty if not made."""
-    rows = RaggedRows(keys, values, positions, bounds, longest, uniform, bias)
+    packed = from_arguments(packed_tensors, packed_numbers)
+    rows = RaggedRows(keys, values, positions, bounds, longest, uniform, bias, packed=packed)
     if len(work_items):
         rows.plans[PLAN] = WorkItems(bounds, work_items, rows_per_item(rows))
     if keys.device.type == "cpu":  # where that costs nothing, and plain torch goes by it

@@ -94,6 +94,8 @@ def _flash_unsupported(request: Request) -> str | None:
         return "has no attention sinks"
     if request.sliding_window is not None:
         return "has no sliding window over evicted rows"
+    if request.rows.packed is not None:
+        return "reads only rows that are held in full"
     return None
 
 

@@ -7,10 +7,12 @@ every head belong to the new tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
+
+from headprof.compression.kernels.packed_rows import PackedRows
 
 
 class WorkPlan(Protocol):
@@ -29,7 +31,8 @@ class RaggedRows:
     host learning of it, so that of the numbers here none changes from token to token but `in_use`.
 
     Attributes:
-        keys, values: `[rows, D]`, one head after the other in the order `b * K + k`, with free space after each.
+        keys, values: `[rows, D]`, one head after the other in the order `b * K + k`, with free space after each; where
+            some are packed, those of the others alone, `[rows - P, D]`.
         positions: each row's position in the sequence, int32 `[rows]`, ascending within a head.
         bounds: first row and end (exclusive) of each head's rows in use, alternating, then the number of rows in the
             storage: int32 `[2 * N + 1]` on the rows' device. Head `h`'s room goes from the first row of `h` to that of
@@ -40,6 +43,7 @@ class RaggedRows:
         received: attention that each row has received, float32 `[rows]`, or `None`. Attention does not ask for it.
         next_positions: position of each head's next token, int32 `[N]`, or `None` where nothing is appended.
         in_use: most rows that one head has in use now, or `None` if the host does not know.
+        packed: rows that are held in another form (see `packed_rows`), or `None`.
         plans: work plans that backends have made for this storage, by their names. Whoever moves the heads' rooms calls
             `refresh` on each of them.
     """
@@ -54,12 +58,25 @@ class RaggedRows:
     received: Tensor | None = None
     next_positions: Tensor | None = None
     in_use: int | None = None
+    packed: PackedRows | None = None
     plans: dict[str, WorkPlan] = field(default_factory=dict)
 
     @property
     def num_heads(self) -> int:
         """`N`."""
         return len(self.bounds) // 2
+
+    @property
+    def size(self) -> int:
+        """Rows of the storage, in use or not."""
+        return len(self.positions)
+
+    def unpacked(self) -> RaggedRows:
+        """The same rows with all keys and values at hand: copies, where some are packed."""
+        if self.packed is None:
+            return self
+        keys, values = self.packed.among(self.keys, self.values, self.bounds[0:-1:2])
+        return replace(self, keys=keys, values=values, packed=None)
 
     @property
     def most(self) -> int:

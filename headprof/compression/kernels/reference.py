@@ -10,7 +10,7 @@ from headprof.compression.kernels.ragged_rows import Request
 
 def reference_attention(request: Request) -> Tensor:
     """One query at a time, in float64."""
-    query, rows = request.query, request.rows
+    query, rows = request.query, request.rows.unpacked()
     batch, num_heads, num_queries, head_dim = query.shape
     bounds = rows.bounds.tolist()
     output = query.new_zeros(batch, num_queries, num_heads, head_dim, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ _PADDED_ELEMENTS = 8192
 
 
 def torch_attention(request: Request) -> Tensor:
-    """One call over a dense view if heads are alike, over a padded copy if they are many and short, else one each."""
+    """One call over a dense view if heads are alike, over a padded copy if they are many and short, else one each.
+
+    Packed rows are unpacked before, for this layer alone and as long as it attends.
+    """
+    request = replace(request, rows=request.rows.unpacked())
     if request.rows.uniform and request.rows.in_use is not None:
         output = _attend_dense(request)
     elif _pays_to_pad(request):

@@ -34,6 +34,7 @@ def triton_append(rows: RaggedRows, key_states: Tensor, value_states: Tensor) ->
             rows.received,
             rows.bounds,
             rows.next_positions,
+            None if rows.packed is None else rows.packed.appended_behind,
             key_states,
             value_states,
             *key_states.stride()[:3],
@@ -63,6 +64,7 @@ def _append_kernel(
     received,  # [rows] or None
     bounds,  # [2 * N + 1]
     next_positions,  # [N]
+    behind,  # [N]: by how many rows keys and values lie before where bounds say, or None
     key_states,  # [B, K, Q, D] in these strides, the last of which is 1
     value_states,  # [B, K, Q, D]
     key_batch_stride,
@@ -93,7 +95,8 @@ def _append_kernel(
         key = tl.load(new_keys + token.to(tl.int64)[:, None] * key_token_stride + dims[None, :], mask=inside)
         value = tl.load(new_values + token.to(tl.int64)[:, None] * value_token_stride + dims[None, :], mask=inside)
         row = end + token
-        elements = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+        own = row if behind is None else row - tl.load(behind + head)
+        elements = own.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(keys + elements, key.to(keys.dtype.element_ty), mask=inside)
         tl.store(values + elements, value.to(values.dtype.element_ty), mask=inside)
         tl.store(positions + row, position + token, mask=real)

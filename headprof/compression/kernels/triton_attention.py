@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.ragged_rows import RaggedRows, Request
-from headprof.compression.kernels.triton_support import dot_dtype
+from headprof.compression.kernels.triton_support import dot_dtype, triton_unsupported
 from headprof.compression.kernels.work_items import WorkItems
 
 PLAN = "triton"
@@ -36,6 +37,9 @@ def triton_attention(request: Request, *, items: WorkItems | None = None, tile: 
     tile = tile or Tile.of(query, request.group_size * num_queries)
     items = items or planned(rows)
     query_blocks = triton.cdiv(request.group_size * num_queries, tile.queries)
+    packed = rows.packed
+    assert packed is None or isinstance(packed, QuantisedRows)
+    parts = [None] * 6 if packed is None else [packed.before, packed.groups_before, *packed.tensors]
     output = query.new_empty(batch, num_queries, num_query_heads, head_dim)
     partial, log_sums = _room_for_parts(request, items)
     counts = items.counts if query_blocks == 1 else items.counts.new_zeros(items.num_heads * query_blocks)
@@ -49,6 +53,7 @@ def triton_attention(request: Request, *, items: WorkItems | None = None, tile: 
             request.sinks,
             rows.bounds,
             items.table,
+            *parts,
             counts,
             output,
             partial,
@@ -65,10 +70,21 @@ def triton_attention(request: Request, *, items: WorkItems | None = None, tile: 
             BLOCK_QUERIES=tile.queries,
             BLOCK_ROWS=tile.rows,
             DOT_DTYPE=dot_dtype(query),
+            FIRST=0 if packed is None else packed.first,
+            GROUP_ROWS=0 if packed is None else packed.group_size,
+            BITS=0 if packed is None else packed.bits,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
     return output
+
+
+def attention_unsupported(request: Request) -> str | None:
+    """Why the kernel cannot serve a request, as a verb phrase; `None` if it can."""
+    packed = request.rows.packed
+    if not (packed is None or isinstance(packed, QuantisedRows)):
+        return "cannot read rows that are packed in this way"
+    return triton_unsupported(request.query)
 
 
 def planned(rows: RaggedRows) -> WorkItems:
@@ -127,6 +143,12 @@ def _attend_kernel(
     sinks,  # [H] or None
     bounds,  # [2 * N + 1]
     items,  # [2 * M] and more: heads, then parts (see WorkItems)
+    before,  # [N + 1] or None, as are all up to value_scales (see QuantisedRows)
+    groups_before,  # [N + 1]
+    key_codes,  # [P, D * BITS / 8]
+    key_scales,  # [G, 2, D]
+    value_codes,  # [P, D * BITS / 8]
+    value_scales,  # [P, 2]
     counts,  # [N, blocks of queries]: parts of a head that are done, 0 before and after
     output,  # [B, Q, H, D], written
     partial,  # [M, Q * g, D]: what the parts of a head of several give
@@ -143,6 +165,9 @@ def _attend_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    FIRST: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    BITS: tl.constexpr,  # of the codes of packed rows; 0 if there are none
 ):
     """Attention of a block of one head's queries, ordered `token * g + member`, over one part of its rows."""
     log2_e: tl.constexpr = 1.4426950408889634
@@ -178,14 +203,38 @@ def _attend_kernel(
         total = tl.where(part == 0, 1.0, total)
     mixed = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
 
+    if BITS > 0:
+        packed_before = tl.load(before + head)
+        num_packed = tl.load(before + head + 1) - packed_before
+        first_group = tl.load(groups_before + head)
+        code_width: tl.constexpr = HEAD_DIM * BITS // 8
+        code_dims = dims % code_width
+        code_shifts = dims // code_width * BITS  # of two codes in a byte the second half's are the upper ones
+
     last_token = tl.minimum(((tl.program_id(1) + 1) * BLOCK_QUERIES - 1) // GROUP_SIZE, num_queries - 1)
     stop = tl.minimum(first_row + part_rows, end - num_queries + last_token + 1)
     for block_start in range(first_row, stop, BLOCK_ROWS):
         row = block_start + tl.arange(0, BLOCK_ROWS)
         held = row < stop
-        elements = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
         inside = held[:, None] & (dims < HEAD_DIM)[None, :]
-        key = tl.load(keys + elements, mask=inside, other=0.0)
+        if BITS == 0:
+            elements = row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+            key = tl.load(keys + elements, mask=inside, other=0.0)
+        else:
+            offset = row - start - FIRST
+            is_packed = (offset >= 0) & (offset < num_packed)
+            own_row = row - packed_before - tl.where(offset >= 0, num_packed, 0)
+            elements = own_row.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+            among_packed = inside & is_packed[:, None]
+            inside = inside & (is_packed == 0)[:, None]
+            packed_row = (packed_before + offset).to(tl.int64)
+            codes = packed_row[:, None] * code_width + code_dims[None, :]
+            scales = (first_group + offset // GROUP_ROWS).to(tl.int64)[:, None] * (2 * HEAD_DIM) + dims[None, :]
+            code = tl.load(key_codes + codes, mask=among_packed, other=0) >> code_shifts[None, :] & (2**BITS - 1)
+            scale = tl.load(key_scales + scales, mask=among_packed, other=0.0).to(tl.float32)
+            zero = tl.load(key_scales + scales + HEAD_DIM, mask=among_packed, other=0.0).to(tl.float32)
+            key = tl.load(keys + elements, mask=inside, other=0.0)
+            key += (code.to(tl.float32) * scale + zero).to(key.dtype)  # of the two one is 0
         products = tl.dot(queries, tl.trans(key.to(DOT_DTYPE)), input_precision="ieee")
         if softcap is None:
             logits = products * (scaling * log2_e)
@@ -206,6 +255,13 @@ def _attend_kernel(
         weights = tl.exp2(logits - base[:, None])
         fade = tl.exp2(highest - base)
         value = tl.load(values + elements, mask=inside, other=0.0)
+        if BITS > 0:
+            code = tl.load(value_codes + codes, mask=among_packed, other=0) >> code_shifts[None, :] & (2**BITS - 1)
+            row_packed = held & is_packed
+            scale = tl.load(value_scales + 2 * packed_row, mask=row_packed, other=0.0).to(tl.float32)
+            zero = tl.load(value_scales + 2 * packed_row + 1, mask=row_packed, other=0.0).to(tl.float32)
+            number = code.to(tl.float32) * scale[:, None] + zero[:, None]
+            value += tl.where(among_packed, number, 0.0).to(value.dtype)
         products = tl.dot(weights.to(value.dtype).to(DOT_DTYPE), value.to(DOT_DTYPE), input_precision="ieee")
         mixed = mixed * fade[:, None] + products
         total = total * fade + tl.sum(weights, 1)

@@ -84,13 +84,13 @@ class WorkItems:
 def rows_per_item(rows: RaggedRows) -> int:
     """Few enough that every processor gets several items, but not so few that heads have more parts than are joined
     quickly. It goes by what never changes in a storage."""
-    total, processors = len(rows.keys), num_processors(rows.keys.device)
+    total, processors = rows.size, num_processors(rows.keys.device)
     share = min(total // (processors * _ITEMS_PER_PROCESSOR), _MAX_ROWS)
     return -(-max(share, total // rows.num_heads // _MAX_PARTS, 1) // GRAIN) * GRAIN
 
 
 def _most_items(rows: RaggedRows, item_rows: int) -> int:
-    return len(rows.keys) // item_rows + rows.num_heads
+    return rows.size // item_rows + rows.num_heads
 
 
 @lru_cache(maxsize=16)

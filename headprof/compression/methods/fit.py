@@ -77,6 +77,7 @@ class Fit(Reduction):
     choose: str = "importance"
     breadth: float = 4.0
     rounds: int = 16
+    fits_rows = True
 
     def __post_init__(self) -> None:
         if min(self.observers, self.queries, self.rounds) < 1 or self.own < 0:

@@ -1,7 +1,8 @@
-"""A method: one importance, one budget policy and one reduction, and what of the prompt is kept in any case."""
+"""A method: one of each axis, and what of the prompt is kept in any case."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import isfinite
 from typing import Any
@@ -13,12 +14,16 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance, KeepAll, check_importance
 from headprof.compression.methods.recovery_budget import RecoveryBudget
 from headprof.compression.methods.reduction import Evict, Reduction, ranking
+from headprof.compression.methods.representation import Full, Representation
+from headprof.compression.methods.representations import find_representation
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
 
 _SIMPLE = (bool, int, float, str)
 _LONG = {"scores": "profile_scores"}
 """Parameters with a short name too."""
+_REPRESENTATION = "representation"
+"""The axis that is a parameter itself, whose value is a name."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Method:
         reduction: what becomes of the others.
         sinks: first tokens of the prompt that every head keeps.
         keep_last: last tokens of the prompt that every head keeps.
+        representation: how what is kept is held.
         recent_share: share of a head's own tokens that are the last of the prompt (H2O, Zhang et al. 2023); 0 to 1.
     """
 
@@ -40,6 +46,7 @@ class Method:
     sinks: int = 1
     keep_last: int = 2
     recent_share: float = 0.0
+    representation: Representation = field(default_factory=Full)
 
     def __post_init__(self) -> None:
         for name in ("sinks", "keep_last"):
@@ -58,9 +65,30 @@ class Method:
                 f"{type(self.importance).__name__} knows no policies of which a head could take the smallest: choose "
                 "PolicyOrder."
             )
+        self._check_representation()
         names = [name for part in self._parts for name in _parameters(part)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")
+
+    def _check_representation(self) -> None:
+        if self.representation.is_full:
+            return
+        called = f"The representation {self.representation.name!r}"
+        if self.keeps_everything:
+            raise UsageError(
+                f"{called} is not for the full cache, by which others are measured: choose a method with a budget, "
+                "such as headkv-r2, and a budget of 100%."
+            )
+        if self.reduction.fits_rows:
+            raise UsageError(
+                f"{called} would change rows that have been fitted to stand for others: choose representation=full, or "
+                "a method that evicts or merges."
+            )
+        if self.representation.queries and self.budget.ranks_together:
+            raise UsageError(
+                f"{called} judges channels by queries, which are gone when a method has ranked the rows of all layers "
+                "together: choose adakv-kvzip or headkv-kvzip."
+            )
 
     @property
     def keeps_everything(self) -> bool:
@@ -69,8 +97,9 @@ class Method:
 
     @property
     def asks_queries(self) -> bool:
-        """Whether what is kept of a prompt depends on any of its queries."""
-        return self.importance.queries != 0 or self.reduction.prompt_queries != 0
+        """Whether what is kept of a prompt, or how it is held, depends on any of its queries."""
+        asked = (self.importance.queries, self.reduction.prompt_queries, self.representation.queries)
+        return any(each != 0 for each in asked)
 
     @property
     def always_kept(self) -> int:
@@ -149,15 +178,21 @@ class Method:
 
     @property
     def _parts(self) -> tuple[Any, ...]:
-        return (self.importance, self.budget, self.reduction, self)
+        return (self.importance, self.budget, self.reduction, self.representation, self)
 
     def options(self) -> dict[str, Any]:
         """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
-        return {name: value for part in self._parts for name, value in _parameters(part).items()}
+        own = {} if self.keeps_everything else {_REPRESENTATION: self.representation.name}
+        return {name: value for part in self._parts for name, value in _parameters(part).items()} | own
 
     def has_option(self, name: str) -> bool:
         """Whether a part of this method has a parameter of this name."""
-        return self._holder(name) is not None
+        return self._holder(name) is not None or (name == _REPRESENTATION and not self.keeps_everything)
+
+    def own_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of some parameters those that this method has, or has once it is held as they say."""
+        held = self if self.keeps_everything else self._held_as(options.get(_REPRESENTATION))
+        return {name: value for name, value in options.items() if held.has_option(name)}
 
     def with_options(self, /, **options: Any) -> Method:
         """This method with some parameters changed, each on whichever part has it; `None` leaves one as it is.
@@ -165,21 +200,28 @@ class Method:
         Raises:
             UsageError: no part of this method has such a parameter, or the value is not of its kind.
         """
-        method = self
+        method = self._held_as(options.pop(_REPRESENTATION, None))
         for name, value in options.items():
             if value is None:
                 continue
             holder, full = method._holder(name), _LONG.get(name, name)
             if holder is None:
-                raise UsageError(f"This method has no parameter {name!r}: choose among {', '.join(self.options())}.")
+                raise UsageError(f"This method has no parameter {name!r}: choose among {', '.join(method.options())}.")
             part: Any = method if holder == "method" else getattr(method, holder)
             part = replace(part, **{full: _of_kind(name, value, getattr(part, full))})
             method = part if holder == "method" else replace(method, **{holder: part})
         return method
 
+    def _held_as(self, name: object) -> Method:
+        """This method with the representation of this name, as the table has it; unchanged where that is its own."""
+        if name is None or name == self.representation.name:
+            return self
+        return replace(self, representation=find_representation(name))
+
     def _holder(self, name: str) -> str | None:
-        """The part that has a parameter: `"method"`, or the name of one of the three axes."""
-        parts = {"method": self, "importance": self.importance, "budget": self.budget, "reduction": self.reduction}
+        """The part that has a parameter: `"method"`, or the name of one of the axes."""
+        axes = ("importance", "budget", "reduction", "representation")
+        parts = {"method": self} | {axis: getattr(self, axis) for axis in axes}
         full = _LONG.get(name, name)
         return next((holder for holder, part in parts.items() if full in _parameters(part)), None)
 

@@ -213,22 +213,25 @@ class Observation:
             return self.attention(num_rows - min(count, num_rows), num_rows)
         return self._attention(held - min(count, held), held, num_rows)
 
+    def valid_queries(self) -> Tensor | None:
+        """Which of the held queries are no padding, bool `[B, N]`; `None` if all are none."""
+        if not (self.is_prompt and self.padded):
+            return self.query_valid
+        tokens = self.valid if self.attended is None else self.attended.valid
+        return tokens[:, tokens.shape[1] - self.queries.shape[2] :]
+
     def of_queries(self, index: Tensor) -> Observation:
         """The same with some of the held queries only, in their order.
 
         Args:
             index: which of them, int64 `[n]`, on their device.
         """
-        positions = self.positions_of_queries()[index]
-        valid = None if self.query_valid is None else self.query_valid[:, index]
-        if self.is_prompt and self.padded:
-            tokens = self.valid if self.attended is None else self.attended.valid
-            valid = tokens[:, tokens.shape[1] - self.queries.shape[2] :][:, index]
+        valid = self.valid_queries()
         return replace(
             self,
             queries=self.queries[:, :, index],
-            query_positions=positions,
-            query_valid=valid,
+            query_positions=self.positions_of_queries()[index],
+            query_valid=None if valid is None else valid[:, index],
             padded=True,  # they are no longer the last ones, one after the other
             shared={},
         )

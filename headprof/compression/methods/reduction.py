@@ -130,6 +130,9 @@ class Reduction(Protocol):
     recent_queries: int = 0
     """How many of the newest queries it needs while text is generated, as far as there are so many."""
 
+    fits_rows: bool = False
+    """Whether kept rows are fitted together to stand for those that go, so that none of them may change after it."""
+
     def reduce(self, rows: Rows, choice: Choice) -> Rows:
         """What the heads hold from now on, flat.
 

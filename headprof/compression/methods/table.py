@@ -1,4 +1,4 @@
-"""The table of methods: each names one importance, one budget policy and one reduction."""
+"""The table of methods: each names one importance, one budget policy and one reduction, and how rows are held."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ from headprof.compression.methods.names import method_names
 from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.policy_order import PolicyOrder
 from headprof.compression.methods.prefix_budget import PrefixBudget
+from headprof.compression.methods.quantisation import Int4, Int8
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.recovery_budget import RecoveryBudget
 from headprof.compression.methods.reduction import Evict
 from headprof.compression.methods.refined_budget import RefinedBudget
 from headprof.compression.methods.surrogate import SurrogateImportance
+from headprof.compression.methods.thinning import Thin
 from headprof.compression.methods.window_attention import LastQuery, WindowAttention
 from headprof.errors import UsageError
 
@@ -57,6 +59,9 @@ METHODS: dict[str, Method] = {
     "snapkv": Method(_SNAPKV, UniformBudget(), Evict()),
     "headkv": Method(_TUNED, ProfileBudget("retrieval"), Evict()),
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
+    "headkv-r2-int8": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int8()),
+    "headkv-r2-int4": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int4()),
+    "think": Method(_SNAPKV, UniformBudget(), Evict(), representation=Thin()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
     REFINED: Method(_TUNED, RefinedBudget(), Evict()),
     "headkv-curves": Method(_TUNED, CurveBudget("known"), Evict()),
@@ -146,13 +151,10 @@ def deal_options(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, 
     """
     methods = {name: find_method(name) for name in names}
     given = {name: value for name, value in options.items() if value is not None}
+    dealt = {name: method.own_options(given) for name, method in methods.items()}
     for option in given:
-        if not any(method.has_option(option) for method in methods.values()):
+        if not any(option in own for own in dealt.values()):
             raise UsageError(f"None of the methods has a parameter {option!r}: leave it away, or name one that has it.")
-    dealt = {
-        name: {option: value for option, value in given.items() if method.has_option(option)}
-        for name, method in methods.items()
-    }
     for name, method in methods.items():
         method.with_options(**dealt[name])
     return dealt

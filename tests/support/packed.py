@@ -1,0 +1,46 @@
+"""Rows of which some are packed, made of rows that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from headprof.compression.kernels.quantised_rows import QuantisedRows
+from headprof.compression.kernels.ragged_rows import RaggedRows
+
+
+def packed_in(
+    rows: RaggedRows, counts: Sequence[int], *, first: int = 1, bits: int = 4, group_size: int = 8
+) -> RaggedRows:
+    """The same storage with so many rows of each head quantised, after its `first`."""
+    starts, keep = rows.bounds[:-1:2].tolist(), torch.ones(rows.size, dtype=torch.bool)
+    for start, count in zip(starts, counts, strict=True):
+        keep[start + first : start + first + count] = False
+    given = rows.keys[~keep], rows.values[~keep], counts
+    packed = QuantisedRows.quantised(*given, first=first, bits=bits, group_size=group_size)
+    return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
+
+
+def slow_numbers(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of numbers that have one scale and one zero, which are rounded to float16; in float64."""
+    least, largest = numbers.float().min(), numbers.float().max()
+    scale, zero = (float(each.half()) for each in ((largest - least) / (2**bits - 1), least))
+    codes = [min(2**bits - 1, max(0, round((float(each) - zero) / scale))) if scale else 0 for each in numbers]
+    return torch.tensor([code * scale + zero for code in codes], dtype=torch.float64)
+
+
+def slow_twin(keys, values, counts, bits, group_size):
+    """Keys and values after quantising, head by head, group by group, channel by channel."""
+    keys, values, start = keys.double(), values.double(), 0
+    new_keys, new_values = keys.clone(), values.clone()
+    for count in counts:
+        for first in range(start, start + count, group_size):
+            group = slice(first, min(first + group_size, start + count))
+            for channel in range(keys.shape[1]):
+                new_keys[group, channel] = slow_numbers(keys[group, channel], bits)
+        for row in range(start, start + count):
+            new_values[row] = slow_numbers(values[row], bits)
+        start += count
+    return new_keys, new_values
