@@ -34,6 +34,7 @@ from headprof.models.shape import HeadShape
 LOSSY = [name for name in METHODS if name != "full"]
 SHARING = ("adakv", "adakv-kvzip", "kvzap")  # methods whose heads share a layer's rows anew each time
 MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
+ROUNDED = {"atol": 5e-3, "rtol": 1e-2}  # the last bit of a key may decide how it is rounded
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
@@ -235,7 +236,7 @@ def test_tokens_one_by_one_equal_chunks_of_the_buffer(name):
         for start in range(30, ids.shape[1], 8):
             one = torch.cat([step(model, single, ids[:, i : i + 1]) for i in range(start, start + 8)], dim=1)
             many = step(model, chunked, ids[:, start : start + 8])
-            torch.testing.assert_close(many, one, **CLOSE)
+            torch.testing.assert_close(many, one, **(CLOSE if METHODS[name].representation.is_full else ROUNDED))
             check_same(single, chunked)
     targets = single.plan.decode_allocation(86).view(-1, 3, 2)[0]  # of the first sequence
     assert name in SHARING or (single.lengths[:, 0] == targets + 8).all()

@@ -53,7 +53,8 @@ VARIANTS = [
     ExpectedAttention(future=2, skip_first=0, covariance=False, epsilon=0.1),
     ExpectedAttention(future=9, skip_first=2, value_norm=False),
 ]
-USED = {method.importance for method in METHODS.values() if not method.importance.needs_surrogate}
+KNOWN = [method.importance for method in METHODS.values() if not method.importance.needs_token_kinds]
+USED = {importance for importance in KNOWN if not importance.needs_surrogate}
 
 
 def exact(importance):

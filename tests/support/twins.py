@@ -132,6 +132,8 @@ def slow_score(importance, observed):
                     scores = slow_shared(importance, observed, attention, b, k)
                 case WindowAttention():
                     scores = slow_local(importance, observed, attention, b, k)
+                case Accumulated(shared=True):
+                    scores = slow_shared_received(observed, attention, b, k)
                 case Accumulated():
                     scores = slow_received(observed, attention, b, k)
                 case Reconstruction():
@@ -155,6 +157,16 @@ def slow_score(importance, observed):
                         scores.append(float(last[heads].sum()) / max(1, int(heads.sum())) if len(last) else 0.0)
             result[b, k] = torch.tensor(scores, dtype=torch.float64)
     return result
+
+
+def slow_shared_received(observed, attention, b, k):
+    """Attention that a head's rows have received, averaged over the KV heads that hold their tokens."""
+    received = [slow_received(observed, attention, b, head) for head in range(observed.keys.shape[1])]
+    scores = []
+    for position in observed.positions[b, k].tolist():
+        holding = ((observed.positions[b] == position) & observed.valid[b]).nonzero().tolist()
+        scores.append(sum(float(received[head][row]) for head, row in holding) / max(1, len(holding)))
+    return scores
 
 
 def slow_key_difference(observed, b, k):
