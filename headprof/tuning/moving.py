@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from headprof.compression.continuing import divergences
-from headprof.compression.methods.allocation import normalized
+from headprof.compression.methods.allocation import normalized, water_filled
 from headprof.models.loading import LoadedModel
 from headprof.tuning.exams import Answering
 from headprof.tuning.hidden_rows import HidingModel, hiding
@@ -37,6 +38,43 @@ _MOST = 4.0
 
 Counts = Callable[[int], Tensor]
 """Rows of each head, int64 `[L, K]`, of a prompt of so many tokens."""
+
+
+@dataclass(frozen=True)
+class MoveSettings:
+    """How budgets are moved.
+
+    Attributes:
+        checks: prompts that move nothing, by which it is seen whether that has helped.
+        steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
+        length: tokens of a prompt.
+        seed: of the probes.
+    """
+
+    checks: int
+    steps: tuple[float, ...] = (0.5, 0.4, 0.3, 0.3)
+    length: int = 1024
+    seed: int = 0
+
+
+def counting(on_step: Callable[[int, int], None], total: int) -> Callable[[], None]:
+    """What is to be called after each step of some work, so that `on_step` hears how many are done, and of all."""
+    on_step(0, total)
+    steps = count(1)
+    return lambda: on_step(next(steps), total)
+
+
+def allotted(shares: Tensor, budget: int, tokens: int, always_kept: int) -> Tensor:
+    """Rows of each head of a prompt, int64 `[L, K]`: those always kept, and its share of the rest of the budget.
+
+    Args:
+        shares: float64 `[L, K]`, of which the sum is one.
+        budget: tokens per KV head, at least those always kept.
+        tokens: of the prompt.
+        always_kept: tokens that every head keeps.
+    """
+    upper, total = torch.full(shares.shape, tokens), budget * shares.numel()
+    return water_filled(shares, floor=always_kept, lower=always_kept, upper=upper, total=total)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headprof.compression.methods.allocation import normalized, water_filled
+from headprof.compression.methods.allocation import normalized
 from headprof.compression.methods.table import find_method
 from headprof.compression.observers import repeating_observers
 from headprof.models.loading import LoadedModel
@@ -23,7 +23,7 @@ from headprof.profile.learning import NOTE
 from headprof.tuning.exams import PROBE, Answering
 from headprof.tuning.hidden_rows import hiding
 from headprof.tuning.mixing import LARGEST, with_shares
-from headprof.tuning.moving import Mover, ReadPrompt
+from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting
 from headprof.tuning.reading import PromptReader
 from headprof.utils.records import parse_object
 
@@ -32,22 +32,16 @@ JUDGE = find_method("learned-kvzip")
 
 
 @dataclass(frozen=True)
-class RefineSettings:
-    """How budgets are moved.
+class RefineSettings(MoveSettings):
+    """How learned budgets are moved; a prompt is a document about which several questions are asked.
 
     Attributes:
         contexts: documents by whose questions they are moved.
-        checks: further documents, by whose questions it is seen whether that has helped.
-        steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
-        length: tokens of a document.
-        seed: of the probes.
     """
 
-    contexts: int = 6
     checks: int = 2
-    steps: tuple[float, ...] = (0.5, 0.4, 0.3, 0.3)
-    length: int = 1024
     seed: int = 9
+    contexts: int = 6
 
 
 @dataclass(frozen=True)
@@ -94,14 +88,7 @@ def refine(
     """
     kept = profile.reconstruction.double()
     shares = [share for share in kept.mean(dim=(1, 2)).tolist() if share < LARGEST]
-    total, done = len(shares) * len(settings.steps), 0
-    on_round(0, total)
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        on_round(done, total)
-
+    told = counting(on_round, len(shares) * len(settings.steps))
     documents = _read(loaded, settings)
     moving, checking = documents[: settings.contexts], documents[settings.contexts :]
     with hiding(loaded.model) as hider:
@@ -151,10 +138,8 @@ def _read(loaded: LoadedModel, settings: RefineSettings) -> list[ReadPrompt]:
 def _allotting(share: float) -> Callable[[Tensor, int], Tensor]:
     """Rows of each head of a document, int64 `[L, K]`, as `LearnedBudget` gives them at this share of all."""
 
-    def allotted(shares: Tensor, tokens: int) -> Tensor:
+    def of_document(shares: Tensor, tokens: int) -> Tensor:
         least = JUDGE.always_kept
-        budget = max(least, round(share * (tokens - least)) + least)
-        upper = torch.full(shares.shape, tokens)
-        return water_filled(shares, floor=least, lower=least, upper=upper, total=budget * shares.numel())
+        return allotted(shares, max(least, round(share * (tokens - least)) + least), tokens, least)
 
-    return allotted
+    return of_document

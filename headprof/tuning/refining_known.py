@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from headprof.compression.methods.allocation import normalized, water_filled
+from headprof.compression.methods.allocation import normalized
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.table import TUNED, find_method
 from headprof.compression.observers import Observers
@@ -21,7 +21,7 @@ from headprof.profile.head_profile import HeadProfile
 from headprof.profile.tuned import NOTE, Refined, Tuned
 from headprof.tuning.exams import JUDGES, Exam, Exams, ExamSettings
 from headprof.tuning.hidden_rows import hiding
-from headprof.tuning.moving import Mover, ReadPrompt
+from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting
 from headprof.tuning.reading import PromptReader
 from headprof.utils.memory import free_bytes
 
@@ -34,24 +34,19 @@ _MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class RefineSettings:
-    """How budgets are moved.
+class RefineSettings(MoveSettings):
+    """How HeadKV-R2's budgets are moved.
 
     Attributes:
         budgets: tokens per KV head, ascending.
         probes: prompts by which they are moved.
-        checks: further prompts, by which it is seen whether that has helped.
-        steps: of each round, how far budgets go towards what rows are worth, as an exponent, 0 to 1.
-        length: tokens of a prompt.
-        seed: of the probes.
     """
 
-    budgets: tuple[int, ...] = (16, 32, 64, 128)
-    probes: int = 32
     checks: int = 16
     steps: tuple[float, ...] = (0.5, 0.4, 0.4, 0.3)
-    length: int = 1024
     seed: int = 31
+    budgets: tuple[int, ...] = (16, 32, 64, 128)
+    probes: int = 32
 
 
 @dataclass(frozen=True)
@@ -99,19 +94,12 @@ def refine(
             f"{method.always_kept} that every head keeps and the {settings.length} of a prompt nothing is to be chosen."
         )
     exams = Exams(loaded, JUDGES["known"], _asked(settings))
-    done, total = 0, len(exams) + len(budgets) * len(settings.steps)
-
-    def told() -> None:
-        nonlocal done
-        on_round(done, total)
-        done += 1
-
-    told()
+    told = counting(on_round, len(exams) + len(budgets) * len(settings.steps))
     prompts = _read(loaded, method, exams, told)
     scores = profile.kv_head_scores(str(method.budget.profile_scores), getattr(method.budget, "aggregate", "max"))
     with hiding(loaded.model) as hider:
         mover = Mover(hider, prompts[: settings.probes], prompts[settings.probes :], settings.steps, told)
-        found = [mover.move(_start(method, scores, each), _allotting(method, each)) for each in budgets]
+        found = [mover.move(_start(method, scores, each), _allotting(each, method.always_kept)) for each in budgets]
     rows = torch.stack([shares * shares.numel() * budget for (shares, _), budget in zip(found, budgets, strict=True)])
     return Refining(tuple(budgets), rows.float(), tuple(lost for _, lost in found), mover.asked)
 
@@ -163,11 +151,6 @@ def _start(method: Method, scores: Tensor, budget: int) -> Tensor:
     return normalized(given - method.always_kept)
 
 
-def _allotting(method: Method, budget: int) -> Callable[[Tensor, int], Tensor]:
+def _allotting(budget: int, always_kept: int) -> Callable[[Tensor, int], Tensor]:
     """Rows of each head of a prompt, int64 `[L, K]`, as `RefinedBudget` gives them."""
-
-    def allotted(shares: Tensor, tokens: int) -> Tensor:
-        least, upper = method.always_kept, torch.full(shares.shape, tokens)
-        return water_filled(shares, floor=least, lower=least, upper=upper, total=budget * shares.numel())
-
-    return allotted
+    return lambda shares, tokens: allotted(shares, budget, tokens, always_kept)
