@@ -9,6 +9,7 @@ from support.observations import observed_prompt
 from support.profiles import judging, random_profile
 from support.prompts import GREEDY, distinct_ids, left_padded, padded_ids, random_ids
 from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
+from support.unlike import UNLIKE
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.head_layer import HeadCacheLayer
@@ -31,7 +32,6 @@ from headprof.compression.session import attending_ragged, compressed, make_plan
 from headprof.errors import CacheError, UsageError
 from headprof.models.shape import HeadShape
 
-LOSSY = [name for name in METHODS if name != "full"]
 SHARING = ("adakv", "adakv-kvzip", "kvzap")  # methods whose heads share a layer's rows anew each time
 MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
 ROUNDED = {"atol": 5e-3, "rtol": 1e-2}  # the last bit of a key may decide how it is rounded
@@ -95,7 +95,7 @@ def check_same_layer(layer, twin):
 # Bounds.
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_a_long_generation_runs_in_constant_memory(name):
     model, buffer, prompt = tiny_model(num_kv_heads=2, layers=2), 8, 30
     ids = random_ids(1, prompt + 210)
@@ -228,7 +228,7 @@ def test_every_architecture_decodes_in_bounded_rows(arch, name):
         check_same(single, chunked)
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_tokens_one_by_one_equal_chunks_of_the_buffer(name):
     model, ids = tiny_model(num_kv_heads=2, layers=3), distinct_ids(2, 30 + 8 * 7)
     with attending_ragged(model):
@@ -242,7 +242,7 @@ def test_tokens_one_by_one_equal_chunks_of_the_buffer(name):
     assert name in SHARING or (single.lengths[:, 0] == targets + 8).all()
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_a_chunk_beyond_the_buffer_is_read_whole_and_compressed_before_the_next(name):
     model, ids = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 100)
     with attending_ragged(model):
@@ -255,7 +255,7 @@ def test_a_chunk_beyond_the_buffer_is_read_whole_and_compressed_before_the_next(
         assert min(positions[-2] for layer in head_positions(cache) for positions in layer) == 59
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_a_batch_equals_each_sequence_alone(name):
     model, ids = tiny_model(num_kv_heads=2, layers=2), distinct_ids(2, 30 + 40)
     with attending_ragged(model):
@@ -573,7 +573,7 @@ def test_a_padded_batch_is_compressed_again_like_each_sequence_alone(name):
             assert head_positions(batch)[layer] == [*first, *([each + 11 for each in row] for row in second)]
 
 
-@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_hidden_rows_go_at_the_next_compression(name):
     """Questions of different lengths about one document, the second of which begins with padding."""
     model, document = tiny_model(num_kv_heads=2, layers=2), random_ids(1, 30)

@@ -18,6 +18,7 @@ from support.observations import as_held_rows, observed_prompt
 from support.profiles import judging, random_profile
 from support.prompts import GREEDY, left_padded, random_ids
 from support.tiny_models import load_tiny, tiny_model, tiny_tokenizer
+from support.unlike import UNLIKE
 
 from headprof import METHODS, HeadCache, ask, compress_document, compressed, load_document, make_plan, save_document
 from headprof.compression import pattern_search
@@ -42,7 +43,6 @@ PROMPT, BUDGET = 80, 24
 SPANS = [(10, 17), (40, 43)]
 KEPT = {*range(10, 17), *range(40, 43)}
 MERGING = {"threshold": 0.3, "coverage": 1.0}
-LOSSY = [name for name in METHODS if name != "full"]
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_without_protection_nothing_changes(model, name):
         assert all(torch.equal(*pair) for pair in zip(made[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSY if METHODS[name].representation.is_full])
+@pytest.mark.parametrize("name", [name for name in UNLIKE if METHODS[name].representation.is_full])
 def test_a_budget_of_the_whole_context_is_the_full_cache(model, name):
     ids = random_ids(1, PROMPT)
     full = model.generate(ids, max_new_tokens=12, **GREEDY)
@@ -201,7 +201,7 @@ def test_recency_keeps_what_loops_would(model, data):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(LOSSY), st.integers(0, 30), st.integers(1, 30), st.booleans())
+@given(st.sampled_from(UNLIKE), st.integers(0, 30), st.integers(1, 30), st.booleans())
 def test_the_least_budget_that_is_named_works_and_no_less(model, name, start, width, generates):
     tokens, spans = 30, [(start, min(30, start + width))]
     protected, buffer = ProtectedTokens.of(spans), 4 if generates else None
