@@ -32,12 +32,11 @@ def test_the_shipped_profile_is_found_and_says_how_it_was_made(smollm2, shipped,
     assert shipped.probes_used["retrieval"] > 100 and shipped.probes_used["reasoning"] > 100
 
 
-@pytest.mark.parametrize("method", ["headkv-r2", "snapkv"])
-def test_budget_of_the_whole_context_gives_the_full_caches_tokens(smollm2, shipped, method):
+def test_budget_of_the_whole_context_gives_the_full_caches_tokens(smollm2, shipped):
     document, question = demo_document()
     ids = prompt_ids(smollm2, document[:2000], question, 64)
     full = generate_text(smollm2, ids, max_new_tokens=64)
-    plan = make_plan(smollm2.model, shipped, method=method, budget=ids.shape[1])
+    plan = make_plan(smollm2.model, shipped, method="headkv-r2", budget=ids.shape[1])
     made = generate_text(smollm2, ids, plan, max_new_tokens=64)
     assert made.text == full.text and made.new_tokens == full.new_tokens > 5
 
@@ -54,8 +53,8 @@ def test_the_demo_answers_right_under_a_budget_of_64(smollm2, shipped):
 
 
 def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
-    """A small version of the README's table: at budget 32 the gap is far wider than chance among 16 probes."""
-    request = EvalRequest(("niah",), ("full", "snapkv", "headkv-r2"), ("32",), 16, (1024,), seed=77)
+    """A small version of the README's table: at budget 32 the gap is far wider than chance among 8 probes."""
+    request = EvalRequest(("niah",), ("full", "snapkv", "headkv-r2"), ("32",), 8, (1024,), seed=77)
     full, snapkv, headkv = EvalRun(smollm2, shipped, request).evaluate().cells
     assert full.score >= 0.75
     assert headkv.score >= snapkv.score + 0.25

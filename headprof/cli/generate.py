@@ -78,7 +78,8 @@ def generate(
     """Answer a prompt under a key/value-cache budget.
 
     The text goes to stdout, a table of what it took to stderr. Without a prompt, a built-in question about a built-in
-    document is asked. The method auto is headkv-tuned if the profile holds what headprof tune found, else headkv-r2.
+    document is asked. The method auto is headkv-refined or headkv-tuned if the profile holds what headprof tune found,
+    else headkv-r2.
 
     [dim]headprof generate --budget 64
     headprof generate --file report.txt --prompt "Who signed it?" --budget 1.5% --compare

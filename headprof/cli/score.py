@@ -111,7 +111,7 @@ def score(
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
-    It holds the parameters that serve the model best, too (method headkv-tuned).
+    It holds the parameters and budgets that serve the model best, too (methods headkv-tuned and headkv-refined).
     With --reconstruction it holds a score for how heads repeat texts, and budgets for documents whose question is not
     known, too (method learned-kvzip).
     With --curves it holds what the right answer loses when a KV head keeps so many rows (methods headkv-curves and

@@ -54,8 +54,8 @@ def make_plan(
         model: the model whose cache is to be compressed, or a wrapper around it: `torch.compile`'s, an adapter of PEFT.
         profile: its head profile, for methods that need one.
         method: a name in `METHODS` or of an installed package's method, or a `Method` itself. Where the profile says
-            what parameters it has (`headkv-tuned`), those in the name, `options`, and those of a `Method` that are not
-            the table's, stay as they are.
+            what parameters it has (`headkv-tuned`, `headkv-refined`), those in the name, `options`, and those of a
+            `Method` that are not the table's, stay as they are.
         budget: tokens per KV head (`64`), share of the prompt (`"1.5%"`) or bytes (`"512MB"`).
         decode_budget, buffer: what the cache may hold while generating, as for `CompressionPlan`.
         surrogate: fitted to the model, for methods that judge rows by one (`kvzap`); `load_surrogate` finds it.
