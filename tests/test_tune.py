@@ -122,6 +122,14 @@ def test_a_method_has_the_parameters_of_the_profile_and_those_that_are_given():
     assert (method.importance.window, method.importance.kernel) == (5, 9)
 
 
+def test_a_method_that_is_not_in_the_table_has_them_too():
+    model = tiny_model()
+    own = replace(find_method("headkv-tuned"), reduction=find_method("ems").reduction)
+    method = make_plan(model, random_profile(model), method=own, budget=32).method
+    assert (method.importance.window, method.importance.kernel, method.importance.shared) == (5, 3, True)
+    assert method.reduction == own.reduction
+
+
 def test_a_profile_that_says_nothing_of_use_is_refused():
     model = tiny_model()
     profile = random_profile(model)

@@ -111,7 +111,7 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
     if isinstance(given, str):
         fixed = parse_settings(given.split(":")[1:])
     else:
-        usual = find_method(name_of(method)).options()
+        usual = find_method(name_of(method) or TUNED).options()
         fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
     others = set(find_method(TUNED).options()) - set(method.options())  # how other budgets follow scores
     found = {name: value for name, value in profile.tuned.items() if name not in others}
