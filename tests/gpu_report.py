@@ -206,7 +206,7 @@ def tests(report: Report) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--continue-on-collection-errors", f"--junitxml={notes}"]
     command += ["-p", "no:cacheprovider", *marked]
     if importlib.util.find_spec("xdist"):  # tests wait for Triton's compiler most of their time
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     with log.open("w", encoding="utf-8") as said:
         limit = max(1.0, report.given.limit - 1)
         ended = subprocess.run(command, cwd=HERE.parent, stdout=said, stderr=subprocess.STDOUT, timeout=limit)

@@ -15,9 +15,9 @@ def test_operators_are_counted_without_views():
     assert result == 5 and calls == Calls(2)
 
 
-def reads(work):
+def reads(work, inferring):
     """How often the host waits for a GPU, of which only the shapes of tensors are there."""
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.inference_mode(inferring):
         there, here = torch.ones(2, 3, device="cuda"), torch.zeros(2, 3)
         with OperatorCount(torch.device("cuda")) as count:
             try:
@@ -41,14 +41,16 @@ GOING_ON = {
 }
 
 
+@pytest.mark.parametrize("inferring", [False, True])
 @pytest.mark.parametrize("how", WAITING)
-def test_reads_are_seen(how):
-    assert reads(WAITING[how]) == 1
+def test_reads_are_seen(how, inferring):
+    assert reads(WAITING[how], inferring) == 1
 
 
+@pytest.mark.parametrize("inferring", [False, True])
 @pytest.mark.parametrize("how", GOING_ON)
-def test_what_does_not_read_is_let_pass(how):
-    assert reads(GOING_ON[how]) == 0
+def test_what_does_not_read_is_let_pass(how, inferring):
+    assert reads(GOING_ON[how], inferring) == 0
 
 
 @pytest.mark.gpu

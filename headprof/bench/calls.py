@@ -15,6 +15,7 @@ aten = torch.ops.aten
 
 _READING = {
     aten._local_scalar_dense,
+    aten.item,
     aten.is_nonzero,
     aten.equal,
     aten.nonzero,
@@ -25,7 +26,7 @@ _READING = {
     aten.bincount,
 }
 """What gives a number, or a tensor of a size that depends on what the device holds."""
-_COPYING = {aten._to_copy, aten.copy_}
+_COPYING = {aten._to_copy, aten.copy_, aten.to}
 _FREE = {
     aten.empty,
     aten.empty_like,
@@ -66,7 +67,8 @@ class OperatorCount(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
-        if not func.is_view and packet not in _FREE:
+        moves = packet is aten.to and result is not args[0]  # in inference mode operators come as they were called
+        if moves or not (func.is_view or packet in _FREE):
             self.operators += 1
             self.reads += self._waits(packet, args, result)
         return result

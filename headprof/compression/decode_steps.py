@@ -135,7 +135,8 @@ class DecodeSteps:
         self._asked, self._compiles, self._record, self._backend = step, step == "compiled", record, backend
         self._names = list(signature(forward).parameters)
         self._run = torch.compile(self._forward, fullgraph=True) if self._compiles else self._forward
-        self._inside = [module for module in model.modules() if module is not model]
+        inside = [module for module in model.modules() if module is not model]
+        self._hooks = [hooks for each in inside for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._layout: tuple[object, ...] = ()
         self._steady = 0
         self._step: _Step | None = None
@@ -195,8 +196,7 @@ class DecodeSteps:
 
     def _is_hooked(self) -> bool:
         """Whether someone has hooks inside the model, which would not run in a captured step."""
-        found = sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in self._inside)
-        return found > self._link.own_hooks
+        return sum(map(len, self._hooks)) > self._link.own_hooks
 
     def _is_steady(self, cache: Any) -> bool:
         """Whether this layout has been seen often enough to be captured, if it has not been."""

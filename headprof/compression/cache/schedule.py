@@ -50,43 +50,38 @@ class LayerSchedule:
         layer_idx: the layer's number.
         importance: of the plan's method, for the layer.
         protected: tokens that every head keeps, or `None`.
+        goes_on: whether the layer is compressed again while text is generated.
+        prompt_queries: how many of a prompt's last queries importance, reduction and representation need; `None` for
+            all.
+        recent_queries: how many of the newest queries they need while text is generated; `None` for all since they were
+            last.
+        at_hand: of all queries, how many of the last must be at hand; `None` for all that are remembered.
     """
 
     def __init__(self, plan: CompressionPlan, layer_idx: int, protected: ProtectedTokens | None = None):
-        self.plan = plan
         self.layer_idx = layer_idx
-        self.importance: Importance = plan.method.importance.of_layer(layer_idx)
         self.protected = protected
+        self.plan = plan
         self.begin_anew()
+
+    @property
+    def plan(self) -> CompressionPlan:
+        return self._plan
+
+    @plan.setter
+    def plan(self, plan: CompressionPlan) -> None:
+        # What each decode step asks of each layer is worked out once.
+        self._plan, method = plan, plan.method
+        self.importance: Importance = method.importance.of_layer(self.layer_idx)
+        self.goes_on = plan.compresses_while_generating
+        asked, held = self.importance.queries, method.representation.queries
+        self.prompt_queries = _most(asked, method.reduction.prompt_queries, held)
+        self.recent_queries = _most(asked, method.reduction.recent_queries, held)
+        self.at_hand = _most(self.importance.at_hand, method.reduction.recent_queries, held)
 
     def begin_anew(self) -> None:
         """Look again at what the heads hold, since that has changed otherwise than by new tokens."""
         self._left: int | None = None
-
-    @property
-    def prompt_queries(self) -> int | None:
-        """How many of a prompt's last queries importance, reduction and representation need; `None` for all."""
-        return _most(self.importance.queries, self.plan.method.reduction.prompt_queries, self._held_by)
-
-    @property
-    def recent_queries(self) -> int | None:
-        """How many of the newest queries they need while text is generated; `None` for all since they were last."""
-        return _most(self.importance.queries, self.plan.method.reduction.recent_queries, self._held_by)
-
-    @property
-    def at_hand(self) -> int | None:
-        """Of all queries, how many of the last must be at hand; `None` for all that are remembered."""
-        return _most(self.importance.at_hand, self.plan.method.reduction.recent_queries, self._held_by)
-
-    @property
-    def _held_by(self) -> int:
-        """How many of the newest queries say how rows are held."""
-        return self.plan.method.representation.queries
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the layer is compressed again while text is generated."""
-        return self.plan.compresses_while_generating
 
     @property
     def left(self) -> int | None:

@@ -87,8 +87,7 @@ class PackedRows(ABC):
             starts: first row of each head, `[N]`.
         """
         index = self.index(starts)
-        plain = torch.ones(len(keys) + self.total, dtype=torch.bool, device=keys.device)
-        plain[index] = False
+        plain = torch.ones(len(keys) + self.total, dtype=torch.bool, device=keys.device).index_fill_(0, index, False)
         known = plain.device.type in ("cpu", "cuda")  # where nobody has to look how many there are
         others = (torch.nonzero_static(plain, size=len(keys)) if known else plain.nonzero()).squeeze(1)
         whole = [each.new_empty(len(plain), each.shape[1]).index_copy_(0, others, each) for each in (keys, values)]

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize, pad
 
 from headprof.compression.kernels import looking
 from headprof.compression.kernels.constants import numbers_to
+from headprof.compression.methods.class_sums import add_by_class
 from headprof.compression.methods.reduction import Choice, Reduction, largest
 from headprof.compression.rows import COLUMNS, Rows, marked
 from headprof.errors import UsageError
@@ -264,8 +265,7 @@ class _Clusters:
     def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""
         total = pad(centres.float(), (0, 0, 1, 0))  # the zero class comes first
-        index = self.cluster[..., None].expand_as(candidates)
-        return total.scatter_add_(1, index, candidates.float())[:, 1:]
+        return add_by_class(total, self.cluster, candidates.float())[:, 1:]
 
     def mean(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Mean row of each cluster by weight, float32 `[N, C, D]`."""

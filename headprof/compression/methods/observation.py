@@ -161,7 +161,7 @@ class Observation:
         if self.ids is None:
             return None
         places = self.positions.long().clamp(0, self.ids.shape[1] - 1)
-        return self.ids.to(places.device)[:, None].expand(-1, places.shape[1], -1).gather(2, places)
+        return self.ids.to(places.device, non_blocking=True)[:, None].expand(-1, places.shape[1], -1).gather(2, places)
 
     def positions_of_queries(self) -> Tensor:
         """Each query's position in the sequence, int64 `[N]`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headprof.compression.kernels.thinned_rows import ThinnedRows
+from headprof.compression.methods.class_sums import add_by_class
 from headprof.compression.methods.observation import Observation
 from headprof.compression.methods.representation import Representation, apart
 from headprof.compression.rows import Rows
@@ -72,7 +73,8 @@ class Thin(Representation):
         """The channels that each head keeps, ascending, int64 `[N, left]`; `keys` are those that lose the others."""
         sizes = torch.tensor(counts).to(keys.device, non_blocking=True)
         head = torch.arange(len(counts), device=keys.device).repeat_interleave(sizes, output_size=len(keys))
-        sums = torch.zeros(len(counts), keys.shape[1], device=keys.device).index_add_(0, head, keys.float().square())
+        sums = torch.zeros(1, len(counts), keys.shape[1], device=keys.device)
+        sums = add_by_class(sums, head[None], keys.float().square()[None])[0]
         scores = sums / sizes.clamp(min=1)[:, None] * self._query_squares(observed)
         return scores.argsort(dim=-1, descending=True, stable=True)[:, :left].sort(dim=-1).values
 

@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from headprof.compression.kernels.constants import constant
 from headprof.compression.kernels.window_scores import WindowRequest, serves, window_scores
+from headprof.compression.methods.class_sums import add_by_class
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Observation, per_head
 from headprof.errors import UsageError
@@ -204,9 +205,8 @@ def over_heads(scores: Tensor, observed: Observation) -> Tensor:
     if observed.is_prompt:
         return scores.mean(dim=1, keepdim=True).expand(scores.shape)
     index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
-    total, heads = scores.new_zeros(2, *index.shape)
-    total.scatter_add_(1, index, (scores * valid).flatten(1))
-    heads.scatter_add_(1, index, valid.flatten(1))
+    said = torch.stack([scores * valid, valid], dim=-1).flatten(1, 2)
+    total, heads = add_by_class(said.new_zeros(said.shape), index, said).unbind(dim=-1)
     return (total / heads.clamp(min=1)).gather(1, index).view(scores.shape) * valid
 
 
