@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.devices import on_cuda
 
+from headprof.compression.methods import class_sums
 from headprof.compression.methods.class_sums import add_by_class
 
 
@@ -36,14 +37,25 @@ def test_every_row_is_added_to_its_class(shape):
     torch.testing.assert_close(total, expected)
 
 
+@pytest.mark.parametrize("memberships", [1, 30, 1 << 25])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_come_to_the_same(shape, memberships, monkeypatch):
+    monkeypatch.setattr(class_sums, "_MEMBERSHIPS", memberships)
+    total, classes, values = drawn(*shape, torch.float64)
+    expected = looped(total, classes, values)
+    assert class_sums._by_products(total, classes, values) is total
+    torch.testing.assert_close(total, expected)
+
+
 @on_cuda
 @pytest.mark.gpu
+@pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 40, 3000, 128)])
-def test_on_cuda_it_is_the_same_every_time(shape):
+def test_on_cuda_it_is_the_same_every_time(shape, crowded):
     total, classes, values = (each.cuda() for each in drawn(*shape))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        first, second = (add_by_class(total.clone(), classes, values) for _ in range(2))
+        first, second = (add_by_class(total.clone(), classes, values, crowded=crowded) for _ in range(2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first, second)

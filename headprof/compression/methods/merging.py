@@ -6,8 +6,8 @@ Shapes: `B` sequences, `K` KV heads, `T` rows, `D` head dimension.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch.nn.functional import normalize, pad
@@ -77,26 +77,21 @@ class EvictThenMerge(Reduction):
         clusters = self._clusters(rows.keys, choice, ranks, min(counts.most, tokens), joining, most)
         head = places[1] if len(centres) == 1 else places[0] * centres.shape[1] + places[1]
         slot = ranks.view(centres.shape)[places] - 1  # what is no centre has any
-        merged = clusters.merged[head, slot] & centres[places]  # of the rows kept
+        clustered = clusters.of(rows, self.merge_keys)
+        merged = clustered.merged[head, slot] & centres[places]  # of the rows kept
 
         def put(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
             changed = merged if new.ndim == 2 else merged[:, None]
             return new[head, slot].to(held.dtype).where(changed, held)
 
-        columns = {
-            name: put(reduced.columns[name], clusters.summed(*clusters.rows_of(column[..., None]))[..., 0])
-            for name, column in rows.columns.items()
-            if COLUMNS[name].summed
-        }
+        columns = {name: put(reduced.columns[name], sums) for name, sums in clustered.columns.items()}
         if self.mass:
-            mass, bias = clusters.mass[head, slot], reduced.columns.get("bias")
+            mass, bias = clustered.mass[head, slot], reduced.columns.get("bias")
             columns["bias"] = mass.where(merged, 0.0) if bias is None else (bias + mass).where(merged, bias)
         return replace(
             reduced,
-            values=put(reduced.values, clusters.mean(*clusters.rows_of(rows.values))),
-            keys=put(reduced.keys, clusters.mean_keys(*clusters.rows_of(rows.keys)))
-            if self.merge_keys
-            else reduced.keys,
+            values=put(reduced.values, clustered.values),
+            keys=reduced.keys if clustered.keys is None else put(reduced.keys, clustered.keys),
             columns={**reduced.columns, **columns},
         )
 
@@ -242,40 +237,65 @@ class _Clusters:
     own: torch.Tensor
     joining: torch.Tensor
 
-    @cached_property
-    def whole(self) -> torch.Tensor:
-        """Weight of each cluster, float32 `[N, C]`."""
-        return self.summed(self.own[..., None], self.joining[..., None])[..., 0]
+    def of(self, rows: Rows, with_keys: bool) -> _Clustered:
+        """What the clusters come to of these rows, flat but for heads, all of it summed at once."""
+        values = self._weighted(*self._of(rows.values))
+        weights = (self.own[..., None], self.joining[..., None])
+        sums = [weights, values]
+        if with_keys:
+            keys = self._of(rows.keys)
+            norms = (each.norm(dim=-1, keepdim=True) for each in keys)
+            sums += [self._weighted(*keys), self._weighted(*norms)]
+        summed = {name: self._of(column[..., None]) for name, column in rows.columns.items() if COLUMNS[name].summed}
+        whole, value, *others = self._summed([*sums, *summed.values()])
+        columns = {name: each[..., 0] for name, each in zip(summed, others[len(sums) - 2 :], strict=True)}
+        mean_keys = _of_length(others[0] / whole, others[1] / whole, keys[0]) if with_keys else None
+        return _Clustered(self.own, whole[..., 0], value / whole, mean_keys, columns)
 
-    @cached_property
+    def _of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`; float32."""
+        rows = rows.flatten(0, 1)
+        return _at(rows, self.centre_index).float(), _at(rows, self.candidate_index).float()
+
+    def _weighted(self, centres: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return centres * self.own[..., None], candidates * self.joining[..., None]
+
+    def _summed(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """Of each pair, of the centres' own rows and the candidates', the sum for each cluster, float32 `[N, C, D]`."""
+        own, joining = (torch.cat(each, dim=-1) for each in zip(*parts, strict=True))
+        total = pad(own, (0, 0, 1, 0))  # the zero class comes first
+        add_by_class(total, self.cluster, joining, crowded=True)
+        return total[:, 1:].split([each.shape[-1] for each, _ in parts], dim=-1)
+
+
+def _of_length(mean: torch.Tensor, norm: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Mean keys, `[N, C, D]`, as long as keys are on average, `[N, C, 1]`; the centre's where they cancel out."""
+    length = mean.norm(dim=-1, keepdim=True)
+    return (mean * (norm / length.clamp(min=_TINY))).where(length > 1e-6 * norm, centres)
+
+
+@dataclass(frozen=True)
+class _Clustered:
+    """What the clusters of `N` heads come to, float32.
+
+    Attributes:
+        own, whole: weight of each centre and of its cluster, `[N, C]`.
+        values, keys: mean rows by weight, `[N, C, D]`; no keys where those of the centres stay.
+        columns: sums of what is summed of rows, `[N, C]`, by name.
+    """
+
+    own: torch.Tensor
+    whole: torch.Tensor
+    values: torch.Tensor
+    keys: torch.Tensor | None
+    columns: dict[str, torch.Tensor]
+
+    @property
     def merged(self) -> torch.Tensor:
         """Which centres stand for more than themselves, bool `[N, C]`."""
         return self.whole > self.own
 
-    @cached_property
+    @property
     def mass(self) -> torch.Tensor:
-        """Log of each cluster's weight over that of its centre, float32 `[N, C]`."""
+        """Log of each cluster's weight over that of its centre, `[N, C]`."""
         return self.whole.log() - self.own.log()
-
-    def rows_of(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of rows `[B, K, T, D]` those of the centres, `[N, C, D]`, and of the candidates, `[N, M, D]`."""
-        rows = rows.flatten(0, 1)
-        return _at(rows, self.centre_index), _at(rows, self.candidate_index)
-
-    def summed(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Each centre's own row and those that join it, summed, float32 `[N, C, D]`."""
-        total = pad(centres.float(), (0, 0, 1, 0))  # the zero class comes first
-        return add_by_class(total, self.cluster, candidates.float())[:, 1:]
-
-    def mean(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Mean row of each cluster by weight, float32 `[N, C, D]`."""
-        weighted = (centres.float() * self.own[..., None], candidates.float() * self.joining[..., None])
-        return self.summed(*weighted) / self.whole[..., None]
-
-    def mean_keys(self, centres: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """Mean key of each cluster, as long as its keys are on average; the centre's where they cancel out."""
-        norm = self.mean(*(keys.float().norm(dim=-1, keepdim=True) for keys in (centres, candidates)))
-        mean = self.mean(centres, candidates)
-        length = mean.norm(dim=-1, keepdim=True)
-        rescaled = mean * (norm / length.clamp(min=_TINY))
-        return rescaled.where(length > 1e-6 * norm, centres.float())
