@@ -44,7 +44,7 @@ _LONGEST_NAME = 200
 _MOST_BYTES = 2.0**63
 _LARGEST = 1e15
 """Of numbers that go into products; what a model comes to is far below."""
-_UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "bytes": _MOST_BYTES}
+_UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "share of bytes": 1.0, "bytes": _MOST_BYTES}
 
 
 @dataclass(frozen=True)
