@@ -64,7 +64,16 @@ def test_two_processes_make_the_profile_of_one(place):
 def test_of_two_processes_one_adds_learned_budgets(place):
     replace(random_profile(tiny_model(layers=3)), kept_shares=None, model_name="tiny").save(place / "add.safetensors")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    learning = ["--reconstruction", "--add-to", "add.safetensors", "--texts", "2", "--text-lengths", "128"]
+    learning = [
+        "--reconstruction",
+        "--no-refine",
+        "--add-to",
+        "add.safetensors",
+        "--texts",
+        "2",
+        "--text-lengths",
+        "128",
+    ]
     done = run(place, [*launcher, "-m", "headprof", "score", "--model", "tiny", *learning])
     assert done.stdout.strip() == "add.safetensors"  # said once
     assert HeadProfile.load(place / "add.safetensors").kept_shares is not None
