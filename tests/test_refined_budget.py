@@ -228,6 +228,6 @@ def test_what_cannot_be_refined_is_tuned_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_command.terminal, "remark", said.append)
     monkeypatch.setattr("headprof.tuning.judging.with_tuning", lambda profile, *_, **__: profile)
     profile, target = random_profile(loaded.model), tmp_path / "p.safetensors"
-    asked = tune_command._settings(tune_command.TuneOptions(budgets="1", length="320"), 0)
+    asked = replace(tune_command._settings(tune_command.TuneOptions(length="320"), 0), budgets=(1,))
     assert tune_command.tune_profile(loaded, profile, target, asked, refine=True) is profile
     assert "not refined" in said[0] and HeadProfile.load(target).digest() == profile.digest()
