@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -318,16 +319,36 @@ def test_around_an_operating_point_and_both_situations(place):
         assert noted["answers"] == {"probe": 1, "text": 1} and noted["loss_at_others"] > 0
 
 
+def test_a_short_prompt_has_the_numbers_of_rows_below_its_length(place):
+    options = ("--curve-length", "400", "--curve-probes", "1")
+    done = headprof(place, *RUN, *options, "--add-to", "p.safetensors", "-o", "short.safetensors")
+    assert done.returncode == 0, done.stderr
+    points = HeadProfile.load(place / "short.safetensors").curves["known"].points
+    assert points == [4, 8, 16, 32, 64, 128, 256, 400]
+
+
+@pytest.mark.parametrize(
+    "adding", [("score", "--curves", "--add-to"), ("score", "--reconstruction", "--add-to"), ("tune",)]
+)
+def test_what_is_no_profile_is_said_to_be_none(place, adding):
+    shutil.copy(place / "tiny" / "model.safetensors", place / "weights.safetensors")
+    refused = headprof(place, *adding, "weights.safetensors", "--model", "tiny")
+    said = "weights.safetensors is a safetensors file but not a head profile: choose another."
+    assert refused.returncode == 1 and said in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--question", "open"), "A question cannot be 'open': choose known, unknown or both."),
         (("--curve-probes", "0"), "give at least one probe or text"),
         (("--curve-length", "1k,2k"), "give --curve-length one number"),
-        (("--curve-length", "100"), "give ascending numbers below that"),
+        (("--curve-length", "4"), "has no rows to spare: give a longer --curve-length"),
         (("--others", "much"), "A budget of 'much' cannot be read"),
         (("--others", ">0.1"), "give --others tokens or a share"),
+        (("--others", "2"), "Other heads cannot keep 2 where each keeps 3 tokens in any case: raise --others."),
         (("--probes", "9"), "With --add-to no probes are scored: leave --probes away."),
+        (("--no-tune",), "With --add-to no probes are scored: leave --no-tune away."),
         (("--surrogate",), "leave --surrogate, or --add-to, away"),
     ],
 )

@@ -276,7 +276,7 @@ def test_a_profile_of_another_model_says_what_differs_and_which_command_mends_it
         HeadProfile.load(path, other, model_name="org/Other Model")
     assert str(caught.value) == (
         f"The profile {path} is for another model (layers 5 instead of 30, vocabulary size 49152 instead of 1000): "
-        "choose another with --profile, or run `headprof score --model 'org/Other Model'`."
+        "choose another, or run `headprof score --model 'org/Other Model'`."
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support.commands import headprof
-from support.profiles import random_profile, random_rows, small_profile
+from support.profiles import TUNED, random_profile, random_rows, small_profile
 from support.tiny_models import TEXT, load_tiny, save_tiny, tiny_model
 from test_tune import loss_alone
 
@@ -27,8 +27,9 @@ from headprof.errors import CacheError, ProfileError, UsageError
 from headprof.models.shape import HeadShape
 from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
-from headprof.profile.tuned import Tuned
+from headprof.profile.tuned import NOTE, Tuned
 from headprof.tuning import refining_known
+from headprof.tuning.judging import BUDGETS
 from headprof.tuning.refining_known import RefineSettings, refine, with_refined_rows
 from headprof.utils.tensor_files import with_checksum
 
@@ -80,6 +81,15 @@ def test_a_method_has_them_and_the_tuned_judge():
     lacking = replace(profile, refined_rows=None)
     with pytest.raises(ProfileError, match="holds no refined budgets: run `headprof tune --model tiny`"):
         make_plan(model, lacking, method="headkv-refined", budget=32)
+
+
+@pytest.mark.parametrize("choice", BUDGETS)
+def test_how_tuned_budgets_follow_scores_is_nothing_to_them(choice):
+    model = tiny_model()
+    profile = random_profile(model)
+    other = replace(profile, metadata={NOTE: replace(TUNED, options={"window": 5, **choice}).note()})
+    method = make_plan(model, other, method="headkv-refined", budget=32).method
+    assert method.importance.window == 5 and method.budget == RefinedBudget()
 
 
 def test_a_profile_keeps_them(tmp_path):
@@ -218,6 +228,6 @@ def test_what_cannot_be_refined_is_tuned_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(tune_command.terminal, "remark", said.append)
     monkeypatch.setattr("headprof.tuning.judging.with_tuning", lambda profile, *_, **__: profile)
     profile, target = random_profile(loaded.model), tmp_path / "p.safetensors"
-    asked = tune_command._settings(tune_command.TuneOptions(budgets="1", length="320"), 0)
+    asked = replace(tune_command._settings(tune_command.TuneOptions(length="320"), 0), budgets=(1,))
     assert tune_command.tune_profile(loaded, profile, target, asked, refine=True) is profile
     assert "not refined" in said[0] and HeadProfile.load(target).digest() == profile.digest()

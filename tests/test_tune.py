@@ -156,6 +156,7 @@ def test_what_answers_depend_on_is_in_the_digest():
     [
         (("--budgets", "16,x"), "A budget of 'x' cannot be tried: give tokens per KV head"),
         (("--budgets", "16,400", "--length", "400"), "A budget of 400 tokens leaves nothing of 400 out: lower"),
+        (("--budgets", "16,2"), "with a budget of 2: give --budgets of at least the 3 tokens always kept"),
         (("--length", "9k"), "use at most 4096"),
         (("absent.safetensors",), "There is no profile file at absent.safetensors"),
         (("retrieval.safetensors",), "holds no reasoning scores"),

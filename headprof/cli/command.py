@@ -49,7 +49,13 @@ def given_options(context: typer.Context, *groups: type | str) -> list[str]:
         groups: those to look at: groups of options, or names of single parameters.
     """
     names = {name for group in groups for name in ([group] if isinstance(group, str) else _names(group))}
-    return [max(each.opts, key=len) for each in context.command.params if each.name in names and _given(context, each)]
+    return [_written(context, each) for each in context.command.params if each.name in names and _given(context, each)]
+
+
+def _written(context: typer.Context, parameter: Any) -> str:
+    """A parameter as the user wrote it: `--no-name` where that says no."""
+    says_no = context.params.get(parameter.name) is False and parameter.secondary_opts
+    return max(parameter.secondary_opts if says_no else parameter.opts, key=len)
 
 
 def _names(group: type) -> Iterator[str]:

@@ -138,8 +138,8 @@ def add_curves(
     from headprof.profile.profile_checks import FORMAT
     from headprof.utils.files import check_writable
 
-    check_outputs({target: FORMAT, **curve_outputs(target, request)}, model_inputs(model, loading))
     HeadProfile.load(profile, model_name=model)  # complaints come before the weights
+    check_outputs({target: FORMAT, **curve_outputs(target, request)}, model_inputs(model, loading))
     check_writable(target)
     team = join_team()
     loaded = load(model, loading)

@@ -146,8 +146,8 @@ def add_reconstruction(
     from headprof.profile.head_profile import HeadProfile
     from headprof.profile.profile_checks import FORMAT
 
-    check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
     HeadProfile.load(profile, model_name=model)  # complaints come before the weights
+    check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
     loaded = _load_once(target, model, loading)
     if loaded is None:
         return

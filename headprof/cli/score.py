@@ -129,7 +129,7 @@ def score(
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
     if learning.surrogate:
-        _fit_surrogate(context, model, asked.preset, seed, learning, curving, output, loading)
+        _fit_surrogate(context, model, asked.preset, seed, learning, output, loading)
         return
     from headprof.scoring.reconstruction import check_texts
 
@@ -177,7 +177,6 @@ def _fit_surrogate(
     preset: str,
     seed: int,
     learning: LearningOptions,
-    curving: CurveOptions,
     output: Path | None,
     loading: LoadOptions,
 ) -> None:
@@ -191,7 +190,8 @@ def _fit_surrogate(
         "--reconstruction": learning.reconstruction,
         "--add-to": learning.add_to,
         "--no-probes": learning.no_probes,
-        "--curves": curving.curves,
+        "--refine": learning.refine,
+        **dict.fromkeys(given_options(context, CurveOptions), True),
     }
     if other := next((name for name, given in others.items() if given), None):
         raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")

@@ -76,8 +76,8 @@ def tune(
     shipped = profile is None and found.resolve().parent == asset_dir("profiles").resolve()
     target = output or (default_output(model_name(model)) if shipped else found)
     read = model_inputs(model, loading)
-    check_outputs({target: FORMAT}, read if target == found else chain([found], read))
     HeadProfile.load(found).scores_of("reasoning")  # complaints come before the weights
+    check_outputs({target: FORMAT}, read if target == found else chain([found], read))
     check_writable(target)
     team = join_team()
     team.leave()

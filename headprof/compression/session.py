@@ -113,8 +113,10 @@ def _tuned(method: Method, given: str | Method, profile: HeadProfile | None) -> 
     else:
         usual = find_method(name_of(method) or TUNED).options()
         fixed = {name: value for name, value in method.options().items() if value != usual.get(name)}
-    others = set(find_method(TUNED).options()) - set(method.options())  # how other budgets follow scores
-    found = {name: value for name, value in profile.tuned.items() if name not in others}
+    tuned = find_method(TUNED)  # how its budgets follow scores is nothing to a method whose budgets follow none
+    found = {
+        name: value for name, value in profile.tuned.items() if method.has_option(name) or not tuned.has_option(name)
+    }
     return method.with_options(**{**found, **fixed})
 
 

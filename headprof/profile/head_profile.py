@@ -285,7 +285,7 @@ class HeadProfile:
                 raise ProfileError(f"The profile {path} has been altered since it was made: restore it, or {mend}.")
         if shape is not None and (differences := profile.shape.differences(shape)):
             raise ProfileError(
-                f"The profile {path} is for another model ({', '.join(differences)}): choose another with --profile, "
+                f"The profile {path} is for another model ({', '.join(differences)}): choose another, "
                 f"or run `{score_command(model_name)}`."
             )
         return profile

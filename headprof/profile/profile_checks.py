@@ -36,7 +36,7 @@ def named_model(metadata: Mapping[str, str]) -> str | None:
 def check_format(path: Path, metadata: Mapping[str, str], mend: str) -> None:
     """Raise `ProfileError` for a file that is no profile, or of a version that is not read; `mend` says what to do."""
     if metadata.get("format") != FORMAT:
-        raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another with --profile.")
+        raise ProfileError(f"{path} is a safetensors file but not a head profile: choose another.")
     if (version := metadata.get("format_version")) not in READABLE:
         raise ProfileError(
             f"The profile {path} has format version {plain(str(version))} where this headprof reads "

@@ -17,7 +17,7 @@ from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.influence import SITUATIONS
 from headprof.tuning.curve_results import curve_results_path
-from headprof.tuning.curves import CurveSettings, MeasuredCurves, measure_curves
+from headprof.tuning.curves import GRID, CurveSettings, MeasuredCurves, measure_curves
 from headprof.tuning.exams import JUDGES, Exams, ExamSettings
 from headprof.utils.records import parse_object
 from headprof.utils.run_record import today
@@ -69,7 +69,17 @@ class CurveRequest:
             raise UsageError(
                 "A threshold gives heads no budget before there is a prompt: give --others tokens or a share."
             )
-        CurveSettings().check(self.settings.length)
+        if not self.at().grid:
+            raise UsageError(f"A prompt of {self.length} tokens has no rows to spare: give a longer --curve-length.")
+        self.at().check(self.settings.length)
+
+    def at(self, base: Tensor | None = None) -> CurveSettings:
+        """At which numbers of rows it is measured: the usual ones below a prompt's length.
+
+        Args:
+            base: rows that all other heads keep, int64 `[L, K]`; `None` for all.
+        """
+        return CurveSettings(tuple(rows for rows in GRID if rows < self.length), base)
 
 
 def with_curves(
@@ -109,7 +119,7 @@ def with_curves(
         measured = measure_curves(
             loaded,
             exams,
-            CurveSettings(base=operating_point(loaded, profile, situation, request)),
+            request.at(operating_point(loaded, profile, situation, request)),
             results_path=None if results is None else curve_results_path(results, situation),
             resume=resume,
             team=team,
@@ -121,7 +131,11 @@ def with_curves(
 
 
 def operating_point(loaded: LoadedModel, profile: HeadProfile, situation: str, request: CurveRequest) -> Tensor | None:
-    """Rows that all other heads keep, int64 `[L, K]`: everything, or what a method that has no curves gives them."""
+    """Rows that all other heads keep, int64 `[L, K]`: everything, or what a method that has no curves gives them.
+
+    Raises:
+        UsageError: that is less than every head keeps.
+    """
     if request.others == ALL:
         return None
     methods = [("headkv-r2", "reasoning" in profile.scores), ("snapkv", True)]
@@ -129,7 +143,14 @@ def operating_point(loaded: LoadedModel, profile: HeadProfile, situation: str, r
         kinds = profile.kept_shares is not None, "reasoning" in profile.scores
         methods = [("learned-kvzip", kinds[0]), ("headkv-kvzip", kinds[1]), ("adakv-kvzip", True)]
     method = next(name for name, has_scores in methods if has_scores)
-    return make_plan(loaded.model, profile, method=method, budget=request.others).allocation(request.length)
+    plan = make_plan(loaded.model, profile, method=method, budget=request.others)
+    try:
+        return plan.allocation(request.length)
+    except UsageError as error:
+        least = plan.method.always_kept
+        raise UsageError(
+            f"Other heads cannot keep {request.others} where each keeps {least} tokens in any case: raise --others."
+        ) from error
 
 
 def _notes(profile: HeadProfile) -> dict[str, Any]:

@@ -85,10 +85,14 @@ class TuneSettings:
     def check(self) -> None:
         """
         Raises:
-            UsageError: a budget is of less than a token, or leaves nothing of a prompt out.
+            UsageError: a budget is below what every head keeps, or leaves nothing of a prompt out.
         """
-        if not self.budgets or min(self.budgets) < 1:
-            raise UsageError("Nothing can be tried without a budget: give --budgets of at least one token.")
+        least = find_method(METHOD).always_kept
+        if not self.budgets or min(self.budgets) < least:
+            tried = f"with a budget of {min(self.budgets)}" if self.budgets else "without a budget"
+            raise UsageError(
+                f"Nothing can be tried {tried}: give --budgets of at least the {least} tokens always kept."
+            )
         if max(self.budgets) >= self.length:
             raise UsageError(
                 f"A budget of {max(self.budgets)} tokens leaves nothing of {self.length} out: lower --budgets, or "
