@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+from threading import Timer
 from types import FrameType
 
 _interrupted = False
@@ -13,6 +15,7 @@ def run() -> None:
     """Run the command line. Libraries may make another exception of an interrupt that meets them while they load."""
     try:
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _once_more
         from headprof.cli import main
 
         main()
@@ -28,6 +31,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+def _once_more(lost: sys.UnraisableHookArgs) -> None:
+    """Interrupt again where Python had to ignore it: in what it calls when an object goes away, as while it imports."""
+    if _interrupted and lost.exc_type is KeyboardInterrupt:
+        Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _end() -> None:

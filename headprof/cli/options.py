@@ -330,7 +330,7 @@ class KeepOptions:
         """
         from headprof.compression.keeping import Keeping
 
-        if "--keep-system" in given and self.system is None:
+        if self.system is None and {"--keep-system", "--no-keep-system"} & set(given):
             raise UsageError(
                 "There is no system message to be kept or not: add --system, or leave --keep-system and "
                 "--no-keep-system away."
