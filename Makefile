@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu gpu test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
+.PHONY: demo test coverage test-gpu gpu test-processes test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
 	profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
@@ -32,9 +32,13 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) tests/gpu_report.py $(if $(PARTS),--parts $(PARTS)) \
 		-o "$(GPU_OUT)" $(GPU_OPTIONS)
 
+# Whole runs by two processes, and one that is killed three times and resumed; part of .ci/run.
+test-processes: $(VENV)/.installed
+	$(BIN)/python -m pytest -m processes
+
 # A scoring run killed three times at random moments and resumed, again and again.
 test-kill: $(VENV)/.installed
-	HEADPROF_KILLED_RUNS=10 $(BIN)/python -m pytest tests/test_team.py -k killed
+	HEADPROF_KILLED_RUNS=10 $(BIN)/python -m pytest tests/test_team.py -m processes -k killed
 
 # What takes long: many random configurations, and every causal model class of Transformers.
 test-slow: $(VENV)/.installed
@@ -73,6 +77,8 @@ format: $(VENV)/.installed
 # The profile of the embedded model that ships in profiles/.
 profile: $(VENV)/.installed
 	$(BIN)/headprof score --no-tune -o profiles/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof score --reconstruction --add-to profiles/SmolLM2-135M-Instruct.safetensors
+	$(BIN)/headprof tune profiles/SmolLM2-135M-Instruct.safetensors
 	rm profiles/SmolLM2-135M-Instruct.probes.safetensors
 
 # The figures of docs/results.md, and most of docs/scoring.md: five and a half hours on 2 cores that do nothing else; an

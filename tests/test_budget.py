@@ -357,6 +357,8 @@ def test_normalized_sums_to_one_even_for_tiny_scores():
         ("1.5%", 15),
         ("100%", 1000),
         ("512MB", 512_000),
+        ("1.5%B", 15),
+        ("0.01 %b", 1),
         ("2 GiB", 2 * 2**30 // 1000),
         ("10kb", 10),
         ("0.01%", 1),
@@ -374,7 +376,17 @@ def test_budget_texts(text, expected):
     assert Budget.parse(text).tokens(1000, bytes_per_token=1000) == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "-4", "0", "0%", "3.5", "12 apples", "1e3", "101%", "%"])
+@given(st.integers(1, 100), st.integers(1, 9_999))
+def test_a_share_of_bytes_is_that_share_of_tokens_where_rows_are_as_they_are(percent, length):
+    of_bytes, of_tokens = Budget.parse(f"{percent}%B"), Budget.parse(f"{percent}%")
+    assert of_bytes.tokens(length, 512) == of_tokens.tokens(length, 512)
+    assert of_bytes.num_bytes(length, 512) == pytest.approx(percent * length * 5.12)
+    assert of_tokens.num_bytes(length, 512) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "-4", "0", "0%", "3.5", "12 apples", "1e3", "101%", "%", "101%B", "0%B", "%B"]
+)
 def test_budget_texts_that_make_no_sense(text):
     with pytest.raises(UsageError):
         Budget.parse(text)

@@ -338,6 +338,33 @@ def test_compiled_steps_are_captured_too(recordings, monkeypatch):
     assert recordings.count == 1
 
 
+@pytest.mark.parametrize("limit", [8, 1])
+def test_what_was_compiled_serves_caches_of_all_sizes(limit, monkeypatch):
+    """Beyond as many kinds of them as PyTorch compiles a function for, it begins anew."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiling = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, fullgraph: compiling(model, backend=counter, fullgraph=fullgraph)
+    )
+    monkeypatch.setattr(decode_steps, "_trusted", {})
+    torch._dynamo.reset()
+    model, counts = tiny_model(num_kv_heads=2, layers=2), {}
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        for method in ("headkv-r2", "headkv-ems"):
+            with compressed(
+                model, random_profile(model), method=method, budget="20%", buffer=16, step="compiled"
+            ) as plan:
+                for tokens in (40, 57, 121, 333):
+                    ids = random_ids(1, tokens)
+                    made, _ = decoded(model, ids, 8, HeadCache(plan))
+                    with compressed(model, random_profile(model), method=method, budget="20%", buffer=16, step="eager"):
+                        plain, _ = decoded(model, ids, 8, HeadCache(plan))
+                    torch.testing.assert_close(made, plain)
+                    counts[method, tokens] = counter.frame_count
+    if limit == 8:
+        assert counts["headkv-r2", 333] <= 2 and counts["headkv-ems", 333] <= 4
+
+
 @on_cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

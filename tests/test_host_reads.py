@@ -187,7 +187,7 @@ def operators(name):
     return watched.operators
 
 
-AT_MOST_BY_KERNELS = {"headkv-r2": 12, "snapkv": 12, "headkv-ems": 119, "ems": 119, "adakv": 27, "h2o": 25, "tova": 12}
+AT_MOST_BY_KERNELS = {"headkv-r2": 12, "snapkv": 12, "headkv-ems": 112, "ems": 112, "adakv": 27, "h2o": 25, "tova": 12}
 
 
 @interpreted

@@ -302,7 +302,7 @@ def test_the_command_adds_to_a_profile(tmp_path, monkeypatch):
     profile = replace(random_profile(tiny_model()), kept_shares=None, model_name="tiny")
     profile.save(tmp_path / "p.safetensors")
     options = ("--model", "tiny", "--texts", "2", "--text-lengths", "320", "--add-to", "p.safetensors")
-    done = headprof(tmp_path, "score", "--reconstruction", *options)
+    done = headprof(tmp_path, "score", "--reconstruction", "--no-refine", *options)
     assert done.returncode == 0 and done.stdout.strip() == "p.safetensors", done.stderr
     learned = HeadProfile.load(tmp_path / "p.safetensors")
     assert learned.kept_shares.shape == (8, 2, 2) and torch.equal(learned.reasoning, profile.reasoning)
@@ -472,7 +472,17 @@ def test_texts_may_lie_beside_the_profile(tmp_path, monkeypatch):
     save_tiny(tmp_path / "tiny", chat=True)
     replace(random_profile(tiny_model()), model_name="tiny", kept_shares=None).save(tmp_path / "p.safetensors")
     (tmp_path / "doc.txt").write_text(TEXT * 3)
-    adding = ("score", "--model", "tiny", "--reconstruction", "--add-to", "p.safetensors", "--texts", "1")
+    adding = (
+        "score",
+        "--model",
+        "tiny",
+        "--reconstruction",
+        "--no-refine",
+        "--add-to",
+        "p.safetensors",
+        "--texts",
+        "1",
+    )
     done = headprof(tmp_path, *adding, "--text-lengths", "64", "--text-folder", ".")
     assert done.returncode == 0, done.stderr
     assert HeadProfile.load(tmp_path / "p.safetensors").kept_shares is not None

@@ -127,7 +127,12 @@ PROBES = ("--probes", "4", "--lengths", "512", "--include-failed", "--no-tune")
 @pytest.mark.parametrize("way", ["probes", "add-to", "no-probes"])
 def test_score_ends_with_what_was_learned(place, way):
     replace(random_profile(tiny_model()), model_name="tiny", kept_shares=None).save(place / "p.safetensors")
-    more = {"probes": PROBES, "add-to": ("--add-to", "p.safetensors"), "no-probes": ("--no-probes",)}[way]
+    refining = ("--no-refine",)
+    more = {
+        "probes": (*PROBES, *refining),
+        "add-to": ("--add-to", "p.safetensors", *refining),
+        "no-probes": ("--no-probes",),
+    }[way]
     done = headprof(place, *LEARN, *more)
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.split()) for line in done.stderr.splitlines()]
@@ -197,7 +202,7 @@ def test_budgets_that_were_mixed_are_learned_again_or_kept_as_they_are(place):
     done = headprof(place, *SCORE, "--resume", "--probes", "8")
     assert done.returncode == 2 and "add --reconstruction to learn them again, or move that file away" in done.stderr
     assert (place / "p.safetensors").read_bytes() == before
-    learn = ("--resume", "--probes", "8", "--reconstruction", "--texts", "1", "--text-lengths", "320")
+    learn = ("--resume", "--probes", "8", "--reconstruction", "--no-refine", "--texts", "1", "--text-lengths", "320")
     assert headprof(place, *SCORE, *learn).returncode == 0
     learning = Learning.of(HeadProfile.load(place / "p.safetensors").metadata)
     assert learning.texts == 1 and learning.probes == 1

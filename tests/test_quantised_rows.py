@@ -1,4 +1,4 @@
-"""Rows in 8 and 4 bits: the packing and attention over it against slow twins in float64."""
+"""Rows in 8, 4 and 2 bits: the packing and attention over it against slow twins in float64."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def random_rows(counts, head_dim, dtype, seed=0):
 @settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 11), min_size=1, max_size=4),
-    head_dim=st.sampled_from([2, 6, 16]),
-    bits=st.sampled_from([4, 8]),
+    head_dim=st.sampled_from([4, 12, 16]),
+    bits=st.sampled_from([2, 4, 8]),
     group_size=st.integers(1, 6),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 9),
@@ -52,7 +52,7 @@ def test_rows_are_those_of_the_slow_twin(counts, head_dim, bits, group_size, dty
     assert packed.total == sum(counts)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_numbers_are_off_by_half_a_step(bits):
     keys, values = random_rows([40, 7], 16, torch.float32)
     packed = QuantisedRows.quantised(keys, values, [40, 7], first=0, bits=bits, group_size=8)
@@ -84,7 +84,7 @@ def quantised_request(lengths, counts, *, bits=4, first=1, group_rows=8, **shape
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(("option", "num_queries"), [("plain", 1), ("all", 3), ("hidden", 1)])
 def test_attention_is_that_over_dequantised_rows(backend, dtype, bits, option, num_queries):
     shape = {"num_kv_heads": 2, "group_size": 3, "num_queries": num_queries, "dtype": dtype, "option": option}
@@ -98,7 +98,7 @@ def test_attention_is_that_over_dequantised_rows(backend, dtype, bits, option, n
     first=st.integers(0, 2),
     group_size=st.integers(1, 33),
     num_queries=st.integers(1, 2),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 4, 8]),
     seed=st.integers(0, 99),
 )
 def test_attention_over_any_lengths(lengths, first, group_size, num_queries, bits, seed):
@@ -109,7 +109,7 @@ def test_attention_over_any_lengths(lengths, first, group_size, num_queries, bit
 
 
 @interpreted
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_parts_of_a_head_are_joined(bits):
     request = quantised_request([700, 140], [690, 100], bits=bits, num_kv_heads=2, group_size=2, num_queries=2)
     assert_like_reference(attend_in_parts(request), request)

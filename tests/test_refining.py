@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -160,14 +161,15 @@ def test_rounds_are_averaged(monkeypatch):
     torch.testing.assert_close(found, wanted / wanted.sum())
 
 
-def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
+@pytest.mark.parametrize("asked", [(), ("--refine",)])
+def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch, asked):
     monkeypatch.setattr(refining, "with_refining", partial(with_refining, settings=SHORT))
     monkeypatch.setattr("headprof.tuning.mixing.PROBES", 1)
     monkeypatch.setattr("headprof.tuning.mixing.LENGTH", 400)
     save_tiny(tmp_path / "tiny", chat=True)
     random_profile(tiny_model(), name="tiny").save(tmp_path / "p.safetensors")
     options = ("--model", "tiny", "--texts", "1", "--text-lengths", "320", "--add-to", "p.safetensors")
-    done = headprof(tmp_path, "score", "--reconstruction", "--refine", *options)
+    done = headprof(tmp_path, "score", "--reconstruction", *asked, *options)
     assert done.returncode == 0, done.stderr
     assert "not refined refined" in " ".join(done.stderr.split())
     profile = HeadProfile.load(tmp_path / "p.safetensors")
@@ -177,9 +179,27 @@ def test_the_command_refines_and_says_what_that_brought(tmp_path, monkeypatch):
     before, after = noted["refine_losses"][0][0], min(noted["refine_losses"][0])
     assert f"budgets refined what is lost from {before:.3g} to {after:.3g}" in told
     assert kept_shares_fault(profile.kept_shares, profile.shape) is None
-    for wrong in (("--refine", *options), ("--reconstruction", "--no-probes", "--refine", "--model", "tiny")):
-        refused = headprof(tmp_path, "score", *wrong)
-        assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--refine",), ("--no-refine",), ("--reconstruction", "--no-probes", "--refine")])
+def test_refining_belongs_to_learned_budgets(tmp_path, wrong):
+    refused = headprof(tmp_path, "score", "--model", "tiny", *wrong)
+    assert refused.returncode == 2 and "repeated texts" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(("asked", "code"), [((), 0), (("--refine",), 2), (("--no-refine",), 0)])
+def test_where_probes_do_not_fit_budgets_stay_as_they_were_learned(tmp_path, monkeypatch, asked, code):
+    monkeypatch.setattr(refining, "with_refining", partial(with_refining, settings=replace(SHORT, length=4000)))
+    monkeypatch.setattr("headprof.tuning.mixing.PROBES", 1)
+    monkeypatch.setattr("headprof.tuning.mixing.LENGTH", 400)
+    save_tiny(tmp_path / "tiny", chat=True, max_positions=2000)
+    random_profile(tiny_model(), name="tiny").save(tmp_path / "p.safetensors")
+    options = ("--model", "tiny", "--texts", "1", "--text-lengths", "320", "--add-to", "p.safetensors")
+    done = headprof(tmp_path, "score", "--reconstruction", *asked, *options)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("Learned budgets are not refined for tiny." in " ".join(done.stderr.split())) == (asked == ())
+    noted = json.loads(HeadProfile.load(tmp_path / "p.safetensors").metadata["reconstruction"])
+    assert "refine_losses" not in noted and noted["mix_probes"] == 1
 
 
 def test_a_profile_says_what_refining_brought(monkeypatch):

@@ -53,8 +53,8 @@ def test_the_demo_answers_right_under_a_budget_of_64(smollm2, shipped):
 
 
 def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
-    """A small version of the README's table: at budget 32 the gap is far wider than chance among 8 probes."""
-    request = EvalRequest(("niah",), ("full", "snapkv", "headkv-r2"), ("32",), 8, (1024,), seed=77)
+    """A small version of the README's table: at budget 32 the gap is far wider than chance among 6 probes."""
+    request = EvalRequest(("niah",), ("full", "snapkv", "headkv-r2"), ("32",), 6, (1024,), seed=77)
     full, snapkv, headkv = EvalRun(smollm2, shipped, request).evaluate().cells
     assert full.score >= 0.75
     assert headkv.score >= snapkv.score + 0.25
@@ -64,7 +64,7 @@ def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
 @pytest.mark.parametrize(
     "tasks",
     [
-        ("ruler/niah_single_1", "ruler/qa_1"),
+        ("ruler/niah_single_1",),
         pytest.param(BENCHMARKS["ruler"], marks=pytest.mark.slow, id="all"),
     ],
 )

@@ -60,15 +60,26 @@ def test_two_processes_make_the_profile_of_one(place):
     assert sorted(path.name for path in place.glob("*two*")) == ["two.probes.safetensors", "two.safetensors"]
 
 
+@pytest.mark.processes
 def test_of_two_processes_one_adds_learned_budgets(place):
     replace(random_profile(tiny_model(layers=3)), kept_shares=None, model_name="tiny").save(place / "add.safetensors")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    learning = ["--reconstruction", "--add-to", "add.safetensors", "--texts", "2", "--text-lengths", "128"]
+    learning = [
+        "--reconstruction",
+        "--no-refine",
+        "--add-to",
+        "add.safetensors",
+        "--texts",
+        "2",
+        "--text-lengths",
+        "128",
+    ]
     done = run(place, [*launcher, "-m", "headprof", "score", "--model", "tiny", *learning])
     assert done.stdout.strip() == "add.safetensors"  # said once
     assert HeadProfile.load(place / "add.safetensors").kept_shares is not None
 
 
+@pytest.mark.processes
 def test_two_processes_go_on_where_one_was_interrupted_and_stop_at_the_same_probe(place):
     stable = ["--until-stable", "--tolerance", "0.5", "--probes", "400"]
     run(place, [sys.executable, "-m", "headprof", *RUN, *stable, "-o", "stable.safetensors"])
@@ -90,6 +101,7 @@ def test_a_mistake_stops_all_processes_with_the_sentence(place):
     assert done.returncode != 0 and "other settings" in done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seed", range(int(os.environ.get("HEADPROF_KILLED_RUNS", "1"))))
 def test_a_run_that_is_killed_again_and_again_ends_the_same(place, seed):
     """SIGKILL at random moments; `make test-kill` does it more often."""

@@ -16,7 +16,7 @@ from headprof.cli.context import command_line, join_team, load, terminal
 from headprof.cli.options import MOST_PROBES, LoadOptions
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import learned_budgets, ranked_heads
-from headprof.errors import HeadprofError, ProfileError, UsageError
+from headprof.errors import HeadprofError, ModelError, ProfileError, UsageError
 from headprof.utils.units import parse_lengths
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ class LearningOptions:
         ),
     ] = None
     refine: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--refine",
-            help="Move these budgets to where they lose less, by gradients on needle probes: takes minutes more.",
+            "--refine/--no-refine",
+            help="Move these budgets to where they lose less, by gradients on needle probes. Default: where it can be "
+            "done; takes minutes more.",
             rich_help_panel="Reconstruction",
         ),
-    ] = False
+    ] = None
     surrogate: Annotated[
         bool,
         typer.Option(
@@ -123,7 +124,7 @@ def calibration(learning: LearningOptions, seed: int, with_curves: bool = False)
         raise UsageError(f"--refine moves budgets learned from repeated texts, by probes: {mend}, or leave it away.")
     if not learning.reconstruction and replace(learning, add_to=None) != LearningOptions():
         raise UsageError(
-            "--texts, --text-lengths and --text-folder are for what is learned from repeated texts: add "
+            "--texts, --text-lengths, --text-folder and --no-refine are for what is learned from repeated texts: add "
             "--reconstruction or --surrogate, or leave them away."
         )
     lengths = parse_lengths(learning.text_lengths) if learning.text_lengths else None
@@ -139,7 +140,7 @@ def add_reconstruction(
     loading: LoadOptions,
     settings: CalibrationSettings,
     *,
-    refine: bool,
+    refine: bool | None,
 ) -> None:
     """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
     from headprof.profile.head_profile import HeadProfile
@@ -214,7 +215,7 @@ def _texts_of(settings: CalibrationSettings) -> list[Path]:
 
 
 def learn(
-    loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path, *, refine: bool
+    loaded: LoadedModel, profile: HeadProfile, settings: CalibrationSettings, target: Path, *, refine: bool | None
 ) -> HeadProfile:
     """Write the profile with what is learned from repeated texts, budgets mixed with HeadKV-R2's if there are such.
 
@@ -223,7 +224,7 @@ def learn(
         profile: to which it is added.
         settings: which texts.
         target: the file.
-        refine: whether budgets are moved to where they lose less.
+        refine: whether budgets are moved to where they lose less; `None` for where that can be done.
 
     Raises:
         UsageError: the model's context is too short for that; what was learned before has been written.
@@ -249,10 +250,17 @@ def learn(
     learned.save(target)
     if unmixed:
         terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
-    if refine:
+    if refine is False or (refine is None and unmixed):
+        return learned
+    try:
         with terminal.progress() as report:
             learned = with_refining(learned, loaded, on_round=partial(report, f"Refining budgets with {loaded.name}"))
-        learned.save(target)
+    except (UsageError, ModelError) as error:
+        if refine:
+            raise
+        terminal.remark(f"Learned budgets are not refined for {loaded.name}. {error}")
+        return learned
+    learned.save(target)
     return learned
 
 

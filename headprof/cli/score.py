@@ -190,8 +190,7 @@ def _fit_surrogate(
         "--reconstruction": learning.reconstruction,
         "--add-to": learning.add_to,
         "--no-probes": learning.no_probes,
-        "--refine": learning.refine,
-        **dict.fromkeys(given_options(context, CurveOptions), True),
+        **dict.fromkeys(given_options(context, "refine", CurveOptions), True),
     }
     if other := next((name for name, given in others.items() if given), None):
         raise UsageError(f"A surrogate is fitted by itself: leave --surrogate, or {other}, away.")

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable
 from functools import partial, wraps
 from inspect import signature
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -226,6 +227,9 @@ class DecodeSteps:
     def _by_the_device(self, given: dict[str, Any], cache: Any, plain: Callable[[], Any]) -> Any:
         if self._step is None:
             layers, slots = cache.step_parts()
+            if self._compiles:  # once for caches of all sizes
+                for tensor in chain.from_iterable(layer.of_any_length for layer in layers):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
             self._step = _Step(given["input_ids"], StepCache(layers, slots, self._backend))
         step = self._step
         step.take(given["input_ids"], given.get("position_ids"), cache.get_seq_length())
@@ -258,7 +262,11 @@ class DecodeSteps:
             ModelError: the model's step cannot be compiled.
         """
         try:
-            return run()
+            try:
+                return run()
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # a long process, with caches of many kinds
+                torch._dynamo.reset_code(DecodeSteps._forward.__code__)
+                return run()
         except torch._dynamo.exc.TorchDynamoException as error:
             first = str(error).strip().splitlines()[0]
             raise ModelError(

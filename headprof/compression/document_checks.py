@@ -25,7 +25,7 @@ from headprof.models.shape import HeadShape
 from headprof.profile.faults import LARGEST_SCORE
 from headprof.profile.influence import MOST_POINTS
 from headprof.profile.kept_shares import MOST_SHARES, kept_shares_fault
-from headprof.profile.refined_rows import REFINED, refined_rows_fault
+from headprof.profile.refined_rows import REFINED_ROWS, refined_rows_fault
 from headprof.profile.surrogate_checks import check_parts
 from headprof.profile.surrogate_checks import check_stored as check_surrogate
 from headprof.utils.memory import free_bytes
@@ -44,7 +44,7 @@ _LONGEST_NAME = 200
 _MOST_BYTES = 2.0**63
 _LARGEST = 1e15
 """Of numbers that go into products; what a model comes to is far below."""
-_UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "bytes": _MOST_BYTES}
+_UNITS = {"tokens": _MOST_BYTES, "share": 1.0, "share of bytes": 1.0, "bytes": _MOST_BYTES}
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _right_number(leading: tuple[int, ...], method: Method) -> bool:
     which = method.budget.profile_scores or ""
     if which.startswith(CURVES):
         return len(leading) == 2 and leading[0] == 2 and 1 <= leading[1] <= MOST_POINTS
-    if which in (LEARNED, REFINED):
+    if which in (LEARNED, REFINED_ROWS):
         return len(leading) == 1 and 1 <= leading[0] <= MOST_SHARES + 1
     return not leading
 
@@ -293,7 +293,9 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
         learned = tensors["scores"][:-1] if getattr(facts.method.budget, "mix", 0) else tensors["scores"]
         if fault := kept_shares_fault(learned, facts.shape):
             raise ValueError(f"its scores {fault}")
-    if facts.method.budget.profile_scores == REFINED and (fault := refined_rows_fault(tensors["scores"], facts.shape)):
+    if facts.method.budget.profile_scores == REFINED_ROWS and (
+        fault := refined_rows_fault(tensors["scores"], facts.shape)
+    ):
         raise ValueError(f"its scores {fault}")
     if (facts.method.budget.profile_scores or "").startswith(CURVES) and (
         fault := curve_scores_fault(tensors["scores"])

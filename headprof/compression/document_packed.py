@@ -15,7 +15,7 @@ from headprof.utils.tensor_files import Stored
 PACKED_PARTS = ("packed", *ALL_PARTS)
 """A layer's tensors, by their names: how many rows of each head, and what holds them."""
 
-_FACTS = {"first": (0, 2**31 - 1), "bits": (4, 8), "group_size": (1, 2**31 - 1)}
+_FACTS = {"first": (0, 2**31 - 1), "bits": (2, 8), "group_size": (1, 2**31 - 1)}
 """What is said of each layer that has such rows, between which whole numbers; of thinned ones `first` alone."""
 
 
@@ -38,7 +38,7 @@ def _is_known(facts: Any) -> bool:
         return True
     if not isinstance(facts, dict) or facts.keys() not in (_FACTS.keys(), {"first"}):
         return False
-    return all(is_whole(value, *_FACTS[name]) for name, value in facts.items()) and facts.get("bits", 4) in (4, 8)
+    return all(is_whole(value, *_FACTS[name]) for name, value in facts.items()) and facts.get("bits", 4) in (2, 4, 8)
 
 
 def check_packed_sizes(

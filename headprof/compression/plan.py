@@ -208,11 +208,12 @@ class CompressionPlan:
     def _tokens(self, given: Budget, length: int) -> int:
         bytes_per_token = self.shape.cache_bytes_per_token(self.bytes_per_element)
         budget = length if self.method.keeps_everything else given.tokens(length, bytes_per_token)
-        if given.unit == "bytes" and not self.method.representation.is_full:
-            budget = self._rows_in(given.amount)
+        num_bytes = given.num_bytes(length, bytes_per_token)
+        if num_bytes is not None and not self.method.representation.is_full:
+            budget = self._rows_in(num_bytes)
         if budget < 1:
             raise UsageError(
-                f"A budget of {int(given.amount)} bytes is less than one token per head "
+                f"A budget of {int(num_bytes or 0)} bytes is less than one token per head "
                 f"({bytes_per_token} bytes): raise --budget."
             )
         return budget

@@ -27,7 +27,7 @@ from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
 from headprof.models.token_kinds import TokenKinds
 from headprof.profile.commands import score_command
-from headprof.profile.refined_rows import REFINED
+from headprof.profile.refined_rows import REFINED_ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,7 @@ def _budget_scores(
                 )
             kept = torch.cat([kept, profile.kv_head_scores("reasoning")[None]])
         return kept, profile.digest()
-    if which == REFINED:
+    if which == REFINED_ROWS:
         return profile.refined, profile.digest()
     if which.startswith(CURVES):
         return curve_scores(profile.curves_of(which.removeprefix(CURVES))), profile.digest()

@@ -32,6 +32,15 @@ class StepLayer:
         self.rows = rows
         self.ring, self.slot, self.valid = ring, slot, valid
 
+    @property
+    def of_any_length(self) -> list[Tensor]:
+        """Tensors whose first size differs from layer to layer and from cache to cache."""
+        rows = self.rows
+        tables = [getattr(plan, "table", None) for plan in rows.plans.values()]
+        packed = () if rows.packed is None else rows.packed.tensors
+        found = (rows.keys, rows.values, rows.positions, rows.bias, rows.received, *packed, *tables)
+        return [each for each in found if each is not None]
+
     def remember(self, query: Tensor) -> None:
         """Write the newest token's query, `[B, H, 1, D]`."""
         if self.ring is None or self.slot is None:

@@ -228,7 +228,7 @@ class EvalRequest:
     @property
     def has_shares(self) -> bool:
         """Whether a budget is a share of the prompt."""
-        return any(Budget.parse(budget).unit == "share" for budget in self.budgets)
+        return any(Budget.parse(budget).unit.startswith("share") for budget in self.budgets)
 
     def probes_of(self, task: str, lengths: tuple[int, ...]) -> int:
         """How many of the probes are of `task`: an even share, within the limit."""

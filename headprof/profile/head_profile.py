@@ -27,7 +27,7 @@ from headprof.profile.profile_checks import (
     counted_kinds,
     named_model,
 )
-from headprof.profile.refined_rows import REFINED, refined_rows_fault
+from headprof.profile.refined_rows import REFINED_ROWS, refined_rows_fault
 from headprof.profile.tuned import NOTE as TUNED_NOTE
 from headprof.profile.tuned import Options, Tuned
 from headprof.utils.files import atomic_write
@@ -217,7 +217,7 @@ class HeadProfile:
         """Influence curves and refined budgets, as a file names them."""
         parts = (self.curves[situation].tensors(situation) for situation in SITUATIONS if situation in self.curves)
         found = {name: tensor for part in parts for name, tensor in part.items()}
-        return found if self.refined_rows is None else found | {REFINED: self.refined_rows}
+        return found if self.refined_rows is None else found | {REFINED_ROWS: self.refined_rows}
 
     def _version(self) -> str:
         """The oldest format that holds all of it."""
@@ -316,7 +316,7 @@ def _from_parts(tensors: dict[str, Tensor], metadata: Mapping[str, str], given: 
         },
         kept_shares=tensors.get(KEPT),
         curves=curves_from(tensors),
-        refined_rows=tensors.get(REFINED),
+        refined_rows=tensors.get(REFINED_ROWS),
         given=given,
     )
 

@@ -9,7 +9,7 @@ from headprof.errors import ProfileError
 from headprof.profile.faults import LONGEST_NAME
 from headprof.profile.influence import curve_names
 from headprof.profile.kinds import COUNTED_KINDS, KINDS, PROBE_KINDS
-from headprof.profile.refined_rows import REFINED
+from headprof.profile.refined_rows import REFINED_ROWS
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import CHECKSUM_NAMES, Stored, TensorFile
 
@@ -49,7 +49,7 @@ def check_parts(file: TensorFile) -> None:
     if file.size > _LARGEST_FILE:
         raise ValueError(f"it has {file.size} bytes where a profile has at most {_LARGEST_FILE}")
     names = {kind: TENSOR_NAMES.get(kind, kind) for kind in KINDS}
-    known = {"probes_used", KEPT, REFINED} | curve_names()
+    known = {"probes_used", KEPT, REFINED_ROWS} | curve_names()
     known |= {f"{name}{part}" for name in names.values() for part in ("", "_se", "_low", "_high")}
     if unknown := sorted(file.stored.keys() - known):
         raise ValueError(f"it holds an unknown tensor {plain(unknown[0])}")

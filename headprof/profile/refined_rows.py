@@ -1,7 +1,7 @@
 """Rows that each KV head keeps of a prompt whose question is known, at some budgets: part of a head profile.
 
 They are float32 `[S, L, K]`, for `S` budgets in ascending order; each budget is the mean over the heads. A file names
-them `REFINED`.
+them `REFINED_ROWS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from headprof.models.shape import HeadShape
 
-REFINED = "refined"
+REFINED_ROWS = "refined"
 MOST_BUDGETS = 64
 
 

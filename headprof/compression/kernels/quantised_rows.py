@@ -1,4 +1,4 @@
-"""Rows in 8 or 4 bits: keys per channel in groups of a head's rows, values per row (KIVI, Liu et al. 2024).
+"""Rows in 8, 4 or 2 bits: keys per channel in groups of a head's rows, values per row (KIVI, Liu et al. 2024).
 
 "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache", arXiv 2402.02750, section 3.2. torchao, hqq and
 optimum-quanto quantise a dense tensor in blocks that divide its sides, which heads of unequal length have not: hence a
@@ -23,8 +23,8 @@ class QuantisedRows(PackedRows):
     """Each number is a code times a scale plus a zero, both in 16 bits: `code * scale + zero`.
 
     Attributes:
-        bits: of a code, 8 or 4; of two codes in a byte the lower is that of a channel in the first half, the upper that
-            of the channel `D / 2` further on.
+        bits: of a code, 8, 4 or 2; of the codes in a byte the lowest is that of a channel in the first part of the
+            head's, the next that of the channel `D * bits / 8` further on, and so forth.
         group_size: rows of a head that have the scales of their keys in common; its last group may have fewer.
         groups_before: groups of all heads before each, then of all: int32 `[N + 1]`, on the device.
         key_codes, value_codes: uint8 `[P, D * bits / 8]`.
@@ -59,10 +59,10 @@ class QuantisedRows(PackedRows):
         """Rows packed; of each number the error is at most about half a step of its scale.
 
         Args:
-            keys, values: of the rows that are to be packed, `[P, D]` each, head by head; `D` even for 4 bits.
+            keys, values: of the rows that are to be packed, `[P, D]` each, head by head; `D * bits` a multiple of 8.
             counts: how many of them each head has, `N` numbers.
             first: rows of each head that come before them.
-            bits: 8 or 4.
+            bits: 8, 4 or 2.
             group_size: rows that have the scales of their keys in common, at least 1.
         """
         groups = [-(-count // group_size) for count in counts]
@@ -161,12 +161,13 @@ def _codes(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """Codes `[P, D]` as bytes `[P, D * bits / 8]`."""
-    if bits == 8:
-        return codes
-    low, high = codes.chunk(2, dim=-1)
-    return low | high << 4
+    first, *others = codes.chunk(8 // bits, dim=-1)
+    for number, part in enumerate(others, start=1):
+        first = first | part << number * bits
+    return first
 
 
 def _numbers(codes: Tensor, bits: int) -> Tensor:
     """Packed codes as numbers, float32 `[P, D]`."""
-    return (codes if bits == 8 else torch.cat([codes & 15, codes >> 4], dim=-1)).float()
+    parts = [codes >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+    return torch.cat(parts, dim=-1).float()

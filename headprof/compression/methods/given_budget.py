@@ -11,7 +11,7 @@ from headprof.errors import UsageError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _LARGEST = 1e15  # of a number in a budget, so that no arithmetic with it overflows
 _RATIO = "ratio "
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|(?:[KMG]I?)?B)?", re.IGNORECASE)
+_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%B?|(?:[KMG]I?)?B)?", re.IGNORECASE)
 
 
 _THRESHOLD = re.compile(r">\s*(?P<above>[^/]*?)\s*(?:/\s*(?P<most>.+))?")
@@ -32,7 +32,7 @@ class Budget:
 
     Attributes:
         amount: how much.
-        unit: `"tokens"`, `"share"` (of one) or `"bytes"`.
+        unit: `"tokens"`, `"share"` (of one), `"bytes"` or `"share of bytes"` (of those of the full cache).
         above: what a row's importance must exceed to be kept of a prompt; then the amount is but the most that may be,
             and what the prompt holds decides how much is. `None` to keep as much as there may be.
     """
@@ -50,6 +50,8 @@ class Budget:
     def parse(cls, text: str | int | Budget) -> Budget:
         """Read `64` (tokens per KV head), `1.5%` (of the prompt) or `512MB` (`kB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`).
 
+        `1.5%B` is that share of the full cache's bytes: as many tokens where rows are held as they are, more where
+        each takes less.
         `>0.01` keeps all rows whose importance is above 0.01, and `>0.01/25%` at most 25 % of the prompt of them.
         `ratio 0.75` is the share of the prompt's cache that is removed, as `--compression-ratio` gives it.
 
@@ -75,10 +77,10 @@ class Budget:
                 "or bytes for the whole cache (512MB)."
             )
         amount, unit = float(match["number"]), (match["unit"] or "").upper()
-        if unit == "%":
+        if unit.startswith("%"):
             if amount > 100:
-                raise UsageError(f"A budget of {text} is more than the prompt: give at most 100%.")
-            return cls(amount / 100, "share")
+                raise UsageError(f"A budget of {text} is more than the prompt: give at most 100{unit}.")
+            return cls(amount / 100, "share" if unit == "%" else "share of bytes")
         if unit:
             return cls(amount * _UNITS[unit.removesuffix("B")], "bytes")
         if amount != int(amount):
@@ -94,11 +96,16 @@ class Budget:
             prompt_length: tokens of the prompt.
             bytes_per_token: bytes that one token takes in the full cache, over all layers and KV heads.
         """
-        if self.unit == "share":
+        if self.unit.startswith("share"):
             return max(1, round(self.amount * prompt_length))
-        if self.unit == "bytes":
-            return int(self.amount // bytes_per_token)
-        return int(self.amount)
+        num_bytes = self.num_bytes(prompt_length, bytes_per_token)
+        return int(self.amount if num_bytes is None else num_bytes // bytes_per_token)
+
+    def num_bytes(self, prompt_length: int, bytes_per_token: int) -> float | None:
+        """Bytes for the whole cache, as `tokens`; `None` where the budget is given in tokens."""
+        if self.unit == "share of bytes":
+            return self.amount * prompt_length * bytes_per_token
+        return self.amount if self.unit == "bytes" else None
 
 
 def ratio_budget(ratio: str) -> str:

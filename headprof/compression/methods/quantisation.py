@@ -97,3 +97,11 @@ class Int4(_Quantised):
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class Int2(_Quantised):
+    """Rows in 2 bits (see `_Quantised`): a warning, since most of what they say is lost."""
+
+    name: ClassVar[str] = "int2"
+    bits: ClassVar[int] = 2

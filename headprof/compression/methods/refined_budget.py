@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headprof.compression.methods.allocation import normalized, to_spend, water_filled
 from headprof.compression.methods.budget import BudgetPolicy
-from headprof.profile.refined_rows import REFINED
+from headprof.profile.refined_rows import REFINED_ROWS
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RefinedBudget(BudgetPolicy):
     beyond the largest goes to all heads alike.
     """
 
-    profile_scores = REFINED
+    profile_scores = REFINED_ROWS
     tuned = True
 
     def allocate(self, scores: Tensor, *, budget: int, context_length: int, always_kept: int) -> Tensor:
