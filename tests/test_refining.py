@@ -198,6 +198,7 @@ def test_where_probes_do_not_fit_budgets_stay_as_they_were_learned(tmp_path, mon
     done = headprof(tmp_path, "score", "--reconstruction", *asked, *options)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert ("Learned budgets are not refined for tiny." in " ".join(done.stderr.split())) == (asked == ())
+    assert ("leave --refine away" in " ".join(done.stderr.split())) == (code == 2)
     noted = json.loads(HeadProfile.load(tmp_path / "p.safetensors").metadata["reconstruction"])
     assert "refine_losses" not in noted and noted["mix_probes"] == 1
 

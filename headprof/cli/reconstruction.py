@@ -257,7 +257,9 @@ def learn(
             learned = with_refining(learned, loaded, on_round=partial(report, f"Refining budgets with {loaded.name}"))
     except (UsageError, ModelError) as error:
         if refine:
-            raise
+            why = str(error).rstrip(".")
+            mend = "leave --refine away"
+            raise type(error)(f"Learned budgets cannot be refined for {loaded.name} ({why}): {mend}.") from error
         terminal.remark(f"Learned budgets are not refined for {loaded.name}. {error}")
         return learned
     learned.save(target)
