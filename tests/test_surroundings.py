@@ -153,26 +153,20 @@ def test_an_interrupt_while_libraries_load_is_one_sentence(place, raised):
     assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
 
 
-def test_an_interrupt_that_python_has_to_ignore_comes_again(place):
-    code = (
-        "import signal, time, typer.core; from headprof.__main__ import run\n"
+@pytest.mark.parametrize(
+    "reading",
+    [
+        "def read(*rest): signal.raise_signal(signal.SIGINT)",
+        # which Python has to ignore, so that it must come again
         "class Gone:\n"
         "    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
-        "def read(*rest): Gone(); time.sleep(5); return []\n"
-        "typer.core.TyperCommand.parse_args = read\n"
-        "run()"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "profile", "list"], capture_output=True, cwd=place, check=False
-    )
-    assert (result.returncode, result.stderr) == (130, b"Error: Interrupted.\n")
-
-
-def test_an_interrupt_while_arguments_are_read_is_one_sentence(place):
+        "def read(*rest): Gone(); time.sleep(5); return []",
+    ],
+)
+def test_an_interrupt_while_arguments_are_read_is_one_sentence(place, reading):
     code = (
-        "import signal, typer.core; from headprof.__main__ import run\n"
-        "typer.core.TyperCommand.parse_args = lambda *rest: signal.raise_signal(signal.SIGINT)\n"
-        "run()"
+        "import signal, time, typer.core; from headprof.__main__ import run\n"
+        f"{reading}\ntyper.core.TyperCommand.parse_args = read\nrun()"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "profile", "list"], capture_output=True, cwd=place, check=False
