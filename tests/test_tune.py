@@ -205,6 +205,10 @@ def test_the_command_tunes_and_generate_uses_it(tmp_path, monkeypatch):
     options = ("--length", "400", "--budgets", "16", "--no-refine")
     done = headprof(tmp_path, "tune", "p.safetensors", "--model", "tiny", *options)
     assert done.returncode == 0 and done.stdout == "p.safetensors\n", done.stderr
+    assert "joins them" not in done.stderr
+    random_profile(tiny_model(), name="other").save(tmp_path / "other.safetensors")
+    other = headprof(tmp_path, "tune", "other.safetensors", "--model", "tiny", *options)
+    assert "are other's; what is found for tiny joins them" in " ".join(other.stderr.split())
     profile = HeadProfile.load(tmp_path / "p.safetensors")
     tuned = Tuned.of(profile.metadata)
     assert tuned is not None and tuned.budgets == (16,) and profile.metadata["date"] == "x"

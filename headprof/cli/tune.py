@@ -85,6 +85,8 @@ def tune(
         return
     loaded = load(model, loading)
     before = HeadProfile.load(found, loaded.shape, loaded.name)
+    if before.model_name != loaded.name:
+        terminal.remark(f"The scores in {found} are {before.model_name}'s; what is found for {loaded.name} joins them.")
     if before.refined_rows is not None and not trying.refine:
         terminal.remark(f"The refined budgets of {found} go with its earlier parameters: they are not in {target}.")
     tuned = tune_profile(loaded, before, target, settings, refine=trying.refine)
