@@ -25,6 +25,7 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import BUFFER
 from headprof.compression.rows import Rows
+from headprof.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ class TogetherCache(PromptCache):
     runs_steps = False
 
     def __init__(self, caches: Sequence[HeadCache]):
+        """
+        Raises:
+            CacheError: one of them brings back rows from the host.
+        """
+        if any(cache.recalls for cache in caches):
+            raise CacheError(
+                "Caches that bring back rows from the host are not continued together: continue one after the other."
+            )
         self.caches = list(caches)
         super().__init__([TogetherLayer(layers) for layers in zip(*(c.head_layers for c in caches), strict=True)])
 
