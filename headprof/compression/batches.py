@@ -73,6 +73,7 @@ class _Asked:
             prefill_seconds=self.times[0] - self.start,
             decode_seconds=self.times[-1] - self.times[0],
             cached_tokens=cached,
+            second_tier_bytes=self.cache.second_tier_bytes,
         )
 
 

@@ -351,7 +351,11 @@ def _linked(
         valid = None
         if attention_mask is not None and query.shape[2] > 1:
             valid = _hide_padding(cache_layer, attention_mask, query.shape[2])
-        how = {"scaling": layer.scaling, "softcap": layer.softcap, "sliding_window": layer.sliding_window}
+        how: dict[str, Any] = {
+            "scaling": layer.scaling,
+            "softcap": layer.softcap,
+            "sliding_window": layer.sliding_window,
+        }
         how |= {"sinks": kwargs.get("s_aux"), "backend": backend}
         outputs = [
             ragged_attention(part, rows, key.shape[1], **how)

@@ -218,7 +218,7 @@ def evicted_rows(
         recall: how rows are brought back.
         rows: a block, `[B, K, T, ...]`.
         gone: which of these are evicted, bool `[B, K, T]`.
-        slots: rows that each head may bring back from now on, `B * K` numbers.
+        slots: rows that each head may bring back from now on, as far as there are so many, `B * K` numbers.
         window: tokens that the layer's queries see, or `None`.
         before: the tier so far, or `None`.
     """
@@ -232,7 +232,8 @@ def evicted_rows(
     clusters = Clusters(found.centroids.to(keys.dtype), starts, sizes)
     if before is not None:
         clusters = before.clusters.beside(clusters)
-    return SecondTier(recall, clusters, _joined([*known, part]), slots, window)
+    tier = SecondTier(recall, clusters, _joined([*known, part]), slots, window)
+    return replace(tier, slots=[min(pair) for pair in zip(slots, tier.counts, strict=True)])
 
 
 def _by_cluster(labels: Tensor, clusters: int) -> Tensor:
