@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -131,28 +132,39 @@ class SecondTier:
         if not any(self.slots):
             return
         rows, there = self._chosen(query, scaling, position)
-        device = query.device
-        heads = torch.arange(self.num_heads).repeat_interleave(torch.tensor(self.slots))
-        ranks = ragged_index([0] * self.num_heads, self.slots, torch.device("cpu"))
+        heads, ranks = self._places
         wanted, known = rows[heads, ranks], there[heads, ranks]
         keys, values, positions = self._rows_at(wanted, pinned=query.is_cuda)
         positions.masked_fill_(~known, _NOWHERE)
+        device = query.device
         places = storage.starts[(heads + self.first_head).to(device)] + ranks.to(device)
         storage.overwrite(places, *(each.to(device, non_blocking=True) for each in (keys, values, positions)))
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Of each slot the head of this tier, and the number among its head's rows, int64; on the host."""
+        heads = torch.arange(self.num_heads).repeat_interleave(torch.tensor(self.slots))
+        return heads, ragged_index([0] * self.num_heads, self.slots, torch.device("cpu"))
 
     def _chosen(self, query: Tensor, scaling: float, position: int) -> tuple[Tensor, Tensor]:
         """Rows for the slots of each head, int64 `[N, most slots]`, and which of them there are; on the host."""
         sizes = self._seen_sizes(position)
-        slots = torch.tensor(self.slots)
-        among = slots * self.recall.recall_among
+        most = max(self.slots)
         scores = attention_shares(query, self.clusters.centroids, sizes > 0, scaling)
-        rows, there = rows_of_nearest(scores, self.clusters.starts, sizes, among.to(sizes.device), int(among.max()))
+        width = most * self.recall.recall_among
+        rows, there = rows_of_nearest(scores, self.clusters.starts, sizes, self._looked_at, width)
         rows, there = rows.cpu(), there.cpu()
         if self.recall.recall_among == 1:
             return rows, there
-        keys = _taken([part.keys for part in self.parts], rows.flatten()).view(*rows.shape, -1)
-        best = attention_shares(query.cpu(), keys, there, scaling).topk(int(slots.max()), dim=-1)
-        return rows.gather(1, best.indices), there.gather(1, best.indices)
+        keys = _taken([part.tensors[:1] for part in self.parts], rows.flatten())[0].view(*rows.shape, -1)
+        best = attention_shares(query.cpu(), keys, there, scaling).topk(most, dim=-1).indices
+        return rows.gather(1, best), there.gather(1, best)
+
+    @cached_property
+    def _looked_at(self) -> Tensor:
+        """How many rows each head looks at for its slots, int64 `[N]`."""
+        looked_at = torch.tensor(self.slots) * self.recall.recall_among
+        return looked_at.to(self.clusters.sizes.device)
 
     def _seen_sizes(self, position: int) -> Tensor:
         """Rows of each cluster that a token at this position can see, int64 `[N, C]`: the first ones of it."""
@@ -164,9 +176,9 @@ class SecondTier:
         starts = self.clusters.starts
         return before[starts + self.clusters.sizes] - before[starts]
 
-    def _rows_at(self, index: Tensor, pinned: bool = False) -> tuple[Tensor, ...]:
+    def _rows_at(self, index: Tensor, pinned: bool = False) -> list[Tensor]:
         """Copies of keys, values and positions of these rows, int64 `[M]`, on the host."""
-        return tuple(_taken([part.tensors[which] for part in self.parts], index, pinned) for which in range(3))
+        return _taken([part.tensors for part in self.parts], index, pinned)
 
     def of_heads(self, heads: Sequence[int], first_head: int) -> SecondTier:
         """The tier of these heads, in this order, for heads of a layer from `first_head` on; rows are shared."""
@@ -196,16 +208,25 @@ def joined_tiers(tiers: Sequence[SecondTier]) -> SecondTier | None:
     return replace(tiers[0], clusters=clusters, parts=tuple(parts), slots=slots)
 
 
-def _taken(parts: Sequence[Tensor], index: Tensor, pinned: bool = False) -> Tensor:
-    """Rows of several tensors as if they were one: a copy, in pinned memory if a CUDA device is to fetch it."""
-    found = torch.empty(len(index), *parts[0].shape[1:], dtype=parts[0].dtype, pin_memory=pinned)
+def _taken(parts: Sequence[Sequence[Tensor]], index: Tensor, pinned: bool = False) -> list[Tensor]:
+    """Rows of several parts as if they were one: a copy of each of their tensors.
+
+    Args:
+        parts: of each part the same tensors, `[R, ...]`.
+        index: rows, int64 `[M]`.
+        pinned: whether a CUDA device is to fetch them.
+    """
+    found = [torch.empty(len(index), *each.shape[1:], dtype=each.dtype, pin_memory=pinned) for each in parts[0]]
     if len(parts) == 1:
-        return torch.index_select(parts[0], 0, index, out=found)
+        return [torch.index_select(each, 0, index, out=copy) for each, copy in zip(parts[0], found, strict=True)]
     start = 0
     for part in parts:
-        own = ((index >= start) & (index < start + len(part))).nonzero().flatten()
-        found.index_copy_(0, own, part.index_select(0, index[own] - start))
-        start += len(part)
+        own = ((index >= start) & (index < start + len(part[0]))).nonzero().flatten()
+        if len(own):
+            there = index[own] - start
+            for each, copy in zip(part, found, strict=True):
+                copy.index_copy_(0, own, each.index_select(0, there))
+        start += len(part[0])
     return found
 
 
