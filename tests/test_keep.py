@@ -403,7 +403,7 @@ def test_the_host_does_not_wait_for_them(model, name, kind):
     schedule.protected.among(observed.positions)  # so the device knows them
     counts = HeadCounts.of(torch.tensor([[BUDGET - 4, BUDGET + 4]] * 2), "cpu")
     with device_watched() as watched:
-        rows = schedule.compressed(observed, assessed(schedule.importance, observed), counts)
+        rows, _ = schedule.compressed(observed, assessed(schedule.importance, observed), counts)
     assert watched.waits == []
     assert int(rows.counts.sum()) == 4 * BUDGET
 

@@ -123,8 +123,8 @@ def test_what_is_brought_back_is_what_the_query_calls_for():
     with attending_ragged(model), torch.no_grad():
         prefill(model, ids[:, :80], cache)
         layer = cache.head_layers[0]
-        bring = layer.held.bring_back
-        layer.held.bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
+        bring = layer.held._bring_back
+        layer.held._bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
         prefill(model, ids[:, 80:], cache)
     (query,), tier = asked, layer.tiers[0]
     rows = tier.parts[0]
@@ -151,8 +151,8 @@ def test_looking_at_rows_one_by_one_brings_back_the_best():
     with attending_ragged(model), torch.no_grad():
         prefill(model, ids[:, :80], cache)
         layer = cache.head_layers[0]
-        bring = layer.held.bring_back
-        layer.held.bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
+        bring = layer.held._bring_back
+        layer.held._bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
         prefill(model, ids[:, 80:], cache)
     for head in range(2):
         back, staying, _ = positions_of(cache, head)[0]

@@ -15,7 +15,7 @@ from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.ranking_layer import Verdict
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
-from headprof.compression.cache.second_tier import SecondTier, evicted_rows, joined_tiers, with_slots
+from headprof.compression.cache.second_tier import SecondTier, with_slots
 from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
 from headprof.compression.kernels.backends import make_plans
@@ -125,22 +125,10 @@ class HeadCacheLayer(PromptLayer):
         self.schedule.begin_anew()
         self.is_initialized = True
 
-    def _hold_compressed(
-        self,
-        observed: Observation,
-        said: Assessment,
-        counts: HeadCounts,
-        recent: RecentQueries | None = None,
-        needed: int = 0,
-    ) -> None:
-        """Hold of observed rows what the schedule keeps by what an importance has said of them."""
-        recall = self.plan.method.recall
-        if not recall.is_on:
-            self.hold(self.schedule.compressed(observed, said, counts), recent, needed)
-            return
-        rows, gone, slots = self.schedule.parted(observed, said, counts)
-        tier = evicted_rows(recall, observed.rows, gone, slots, self.schedule.window, joined_tiers(self.tiers))
-        self.hold(rows, recent, needed, tier)
+    def _hold_compressed(self, observed: Observation, said: Assessment, counts: HeadCounts, **options: Any) -> None:
+        """Hold of observed rows what is kept of them by what an importance has said; options are those of `hold`."""
+        rows, tier = self.schedule.compressed(observed, said, counts, self.tiers)
+        self.hold(rows, tier=tier, **options)
 
     def take(self, held: HeldRows) -> None:
         """Hold what has been held elsewhere since `release`; when to compress it again is as it was."""
@@ -172,7 +160,7 @@ class HeadCacheLayer(PromptLayer):
             counts = self.schedule.prompt_counts(observed, self.seen)
         else:
             counts = verdict.head_counts(observed.valid.device)
-        self._hold_compressed(observed, assessment, counts, RecentQueries(layer=observed.layer))
+        self._hold_compressed(observed, assessment, counts, recent=RecentQueries(layer=observed.layer))
         judged_by_others = self.observers > 0 or (verdict is not None and verdict.by_observers)
         if self.schedule.goes_on and not judged_by_others:
             self._remember(observed)
@@ -221,25 +209,10 @@ class HeadCacheLayer(PromptLayer):
         self.schedule.advance(count)
         self.seen += count
 
-    def rows_in_place(self) -> RaggedRows:
-        """The rows it holds, for attention."""
-        self.unread = False
-        return self.storage.in_place()
-
     def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
-        """As `PromptLayer.readings`: where rows are brought back, each token reads those that it calls for."""
-        if not self.tiers:
-            yield query, self.rows_in_place()
-            return
-        count, start = query.shape[2], 0
-        by_head = query.unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1)  # [N, g, Q, D]
-        while start < count:
-            self.held.bring_back(by_head[:, :, start], scaling, self.seen - count + start)
-            end = start + 1
-            while end < count and not self.held.is_due(self.seen - count + end):
-                end += 1
-            yield query[:, :, start:end], self.rows_in_place().without_newest(count - end)
-            start = end
+        """The newest tokens' queries, `[B, H, Q, D]`, in parts, each with the rows that it reads: its own the last."""
+        self.unread = False
+        return self.held.readings(query, scaling, self.seen)
 
     def hide_newest(self, visible: Tensor) -> None:
         """Of the newest tokens only these are no padding, bool `[B, Q]`: hide the others from every query."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.second_tier import SecondTier
 from headprof.compression.cache.storage import SLACK, RowStorage
+from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import Observation
 from headprof.compression.methods.received_attention import received_attention
 from headprof.compression.rows import Rows
@@ -64,16 +65,35 @@ class HeldRows:
         """How many of the newest tokens can be taken out again."""
         return self.storage.appended - self.settled
 
-    def bring_back(self, query: Tensor, scaling: float, position: int) -> None:
+    def readings(self, query: Tensor, scaling: float, seen: int) -> Iterator[tuple[Tensor, RaggedRows]]:
+        """The newest tokens' queries in parts, each with the rows that it reads (see `MarkedLayer` of `hook`).
+
+        Where rows are brought back, each token reads those that it calls for.
+
+        Args:
+            query: `[B, H, Q, D]`, of tokens whose rows have been appended.
+            scaling: factor on the logits.
+            seen: tokens of the sequence, these included.
+        """
+        if not self.tiers:
+            yield query, self.storage.in_place()
+            return
+        count, start = query.shape[2], 0
+        by_head = query.unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1)  # [N, g, Q, D]
+        while start < count:
+            self._bring_back(by_head[:, :, start], scaling, seen - count + start)
+            end = start + 1
+            while end < count and not any(tier.is_due(seen - count + end) for tier in self.tiers):
+                end += 1
+            yield query[:, :, start:end], self.storage.in_place().without_newest(count - end)
+            start = end
+
+    def _bring_back(self, query: Tensor, scaling: float, position: int) -> None:
         """Fill the slots with what a token's queries, `[N, g, D]`, call for, as far as that is due."""
         for tier in self.tiers:
             if tier.is_due(position):
                 own = query[tier.first_head : tier.first_head + tier.num_heads]
                 tier.bring_back(own, scaling, position, self.storage)
-
-    def is_due(self, position: int) -> bool:
-        """Whether a token at this position brings back other rows than the one before."""
-        return any(tier.is_due(position) for tier in self.tiers)
 
     def widen(self, slack: int, seen: int, rooms: Sequence[int] = ()) -> None:
         """Lay the rows out anew, with so many rows of free space behind each head, and at least such rooms."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from headprof.compression.cache.seen_tokens import SeenTokens
 from headprof.compression.hook import mark
-from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import AttentionLayer, Observation, Tokens
 from headprof.compression.rows import Rows
 from headprof.errors import CacheError
@@ -64,14 +62,6 @@ class PromptLayer(CacheLayerMixin):
     def filled(self, observed: Observation) -> None:
         """Take what is to be kept of a prompt, from its last queries and all its rows."""
         raise NotImplementedError
-
-    def rows_in_place(self) -> RaggedRows:
-        """The rows it holds, the newest tokens' included."""
-        raise NotImplementedError
-
-    def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
-        """The newest tokens' queries, `[B, H, Q, D]`, in parts, each with the rows that it reads: its own the last."""
-        yield query, self.rows_in_place()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.batch_size, self.num_kv_heads, _, self.head_dim = key_states.shape

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from headprof.compression.cache.second_tier import SecondTier, evicted_rows, joined_tiers
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
@@ -93,38 +94,31 @@ class LayerSchedule:
         """Tokens that still come before the layer is compressed again, as far as has been looked."""
         return self._left
 
-    def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
-        """What the heads keep of their rows, flat, as it is held.
+    def compressed(
+        self,
+        observed: Observation,
+        assessment: Assessment,
+        counts: HeadCounts,
+        tiers: Sequence[SecondTier] = (),
+    ) -> tuple[Rows, SecondTier | None]:
+        """What the heads keep of their rows, flat, as it is held; and what they may bring back, if they may.
 
         Args:
             observed: the rows.
             assessment: what the importance says of them.
             counts: rows allotted to each head.
+            tiers: what may be brought back so far.
         """
-        rows, choice, _ = self._chosen(observed, assessment, counts)
-        return self._reduced(rows, choice)
-
-    def parted(
-        self, observed: Observation, assessment: Assessment, counts: HeadCounts
-    ) -> tuple[Rows, torch.Tensor, list[int]]:
-        """The same where evicted rows may be brought back.
-
-        Returns:
-            What stays; which rows are evicted, bool `[B, K, T]`; and how many rows each head may bring back, `B * K`
-            numbers.
-        """
+        method = self.plan.method
         rows, choice, allotted = self._chosen(observed, assessment, counts)
         assert choice.observed is not None
-        gone = choice.observed.valid_rows() & ~choice.kept
-        back = allotted - choice.head_counts.counts
-        return self._reduced(rows, choice), gone, back.flatten().tolist()
-
-    def _reduced(self, rows: Rows, choice: Choice) -> Rows:
-        """What is held of rows of which some have been chosen."""
-        method, observed = self.plan.method, choice.observed
-        assert observed is not None
         reduced = method.reduction.reduce(rows, choice)
-        return method.representation.hold(reduced, observed, first=method.sinks, newest=method.keep_last)
+        held = method.representation.hold(reduced, choice.observed, first=method.sinks, newest=method.keep_last)
+        if not method.recall.is_on:
+            return held, None
+        gone = choice.observed.valid_rows() & ~choice.kept
+        slots = (allotted - choice.head_counts.counts).flatten().tolist()
+        return held, evicted_rows(method.recall, observed.rows, gone, slots, self.window, joined_tiers(tiers))
 
     def _chosen(
         self, observed: Observation, assessment: Assessment, counts: HeadCounts

@@ -7,7 +7,7 @@ by itself, and put back. So no answer depends on what else is answered beside it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +74,11 @@ class TogetherLayer(PromptLayer):
         self.unread = True
         return mark(key_states, self), value_states
 
-    def rows_in_place(self) -> RaggedRows:
-        """The rows of all members, for attention."""
+    def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
+        """The queries with the rows of all members, for attention."""
         assert self._storage is not None
         self.unread = False
-        return self._storage.in_place()
+        yield query, self._storage.in_place()
 
     def hide_newest(self, visible: Tensor) -> None:
         raise NotImplementedError("one token of each sequence has no padding")
