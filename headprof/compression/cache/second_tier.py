@@ -151,7 +151,7 @@ class SecondTier:
         sizes = self._seen_sizes(position)
         most = max(self.slots)
         scores = attention_shares(query, self.clusters.centroids, sizes > 0, scaling)
-        width = most * self.recall.recall_among
+        width = min(most * self.recall.recall_among, self._longest)
         rows, there = rows_of_nearest(scores, self.clusters.starts, sizes, self._looked_at, width)
         rows, there = rows.cpu(), there.cpu()
         if self.recall.recall_among == 1:
@@ -159,6 +159,11 @@ class SecondTier:
         keys = _taken([part.tensors[:1] for part in self.parts], rows.flatten())[0].view(*rows.shape, -1)
         best = attention_shares(query.cpu(), keys, there, scaling).topk(most, dim=-1).indices
         return rows.gather(1, best), there.gather(1, best)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Most rows that one head has here."""
+        return max(self.counts)
 
     @cached_property
     def _looked_at(self) -> Tensor:
