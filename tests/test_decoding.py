@@ -45,8 +45,8 @@ def _no_grad():
 
 
 def options_of(name):
-    """Parameters under which `name` merges, whatever its defaults."""
-    return MERGING if "ems" in name else {}
+    """Parameters under which `name` merges, whatever its defaults, and keeps few rows in any case."""
+    return MERGING if "ems" in name else {"sinks": 1} if METHODS[name].always_kept > 8 else {}
 
 
 def plan_for(model, name, budget=12, buffer=8, **options):
@@ -95,7 +95,7 @@ def check_same_layer(layer, twin):
 # Bounds.
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", [name for name in UNLIKE if not METHODS[name].recall.is_on])
 def test_a_long_generation_runs_in_constant_memory(name):
     model, buffer, prompt = tiny_model(num_kv_heads=2, layers=2), 8, 30
     ids = random_ids(1, prompt + 210)

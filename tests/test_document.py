@@ -306,7 +306,7 @@ def no_cache(tensors, metadata):
     [
         (edit_values, r"doc\.safetensors has been altered since it was made: restore it, or make it again with"),
         (edit_budget, r"has been altered since it was made"),
-        (older, r"has format version 0 where this headprof reads 3, 4 and 5: update headprof, or make it again"),
+        (older, r"has format version 0 where this headprof reads 3, 4, 5 and 6: update headprof, or make it again"),
         (no_cache, r"is a safetensors file but not a compressed document: make it again"),
     ],
 )

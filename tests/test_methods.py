@@ -211,7 +211,7 @@ def test_adaptive_heads_compete_without_the_tokens_that_all_keep():
     assert kept.int().tolist() == [[[1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 1]]]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "full"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "full" and METHODS[name].always_kept < 8])
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(9, 40), st.integers(0, 20), st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_every_method_spends_exactly_its_budget(name, batch, heads, tokens, padding, seed):
@@ -274,7 +274,8 @@ def test_generation_with_every_method(name):
     if METHODS[name].representation.is_full:
         with compressed(model, random_profile(model), **by, budget=40, **whole):
             assert torch.equal(model.generate(ids, **options), full)
-    with compressed(model, random_profile(model), **by, budget=9) as plan:
+    few = max(9, METHODS[name].always_kept + 4)
+    with compressed(model, random_profile(model), **by, budget=few) as plan:
         cache = HeadCache(plan)
         prefill(model, ids, cache)
     lengths = cache.lengths[:, 0]

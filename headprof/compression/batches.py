@@ -73,6 +73,7 @@ class _Asked:
             prefill_seconds=self.times[0] - self.start,
             decode_seconds=self.times[-1] - self.times[0],
             cached_tokens=cached,
+            second_tier_bytes=self.cache.second_tier_bytes,
         )
 
 
@@ -99,7 +100,8 @@ def answer_each(
         questions: the texts; one that comes again is answered once.
         max_new_tokens: most tokens to write for each.
         batch: how many are answered at a time; 1 for one after the other.
-        temperature, seed: of the sampling, as for `generate_text`; answers that are sampled come one after the other.
+        temperature, seed: of the sampling, as for `generate_text`; answers that are sampled come one after the other,
+            and so do those of a cache that brings back rows from the host.
         backend, prefill_chunk, step: as for `headprof.compressed`. The steps of a batch are issued one by one, also
             where those of a single answer are captured.
 
@@ -112,7 +114,7 @@ def answer_each(
     encoded = question_tokens(loaded, cache.get_seq_length(), questions, max_new_tokens)
     how: dict[str, Any] = {"backend": backend, "prefill_chunk": prefill_chunk, "step": step}
     takes_positions = "position_ids" in signature(running_model(loaded.model).forward).parameters
-    if min(batch, len(distinct)) > 1 and temperature == 0 and takes_positions:
+    if min(batch, len(distinct)) > 1 and temperature == 0 and takes_positions and not cache.recalls:
         made = _Batches(loaded, cache, encoded, max_new_tokens, batch, how).answers()
     else:
         how |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}

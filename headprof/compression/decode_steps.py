@@ -129,6 +129,11 @@ class DecodeSteps:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs | dict(zip(self._names, args, strict=False))
         cache: Any = given.get("past_key_values")
+        if self._asked not in ("auto", "eager") and getattr(cache, "recalls", False):
+            raise UsageError(
+                f"A cache that brings back rows from the host runs no step={self._asked!r}, in which the host has no "
+                "say: leave it, or --compile, away."
+            )
         if self._cache() is None:
             self._forget()
         if self.refused or not self._serves(given, cache):

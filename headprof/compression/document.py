@@ -9,11 +9,12 @@ padding among these; `scores` float32 `[L, K]`, by which heads share the budget 
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document
 holds decided how many rows each head kept; where they are known, `ids` int32 `[B, tokens seen]`, the document's tokens,
 which logits processors may look at; `protected` bool `[B, tokens seen]`, true for tokens that every head keeps, if
-there are any; and `surrogate.NAME`, the tensors of the surrogate by which the method judges rows, if it does, so that
-what comes after the document is judged alike wherever the file is read. Its metadata name the model (shape, weights and
-tokenizer fingerprints), the method and its parameters, the budgets, the profile and the surrogate, the tokens seen, how
-each layer makes logits of those queries, and a checksum over all of it; where rows and tokens seen do not tell how many
-more tokens a layer takes before it is compressed again, `left` says it for each.
+there are any; where heads may bring back rows that they have evicted, `.recalled` int32 `[B, K]`, how many each may,
+and these rows in clusters (see `document_tier`); and `surrogate.NAME`, the tensors of the surrogate by which the method
+judges rows, if it does, so that what comes after the document is judged alike wherever the file is read. Its metadata
+name the model (shape, weights and tokenizer fingerprints), the method and its parameters, the budgets, the profile and
+the surrogate, the tokens seen, how each layer makes logits of those queries, and a checksum over all of it; where rows
+and tokens seen do not tell how many more tokens a layer takes before it is compressed again, `left` says it for each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
+from headprof.compression.cache.second_tier import joined_tiers, without_slots
 from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.document_tier import TIER_ROWS, saved_tier, tier_parts
 from headprof.compression.kernels.packed_kinds import as_facts, from_facts
 from headprof.compression.kernels.packed_rows import PackedRows
 from headprof.compression.methods.given_budget import Budget
@@ -55,10 +58,10 @@ if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
 
 FORMAT = "headprof.cache"
-FORMAT_VERSION = "5"
-"""Version 3 knew no `shares`, `protected` and surrogates, 4 no packed rows; they are still read, and written where
-they say all."""
-_READABLE = ("3", "4", FORMAT_VERSION)
+FORMAT_VERSION = "6"
+"""Version 3 knew no `shares`, `protected` and surrogates, 4 no packed rows, 5 no second tier; they are still read, and
+written where they say all."""
+_READABLE = ("3", "4", "5", FORMAT_VERSION)
 _MEND = "make it again with `headprof compress`"
 
 
@@ -74,7 +77,8 @@ def save_document(
         notes: more metadata, such as the document's name.
 
     Raises:
-        CacheError: the method has no name by which it would be found again.
+        CacheError: the method has no name by which it would be found again, or it is a stack of caches of which only
+            some bring back rows.
         HeadprofError: the disk refused.
     """
     from safetensors.torch import save_file
@@ -148,18 +152,25 @@ def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
 
 
 def _version(cache: HeadCache, of_representation: bool) -> str:
-    """The oldest format that says all of a cache; the newest where it or its method is of some representation."""
-    if of_representation:
-        return FORMAT_VERSION
+    """The oldest format that says all of a cache, or of its method."""
     plan = cache.plan
+    if plan.method.recall.is_on or find_method(plan.name).recall.is_on:
+        return FORMAT_VERSION
+    if of_representation:
+        return _READABLE[2]
     new = plan.shares, plan.surrogate, cache.protected
     beyond_third = plan.scores.ndim > 2 or any(each is not None for each in new)
     return _READABLE[1] if beyond_third else _READABLE[0]
 
 
 def _options(plan: CompressionPlan) -> dict[str, Any]:
-    """A method's parameters as the file has them: that rows are held in full only where its name says otherwise."""
+    """A method's parameters as the file has them.
+
+    That rows are held in full, and are not brought back, is said only where the method's name says otherwise.
+    """
     options = plan.method.options()
+    if not plan.method.recall.is_on and not find_method(plan.name).recall.is_on:
+        options = {name: value for name, value in options.items() if not hasattr(plan.method.recall, name)}
     if plan.method.representation.is_full and find_method(plan.name).representation.is_full:
         options.pop("representation", None)
     return options
@@ -176,16 +187,23 @@ def _logits(recent: RecentQueries) -> dict[str, Any]:
 def _parts(layer: HeadCacheLayer) -> dict[str, torch.Tensor | None]:
     """A layer's tensors by their names in the file."""
     rows = layer.storage.compact()
+    tier = joined_tiers(layer.tiers)
+    if tier is not None and tier.num_heads != layer.storage.num_heads:
+        raise CacheError("Of this stack of caches only some bring back rows: save each of them by itself.")
+    if tier is not None:
+        rows = without_slots(rows, tier.slots)
+    lengths = torch.tensor(rows.known_lengths(), dtype=torch.int32)
     queries, valid = layer.held.recent.joined()
     return {
         "keys": rows.keys,
         "values": rows.values,
         "positions": rows.positions,
-        "lengths": torch.tensor(layer.lengths, dtype=torch.int32).reshape(layer.batch_size, layer.num_kv_heads),
+        "lengths": lengths.reshape(layer.batch_size, layer.num_kv_heads),
         **rows.columns,
         "queries": queries,
         "judges": valid,
         **_packed_parts(layer, rows.packed),
+        **({} if tier is None else tier_parts(tier, layer.batch_size)),
     }
 
 
@@ -224,7 +242,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     )
     for layer, logits in zip(layers, facts.logits, strict=True):
         prefix, device = f"layers.{layer.layer_idx}.", layer_device(loaded.model, layer.layer_idx)
-        own = {name.removeprefix(prefix): part.to(device) for name, part in tensors.items() if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+        own = {name: part if name in TIER_ROWS else part.to(device) for name, part in own.items()}
         module = modules[layer.layer_idx] if modules else None
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx), module=module)
         _restore(layer, own, facts, how)
@@ -347,7 +366,8 @@ def _restore(
     rows = Rows(keys, parts["values"], parts["positions"], lengths.flatten().tolist(), columns)
     if (packed := facts.packed[layer.layer_idx]) is not None:
         rows = replace(rows, packed=from_facts(packed, parts, parts["packed"].flatten().tolist()))
-    layer.hold(rows, recent)
+    recall = facts.method.recall
+    layer.hold(rows, recent, tier=saved_tier(parts, recall, layer.schedule.window) if recall.is_on else None)
     layer.storage.hides = "bias" in columns and bool(columns["bias"].isneginf().any())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headprof.compression.document_packed import PACKED_PARTS, check_packed_counts, check_packed_sizes, packed_facts
+from headprof.compression.document_tier import TIER_PARTS, bytes_that_stay, check_tier_counts, check_tier_sizes
 from headprof.compression.kernels.packed_kinds import ALL_PARTS
 from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
 from headprof.compression.methods.given_budget import Budget
@@ -34,7 +35,7 @@ from headprof.utils.tensor_files import Stored, TensorFile
 
 _NEEDED = ("keys", "values", "positions", "lengths")
 _OPTIONAL = ("bias", "received", "queries", "judges")
-_PARTS = (*_NEEDED, *_OPTIONAL, *PACKED_PARTS)
+_PARTS = (*_NEEDED, *_OPTIONAL, *PACKED_PARTS, *TIER_PARTS)
 SURROGATE = "surrogate."
 """What the names of a surrogate's tensors begin with."""
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -199,8 +200,8 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
         ValueError: one is missing, unknown or not of the size that the others and the metadata call for, or there is
             not the memory for all of them.
     """
-    if file.size > free_bytes("cpu"):
-        raise ValueError(f"its {file.size / 1e9:.1f} GB are more than the memory that is free")
+    if (read := file.size - bytes_that_stay(file.stored)) > free_bytes("cpu"):
+        raise ValueError(f"its {read / 1e9:.1f} GB are more than the memory that is free")
     shape, stored = facts.shape, dict(file.stored)
     grid = (shape.num_layers, shape.num_kv_heads)
     scores = stored.pop("scores", Stored("", ()))
@@ -228,11 +229,15 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
         own = {part: stored[prefix + part] for part in _PARTS if prefix + part in stored}
         _check_layer(prefix, own, facts, batch)
         check_packed_sizes(prefix, own, facts.packed[number], facts.shape, batch)
+        check_tier_sizes(prefix, own, facts.method.recall.is_on, facts.shape, batch)
     if len(prefixes) != shape.num_layers:
         raise ValueError("it lacks layers")
     for number, prefix in enumerate(prefixes):
         lengths = file.read(f"{prefix}lengths")
         _check_lengths(prefix, lengths, stored[f"{prefix}positions"].shape[0], facts.seen)
+        if facts.method.recall.is_on:
+            recalled, sizes = (file.read(f"{prefix}{part}") for part in ("recalled", "tier_sizes"))
+            check_tier_counts(prefix, recalled, sizes, stored[f"{prefix}tier_positions"].shape[0], facts.seen)
         if (packed := facts.packed[number]) is not None:
             own = {part: stored[prefix + part] for part in PACKED_PARTS if prefix + part in stored}
             check_packed_counts(prefix, own, packed, file.read(f"{prefix}packed"), lengths)
@@ -305,7 +310,8 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
         numbers = tensors.get(name)
         if numbers is not None and not ((numbers >= 0) & (numbers <= LARGEST_SCORE)).all():
             raise ValueError(f"its {name} are not all numbers that heads can have")
-    parts = ("keys", "values", "queries", "received", "positions", "bias", *ALL_PARTS)
+    tier = ("tier_keys", "tier_values", "tier_centroids", "tier_positions")
+    parts = ("keys", "values", "queries", "received", "positions", "bias", *tier, *ALL_PARTS)
     names = chain.from_iterable((f"layers.{layer}.{part}" for part in parts) for layer in range(facts.shape.num_layers))
     for name in names:
         if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts):
@@ -315,7 +321,7 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
 def _is_sound(part: str, numbers: torch.Tensor, facts: DocumentFacts) -> bool:
     if numbers.numel() == 0:
         return True
-    if part == "positions":
+    if part in ("positions", "tier_positions"):
         return int(numbers.min()) >= 0 and int(numbers.max()) < facts.seen
     if part == "key_channels":
         return int(numbers.min()) >= 0 and int(numbers.max()) < facts.shape.head_dim

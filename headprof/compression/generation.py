@@ -42,9 +42,10 @@ class Generation:
         text: the new tokens, decoded at once, without special ones.
         prompt_tokens, new_tokens: tokens read and written.
         cached_tokens: those of the prompt that came from a cache already filled.
-        cache_bytes: bytes that the cache held when the text was done.
+        cache_bytes: bytes that the cache held when the text was done, on the model's devices.
         prefill_seconds: until the first token, compression included.
         decode_seconds: from the first token to the last.
+        second_tier_bytes: bytes of evicted rows that could be brought back, on the host or in a file, at that time.
     """
 
     text: str
@@ -54,6 +55,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     cached_tokens: int = 0
+    second_tier_bytes: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -288,6 +290,7 @@ def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: C
         prefill_seconds=times[0] - start,
         decode_seconds=times[-1] - times[0],
         cached_tokens=seen,
+        second_tier_bytes=cache.second_tier_bytes if isinstance(cache, HeadCache) else 0,
     )
 
 

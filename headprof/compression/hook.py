@@ -16,7 +16,8 @@ Inside `attending(model)` this happens to each layer in a forward pass, in this 
    - a layer on its way through a prompt: the model's function attends; then `layer.attended(...)` is given queries,
      keys, values, padding, and the attention layer, and once the prompt is whole it keeps what its method keeps. Where
      the prompt ends with segments that do not see one another, it attends in parts (`segments`).
-   - a layer that holds rows: `ragged_attention` over them; then `layer.observe(...)` is given the queries.
+   - a layer that holds rows: `ragged_attention` over those that it says these queries read (`readings`); then
+     `layer.observe(...)` is given the queries.
 
 In the first passes `LinkCheck` looks whether the model does so in every layer.
 
@@ -27,7 +28,7 @@ which backend, chunk and new cache are used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -78,8 +79,11 @@ class MarkedLayer(Protocol):
         """A part of the prompt, or all of it, has been attended over."""
         ...
 
-    def rows_in_place(self) -> RaggedRows:
-        """The rows it holds, the newest tokens' included."""
+    def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
+        """The newest tokens' queries, `[B, H, Q, D]`, in parts, each with the rows that it reads: its own the last.
+
+        Each part is attended with before the next one is asked for.
+        """
         ...
 
     def hide_newest(self, visible: Tensor) -> None:
@@ -347,18 +351,18 @@ def _linked(
         valid = None
         if attention_mask is not None and query.shape[2] > 1:
             valid = _hide_padding(cache_layer, attention_mask, query.shape[2])
-        output = ragged_attention(
-            query,
-            cache_layer.rows_in_place(),
-            key.shape[1],
-            scaling=layer.scaling,
-            softcap=layer.softcap,
-            sliding_window=layer.sliding_window,
-            sinks=kwargs.get("s_aux"),
-            backend=backend,
-        )
+        how: dict[str, Any] = {
+            "scaling": layer.scaling,
+            "softcap": layer.softcap,
+            "sliding_window": layer.sliding_window,
+        }
+        how |= {"sinks": kwargs.get("s_aux"), "backend": backend}
+        outputs = [
+            ragged_attention(part, rows, key.shape[1], **how)
+            for part, rows in cache_layer.readings(query, layer.scaling)
+        ]
         cache_layer.observe(query, valid, layer)
-        return output, None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
     return attention
 

@@ -290,7 +290,7 @@ def _grid(plan: CompressionPlan, document_tokens: int, protected: ProtectedToken
     Raises:
         UsageError: not even the full cache can be had, since what the plan holds while generating cannot.
     """
-    method = plan.method.with_options(representation="full")
+    method = plan.method.with_options(representation="full", cluster=0)
     full = replace(plan, method=method, budget=Budget(1.0, "share"), _known=[])
     full.check(document_tokens, protected)
     sizes = dict.fromkeys(round(share * document_tokens) for share in SHARES)

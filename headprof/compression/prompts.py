@@ -132,6 +132,7 @@ def document_figures(loaded: LoadedModel, cache: HeadCache, file: Path) -> dict[
         "protected_tokens": 0 if cache.protected is None else max(cache.protected.count(0)),
         "tokens_per_head": float(cache.lengths.float().mean()),
         "cache_bytes": cache.nbytes,
+        "second_tier_bytes": cache.second_tier_bytes,
         "file_bytes": file.stat().st_size,
         "full_cache_bytes": loaded.full_cache_bytes(cache.get_seq_length()),
     }

@@ -121,6 +121,7 @@ class Asker:
                 text=texts[index],
                 prompt_tokens=caches[index].get_seq_length(),
                 cache_bytes=caches[index].nbytes,
+                second_tier_bytes=caches[index].second_tier_bytes,
                 depth=question.depth,
                 family=question.family,
             )

@@ -33,6 +33,7 @@ _RANGES: dict[str, dict[str, tuple[float, float]]] = {
         "depth": _SHARE,
         "prompt_tokens": _COUNT,
         "cache_bytes": _COUNT,
+        "second_tier_bytes": _COUNT,
     },
     "losses": {"document": _COUNT, "tokens": (1, 2**53), "nll": (0, math.inf), "cache_bytes": _COUNT},
 }

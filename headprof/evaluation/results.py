@@ -44,6 +44,7 @@ class Answer:
         cache_bytes: bytes that the cache held after the prompt.
         depth: share of the text that stands before the needle, 0 to 1; `None` where there is no needle.
         family: of a probe; else empty.
+        second_tier_bytes: of evicted rows that could be brought back from the host.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Answer:
     cache_bytes: int
     depth: float | None = None
     family: str = ""
+    second_tier_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Cell:
             answer.
         divergence, agreement: means over questions; `None` without the full cache.
         divergence_interval: Student's; `None` for less than two questions.
-        cache_bytes: mean over questions.
+        cache_bytes, second_tier_bytes: means over questions.
     """
 
     task: str
@@ -88,6 +90,7 @@ class Cell:
     divergence_interval: tuple[float, float] | None
     agreement: float | None
     cache_bytes: float
+    second_tier_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,6 +198,7 @@ def _cell(task: str, group: Sequence[Answer]) -> Cell:
         divergence_interval=mean_interval(divergences),
         agreement=fmean(agreements) if agreements else None,
         cache_bytes=fmean(answer.cache_bytes for answer in group),
+        second_tier_bytes=fmean(answer.second_tier_bytes for answer in group),
     )
 
 

@@ -60,7 +60,13 @@ def sizes(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:
     title = f"{_title(cells)}: bytes of the cache after a prompt"
     if _are_of_one_size(cells):
         return [], [], title
-    return *_by_budget(cells, lambda cell: human_bytes(cell.cache_bytes)), title
+    return *_by_budget(cells, _bytes), title
+
+
+def _bytes(cell: Cell) -> str:
+    """Bytes of a cell's caches, and of what they could bring back."""
+    host = f" + {human_bytes(cell.second_tier_bytes)} on the host" if cell.second_tier_bytes else ""
+    return f"{human_bytes(cell.cache_bytes)}{host}"
 
 
 def fidelity(cells: Sequence[Cell]) -> tuple[list[str], Rows, str]:

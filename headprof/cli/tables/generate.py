@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[str], Rows]:
-    """What each way of answering took, beside the full cache."""
+    """What each way of answering took, beside the full cache; a second tier's bytes apart, if there is one."""
+    tiers = any(run.second_tier_bytes for run in generations.values())
     rows = [
         [
             name,
@@ -21,15 +22,17 @@ def runs(generations: Mapping[str, Generation], full_bytes: int) -> tuple[list[s
             str(run.new_tokens),
             human_bytes(run.cache_bytes),
             f"{run.cache_bytes / full_bytes:.1%}",
+            *([human_bytes(run.second_tier_bytes) if run.second_tier_bytes else "-"] if tiers else []),
             f"{run.prefill_rate:.0f}",
             f"{run.decode_rate:.1f}" if run.decode_rate else "-",
         ]
         for name, run in generations.items()
     ]
     if len(generations) == 1:
-        rows.append(["full (not run)", "", "", human_bytes(full_bytes), "100.0%", "", ""])
+        rows.append(["full (not run)", "", "", human_bytes(full_bytes), "100.0%", *([""] if tiers else []), "", ""])
+    second = ["second tier"] if tiers else []
     return (
-        ["cache", "prompt tokens", "new tokens", "bytes", "of full", "prefill tokens/s", "decode tokens/s"],
+        ["cache", "prompt tokens", "new tokens", "bytes", "of full", *second, "prefill tokens/s", "decode tokens/s"],
         rows,
     )
 

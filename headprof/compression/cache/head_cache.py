@@ -93,8 +93,13 @@ class HeadCache(PromptCache):
 
     @property
     def runs_steps(self) -> bool:
-        """Whether it holds a prompt, so that a new token is a decode step."""
-        return bool(self.head_layers[-1].is_initialized)
+        """Whether it holds a prompt, so that a new token is a decode step, and the device can run that by itself."""
+        return bool(self.head_layers[-1].is_initialized) and not self.recalls
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it brings back rows from the host."""
+        return any(layer.tiers for layer in self.head_layers)
 
     def prepare_step(self) -> None:
         """Get ready for one more token of every sequence: afterwards nothing moves while it comes."""
@@ -245,6 +250,11 @@ class HeadCache(PromptCache):
         packed, 16 to 24 bytes a head of each layer.
         """
         return sum(layer.nbytes for layer in self.head_layers)
+
+    @property
+    def second_tier_bytes(self) -> int:
+        """Bytes of evicted rows that may be brought back, on the host or in the memory map of a file."""
+        return sum(tier.host_bytes for layer in self.head_layers for tier in layer.tiers)
 
     @property
     def lengths(self) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 from weakref import ReferenceType
@@ -15,6 +15,7 @@ from headprof.compression.cache.prompt_layer import PromptLayer
 from headprof.compression.cache.ranking_layer import Verdict
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.schedule import LayerSchedule
+from headprof.compression.cache.second_tier import SecondTier, with_slots
 from headprof.compression.cache.storage import SLACK, RowStorage
 from headprof.compression.hook import mark
 from headprof.compression.kernels.backends import make_plans
@@ -23,7 +24,7 @@ from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import ProtectedTokens
-from headprof.compression.rows import Rows
+from headprof.compression.rows import HeadCounts, Rows
 from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
 
@@ -98,22 +99,36 @@ class HeadCacheLayer(PromptLayer):
         """Bytes of memory that this layer holds (see `HeldRows.nbytes`)."""
         return 0 if self._held is None else self._held.nbytes
 
-    def hold(self, rows: Rows, recent: RecentQueries | None = None, needed: int = 0) -> None:
+    @property
+    def tiers(self) -> tuple[SecondTier, ...]:
+        """What its heads have evicted and may bring back."""
+        return () if self._held is None else self._held.tiers
+
+    def hold(
+        self, rows: Rows, recent: RecentQueries | None = None, needed: int = 0, tier: SecondTier | None = None
+    ) -> None:
         """Hold these rows, just compressed, instead of what the layer held.
 
         Args:
-            rows: of `batch_size * num_kv_heads` heads, flat.
+            rows: of `batch_size * num_kv_heads` heads, flat, without those that are brought back.
             recent: queries to remember; `None` for those that are.
             needed: rows of free space behind each head with which these may take the place of those before.
+            tier: what all heads have evicted and may bring back; `None` where that is gone.
         """
+        rows = rows if tier is None else with_slots(rows, tier.slots)
         if recent is None:
             recent = RecentQueries() if self._held is None else self._held.recent
         storage = None if self._held is None else self._held.storage
         if storage is None or not storage.replace(rows, needed):
             storage = RowStorage(rows, self.seen, self.slack)
-        self._held = HeldRows(storage, self.num_kv_heads, recent)
+        self._held = HeldRows(storage, self.num_kv_heads, recent, tiers=() if tier is None else (tier,))
         self.schedule.begin_anew()
         self.is_initialized = True
+
+    def _hold_compressed(self, observed: Observation, said: Assessment, counts: HeadCounts, **options: Any) -> None:
+        """Hold of observed rows what is kept of them by what an importance has said; options are those of `hold`."""
+        rows, tier = self.schedule.compressed(observed, said, counts, self.tiers)
+        self.hold(rows, tier=tier, **options)
 
     def take(self, held: HeldRows) -> None:
         """Hold what has been held elsewhere since `release`; when to compress it again is as it was."""
@@ -145,7 +160,7 @@ class HeadCacheLayer(PromptLayer):
             counts = self.schedule.prompt_counts(observed, self.seen)
         else:
             counts = verdict.head_counts(observed.valid.device)
-        self.hold(self.schedule.compressed(observed, assessment, counts), RecentQueries(layer=observed.layer))
+        self._hold_compressed(observed, assessment, counts, recent=RecentQueries(layer=observed.layer))
         judged_by_others = self.observers > 0 or (verdict is not None and verdict.by_observers)
         if self.schedule.goes_on and not judged_by_others:
             self._remember(observed)
@@ -194,10 +209,10 @@ class HeadCacheLayer(PromptLayer):
         self.schedule.advance(count)
         self.seen += count
 
-    def rows_in_place(self) -> RaggedRows:
-        """The rows it holds, for attention."""
+    def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
+        """The newest tokens' queries, `[B, H, Q, D]`, in parts, each with the rows that it reads: its own the last."""
         self.unread = False
-        return self.storage.in_place()
+        return self.held.readings(query, scaling, self.seen)
 
     def hide_newest(self, visible: Tensor) -> None:
         """Of the newest tokens only these are no padding, bool `[B, Q]`: hide the others from every query."""
@@ -293,8 +308,8 @@ class HeadCacheLayer(PromptLayer):
         self.slack = max(self.slack, needed)
         ids = self.tokens.first(self.seen, self.batch_size) if schedule.importance.needs_ids else None
         observed = replace(self.held.observed(self.seen), ids=ids)
-        counts = schedule.counts_again(observed, self.storage)
-        self.hold(schedule.compressed(observed, assessed(schedule.importance, observed), counts), needed=needed)
+        counts = schedule.counts_again(observed, self.storage, self.held.slots if self.tiers else ())
+        self._hold_compressed(observed, assessed(schedule.importance, observed), counts, needed=needed)
         if schedule.importance.queries is None:
             self.held.recent.forget()
 
@@ -320,6 +335,11 @@ class HeadCacheLayer(PromptLayer):
         Raises:
             CacheError: so many of the newest tokens cannot be taken out.
         """
+        if every := max((tier.recall.recall_every for tier in self.tiers if tier.recall.recall_every > 1), default=0):
+            raise CacheError(
+                f"Tokens cannot be taken out of a cache that brings back rows every {every} tokens, since those before "
+                "are not known any more: give recall_every=1."
+            )
         removable = self.held.removable if self.is_initialized else 0
         if count > removable:
             raise CacheError(f"Only the last {removable} tokens can be taken out of a compressed cache, not {count}.")

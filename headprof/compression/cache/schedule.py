@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from headprof.compression.cache.second_tier import SecondTier, evicted_rows, joined_tiers
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
@@ -79,6 +80,11 @@ class LayerSchedule:
         self.recent_queries = _most(asked, method.reduction.recent_queries, held)
         self.at_hand = _most(self.importance.at_hand, method.reduction.recent_queries, held)
 
+    @property
+    def window(self) -> int | None:
+        """Tokens that the layer's queries see; `None` for all."""
+        return self.plan.windows[self.layer_idx] if self.plan.windows else None
+
     def begin_anew(self) -> None:
         """Look again at what the heads hold, since that has changed otherwise than by new tokens."""
         self._left: int | None = None
@@ -88,13 +94,38 @@ class LayerSchedule:
         """Tokens that still come before the layer is compressed again, as far as has been looked."""
         return self._left
 
-    def compressed(self, observed: Observation, assessment: Assessment, counts: HeadCounts) -> Rows:
-        """What the heads keep of their rows, flat, as it is held.
+    def compressed(
+        self,
+        observed: Observation,
+        assessment: Assessment,
+        counts: HeadCounts,
+        tiers: Sequence[SecondTier] = (),
+    ) -> tuple[Rows, SecondTier | None]:
+        """What the heads keep of their rows, flat, as it is held; and what they may bring back, if they may.
 
         Args:
             observed: the rows.
             assessment: what the importance says of them.
             counts: rows allotted to each head.
+            tiers: what may be brought back so far.
+        """
+        method = self.plan.method
+        rows, choice, allotted = self._chosen(observed, assessment, counts)
+        assert choice.observed is not None
+        reduced = method.reduction.reduce(rows, choice)
+        held = method.representation.hold(reduced, choice.observed, first=method.sinks, newest=method.keep_last)
+        if not method.recall.is_on:
+            return held, None
+        gone = choice.observed.valid_rows() & ~choice.kept
+        slots = (allotted - choice.head_counts.counts).flatten().tolist()
+        return held, evicted_rows(method.recall, observed.rows, gone, slots, self.window, joined_tiers(tiers))
+
+    def _chosen(
+        self, observed: Observation, assessment: Assessment, counts: HeadCounts
+    ) -> tuple[Rows, Choice, torch.Tensor]:
+        """Rows, which of them stay, and how many each head is allotted, int64 `[B, K]`.
+
+        Where others are brought back, only so many stay as leave room for these.
         """
         method = self.plan.method
         valid = observed.valid if observed.padded else None
@@ -103,13 +134,15 @@ class LayerSchedule:
         weights = assessment.importance if assessment.weights is None else assessment.weights
         if observed.is_prompt and self.plan.follows_content:
             counts = HeadCounts.looked_up(self._by_content(ranked, weights, counts.counts))
+        allotted = counts.counts
+        if method.recall.is_on:
+            counts = HeadCounts.looked_up(method.recall.staying(allotted, (ranked == float("inf")).sum(dim=-1)))
         rows = observed.rows.with_columns(assessment.columns) if self.goes_on else observed.rows
         kept = largest(ranked, counts.counts, self.importance.noise, most=counts.most)
         if past is not None:  # nor is it merged, or fitted to
             weights = weights.masked_fill(past, 0.0)
             observed = replace(observed, valid=observed.valid_rows() & ~past, padded=True, shared={})
-        reduced = method.reduction.reduce(rows, Choice(kept, ranked, weights, counts, observed))
-        return method.representation.hold(reduced, observed, first=method.sinks, newest=method.keep_last)
+        return rows, Choice(kept, ranked, weights, counts, observed), allotted
 
     def _by_content(self, ranked: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """How many of a prompt's rows each head keeps by what they are, int64 `[B, K]`; `counts` are the most."""
@@ -119,7 +152,7 @@ class LayerSchedule:
 
     def _past(self, observed: Observation) -> torch.Tensor | None:
         """Which held rows the next token cannot see, bool `[B, K, T]`; `None` where it sees all."""
-        window = self.plan.windows[self.layer_idx] if self.plan.windows else None
+        window = self.window
         if window is None or observed.is_prompt:  # of a prompt what cannot be seen is no row
             return None
         return observed.positions <= observed.num_seen - window
@@ -158,11 +191,13 @@ class LayerSchedule:
         allotted = torch.stack([self.plan.allocation(*pair)[self.layer_idx] for pair in pairs])
         return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
-    def counts_again(self, observed: Observation, held: Sizes) -> HeadCounts:
-        """Rows that each head keeps of those it holds."""
+    def counts_again(self, observed: Observation, held: Sizes, slots: Sequence[int] = ()) -> HeadCounts:
+        """Rows that each head keeps of those it holds; `slots` of them, `B * K` numbers, are not among the observed."""
         batch, heads = observed.keys.shape[:2]
         targets, device = self.targets(observed.num_seen, batch), observed.valid.device
         real = observed.valid_rows().sum(dim=-1).cpu() if held.hides else None  # of padding nobody has counted
+        if real is not None and slots:
+            real = real + torch.tensor(slots).view(batch, heads)
         if self.plan.method.budget.spreads:
             sums = torch.tensor(held.sums(heads)) if real is None else real.sum(dim=-1)
             total = int(targets.sum(dim=-1).minimum(sums).sum())

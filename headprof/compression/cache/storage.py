@@ -144,6 +144,11 @@ class RowStorage:
         return (self._bounds[1::2] - self._bounds[0:-1:2]).long()
 
     @property
+    def starts(self) -> Tensor:
+        """Where each head's rows begin, int64 `[N]`."""
+        return self._bounds[0:-1:2].long()
+
+    @property
     def total(self) -> int:
         """Rows that all heads hold together."""
         return self._sum + self.appended * self.num_heads
@@ -250,6 +255,12 @@ class RowStorage:
         Nothing of this depends on a number that the host knows.
         """
         append_rows(self.in_place(), key_states, value_states)
+
+    def overwrite(self, index: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Put other rows, none of them packed, in the place of those at this index of the storage, int64 `[M]`."""
+        self.rows.keys.index_copy_(0, index, keys)
+        self.rows.values.index_copy_(0, index, values)
+        self.rows.positions.index_copy_(0, index, positions)
 
     def note(self, count: int) -> None:
         """Count rows that have been appended to every head."""

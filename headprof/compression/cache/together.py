@@ -7,7 +7,7 @@ by itself, and put back. So no answer depends on what else is answered beside it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.plan import BUFFER
 from headprof.compression.rows import Rows
+from headprof.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ class TogetherLayer(PromptLayer):
         self.unread = True
         return mark(key_states, self), value_states
 
-    def rows_in_place(self) -> RaggedRows:
-        """The rows of all members, for attention."""
+    def readings(self, query: Tensor, scaling: float) -> Iterator[tuple[Tensor, RaggedRows]]:
+        """The queries with the rows of all members, for attention."""
         assert self._storage is not None
         self.unread = False
-        return self._storage.in_place()
+        yield query, self._storage.in_place()
 
     def hide_newest(self, visible: Tensor) -> None:
         raise NotImplementedError("one token of each sequence has no padding")
@@ -163,6 +164,14 @@ class TogetherCache(PromptCache):
     runs_steps = False
 
     def __init__(self, caches: Sequence[HeadCache]):
+        """
+        Raises:
+            CacheError: one of them brings back rows from the host.
+        """
+        if any(cache.recalls for cache in caches):
+            raise CacheError(
+                "Caches that bring back rows from the host are not continued together: continue one after the other."
+            )
         self.caches = list(caches)
         super().__init__([TogetherLayer(layers) for layers in zip(*(c.head_layers for c in caches), strict=True)])
 

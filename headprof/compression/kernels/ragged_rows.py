@@ -78,6 +78,15 @@ class RaggedRows:
         keys, values = self.packed.among(self.keys, self.values, self.bounds[0:-1:2])
         return replace(self, keys=keys, values=values, packed=None)
 
+    def without_newest(self, count: int) -> RaggedRows:
+        """The same rows but for the last `count` of every head."""
+        if not count:
+            return self
+        bounds = self.bounds.clone()
+        bounds[1::2] -= count
+        in_use = None if self.in_use is None else self.in_use - count
+        return replace(self, bounds=bounds, in_use=in_use, next_positions=None, plans={})
+
     @property
     def most(self) -> int:
         """At least the most rows that one head has in use now: that number itself where the host knows it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from headprof.compression.methods.budget import BudgetPolicy, UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance, KeepAll, check_importance
+from headprof.compression.methods.recall import Recall
 from headprof.compression.methods.recovery_budget import RecoveryBudget
 from headprof.compression.methods.reduction import Evict, Reduction, ranking
 from headprof.compression.methods.representation import Full, Representation
@@ -38,6 +39,8 @@ class Method:
         keep_last: last tokens of the prompt that every head keeps.
         representation: how what is kept is held.
         recent_share: share of a head's own tokens that are the last of the prompt (H2O, Zhang et al. 2023); 0 to 1.
+        recall: whether what is evicted may be brought back, and how; then a head's budget is of rows that attention
+            reads, those brought back among them.
     """
 
     importance: Importance
@@ -47,6 +50,7 @@ class Method:
     keep_last: int = 2
     recent_share: float = 0.0
     representation: Representation = field(default_factory=Full)
+    recall: Recall = field(default_factory=Recall)
 
     def __post_init__(self) -> None:
         for name in ("sinks", "keep_last"):
@@ -66,6 +70,7 @@ class Method:
                 "PolicyOrder."
             )
         self._check_representation()
+        self._check_recall()
         names = [name for part in self._parts for name in _parameters(part)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"Two parts of a method have a parameter {twice[0]!r}: give one of them another name.")
@@ -88,6 +93,28 @@ class Method:
             raise UsageError(
                 f"{called} judges channels by queries, which are gone when a method has ranked the rows of all layers "
                 "together: choose adakv-kvzip or headkv-kvzip."
+            )
+
+    def _check_recall(self) -> None:
+        if not self.recall.is_on:
+            return
+        mend = "give cluster=0"
+        if self.keeps_everything:
+            raise UsageError(f"The full cache evicts nothing that could be brought back: {mend}.")
+        if not isinstance(self.reduction, Evict):
+            raise UsageError(
+                f"Rows that have been merged or fitted stand for those that would be brought back: {mend}, or choose a "
+                "method that evicts."
+            )
+        if not self.representation.is_full:
+            raise UsageError(
+                f"Rows that may be brought back are held in full, not as {self.representation.name!r}: {mend}, or "
+                "representation=full."
+            )
+        if self.budget.spreads:
+            raise UsageError(
+                "A budget that heads of a layer share by the rows they hold cannot count rows that are brought back: "
+                f"{mend}, or choose a method such as headkv-cluster or clusterkv."
             )
 
     @property
@@ -178,7 +205,8 @@ class Method:
 
     @property
     def _parts(self) -> tuple[Any, ...]:
-        return (self.importance, self.budget, self.reduction, self.representation, self)
+        recall = () if self.keeps_everything else (self.recall,)
+        return (self.importance, self.budget, self.reduction, self.representation, *recall, self)
 
     def options(self) -> dict[str, Any]:
         """All parameters of its parts, by which `with_options` makes this method from any other of the same parts."""
@@ -220,7 +248,7 @@ class Method:
 
     def _holder(self, name: str) -> str | None:
         """The part that has a parameter: `"method"`, or the name of one of the axes."""
-        axes = ("importance", "budget", "reduction", "representation")
+        axes = ("importance", "budget", "reduction", "representation", *(() if self.keeps_everything else ("recall",)))
         parts = {"method": self} | {axis: getattr(self, axis) for axis in axes}
         full = _LONG.get(name, name)
         return next((holder for holder, part in parts.items() if full in _parameters(part)), None)

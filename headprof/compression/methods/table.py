@@ -32,6 +32,7 @@ from headprof.compression.methods.plugins import load_plugin, plugin_names
 from headprof.compression.methods.policy_order import PolicyOrder
 from headprof.compression.methods.prefix_budget import PrefixBudget
 from headprof.compression.methods.quantisation import Int4, Int8
+from headprof.compression.methods.recall import Recall
 from headprof.compression.methods.received_attention import Accumulated, GlobalLocal
 from headprof.compression.methods.reconstruction import Reconstruction
 from headprof.compression.methods.recovery_budget import RecoveryBudget
@@ -64,6 +65,8 @@ METHODS: dict[str, Method] = {
     "think": Method(_SNAPKV, UniformBudget(), Evict(), representation=Thin()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
     REFINED: Method(_TUNED, RefinedBudget(), Evict()),
+    "clusterkv": Method(Recency(), UniformBudget(), Evict(), sinks=16, recall=Recall(cluster=80)),
+    "headkv-cluster": Method(_TUNED, ProfileBudget("reasoning"), Evict(), recall=Recall(cluster=80, recall_among=4)),
     "headkv-curves": Method(_TUNED, CurveBudget("known"), Evict()),
     "ems": Method(_EMS, UniformBudget(), _MERGE),
     "headkv-ems": Method(
