@@ -24,7 +24,8 @@ from headprof.compression.session import make_plan, prefill
 from headprof.errors import ModelError
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
-METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4"]
+LOW = "lowrank:key_rank=0.1:value_rank=0.1:heads=1"
+METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4", LOW]
 
 
 @pytest.fixture(autouse=True)

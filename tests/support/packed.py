@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import torch
 
+from headprof.compression.kernels.low_rank_rows import LowRankRows
 from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.ragged_rows import RaggedRows
+from headprof.compression.kernels.shared_basis import turned
 
 
 def packed_in(
@@ -44,3 +46,35 @@ def slow_twin(keys, values, counts, bits, group_size):
             new_values[row] = slow_numbers(values[row], bits)
         start += count
     return new_keys, new_values
+
+
+def best_of_rank(rows: torch.Tensor, rank: int, positions: torch.Tensor | None = None, rotary=None) -> torch.Tensor:
+    """The rows of this rank that are nearest, float64; of keys before they are turned, if `rotary` is given."""
+    if rotary is not None and len(rows):
+        rows = rotary.unrotate(rows[None, None].float(), positions)[0, 0].double()
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    best = left[:, :rank] * sizes[:rank] @ right[:rank]
+    if rotary is not None and len(rows):
+        best = rotary.rotate(best[None, None].float(), *rotary.angles(positions))[0, 0].double()
+    return best
+
+
+def low_rank_in(
+    rows: RaggedRows, counts: Sequence[int], groups: Sequence[int], *, first: int = 1, rank: int = 6, turns: bool = True
+) -> RaggedRows:
+    """The same storage with so many rows of each head, after its `first`, in the bases of these groups."""
+    starts, keep = rows.bounds[:-1:2].tolist(), torch.ones(rows.size, dtype=torch.bool)
+    for start, count in zip(starts, counts, strict=True):
+        keep[start + first : start + first + count] = False
+    dim, dtype = rows.keys.shape[1], rows.keys.dtype
+    turning = torch.tensor([]), torch.tensor([], dtype=torch.int16)
+    if turns:
+        half = torch.arange(1, dim // 2 + 1) / dim
+        partners = torch.arange(dim).roll(dim // 2).short()
+        turning = torch.cat([half, -half]), partners
+    bases = [torch.linalg.qr(torch.randn(dim, rank))[0].T.repeat(max(groups) + 1, 1, 1) for _ in range(2)]
+    keys = turned(rows.keys[~keep], -rows.positions[~keep], *turning)
+    packed = LowRankRows.projected(
+        keys, rows.values[~keep], counts, groups, (bases[0], bases[1]), turning, first=first, dtype=dtype
+    )
+    return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})

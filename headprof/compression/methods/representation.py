@@ -39,8 +39,8 @@ class Representation(Protocol):
         """
         ...
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
-        """How many rows a head can surely hold in so many bytes, of which `in_full` stay as they are."""
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
+        """How many rows each head of a layer can surely hold in so many bytes, of which `in_full` stay as they are."""
         ...
 
     def fault(self, head_dim: int) -> str | None:
@@ -58,7 +58,7 @@ class Full(Representation):
     def hold(self, rows: Rows, observed: Observation, *, first: int, newest: int) -> Rows:
         return rows
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
         return int(num_bytes // (2 * head_dim * bytes_per_element))
 
 

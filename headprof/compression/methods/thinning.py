@@ -59,7 +59,7 @@ class Thin(Representation):
         thinned = ThinnedRows.thinned(keys, rows.values[packed], counts, channels, first=first)
         return replace(rows, keys=rows.keys[others], values=rows.values[others], lengths=lengths, packed=thinned)
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
         left, in_full, each = self._left(head_dim), in_full + self.residual, 2 * head_dim * bytes_per_element
         for_rows = num_bytes - _CHANNEL * left
         packed = int((for_rows - in_full * each) // ((head_dim + left) * bytes_per_element))
