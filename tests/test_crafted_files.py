@@ -164,7 +164,7 @@ def test_a_crafted_document_is_refused(change, document, loaded, tmp_path):
 @pytest.fixture(scope="module")
 def packed(loaded, tmp_path_factory) -> dict[str, Path]:
     paths = {}
-    for method in ("headkv-r2-int4", "think", LOW):
+    for method in ("headkv-r2-int4", "think", LOW, LATENT):
         paths[method] = tmp_path_factory.mktemp("packed") / "doc.kv.safetensors"
         plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=12)
         save_document(compress_document(loaded, TEXT, plan), paths[method], loaded)
@@ -172,6 +172,7 @@ def packed(loaded, tmp_path_factory) -> dict[str, Path]:
 
 
 LOW = "lowrank:key_rank=0.2:value_rank=0.2:heads=1"
+LATENT = "latent:rank=0.13:heads=1"
 HELD = {"first": 1, "bits": 4, "group_size": 32}
 QUANTISED = {
     **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "key_codes", "key_scales", "value_scales")},
@@ -243,11 +244,30 @@ LOW_RANK = {
     "no bases": note("packed", json.dumps([{"first": 1, "bases": 0}] * 2)),
     "bases and bits": note("packed", json.dumps([{"first": 1, "bases": 2, "bits": 4}] * 2)),
 }
+LATENT_FACTS = {"first": 1, "bases": 2, "bits": 4, "group_size": 32}
+LATENTS = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("latent_codes", "latent_scales", "latent_basis")},
+    "a basis beyond all": poke(f"{FIRST}basis_of_head", 2),
+    "codes of other width": turn(f"{FIRST}latent_codes", lambda each: each[:, 1:]),
+    "scales lack a group": turn(f"{FIRST}latent_scales", lambda each: each[1:]),
+    "scales of fewer channels": turn(f"{FIRST}latent_scales", lambda each: each[..., 1:]),
+    "a basis of keys alone": turn(f"{FIRST}latent_basis", lambda each: each[..., :16]),
+    "an odd rank": lambda tensors, metadata: tensors.update(
+        {
+            f"{FIRST}latent_basis": tensors[f"{FIRST}latent_basis"][:, 1:],
+            f"{FIRST}latent_scales": tensors[f"{FIRST}latent_scales"][..., 1:],
+        }
+    ),
+    "other bits": note("packed", json.dumps([LATENT_FACTS | {"bits": 8}] * 2)),
+    "other groups": note("packed", json.dumps([LATENT_FACTS | {"group_size": 2}] * 2)),
+    "more bases": note("packed", json.dumps([LATENT_FACTS | {"bases": 3}] * 2)),
+}
 
 
 PACKED = {
     **{f"quantised: {what}": ("headkv-r2-int4", change) for what, change in QUANTISED.items()},
     **{f"thinned: {what}": ("think", change) for what, change in THINNED.items()},
+    **{f"latents: {what}": (LATENT, change) for what, change in LATENTS.items()},
     **{f"low rank: {what}": (LOW, change) for what, change in LOW_RANK.items()},
 }
 

@@ -25,7 +25,8 @@ from headprof.errors import ModelError
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
 LOW = "lowrank:key_rank=0.1:value_rank=0.1:heads=1"
-METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4", LOW]
+LATENT = "latent:rank=0.1:heads=1:group_size=4"
+METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4", LOW, LATENT]
 
 
 @pytest.fixture(autouse=True)

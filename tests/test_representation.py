@@ -37,6 +37,7 @@ from headprof.models.shape import HeadShape
 
 LOW = "lowrank:key_rank=0.15:value_rank=0.2:heads=1"
 """So small a basis that few rows make up for it."""
+LATENT = "latent:rank=0.15:heads=1:group_size=4"
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
 
 
@@ -114,7 +115,7 @@ def test_bytes_are_counted_one_by_one(name, dtype):
 
 @pytest.mark.parametrize("size", [6_000, 20_000, 60_000])
 @pytest.mark.parametrize(
-    "representation", ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin", "lowrank"]
+    "representation", ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin", "lowrank", "latent:rank=0.2"]
 )
 def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation, size):
     name, options = f"headkv-r2:representation={representation}", {"budget": f"{size}B", "buffer": None}
@@ -123,7 +124,7 @@ def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation,
     held = sum(each.nbytes for own in rows for each in own.tensors if each is not own.positions)
     assert (0.6 * size < held or int(cache.lengths.min()) == 300) and held <= size
     in_full = size // (2 * 2 * 2 * 32 * 4)
-    more = {"full": 1, "thin": 1.1, "lowrank": 1}.get(representation, 1.5)
+    more = {"full": 1, "thin": 1.1, "lowrank": 1, "latent:rank=0.2": 1}.get(representation, 1.5)
     assert int(cache.lengths.sum()) >= 4 * in_full * (1 if size < 10_000 else more)
 
 
@@ -231,7 +232,7 @@ def test_a_kernel_that_cannot_read_thinner_keys_says_so(model):
 
 
 @pytest.mark.parametrize(
-    "method", ["headkv-r2-int4", "snapkv:representation=int8", "ems:representation=int4", "think", LOW]
+    "method", ["headkv-r2-int4", "snapkv:representation=int8", "ems:representation=int4", "think", LOW, LATENT]
 )
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_new_rows_stay_as_they_come_until_their_head_is_compressed_again(arch, method):
@@ -256,7 +257,7 @@ def test_new_rows_stay_as_they_come_until_their_head_is_compressed_again(arch, m
 
 
 @pytest.mark.parametrize(
-    "method", ["headkv-r2-int4", "adakv:representation=int4", "h2o:representation=int8", "think", LOW]
+    "method", ["headkv-r2-int4", "adakv:representation=int4", "h2o:representation=int8", "think", LOW, LATENT]
 )
 def test_attention_is_over_the_rows_as_they_are_held(model, method):
     """Laid out in full, the same rows give the same logits."""
@@ -305,6 +306,8 @@ def test_sequences_are_selected_and_repeated(model):
         ([LOW, "headkv-r2", LOW], True),
         ([LOW, f"{LOW}:unrotated=false"], False),
         ([LOW, "headkv-r2-int8"], False),
+        ([LATENT, LATENT, "headkv-r2"], True),
+        ([LATENT, f"{LATENT}:bits=8"], False),
         (["headkv-r2", "headkv-r2-int4", "headkv-r2-int8"], False),
         (["headkv-r2-int4", "think"], False),
     ],
@@ -324,7 +327,7 @@ def test_caches_of_any_representation_are_stacked(model, methods, stays):
 
 
 def test_one_prefill_fills_caches_of_any_representation(model):
-    ids, methods = random_ids(2, 60), ["headkv-r2", "headkv-r2-int4", "headkv-r2-int8", "think", LOW]
+    ids, methods = random_ids(2, 60), ["headkv-r2", "headkv-r2-int4", "headkv-r2-int8", "think", LOW, LATENT]
     alone = [filled(model, method, ids) for method in methods]
     beside = [HeadCache(cache.plan) for cache in alone]
     with attending_ragged(model):
@@ -349,6 +352,7 @@ def test_one_prefill_fills_caches_of_any_representation(model):
         "h2o:representation=thin",
         LOW,
         f"{LOW}:unrotated=false",
+        LATENT,
     ],
 )
 def test_a_document_is_the_same_bit_for_bit_and_goes_on_alike(tiny, tmp_path, method, budget):
@@ -422,7 +426,7 @@ def test_the_full_cache_stays_what_others_are_measured_by():
             "headkv-fit:representation=int4",
             "'int4' would change rows that have been fitted to stand for others: choose",
         ),
-        ("snapkv:representation=int5", "no representation 'int5': choose one of full, int8, int4, int2, thin, lowrank"),
+        ("snapkv:representation=int5", "no representation 'int5': choose one of full, int8, int4, int2, thin, lowrank, latent"),
         ("snapkv:representation=4", "no representation 4: choose one of full, int8, int4"),
         ("headkv-r2-int4:group_size=0", "A group of 0 rows has none to quantise: give group_size at least 1"),
         ("headkv-r2-int8:residual=-1", "no -1 newest rows: give residual at least 0"),
@@ -432,6 +436,9 @@ def test_the_full_cache_stays_what_others_are_measured_by():
         ("lowrank:key_rank=0", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
         ("lowrank:value_rank=1.5", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
         ("lowrank:heads=-1", "shared by heads, 0 for all of a layer: give heads and residual at least 0"),
+        ("latent:rank=0", "some of the dimensions of key and value: give rank above 0, to 1"),
+        ("latent:bits=3", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
+        ("latent:group_size=0", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
         ("headkv-fit:representation=lowrank", "'lowrank' would change rows that have been fitted"),
         ("think:judges=0", "Channels are judged by queries: give judges at least 1"),
     ],

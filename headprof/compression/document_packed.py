@@ -72,7 +72,8 @@ def _wanted_sizes(
     own: Mapping[str, Stored], facts: Mapping[str, int], shape: HeadShape, batch: int
 ) -> dict[str, Stored]:
     if "bases" in facts:
-        return _low_rank_sizes(own, facts["bases"], shape, batch)
+        kind = _latent_sizes(own, facts, shape) if "bits" in facts else _low_rank_sizes(own, facts["bases"], shape)
+        return {**kind, **_bases_sizes(own, shape, batch)}
     return _quantised_sizes(own, facts["bits"], shape) if "bits" in facts else _thinned_sizes(own, shape, batch)
 
 
@@ -97,20 +98,38 @@ def _thinned_sizes(own: Mapping[str, Stored], shape: HeadShape, batch: int) -> d
     }
 
 
-def _low_rank_sizes(own: Mapping[str, Stored], bases: int, shape: HeadShape, batch: int) -> dict[str, Stored]:
+def _low_rank_sizes(own: Mapping[str, Stored], bases: int, shape: HeadShape) -> dict[str, Stored]:
     packed, dtype = own["positions"].shape[0] - own["keys"].shape[0], own["keys"].dtype
     ranks = {part: tuple(min(rank, shape.head_dim) for rank in own[f"low_{part}s"].shape[1:2]) for part in _BOTH}
-    turned = (shape.head_dim,) if own["key_frequencies"].shape != (0,) else (0,)
     return {
         **{f"low_{part}s": Stored(dtype, (packed, *ranks[part])) for part in _BOTH},
         **{f"{part}_basis": Stored(dtype, (bases, *ranks[part], shape.head_dim)) for part in _BOTH},
-        "basis_of_head": Stored("I32", (batch * shape.num_kv_heads,)),
-        "key_frequencies": Stored("F32", turned),
-        "key_partners": Stored("I16", turned),
     }
 
 
 _BOTH = ("key", "value")
+
+
+def _latent_sizes(own: Mapping[str, Stored], facts: Mapping[str, int], shape: HeadShape) -> dict[str, Stored]:
+    packed, ranks = own["positions"].shape[0] - own["keys"].shape[0], own["latent_basis"].shape[1:2]
+    rank = min([*ranks, 2 * shape.head_dim])
+    if rank * facts["bits"] % 8:
+        raise ValueError("its latents fill no whole bytes")
+    return {
+        "latent_codes": Stored("U8", (packed, rank * facts["bits"] // 8)),
+        "latent_scales": Stored("F16", (*own["latent_scales"].shape[:1], 2, rank)),
+        "latent_basis": Stored(own["keys"].dtype, (facts["bases"], rank, 2 * shape.head_dim)),
+    }
+
+
+def _bases_sizes(own: Mapping[str, Stored], shape: HeadShape, batch: int) -> dict[str, Stored]:
+    """Of what says which basis each head has, and how keys are turned."""
+    turned = (shape.head_dim,) if own["key_frequencies"].shape != (0,) else (0,)
+    return {
+        "basis_of_head": Stored("I32", (batch * shape.num_kv_heads,)),
+        "key_frequencies": Stored("F32", turned),
+        "key_partners": Stored("I16", turned),
+    }
 
 
 def check_packed_counts(
@@ -126,7 +145,8 @@ def check_packed_counts(
     right = int(counts.min()) >= 0 and bool((counts <= room).all())
     if "bits" in facts:
         groups = int((-(-counts // facts["group_size"])).sum())
-        right = right and groups == own["key_scales"].shape[0]
+        scales = own["latent_scales" if "bases" in facts else "key_scales"]
+        right = right and groups == scales.shape[0]
     if not right or int(counts.sum()) != own[part_names(facts)[0]].shape[0]:
         raise ValueError(f"its {prefix}packed are not those of the rows there are")
 
