@@ -115,7 +115,8 @@ def test_bytes_are_counted_one_by_one(name, dtype):
 
 @pytest.mark.parametrize("size", [6_000, 20_000, 60_000])
 @pytest.mark.parametrize(
-    "representation", ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin", "lowrank", "latent:rank=0.2"]
+    "representation",
+    ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin", "lowrank", "latent:rank=0.2"],
 )
 def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation, size):
     name, options = f"headkv-r2:representation={representation}", {"budget": f"{size}B", "buffer": None}
@@ -426,7 +427,10 @@ def test_the_full_cache_stays_what_others_are_measured_by():
             "headkv-fit:representation=int4",
             "'int4' would change rows that have been fitted to stand for others: choose",
         ),
-        ("snapkv:representation=int5", "no representation 'int5': choose one of full, int8, int4, int2, thin, lowrank, latent"),
+        (
+            "snapkv:representation=int5",
+            "no representation 'int5': choose one of full, int8, int4, int2, thin, lowrank, latent",
+        ),
         ("snapkv:representation=4", "no representation 4: choose one of full, int8, int4"),
         ("headkv-r2-int4:group_size=0", "A group of 0 rows has none to quantise: give group_size at least 1"),
         ("headkv-r2-int8:residual=-1", "no -1 newest rows: give residual at least 0"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from headprof.compression.kernels.latent_rows import LatentRows
 from headprof.compression.kernels.low_rank_rows import LowRankRows
 from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.ragged_rows import RaggedRows
@@ -17,9 +18,7 @@ def packed_in(
     rows: RaggedRows, counts: Sequence[int], *, first: int = 1, bits: int = 4, group_size: int = 8
 ) -> RaggedRows:
     """The same storage with so many rows of each head quantised, after its `first`."""
-    starts, keep = rows.bounds[:-1:2].tolist(), torch.ones(rows.size, dtype=torch.bool)
-    for start, count in zip(starts, counts, strict=True):
-        keep[start + first : start + first + count] = False
+    keep = _others(rows, counts, first)
     given = rows.keys[~keep], rows.values[~keep], counts
     packed = QuantisedRows.quantised(*given, first=first, bits=bits, group_size=group_size)
     return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
@@ -63,18 +62,50 @@ def low_rank_in(
     rows: RaggedRows, counts: Sequence[int], groups: Sequence[int], *, first: int = 1, rank: int = 6, turns: bool = True
 ) -> RaggedRows:
     """The same storage with so many rows of each head, after its `first`, in the bases of these groups."""
-    starts, keep = rows.bounds[:-1:2].tolist(), torch.ones(rows.size, dtype=torch.bool)
-    for start, count in zip(starts, counts, strict=True):
-        keep[start + first : start + first + count] = False
-    dim, dtype = rows.keys.shape[1], rows.keys.dtype
-    turning = torch.tensor([]), torch.tensor([], dtype=torch.int16)
-    if turns:
-        half = torch.arange(1, dim // 2 + 1) / dim
-        partners = torch.arange(dim).roll(dim // 2).short()
-        turning = torch.cat([half, -half]), partners
-    bases = [torch.linalg.qr(torch.randn(dim, rank))[0].T.repeat(max(groups) + 1, 1, 1) for _ in range(2)]
+    keep, turning = _others(rows, counts, first), _turning(rows.keys.shape[1], turns)
+    bases = _directions(rows.keys.shape[1], rank, groups), _directions(rows.keys.shape[1], rank, groups)
     keys = turned(rows.keys[~keep], -rows.positions[~keep], *turning)
     packed = LowRankRows.projected(
-        keys, rows.values[~keep], counts, groups, (bases[0], bases[1]), turning, first=first, dtype=dtype
+        keys, rows.values[~keep], counts, groups, bases, turning, first=first, dtype=rows.keys.dtype
     )
     return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
+
+
+def latents_in(rows: RaggedRows, counts: Sequence[int], groups: Sequence[int]) -> RaggedRows:
+    """The same with latents of 8 dimensions in 4 bits."""
+    keep, turning = _others(rows, counts, 1), _turning(rows.keys.shape[1], True)
+    basis = _directions(2 * rows.keys.shape[1], 8, groups)
+    keys = turned(rows.keys[~keep], -rows.positions[~keep], *turning)
+    packed = LatentRows.projected(
+        torch.cat([keys, rows.values[~keep]], dim=1),
+        counts,
+        groups,
+        (basis.transpose(1, 2), basis),
+        turning,
+        first=1,
+        bits=4,
+        group_size=8,
+        dtype=rows.keys.dtype,
+    )
+    return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
+
+
+def _others(rows: RaggedRows, counts: Sequence[int], first: int) -> torch.Tensor:
+    """Which rows of the storage are not packed, bool `[rows]`."""
+    keep = torch.ones(rows.size, dtype=torch.bool)
+    for start, count in zip(rows.bounds[:-1:2].tolist(), counts, strict=True):
+        keep[start + first : start + first + count] = False
+    return keep
+
+
+def _turning(dim: int, turns: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The halves of a head turned together, dimension `d` by `(d + 1) / dim` a position."""
+    if not turns:
+        return torch.tensor([]), torch.tensor([], dtype=torch.int16)
+    half = torch.arange(1, dim // 2 + 1) / dim
+    return torch.cat([half, -half]), torch.arange(dim).roll(dim // 2).short()
+
+
+def _directions(dim: int, rank: int, groups: Sequence[int]) -> torch.Tensor:
+    """Orthonormal rows for each of the groups, `[M, rank, dim]`."""
+    return torch.linalg.qr(torch.randn(max(groups) + 1, dim, rank))[0].transpose(1, 2)
