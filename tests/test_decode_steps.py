@@ -303,7 +303,14 @@ def test_a_step_that_waits_is_seen(monkeypatch):
     assert len(watched.waits) == 2
 
 
-COMPILED = {"llama": "headkv-ems", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "snapkv", "phi3": "headkv-r2-int4"}
+COMPILED = {
+    "llama": "headkv-ems",
+    "qwen3": "headkv-r2",
+    "mistral": "h2o",
+    "gemma2": "snapkv",
+    "phi3": "headkv-r2-int4",
+    "gemma3": LATENT,
+}
 
 
 @pytest.mark.parametrize(("arch", "method"), COMPILED.items())

@@ -217,8 +217,9 @@ def test_thinner_keys_take_fewer_bytes(model):
     assert plain.nbytes - recent[0] - (thin.nbytes - recent[1]) == packed * 12 * 4 - 4 * 20 * 2
 
 
-def test_a_kernel_that_cannot_read_thinner_keys_says_so(model):
-    cache = filled(model, "think", random_ids(1, 60))
+@pytest.mark.parametrize("method", ["think", LOW, LATENT])
+def test_a_kernel_that_cannot_read_such_rows_says_so(model, method):
+    cache = filled(model, method, random_ids(1, 60))
     rows = cache.head_layers[0].storage.in_place()
     request = Request(torch.zeros(1, 4, 1, 32), rows, 2, 1.0)
     assert attention_unsupported(request) == "cannot read rows that are packed in this way"
