@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.devices import interpreted
 from support.host_reads import device_watched
 from support.observations import observed_prompt
-from support.packed import best_of_rank, latents_in, low_rank_in
+from support.packed import best_of_rank, held, like_a_layer, low_rank_in
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.tiny_models import ARCHITECTURES, tiny_model
@@ -25,7 +25,6 @@ from headprof.compression.kernels.append import torch_append
 from headprof.compression.kernels.shared_basis import turned
 from headprof.compression.kernels.triton_append import triton_append
 from headprof.compression.methods.directions import by_eigenvectors, by_iteration, grams
-from headprof.compression.methods.latent import Latent
 from headprof.compression.methods.low_rank import LowRank
 from headprof.compression.methods.table import METHODS
 from headprof.compression.rows import Rows
@@ -37,14 +36,6 @@ from headprof.models.rotary import rotary_of
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-def like_a_layer(counts, head_dim, *, rank=None, seed=0, dtype=torch.float32):
-    """Rows of heads, `[sum(counts), D]`, that lie near a space of few dimensions, or in one of `rank`."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = torch.logspace(0, -3, head_dim) if rank is None else torch.ones(head_dim)[:rank]
-    numbers = torch.randn(sum(counts), len(spread), generator=generator) * spread
-    return (numbers @ torch.randn(len(spread), head_dim, generator=generator)).to(dtype)
 
 
 # Directions.
@@ -105,16 +96,6 @@ def test_dimensions_that_are_not_turned_stay():
 # What is packed.
 
 
-def held(lengths, head_dim, *, kind=LowRank, batch=2, dtype=torch.float32, seed=0, first=1, **options):
-    """Rows of `lengths` as they were and as they are held, and the rotary embedding that turned their keys."""
-    keys, values = (like_a_layer(lengths, head_dim, seed=seed + each, dtype=dtype) for each in (0, 100))
-    places = torch.cat([torch.arange(length, dtype=torch.int32) * 3 for length in lengths])
-    block = torch.zeros(batch, len(lengths) // batch, 1, head_dim)
-    observed = observed_prompt(block, block, scaling=1.0)
-    rows = Rows(keys, values, places, lengths)
-    return rows, kind(**options).hold(rows, observed, first=first, newest=2), observed.layer.rotary
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=6, max_size=6),
@@ -128,7 +109,7 @@ def held(lengths, head_dim, *, kind=LowRank, batch=2, dtype=torch.float32, seed=
 )
 def test_rows_are_the_best_of_their_rank(lengths, head_dim, heads, ranks, dtype, first, unrotated, seed):
     options = {"heads": heads, "key_rank": ranks[0], "value_rank": ranks[1], "unrotated": unrotated}
-    rows, low, rotary = held(lengths, head_dim, dtype=dtype, seed=seed, first=first, **options)
+    rows, low, rotary = held(LowRank, lengths, head_dim, dtype=dtype, seed=seed, first=first, **options)
     assert sum(each.nbytes for each in low.tensors) <= sum(each.nbytes for each in rows.tensors)
     if low.packed is None:
         return
@@ -174,26 +155,26 @@ def test_a_space_of_few_dimensions_is_kept_whole():
 
 @pytest.mark.parametrize(("heads", "bases"), [(0, 1), (2, 2), (1, 3), (9, 1)])
 def test_heads_share_a_basis(heads, bases):
-    _, low, _ = held([80, 70, 90] * 2, 8, heads=heads)
+    _, low, _ = held(LowRank, [80, 70, 90] * 2, 8, heads=heads)
     assert len(low.packed.key_basis) == 2 * bases
     size = sum(low.packed.counts) * 8 * 4 + 2 * bases * 2 * 4 * 8 * 4 + 6 * 4 + 8 * 6
     assert sum(each.nbytes for each in low.packed.tensors) == size
 
 
 def test_heads_with_too_few_rows_stay_as_they_are():
-    rows, low, _ = held([4, 8, 5], 8, batch=1)
+    rows, low, _ = held(LowRank, [4, 8, 5], 8, batch=1)
     assert low is rows
-    _, low, _ = held([4, 60, 5] * 2, 8, heads=1)
+    _, low, _ = held(LowRank, [4, 60, 5] * 2, 8, heads=1)
     assert low.packed.counts == [0, 57, 0] * 2 and low.packed.groups == [0, 0, 0, 0, 1, 0]
 
 
 def test_a_sequence_is_packed_as_it_would_be_alone():
     lengths = [80, 70, 90, 12, 9, 4, 60, 60, 60]
-    _, low, _ = held(lengths, 8, batch=3, heads=2)
+    _, low, _ = held(LowRank, lengths, 8, batch=3, heads=2)
     for sequence in range(3):
         heads, starts = range(3 * sequence, 3 * sequence + 3), [0, *accumulate(lengths)]
         own = slice(starts[heads[0]], starts[heads[-1] + 1])
-        rows, _, _ = held(lengths, 8, batch=3)
+        rows, _, _ = held(LowRank, lengths, 8, batch=3)
         block = torch.zeros(1, 3, 1, 8)
         alone = Rows(rows.keys[own], rows.values[own], rows.positions[own], [lengths[head] for head in heads])
         alone = LowRank(heads=2).hold(alone, observed_prompt(block, block, scaling=1.0), first=1, newest=2)
@@ -203,7 +184,7 @@ def test_a_sequence_is_packed_as_it_would_be_alone():
 
 
 def test_heads_are_taken_apart_and_put_together():
-    _, low, _ = held([50, 40, 0, 45, 30, 60], 8, heads=2)
+    _, low, _ = held(LowRank, [50, 40, 0, 45, 30, 60], 8, heads=2)
     packed = low.packed
     assert packed.groups[:2] == [0, 0] and len(packed.key_basis) == 3
     whole, starts = packed.unpacked(torch.float32)[0], [0, *accumulate(packed.counts)]
@@ -219,93 +200,13 @@ def test_heads_are_taken_apart_and_put_together():
 
 
 def test_rows_take_the_place_of_those_that_are_laid_out_alike():
-    _, low, _ = held([50, 40, 30] * 2, 8, heads=1)
-    _, other, _ = held([50, 40, 30] * 2, 8, heads=1, seed=3)
+    _, low, _ = held(LowRank, [50, 40, 30] * 2, 8, heads=1)
+    _, other, _ = held(LowRank, [50, 40, 30] * 2, 8, heads=1, seed=3)
     own = low.packed.lasting()
     assert own.take(other.packed) and torch.equal(own.low_keys, other.packed.low_keys)
     assert torch.equal(own.key_basis, other.packed.key_basis)
     assert not own.take(low.packed.of_heads([0, 1, 2, 0, 1, 2])) and not own.take(None)
-    assert not own.take(held([50, 40, 30] * 2, 8)[1].packed)
-
-
-# Latents.
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 90), min_size=4, max_size=4),
-    head_dim=st.sampled_from([4, 5, 8]),
-    heads=st.integers(0, 2),
-    rank=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
-    bits=st.sampled_from([2, 4, 8]),
-    group_size=st.sampled_from([5, 32]),
-    seed=st.integers(0, 9),
-)
-def test_latents_are_the_best_of_their_rank_in_codes(lengths, head_dim, heads, rank, bits, group_size, seed):
-    """What the twin has before it rounds, head by head and channel by channel, and half a step of error after it."""
-    options = {"heads": heads, "rank": rank, "bits": bits, "group_size": group_size}
-    rows, held_as, rotary = held(lengths, head_dim, kind=Latent, seed=seed, **options)
-    assert sum(each.nbytes for each in held_as.tensors) <= sum(each.nbytes for each in rows.tensors)
-    if held_as.packed is None:
-        return
-    packed, whole, starts = held_as.packed, held_as.unpacked(), [0, *accumulate(lengths)]
-    assert packed.latent_basis.shape[1] * bits % 8 == 0
-    for group in range(packed.num_bases):
-        own = [head for head in range(4) if packed.counts[head] and packed.groups[head] == group]
-        index = torch.cat([torch.arange(starts[head] + 1, starts[head] + 1 + packed.counts[head]) for head in own])
-        keys, values = rows.keys[index].double(), rows.values[index].double()
-        sizes = keys.square().mean().sqrt(), values.square().mean().sqrt()
-        if rotary is not None and head_dim % 2 == 0:
-            keys = rotary.unrotate(keys[None, None].float(), rows.positions[index])[0, 0].double()
-        both = torch.cat([keys / sizes[0], values / sizes[1]], dim=1)
-        best = best_of_rank(both, packed.latent_basis.shape[1])
-        found = torch.cat([whole.keys[index] / sizes[0], whole.values[index] / sizes[1]], dim=1).double()
-        if rotary is not None and head_dim % 2 == 0:
-            turned_back = rotary.unrotate(found[None, None, :, :head_dim].float(), rows.positions[index])[0, 0]
-            found = torch.cat([turned_back.double(), found[:, head_dim:]], dim=1)
-        latents = torch.linalg.svd(best, full_matrices=False)
-        reach = 2 * (latents.U * latents.S).abs().amax(dim=0).square().sum().sqrt()
-        step = reach / (2**bits - 1)
-        assert abs((found - both).norm() - (best - both).norm()) <= (0.51 * step + 5e-3) * len(both) ** 0.5
-
-
-def test_latents_of_few_dimensions_in_many_bits_are_the_rows():
-    keys, values = like_a_layer([60, 50], 8, rank=2), like_a_layer([60, 50], 8, rank=2, seed=1)
-    block = torch.zeros(1, 2, 1, 8)
-    rows = Rows(keys, values, torch.arange(110, dtype=torch.int32), [60, 50])
-    observed = observed_prompt(block, block, scaling=1.0, rotary=None)
-    low = Latent(rank=0.25, bits=8).hold(rows, observed, first=1, newest=2)
-    assert low.packed.total == 104 and low.packed.latent_basis.shape == (1, 4, 16)
-    torch.testing.assert_close(low.unpacked().keys, keys, atol=0.05, rtol=0.05)
-    torch.testing.assert_close(low.unpacked().values, values, atol=0.05, rtol=0.05)
-
-
-def test_the_bytes_of_latents_are_counted_one_by_one():
-    _, low, _ = held([80, 70, 90] * 2, 8, kind=Latent, rank=0.25)
-    groups = sum(-(-count // 32) for count in low.packed.counts)
-    size = sum(low.packed.counts) * 2 + groups * 2 * 4 * 2 + 2 * 4 * 16 * 4 + 6 * 4 + 8 * 6
-    assert sum(each.nbytes for each in low.packed.tensors) == size
-
-
-def test_heads_of_latents_are_taken_apart_and_put_together():
-    _, low, _ = held([50, 40, 0, 45, 30, 60], 8, kind=Latent, rank=0.25, heads=2)
-    packed = low.packed
-    whole, starts = packed.unpacked(torch.float32)[0], [0, *accumulate(packed.counts)]
-    chosen = packed.of_heads([5, 0, 0, 2])
-    expected = torch.cat([whole[starts[h] : starts[h + 1]] for h in (5, 0, 0, 2)])
-    torch.testing.assert_close(chosen.unpacked(torch.float32)[0], expected)
-    joined = packed.joined_with([2, chosen, packed])
-    assert joined.counts == [0, 0, *chosen.counts, *packed.counts] and joined.num_bases == 5
-    torch.testing.assert_close(joined.unpacked(torch.float32)[0], torch.cat([expected, whole]))
-
-
-@pytest.mark.parametrize("num_queries", [1, 3])
-def test_attention_is_that_over_latents_unpacked(num_queries):
-    shape = {"num_kv_heads": 2, "group_size": 3, "num_queries": num_queries, "option": "all"}
-    request = make_request([30, 6, 150, 21], **shape)
-    request = replace(request, rows=latents_in(request.rows, [25, 0, 140, 10], [0, 0, 1, 1]))
-    assert_like_reference(attend(request, "torch"), request)
-    assert backends.BACKENDS["triton"].unsupported(request) is not None
+    assert not own.take(held(LowRank, [50, 40, 30] * 2, 8)[1].packed)
 
 
 # Attention.
@@ -376,7 +277,7 @@ def test_backends_that_read_no_bases_say_so():
 @pytest.mark.parametrize("heads", [0, 1])
 def test_nothing_waits_for_the_device(heads):
     lengths = [80, 70, 90] * 2
-    held(lengths, 8, heads=heads)  # what is made once for all layers
+    held(LowRank, lengths, 8, heads=heads)  # what is made once for all layers
     block = torch.zeros(2, 3, 1, 8)
     rows = Rows(*(like_a_layer(lengths, 8) for _ in range(2)), torch.arange(480, dtype=torch.int32), lengths)
     observed = observed_prompt(block, block, scaling=1.0)

@@ -12,6 +12,8 @@ from headprof.compression.kernels.low_rank_rows import LowRankRows
 from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.kernels.shared_basis import turned
+from headprof.compression.rows import Rows
+from support.observations import observed_prompt
 
 
 def packed_in(
@@ -109,3 +111,21 @@ def _turning(dim: int, turns: bool) -> tuple[torch.Tensor, torch.Tensor]:
 def _directions(dim: int, rank: int, groups: Sequence[int]) -> torch.Tensor:
     """Orthonormal rows for each of the groups, `[M, rank, dim]`."""
     return torch.linalg.qr(torch.randn(max(groups) + 1, dim, rank))[0].transpose(1, 2)
+
+
+def like_a_layer(counts, head_dim, *, rank=None, seed=0, dtype=torch.float32):
+    """Rows of heads, `[sum(counts), D]`, that lie near a space of few dimensions, or in one of `rank`."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.logspace(0, -3, head_dim) if rank is None else torch.ones(head_dim)[:rank]
+    numbers = torch.randn(sum(counts), len(spread), generator=generator) * spread
+    return (numbers @ torch.randn(len(spread), head_dim, generator=generator)).to(dtype)
+
+
+def held(kind, lengths, head_dim, *, batch=2, dtype=torch.float32, seed=0, first=1, **options):
+    """Rows of `lengths`, what a representation of this kind makes of them, and the layer's rotary embedding."""
+    keys, values = (like_a_layer(lengths, head_dim, seed=seed + each, dtype=dtype) for each in (0, 100))
+    places = torch.cat([torch.arange(length, dtype=torch.int32) * 3 for length in lengths])
+    block = torch.zeros(batch, len(lengths) // batch, 1, head_dim)
+    observed = observed_prompt(block, block, scaling=1.0)
+    rows = Rows(keys, values, places, lengths)
+    return rows, kind(**options).hold(rows, observed, first=first, newest=2), observed.layer.rotary

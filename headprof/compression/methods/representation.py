@@ -26,6 +26,9 @@ class Representation(Protocol):
     is_full: ClassVar[bool] = False
     """Whether it holds rows as the model made them."""
 
+    needs_turning: ClassVar[bool] = False
+    """Whether it asks how a layer's rotary embedding turns keys (`Rotary.turning`), where that can be told."""
+
     queries: ClassVar[int] = 0
     """How many of the newest queries it looks at, as far as there are so many."""
 

@@ -95,6 +95,10 @@ class SharedBasis(Representation):
         if self.heads < 0 or self.residual < 0:
             raise UsageError("A basis is shared by heads, 0 for all of a layer: give heads and residual at least 0.")
 
+    @property
+    def needs_turning(self) -> bool:  # type: ignore[override]
+        return self.unrotated
+
     @abstractmethod
     def _basis_numbers(self, head_dim: int) -> int:
         """How many numbers make up the basis of some heads."""
