@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.observations import observed_prompt
-from support.packed import best_of_rank, held, latents_in, like_a_layer
+from support.packed import best_of_rank, held, latents_in, like_a_layer, weights_of
 from test_attention import assert_like_reference, attend, make_request
 
 from headprof.compression.kernels import backends
@@ -31,23 +31,28 @@ from headprof.compression.rows import Rows
 def test_latents_are_the_best_of_their_rank_in_codes(lengths, head_dim, heads, rank, bits, group_size, seed):
     """What the twin has before it rounds, head by head and channel by channel, and half a step of error after it."""
     options = {"heads": heads, "rank": rank, "bits": bits, "group_size": group_size}
-    rows, held_as, rotary = held(Latent, lengths, head_dim, seed=seed, **options)
+    rows, held_as, observed = held(Latent, lengths, head_dim, seed=seed, **options)
     assert sum(each.nbytes for each in held_as.tensors) <= sum(each.nbytes for each in rows.tensors)
     if held_as.packed is None:
         return
+    rotary, shared = observed.layer.rotary, heads or 2
     packed, whole, starts = held_as.packed, held_as.unpacked(), [0, *accumulate(lengths)]
     assert packed.latent_basis.shape[1] * bits % 8 == 0
     for group in range(packed.num_bases):
         own = [head for head in range(4) if packed.counts[head] and packed.groups[head] == group]
+        first = own[0] // shared * shared
+        last = first + shared - 1
         index = torch.cat([torch.arange(starts[head] + 1, starts[head] + 1 + packed.counts[head]) for head in own])
         keys, values = rows.keys[index].double(), rows.values[index].double()
-        sizes = keys.square().mean().sqrt(), values.square().mean().sqrt()
-        if rotary is not None and head_dim % 2 == 0:
+        asking = observed.queries[own[0] // 2, 2 * (first % 2) : 2 * (last % 2) + 2].flatten(0, 1)
+        weights = weights_of(asking, None if rotary is None else rotary.partners(head_dim))
+        sizes = (keys * weights).square().mean().sqrt() / weights, values.square().mean().sqrt()
+        if rotary is not None:
             keys = rotary.unrotate(keys[None, None].float(), rows.positions[index])[0, 0].double()
         both = torch.cat([keys / sizes[0], values / sizes[1]], dim=1)
         best = best_of_rank(both, packed.latent_basis.shape[1])
         found = torch.cat([whole.keys[index] / sizes[0], whole.values[index] / sizes[1]], dim=1).double()
-        if rotary is not None and head_dim % 2 == 0:
+        if rotary is not None:
             turned_back = rotary.unrotate(found[None, None, :, :head_dim].float(), rows.positions[index])[0, 0]
             found = torch.cat([turned_back.double(), found[:, head_dim:]], dim=1)
         latents = torch.linalg.svd(best, full_matrices=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.devices import interpreted
 from support.host_reads import device_watched
 from support.observations import observed_prompt
-from support.packed import best_of_rank, held, like_a_layer, low_rank_in
+from support.packed import best_of_rank, held, like_a_layer, low_rank_in, weights_of
 from support.profiles import random_profile
 from support.prompts import random_ids
 from support.tiny_models import ARCHITECTURES, tiny_model
@@ -109,7 +109,7 @@ def test_dimensions_that_are_not_turned_stay():
 )
 def test_rows_are_the_best_of_their_rank(lengths, head_dim, heads, ranks, dtype, first, unrotated, seed):
     options = {"heads": heads, "key_rank": ranks[0], "value_rank": ranks[1], "unrotated": unrotated}
-    rows, low, rotary = held(LowRank, lengths, head_dim, dtype=dtype, seed=seed, first=first, **options)
+    rows, low, observed = held(LowRank, lengths, head_dim, dtype=dtype, seed=seed, first=first, **options)
     assert sum(each.nbytes for each in low.tensors) <= sum(each.nbytes for each in rows.tensors)
     if low.packed is None:
         return
@@ -123,11 +123,14 @@ def test_rows_are_the_best_of_their_rank(lengths, head_dim, heads, ranks, dtype,
         begins = [starts[head] + first for head in group]
         index = torch.cat([torch.arange(at, at + count) for at, count in zip(begins, counts, strict=True)])
         own = rows.keys[index].double()
-        turn = rotary if unrotated and rotary is not None else None
-        expected = best_of_rank(own, packed.key_basis.shape[1], rows.positions[index], turn)
-        tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype] * max(1.0, float(own.norm()))
+        turn = observed.layer.rotary if unrotated else None
+        asking = observed.queries[group[0] // 3, 2 * (group[0] % 3) : 2 * (group[-1] % 3) + 2].flatten(0, 1)
+        weights = weights_of(asking, None if turn is None else turn.partners(head_dim))
+        expected = best_of_rank(own, packed.key_basis.shape[1], rows.positions[index], turn, weights)
+        tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype] * max(1.0, float((own * weights).norm()))
         # What is left out is unique, which direction it is not where singular values are alike.
-        assert abs((whole.keys[index].double() - own).norm() - (expected - own).norm()) <= tolerance
+        error, least = ((found - own) * weights for found in (whole.keys[index].double(), expected))
+        assert abs(error.norm() - least.norm()) <= tolerance
         own = rows.values[index].double()
         expected = best_of_rank(own, packed.value_basis.shape[1])
         assert abs((whole.values[index].double() - own).norm() - (expected - own).norm()) <= tolerance
@@ -174,10 +177,10 @@ def test_a_sequence_is_packed_as_it_would_be_alone():
     for sequence in range(3):
         heads, starts = range(3 * sequence, 3 * sequence + 3), [0, *accumulate(lengths)]
         own = slice(starts[heads[0]], starts[heads[-1] + 1])
-        rows, _, _ = held(LowRank, lengths, 8, batch=3)
-        block = torch.zeros(1, 3, 1, 8)
+        rows, _, observed = held(LowRank, lengths, 8, batch=3)
         alone = Rows(rows.keys[own], rows.values[own], rows.positions[own], [lengths[head] for head in heads])
-        alone = LowRank(heads=2).hold(alone, observed_prompt(block, block, scaling=1.0), first=1, newest=2)
+        block, queries = torch.zeros(1, 3, 5, 8), observed.queries[sequence : sequence + 1]
+        alone = LowRank(heads=2).hold(alone, observed_prompt(queries, block, scaling=1.0), first=1, newest=2)
         taken = low.of_heads(heads)
         assert taken.packed.counts == ([0] * 3 if alone.packed is None else alone.packed.counts)
         torch.testing.assert_close(taken.unpacked().keys, alone.unpacked().keys, atol=1e-5, rtol=1e-5)

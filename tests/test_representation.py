@@ -440,11 +440,15 @@ def test_the_full_cache_stays_what_others_are_measured_by():
         ("think:dropped=1.0", "A share of 1.0 of the channels cannot go: give dropped above 0 and below 1"),
         ("lowrank:key_rank=0", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
         ("lowrank:value_rank=1.5", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
-        ("lowrank:heads=-1", "shared by heads, 0 for all of a layer: give heads and residual at least 0"),
+        ("lowrank:heads=-1", "no fewer heads and queries than none: give heads, judges and residual at least 0"),
         ("latent:rank=0", "some of the dimensions of key and value: give rank above 0, to 1"),
         ("latent:bits=3", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
         ("latent:group_size=0", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
         ("headkv-fit:representation=lowrank", "'lowrank' would change rows that have been fitted"),
+        (
+            "kvzip:representation=latent",
+            "'latent' judges channels by queries, which are gone when .*: choose adakv-kvzip",
+        ),
         ("think:judges=0", "Channels are judged by queries: give judges at least 1"),
     ],
 )

@@ -49,12 +49,31 @@ def slow_twin(keys, values, counts, bits, group_size):
     return new_keys, new_values
 
 
-def best_of_rank(rows: torch.Tensor, rank: int, positions: torch.Tensor | None = None, rotary=None) -> torch.Tensor:
-    """The rows of this rank that are nearest, float64; of keys before they are turned, if `rotary` is given."""
+def weights_of(queries: torch.Tensor, partners: Sequence[int] | None) -> torch.Tensor:
+    """By how much an error in each channel of a key counts, float64 `[D]`; queries are those of its heads, `[n, D]`."""
+    squares = [float(channel.double().square().mean()) for channel in queries.unbind(1)]
+    if partners is not None:
+        squares = [(square + squares[partner]) / 2 for square, partner in zip(squares, partners, strict=True)]
+    mean = sum(squares) / len(squares)
+    return torch.tensor([(square / mean + 1e-3) ** 0.5 for square in squares], dtype=torch.float64)
+
+
+def best_of_rank(
+    rows: torch.Tensor,
+    rank: int,
+    positions: torch.Tensor | None = None,
+    rotary=None,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The rows of this rank that are nearest, float64, where channels count by `weights`.
+
+    They are keys before they are turned, if `rotary` is given.
+    """
     if rotary is not None and len(rows):
         rows = rotary.unrotate(rows[None, None].float(), positions)[0, 0].double()
-    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
-    best = left[:, :rank] * sizes[:rank] @ right[:rank]
+    weights = torch.ones(rows.shape[1], dtype=torch.float64) if weights is None else weights
+    left, sizes, right = torch.linalg.svd(rows * weights, full_matrices=False)
+    best = left[:, :rank] * sizes[:rank] @ right[:rank] / weights
     if rotary is not None and len(rows):
         best = rotary.rotate(best[None, None].float(), *rotary.angles(positions))[0, 0].double()
     return best
@@ -66,9 +85,10 @@ def low_rank_in(
     """The same storage with so many rows of each head, after its `first`, in the bases of these groups."""
     keep, turning = _others(rows, counts, first), _turning(rows.keys.shape[1], turns)
     bases = _directions(rows.keys.shape[1], rank, groups), _directions(rows.keys.shape[1], rank, groups)
+    into = bases[0].transpose(1, 2), bases[1].transpose(1, 2)
     keys = turned(rows.keys[~keep], -rows.positions[~keep], *turning)
     packed = LowRankRows.projected(
-        keys, rows.values[~keep], counts, groups, bases, turning, first=first, dtype=rows.keys.dtype
+        keys, rows.values[~keep], counts, groups, into, bases, turning, first=first, dtype=rows.keys.dtype
     )
     return replace(rows, keys=rows.keys[keep], values=rows.values[keep], packed=packed, plans={})
 
@@ -122,10 +142,11 @@ def like_a_layer(counts, head_dim, *, rank=None, seed=0, dtype=torch.float32):
 
 
 def held(kind, lengths, head_dim, *, batch=2, dtype=torch.float32, seed=0, first=1, **options):
-    """Rows of `lengths`, what a representation of this kind makes of them, and the layer's rotary embedding."""
+    """Rows of `lengths`, what a representation of this kind makes of them, and what they were observed with."""
     keys, values = (like_a_layer(lengths, head_dim, seed=seed + each, dtype=dtype) for each in (0, 100))
     places = torch.cat([torch.arange(length, dtype=torch.int32) * 3 for length in lengths])
-    block = torch.zeros(batch, len(lengths) // batch, 1, head_dim)
-    observed = observed_prompt(block, block, scaling=1.0)
+    block = torch.zeros(batch, len(lengths) // batch, 5, head_dim)
+    queries = torch.randn(batch, 2 * block.shape[1], 5, head_dim, generator=torch.Generator().manual_seed(seed))
+    observed = observed_prompt(queries * torch.logspace(-1, 0, head_dim), block, scaling=1.0)
     rows = Rows(keys, values, places, lengths)
-    return rows, kind(**options).hold(rows, observed, first=first, newest=2), observed.layer.rotary
+    return rows, kind(**options).hold(rows, observed, first=first, newest=2), observed

@@ -22,7 +22,7 @@ class LowRankRows(RowsInBases):
 
     Attributes:
         low_keys, low_values: `[P, R]`, `[P, S]`.
-        key_basis, value_basis: orthonormal rows, `[M, R, D]`, `[M, S, D]`.
+        key_basis, value_basis: by which they are multiplied to be keys and values, `[M, R, D]`, `[M, S, D]`.
     """
 
     low_keys: Tensor
@@ -45,6 +45,7 @@ class LowRankRows(RowsInBases):
         values: Tensor,
         counts: Sequence[int],
         groups: Sequence[int],
+        into: tuple[Tensor, Tensor],
         bases: tuple[Tensor, Tensor],
         turning: tuple[Tensor, Tensor],
         *,
@@ -57,17 +58,16 @@ class LowRankRows(RowsInBases):
             keys, values: of the rows, head by head, `[P, D]`; keys turned back.
             counts: how many of them each head has, `N` numbers.
             groups: which bases each head has, `N` numbers.
+            into: by which keys and values are multiplied to be packed, `[M, D, R]`, `[M, D, S]`.
             bases: of keys and values, as above.
             turning: `key_frequencies` and `key_partners`.
             first: rows of each head that come before them.
             dtype: in which all of this is held.
         """
         layout = of_layout(counts, groups, keys.device)
-        key_basis, value_basis = (basis.to(dtype) for basis in bases)
         heads = layout[OF_HEADS].long(), layout["before"], layout["most"]
         low_keys, low_values = (
-            times_own(rows, basis.transpose(1, 2), *heads).to(dtype)
-            for rows, basis in ((keys, key_basis), (values, value_basis))
+            times_own(rows, matrices, *heads).to(dtype) for rows, matrices in ((keys, into[0]), (values, into[1]))
         )
         return cls(
             first,
@@ -76,8 +76,8 @@ class LowRankRows(RowsInBases):
             key_partners=turning[1],
             low_keys=low_keys,
             low_values=low_values,
-            key_basis=key_basis,
-            value_basis=value_basis,
+            key_basis=bases[0].to(dtype),
+            value_basis=bases[1].to(dtype),
         )
 
     @classmethod

@@ -26,8 +26,18 @@ def grams(rows: Tensor, before: Tensor, most: int, batch: int, heads: int) -> Te
     """
     index = before[:-1, None].long() + torch.arange(most, device=rows.device)
     padded = rows[index.clamp(max=len(rows) - 1)].float() * (index < before[1:, None])[..., None]  # [N, most, D]
-    each = (padded.transpose(1, 2) @ padded).unflatten(0, (batch, -1))  # [B, K, D, D]
-    return torch.stack([part.sum(dim=1) for part in each.split(heads, dim=1)], dim=1).flatten(0, 1)
+    return of_groups(padded.transpose(1, 2) @ padded, batch, heads)
+
+
+def of_groups(each: Tensor, batch: int, heads: int) -> Tensor:
+    """What each of all heads has, `[N, ...]`, summed over those that follow one another, `[B * groups, ...]`.
+
+    Args:
+        each: of each head.
+        batch, heads: as for `grams`.
+    """
+    parts = each.unflatten(0, (batch, -1)).split(heads, dim=1)
+    return torch.stack([part.sum(dim=1) for part in parts], dim=1).flatten(0, 1)
 
 
 def leading_directions(grams: Tensor, rank: int) -> Tensor:

@@ -79,13 +79,14 @@ class Latent(SharedBasis):
 
     def _bases(self, packing: Packing, rows: Tensor) -> tuple[Tensor, Tensor]:
         """By which rows `[P, 2 * D]` become latents and these rows again, `[M, 2 * D, R]` and `[M, R, 2 * D]`."""
-        products, size = packing.grams(rows), rows.shape[1]
+        weights = torch.cat([packing.key_weights, torch.ones_like(packing.key_weights)], dim=1)  # [M, 2 * D]
+        products = packing.grams(rows) * weights[:, :, None] * weights[:, None]
         squares = products.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=2)  # of keys, of values
         mean = squares * (len(packing.sharing.bases) / len(rows))
-        sizes = mean.clamp(min=torch.finfo(torch.float32).tiny).sqrt().repeat_interleave(size // 2, dim=1)  # [M, 2 * D]
-        scaled = products / sizes[:, :, None] / sizes[:, None]
-        directions = leading_directions(scaled, self._rank(size // 2))
-        return (directions / sizes[:, None]).transpose(1, 2), directions * sizes[:, None]
+        sizes = mean.clamp(min=torch.finfo(torch.float32).tiny).sqrt().repeat_interleave(rows.shape[1] // 2, dim=1)
+        directions = leading_directions(products / sizes[:, :, None] / sizes[:, None], self._rank(rows.shape[1] // 2))
+        scales = (weights / sizes)[:, None]
+        return (directions * scales).transpose(1, 2), directions / scales
 
 
 _SCALES = 4

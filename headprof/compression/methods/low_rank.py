@@ -51,16 +51,17 @@ class LowRank(SharedBasis):
 
     def _packed(self, packing: Packing) -> LowRankRows:
         key_rank, value_rank = self._ranks(packing.keys.shape[1])
-        bases = (
-            leading_directions(packing.grams(packing.keys), key_rank),
-            leading_directions(packing.grams(packing.values), value_rank),
-        )
+        weights = packing.key_weights
+        scaled = packing.grams(packing.keys) * weights[:, :, None] * weights[:, None]
+        of_keys = leading_directions(scaled, key_rank)
+        of_values = leading_directions(packing.grams(packing.values), value_rank)
         return LowRankRows.projected(
             packing.keys,
             packing.values,
             packing.sharing.counts,
             packing.sharing.groups,
-            bases,
+            ((of_keys * weights[:, None]).transpose(1, 2), of_values.transpose(1, 2)),
+            (of_keys / weights[:, None], of_values),
             packing.turning,
             first=packing.first,
             dtype=packing.dtype,

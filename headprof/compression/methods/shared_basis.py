@@ -12,8 +12,9 @@ from torch import Tensor
 from headprof.compression.kernels.constants import constant
 from headprof.compression.kernels.packed_rows import PackedRows, sums_before
 from headprof.compression.kernels.shared_basis import turned
-from headprof.compression.methods.directions import grams
+from headprof.compression.methods.directions import grams, of_groups
 from headprof.compression.methods.observation import Observation
+from headprof.compression.methods.query_squares import query_squares
 from headprof.compression.methods.representation import Representation, apart
 from headprof.compression.rows import Rows
 from headprof.errors import UsageError
@@ -36,12 +37,11 @@ class Sharing:
     bases: Sequence[int]
     num_groups: int
 
-    def grams(self, rows: Tensor, before: Tensor, batch: int, heads: int) -> Tensor:
-        """Products `x^T x` of the packed rows that share each basis (see `directions.grams`)."""
-        found = grams(rows, before, max(self.counts), batch, heads)
+    def of_bases(self, each: Tensor) -> Tensor:
+        """Of what there is for each group of heads, `[groups, ...]`, that of those which have a basis, `[M, ...]`."""
         if len(self.bases) == self.num_groups:
-            return found
-        return found[torch.tensor(self.bases).to(rows.device, non_blocking=True)]
+            return each
+        return each[torch.tensor(self.bases).to(each.device, non_blocking=True)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Packing:
 
     Attributes:
         keys, values: `[P, D]`, head by head; keys, in float32, turned back from their positions.
+        key_weights: by how much an error in a key's channels counts, float32 `[M, D]`.
         turning: how they are turned (see `kernels.shared_basis.turned`).
         sharing: of the heads.
         before: packed rows of all heads before each, then of all, int32 `[N + 1]`.
@@ -61,6 +62,7 @@ class Packing:
 
     keys: Tensor
     values: Tensor
+    key_weights: Tensor
     turning: tuple[Tensor, Tensor]
     sharing: Sharing
     before: Tensor
@@ -71,29 +73,40 @@ class Packing:
 
     def grams(self, rows: Tensor) -> Tensor:
         """Products `x^T x` of such rows that share each basis, float32 `[M, D, D]`."""
-        return self.sharing.grams(rows, self.before, self.batch, self.heads)
+        return self.sharing.of_bases(grams(rows, self.before, max(self.sharing.counts), self.batch, self.heads))
 
 
 @dataclass(frozen=True)
 class SharedBasis(Representation):
     """Rows in a basis that heads share and that is held with them.
 
-    Keys are packed as they were before the layer's rotary embedding turned them, where that can be told. A head's first
-    and newest rows stay as they are, and so do those of heads that have too few together to make up for a basis.
+    Keys are packed as they were before the layer's rotary embedding turned them, where that can be told. What counts of
+    an error in a key is what it does to logits: a channel of a key weighs as much as queries are large there (as in
+    ThinK, Xu et al. 2024), on average over it and the channel with which it is turned, since queries that ask for a key
+    from afar are turned by any angle. A head's first and newest rows stay as they are, and so do those of heads that
+    have too few together to make up for a basis.
 
     Attributes:
         heads: KV heads of a layer, one after the other, that share a basis; 0 for all.
         unrotated: whether keys are turned back before they are packed.
+        judges: newest queries by which channels of keys are weighed; 0 if all weigh the same.
         residual: newest rows of a head that stay as they are, if that is more than the method's `keep_last`.
     """
 
     heads: int = 0
     unrotated: bool = True
+    judges: int = 32
     residual: int = 0
 
     def __post_init__(self) -> None:
-        if self.heads < 0 or self.residual < 0:
-            raise UsageError("A basis is shared by heads, 0 for all of a layer: give heads and residual at least 0.")
+        if self.heads < 0 or self.judges < 0 or self.residual < 0:
+            raise UsageError(
+                "There are no fewer heads and queries than none: give heads, judges and residual at least 0."
+            )
+
+    @property
+    def queries(self) -> int:  # type: ignore[override]
+        return self.judges
 
     @property
     def needs_turning(self) -> bool:  # type: ignore[override]
@@ -123,9 +136,25 @@ class SharedBasis(Representation):
         packed, others = apart(lengths, sharing.counts, first, device)
         turning = _turning(observed.layer.rotary if self.unrotated else None, head_dim, device)
         keys, before = turned(rows.keys[packed], -rows.positions[packed], *turning), sums_before(sharing.counts, device)
-        packing = Packing(keys, rows.values[packed], turning, sharing, before, batch, heads, first, rows.keys.dtype)
+        weights = sharing.of_bases(self._key_weights(observed, heads, turning[1]))
+        values, dtype = rows.values[packed], rows.keys.dtype
+        packing = Packing(keys, values, weights, turning, sharing, before, batch, heads, first, dtype)
         own = {"keys": rows.keys[others], "values": rows.values[others], "lengths": lengths}
         return replace(rows, **own, packed=self._packed(packing))  # type: ignore[arg-type]
+
+    def _key_weights(self, observed: Observation, heads: int, partners: Tensor) -> Tensor:
+        """By how much an error in the channels of keys counts, for each group of heads, float32 `[B * groups, D]`.
+
+        Args:
+            observed: with the newest queries.
+            heads: of a group.
+            partners: with which channel each is turned, int16 `[D]`, or empty.
+        """
+        squares = of_groups(query_squares(observed, self.judges), len(observed.keys), heads)
+        if len(partners):
+            squares = squares + squares[:, partners.long()]
+        squares = squares / squares.mean(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (squares + _LEAST).sqrt()
 
     def _sharing(
         self, free: Sequence[int], num_kv_heads: int, heads: int, head_dim: int, bytes_per_element: int
@@ -157,6 +186,8 @@ class SharedBasis(Representation):
         return (bases + _turning_bytes(head_dim)) / num_kv_heads + _OF_HEAD
 
 
+_LEAST = 1e-3
+"""Of the mean of all channels, what is added to the mean square of queries in each: those to come may be larger."""
 _OF_HEAD = 4
 """Bytes that say which basis a head has."""
 
