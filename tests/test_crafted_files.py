@@ -164,13 +164,15 @@ def test_a_crafted_document_is_refused(change, document, loaded, tmp_path):
 @pytest.fixture(scope="module")
 def packed(loaded, tmp_path_factory) -> dict[str, Path]:
     paths = {}
-    for method in ("headkv-r2-int4", "think"):
+    for method in ("headkv-r2-int4", "think", LOW, LATENT):
         paths[method] = tmp_path_factory.mktemp("packed") / "doc.kv.safetensors"
         plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=12)
         save_document(compress_document(loaded, TEXT, plan), paths[method], loaded)
     return paths
 
 
+LOW = "lowrank:key_rank=0.2:value_rank=0.2:heads=1"
+LATENT = "latent:rank=0.13:heads=1"
 HELD = {"first": 1, "bits": 4, "group_size": 32}
 QUANTISED = {
     **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", "key_codes", "key_scales", "value_scales")},
@@ -218,11 +220,55 @@ THINNED = {
     "values not a number": poke(f"{FIRST}thin_values", float("nan")),
     "codes that are not there": note("packed", json.dumps([HELD] * 2)),
 }
+LOW_PARTS = ("low_keys", "low_values", "key_basis", "value_basis", "basis_of_head", "key_frequencies", "key_partners")
+LOW_RANK = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("packed", *LOW_PARTS)},
+    "a basis beyond all": poke(f"{FIRST}basis_of_head", 2),
+    "a negative basis": poke(f"{FIRST}basis_of_head", -1),
+    "a partner beyond all": poke(f"{FIRST}key_partners", 16),
+    "a frequency that is no number": poke(f"{FIRST}key_frequencies", float("nan")),
+    "partners alone": turn(f"{FIRST}key_frequencies", lambda each: each[:0]),
+    "frequencies of some": turn(f"{FIRST}key_frequencies", lambda each: each[:3]),
+    "heads of fewer": turn(f"{FIRST}basis_of_head", lambda each: each[:1]),
+    "a basis of another rank": turn(f"{FIRST}key_basis", lambda each: each[:, 1:]),
+    "rows of another rank": turn(f"{FIRST}low_values", lambda each: each[:, 1:]),
+    "a basis of more than all": lambda tensors, metadata: tensors.update(
+        {
+            f"{FIRST}low_keys": tensors[f"{FIRST}low_keys"].repeat(1, 9),
+            f"{FIRST}key_basis": tensors[f"{FIRST}key_basis"].repeat(1, 9, 1),
+        }
+    ),
+    "rows of no dimension": put(f"{FIRST}low_keys", torch.tensor(1.0)),
+    "rows lack one": turn(f"{FIRST}low_keys", lambda each: each[1:]),
+    "more bases": note("packed", json.dumps([{"first": 1, "bases": 3}] * 2)),
+    "no bases": note("packed", json.dumps([{"first": 1, "bases": 0}] * 2)),
+    "bases and bits": note("packed", json.dumps([{"first": 1, "bases": 2, "bits": 4}] * 2)),
+}
+LATENT_FACTS = {"first": 1, "bases": 2, "bits": 4, "group_size": 32}
+LATENTS = {
+    **{f"no {part}": drop(f"{FIRST}{part}") for part in ("latent_codes", "latent_scales", "latent_basis")},
+    "a basis beyond all": poke(f"{FIRST}basis_of_head", 2),
+    "codes of other width": turn(f"{FIRST}latent_codes", lambda each: each[:, 1:]),
+    "scales lack a group": turn(f"{FIRST}latent_scales", lambda each: each[1:]),
+    "scales of fewer channels": turn(f"{FIRST}latent_scales", lambda each: each[..., 1:]),
+    "a basis of keys alone": turn(f"{FIRST}latent_basis", lambda each: each[..., :16]),
+    "an odd rank": lambda tensors, metadata: tensors.update(
+        {
+            f"{FIRST}latent_basis": tensors[f"{FIRST}latent_basis"][:, 1:],
+            f"{FIRST}latent_scales": tensors[f"{FIRST}latent_scales"][..., 1:],
+        }
+    ),
+    "other bits": note("packed", json.dumps([LATENT_FACTS | {"bits": 8}] * 2)),
+    "other groups": note("packed", json.dumps([LATENT_FACTS | {"group_size": 2}] * 2)),
+    "more bases": note("packed", json.dumps([LATENT_FACTS | {"bases": 3}] * 2)),
+}
 
 
 PACKED = {
     **{f"quantised: {what}": ("headkv-r2-int4", change) for what, change in QUANTISED.items()},
     **{f"thinned: {what}": ("think", change) for what, change in THINNED.items()},
+    **{f"latents: {what}": (LATENT, change) for what, change in LATENTS.items()},
+    **{f"low rank: {what}": (LOW, change) for what, change in LOW_RANK.items()},
 }
 
 

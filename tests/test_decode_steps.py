@@ -24,7 +24,9 @@ from headprof.compression.session import make_plan, prefill
 from headprof.errors import ModelError
 
 ARCHITECTURES = ["llama", "qwen3", "mistral", "gemma2", "phi3"]
-METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4"]
+LOW = "lowrank:key_rank=0.1:value_rank=0.1:heads=1"
+LATENT = "latent:rank=0.1:heads=1:group_size=4"
+METHODS = ["headkv-r2", "snapkv", "headkv-ems", "h2o", "adakv", "tova", "knorm", "headkv-r2-int4", LOW, LATENT]
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +303,14 @@ def test_a_step_that_waits_is_seen(monkeypatch):
     assert len(watched.waits) == 2
 
 
-COMPILED = {"llama": "headkv-ems", "qwen3": "headkv-r2", "mistral": "h2o", "gemma2": "snapkv", "phi3": "headkv-r2-int4"}
+COMPILED = {
+    "llama": "headkv-ems",
+    "qwen3": "headkv-r2",
+    "mistral": "h2o",
+    "gemma2": "snapkv",
+    "phi3": "headkv-r2-int4",
+    "gemma3": LATENT,
+}
 
 
 @pytest.mark.parametrize(("arch", "method"), COMPILED.items())

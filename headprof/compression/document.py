@@ -3,7 +3,7 @@
 A file is safetensors: `layers.{l}.keys` and `.values` `[rows, D]`, `.positions` int32 `[rows]`, `.lengths` int32
 `[B, K]`; where rows carry them `.bias` (merged or fitted rows) and `.received` (attention so far), float32 `[rows]`;
 where some are packed `.packed` int32 `[B, K]`, how many of each head, and what holds their keys and values by the names
-of its parts (see `kernels.quantised_rows` and `thinned_rows`); where the next
+of its parts (see `kernels.quantised_rows`, `thinned_rows`, `low_rank_rows` and `latent_rows`); where the next
 compression needs them `.queries` `[B, H, N, D]`, those of the last tokens, and `.judges` bool `[B, N]`, false for
 padding among these; `scores` float32 `[L, K]`, by which heads share the budget while text is generated
 (`[S, L, K]` where budgets were learned), or in their place `shares` `[L, K]` or `[B, L, K]`, where what the document

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from headprof.compression.document_packed import PACKED_PARTS, check_packed_counts, check_packed_sizes, packed_facts
+from headprof.compression.document_packed import (
+    PACKED_PARTS,
+    check_packed_counts,
+    check_packed_numbers,
+    check_packed_sizes,
+    packed_facts,
+)
 from headprof.compression.document_tier import TIER_PARTS, bytes_that_stay, check_tier_counts, check_tier_sizes
 from headprof.compression.kernels.packed_kinds import ALL_PARTS
 from headprof.compression.methods.curve_budget import CURVES, curve_scores_fault
@@ -316,6 +322,9 @@ def check_numbers(tensors: Mapping[str, torch.Tensor], facts: DocumentFacts) -> 
     for name in names:
         if name in tensors and not _is_sound(name.rpartition(".")[2], tensors[name], facts):
             raise ValueError(f"its {name} hold what cannot be")
+    for number, packed in enumerate(facts.packed):
+        if packed is not None:
+            check_packed_numbers(f"layers.{number}.", tensors, packed, facts.shape.head_dim)
 
 
 def _is_sound(part: str, numbers: torch.Tensor, facts: DocumentFacts) -> bool:
@@ -323,8 +332,6 @@ def _is_sound(part: str, numbers: torch.Tensor, facts: DocumentFacts) -> bool:
         return True
     if part in ("positions", "tier_positions"):
         return int(numbers.min()) >= 0 and int(numbers.max()) < facts.seen
-    if part == "key_channels":
-        return int(numbers.min()) >= 0 and int(numbers.max()) < facts.shape.head_dim
     if part == "bias":  # a row that is hidden has minus infinity
         return bool((numbers < _LARGEST).all())
     return bool((numbers.abs() < _LARGEST).all())

@@ -220,8 +220,10 @@ class CompressionPlan:
 
     def _rows_in(self, num_bytes: float) -> int:
         """Rows per head that fit in so many bytes for all heads, as the method holds them."""
-        heads, size = self.shape.num_layers * self.shape.num_kv_heads, (self.shape.head_dim, self.bytes_per_element)
-        return self.method.representation.rows_in(num_bytes / heads, self.method.always_kept, *size)
+        shape = self.shape
+        num_bytes /= shape.num_layers * shape.num_kv_heads
+        size = shape.head_dim, self.bytes_per_element, shape.num_kv_heads
+        return self.method.representation.rows_in(num_bytes, self.method.always_kept, *size)
 
     def _allotted(self, budget: int, length: int, always_kept: int, shares: torch.Tensor | None) -> torch.Tensor:
         sizes = {"budget": budget, "context_length": length, "always_kept": always_kept}

@@ -146,7 +146,7 @@ class Rows:
         if self.packed is None:
             return self
         starts = torch.tensor([0, *accumulate(self.known_lengths())][:-1], device=self.keys.device)
-        keys, values = self.packed.among(self.keys, self.values, starts)
+        keys, values = self.packed.among(self.keys, self.values, self.positions, starts)
         return replace(self, keys=keys, values=values, packed=None)
 
     def _unpacked_lengths(self) -> list[int]:

@@ -80,6 +80,8 @@ def make_plan(
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
+    if chosen.representation.needs_turning:
+        _find_turning(model, shape)
     if chosen.importance.norms:
         projecting_modules(model, shape, f"{_called(name)} with norms")
     scores, digest = _budget_scores(profile, chosen, name, shape)
@@ -209,6 +211,12 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
             f"{_called(name)} needs rotary embeddings as Transformers' Llama has them, which {type(model).__name__} "
             "has not: choose another method."
         )
+
+
+def _find_turning(model: PreTrainedModel, shape: HeadShape) -> None:
+    """Try out how keys are turned, for which the host waits, before any layer is compressed."""
+    for rotary in {rotary_of(model, layer_idx) for layer_idx in range(shape.num_layers)} - {None}:
+        rotary.turning(shape.head_dim)
 
 
 def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:

@@ -7,7 +7,8 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import atan2
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,20 @@ if TYPE_CHECKING:
 
 _ANYWHERE = 1009
 """A position at which no pair of dimensions is turned by whole quarters."""
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How dimensions of a head are turned, in numbers: at position `p` dimension `d` of `x` becomes
+    `x[d] * cos(p * f[d]) - x[partner[d]] * sin(p * f[d])`.
+
+    Attributes:
+        frequencies: `f`, radians a position, of either sign; 0 for a dimension that is not turned.
+        partners: with which dimension each is turned, itself if it is not.
+    """
+
+    frequencies: tuple[float, ...]
+    partners: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,26 @@ class Rotary:
             return None
         partner = [each if not bool(row.any()) else int(row.int().argmax()) for each, row in enumerate(others)]
         return tuple(partner) if all(partner[other] == each for each, other in enumerate(partner)) else None
+
+    def turning(self, head_dim: int) -> Turning | None:
+        """The same in numbers, without the factor of an embedding that scales too; `None` as for `partners`.
+
+        It is tried out once, at position 1, where embeddings that follow the length of a text are as they begin.
+        """
+        return _turning(self, head_dim)
+
+
+@lru_cache(maxsize=32)
+def _turning(rotary: Rotary, head_dim: int) -> Turning | None:
+    if (partners := rotary.partners(head_dim)) is None:
+        return None
+    anew = Rotary(copy.deepcopy(rotary.embedding).cpu(), rotary.apply, rotary.layer_type)
+    one_each = torch.eye(head_dim)[None, None]
+    turned = anew.rotate(one_each, *anew.angles(torch.ones(head_dim, dtype=torch.int64)))[0, 0].tolist()
+    frequencies = [
+        0.0 if other == own else atan2(-turned[other][own], turned[own][own]) for own, other in enumerate(partners)
+    ]
+    return Turning(tuple(frequencies), partners)
 
 
 def rotary_of(model: PreTrainedModel, layer_idx: int = 0) -> Rotary | None:

@@ -35,6 +35,7 @@ _WAITING = {
     aten.unique_dim,
     aten.unique_consecutive,
     aten.bincount,
+    aten._linalg_eigh,
 }
 """What gives a number, or a tensor of a size that depends on what the device holds."""
 _READING = {Tensor.tolist: "tolist", Tensor.numpy: "numpy", Tensor.cpu: "cpu", Tensor.__array__: "numpy"}

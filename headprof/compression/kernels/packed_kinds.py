@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from headprof.compression.kernels import quantised_rows, thinned_rows
+from headprof.compression.kernels.latent_rows import LatentRows
+from headprof.compression.kernels.low_rank_rows import LowRankRows
 from headprof.compression.kernels.packed_rows import PackedRows
 from headprof.compression.kernels.quantised_rows import QuantisedRows
 from headprof.compression.kernels.thinned_rows import ThinnedRows
@@ -27,6 +29,11 @@ def as_arguments(packed: PackedRows | None) -> tuple[list[Tensor], list[int]]:
         return tensors, [packed.first, packed.bits, packed.group_size]
     if isinstance(packed, ThinnedRows):
         return [packed.before, *packed.tensors], [packed.first]
+    if isinstance(packed, LowRankRows):
+        return [packed.before, *packed.tensors], [packed.first, packed.most]
+    if isinstance(packed, LatentRows):
+        tensors = [packed.before, packed.groups_before, *packed.tensors]
+        return tensors, [packed.first, packed.most, packed.bits, packed.group_size]
     raise _unknown(packed)
 
 
@@ -36,10 +43,21 @@ def from_arguments(tensors: Sequence[Tensor], numbers: Sequence[int]) -> PackedR
         return None
     before, *parts = tensors
     first, *others = numbers
-    if not others:
-        return ThinnedRows(first, before, (), *parts)
-    bits, group_size = others
-    return QuantisedRows(first, before, (), bits, group_size, *parts)
+    match others:
+        case []:
+            return ThinnedRows(first, before, (), *parts)
+        case [most]:
+            known = dict(zip(LowRankRows.part_names(), parts, strict=True))
+            return LowRankRows(first, before, (), (), most, **known)
+        case [bits, group_size]:
+            return QuantisedRows(first, before, (), bits, group_size, *parts)
+        case _:
+            most, bits, group_size = others
+            groups_before, *parts = parts
+            known = dict(zip(LatentRows.part_names(), parts, strict=True))
+            return LatentRows(
+                first, before, (), (), most, bits=bits, group_size=group_size, groups_before=groups_before, **known
+            )
 
 
 def as_facts(packed: PackedRows | None) -> dict[str, int] | None:
@@ -54,18 +72,28 @@ def as_facts(packed: PackedRows | None) -> dict[str, int] | None:
         return {"first": packed.first, "bits": packed.bits, "group_size": packed.group_size}
     if isinstance(packed, ThinnedRows):
         return {"first": packed.first}
+    if isinstance(packed, LatentRows):
+        scales = {"bits": packed.bits, "group_size": packed.group_size}
+        return {"first": packed.first, "bases": packed.num_bases, **scales}
+    if isinstance(packed, LowRankRows):
+        return {"first": packed.first, "bases": packed.num_bases}
     raise _unknown(packed)
+
+
+def is_kind(facts: Mapping[str, Any]) -> bool:
+    """Whether there are rows of which a file says just these."""
+    return frozenset(facts) in _OF_FACTS
 
 
 def part_names(facts: Mapping[str, Any]) -> Sequence[str]:
     """The names in a file of the tensors that hold such rows."""
-    return quantised_rows.PARTS if "bits" in facts else thinned_rows.PARTS
+    return _OF_FACTS[frozenset(facts)][1]
 
 
 def from_facts(facts: Mapping[str, Any], parts: Mapping[str, Tensor], counts: Sequence[int]) -> PackedRows:
     """The rows of which a file holds these tensors, by their names there."""
-    kind = QuantisedRows if "bits" in facts else ThinnedRows
-    return kind.of_parts(parts, counts, **facts)
+    known = {name: value for name, value in facts.items() if name != "bases"}
+    return _OF_FACTS[frozenset(facts)][0].of_parts(parts, counts, **known)
 
 
 def _unknown(packed: PackedRows) -> CacheError:
@@ -74,5 +102,16 @@ def _unknown(packed: PackedRows) -> CacheError:
     )
 
 
-ALL_PARTS = (*quantised_rows.PARTS, *thinned_rows.PARTS)
+_OF_FACTS: Mapping[frozenset[str], tuple[Any, Sequence[str]]] = {
+    frozenset(facts): (kind, names)
+    for facts, kind, names in (
+        (("first", "bits", "group_size"), QuantisedRows, quantised_rows.PARTS),
+        (("first",), ThinnedRows, thinned_rows.PARTS),
+        (("first", "bases"), LowRankRows, LowRankRows.part_names()),
+        (("first", "bases", "bits", "group_size"), LatentRows, LatentRows.part_names()),
+    )
+}
+"""By what a file says of rows one knows their kind, and the names of their tensors."""
+
+ALL_PARTS = tuple(dict.fromkeys(name for _, names in _OF_FACTS.values() for name in names))
 """The names that tensors of packed rows have."""

@@ -51,6 +51,10 @@ class PackedRows(ABC):
     def unpacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values, `[P, D]` each."""
 
+    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows at these positions, int32 `[P]`, as the model made them: `[P, D]` each."""
+        return self.unpacked(dtype)
+
     @abstractmethod
     def of_heads(self, heads: Sequence[int]) -> Self:
         """Those of these heads, in this order; a head may come more than once."""
@@ -58,6 +62,11 @@ class PackedRows(ABC):
     @abstractmethod
     def joined_with(self, parts: Sequence[PackedRows | int]) -> Self:
         """Those of several, of this kind, as one; a number stands for so many heads without packed rows."""
+
+    @property
+    def layout(self) -> object:
+        """What the host knows of where rows are, which is the same where others take their place."""
+        return list(self.counts)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -79,11 +88,12 @@ class PackedRows(ABC):
         shift = (starts + self.first - self.before[:-1]).repeat_interleave(self.per_head, output_size=self.total)
         return torch.arange(self.total, device=shift.device) + shift
 
-    def among(self, keys: Tensor, values: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    def among(self, keys: Tensor, values: Tensor, positions: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """All rows of a storage, `[rows, D]` each, in the dtype of the others.
 
         Args:
             keys, values: of the rows that are not packed, `[rows - P, D]`.
+            positions: of all rows, int32 `[rows]`.
             starts: first row of each head, `[N]`.
         """
         index = self.index(starts)
@@ -91,7 +101,7 @@ class PackedRows(ABC):
         known = plain.device.type in ("cpu", "cuda")  # where nobody has to look how many there are
         others = (torch.nonzero_static(plain, size=len(keys)) if known else plain.nonzero()).squeeze(1)
         whole = [each.new_empty(len(plain), each.shape[1]).index_copy_(0, others, each) for each in (keys, values)]
-        own_keys, own_values = self.unpacked(keys.dtype)
+        own_keys, own_values = self.at(positions[index], keys.dtype)
         return whole[0].index_copy_(0, index, own_keys), whole[1].index_copy_(0, index, own_values)
 
     def lasting(self) -> Self:
@@ -103,8 +113,8 @@ class PackedRows(ABC):
         return replace(self, **copies)
 
     def take(self, others: PackedRows | None) -> bool:
-        """Hold other rows in the same tensors, if each head has as many; otherwise nothing is changed."""
-        if others is None or others.kind != self.kind or list(others.counts) != list(self.counts):
+        """Hold other rows in the same tensors, if they are laid out alike; otherwise nothing is changed."""
+        if others is None or others.kind != self.kind or others.layout != self.layout:
             return False
         for own, new in zip(self.tensors, others.tensors, strict=True):
             own.copy_(new)

@@ -75,7 +75,7 @@ class RaggedRows:
         """The same rows with all keys and values at hand: copies, where some are packed."""
         if self.packed is None:
             return self
-        keys, values = self.packed.among(self.keys, self.values, self.bounds[0:-1:2])
+        keys, values = self.packed.among(self.keys, self.values, self.positions, self.bounds[0:-1:2])
         return replace(self, keys=keys, values=values, packed=None)
 
     def without_newest(self, count: int) -> RaggedRows:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from headprof.compression.methods.plugins import plugin_names
 
 METHOD_NAMES: tuple[str, ...] = (
-    *("full", "snapkv", "headkv", "headkv-r2", "headkv-r2-int8", "headkv-r2-int4", "think", "headkv-tuned"),
-    *("headkv-refined", "clusterkv", "headkv-cluster", "headkv-curves", "ems", "headkv-ems", "tova", "pyramidkv"),
-    *("adakv", "h2o", "prefixkv", "prefixkv-heads", "fastgen", "streamingllm", "knorm", "keydiff"),
-    *("expected-attention", "kvzip", "adakv-kvzip", "headkv-kvzip", "learned-kvzip", "curves-kvzip", "headkv-fit"),
-    *("learned-fit", "kvzap", "headkv-kvzap", "learned-kvzap"),
+    *("full", "snapkv", "headkv", "headkv-r2", "headkv-r2-int8", "headkv-r2-int4", "lowrank", "latent", "think"),
+    *("headkv-tuned", "headkv-refined", "clusterkv", "headkv-cluster", "headkv-curves", "ems", "headkv-ems"),
+    *("tova", "pyramidkv", "adakv", "h2o", "prefixkv", "prefixkv-heads", "fastgen", "streamingllm", "knorm"),
+    *("keydiff", "expected-attention", "kvzip", "adakv-kvzip", "headkv-kvzip", "learned-kvzip", "curves-kvzip"),
+    *("headkv-fit", "learned-fit", "kvzap", "headkv-kvzap", "learned-kvzap"),
 )
 """The built-in methods, in the order of their table."""
 

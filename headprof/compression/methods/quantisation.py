@@ -55,7 +55,7 @@ class _Quantised(Representation):
             return f"codes of {self.bits} bits for {head_dim} channels fill no whole bytes"
         return None
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
         each, scales = 2 * head_dim * bytes_per_element, _KEY_SCALES * head_dim
         plainly, in_full = int(num_bytes // each), in_full + self.residual
         left = num_bytes - in_full * each - scales  # of a last group that is not full

@@ -26,6 +26,9 @@ class Representation(Protocol):
     is_full: ClassVar[bool] = False
     """Whether it holds rows as the model made them."""
 
+    needs_turning: ClassVar[bool] = False
+    """Whether it asks how a layer's rotary embedding turns keys (`Rotary.turning`), where that can be told."""
+
     queries: ClassVar[int] = 0
     """How many of the newest queries it looks at, as far as there are so many."""
 
@@ -39,8 +42,8 @@ class Representation(Protocol):
         """
         ...
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
-        """How many rows a head can surely hold in so many bytes, of which `in_full` stay as they are."""
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
+        """How many rows each head of a layer can surely hold in so many bytes, of which `in_full` stay as they are."""
         ...
 
     def fault(self, head_dim: int) -> str | None:
@@ -58,7 +61,7 @@ class Full(Representation):
     def hold(self, rows: Rows, observed: Observation, *, first: int, newest: int) -> Rows:
         return rows
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
         return int(num_bytes // (2 * head_dim * bytes_per_element))
 
 

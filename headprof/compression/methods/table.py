@@ -24,7 +24,9 @@ from headprof.compression.methods.importance import (
     KeyNorm,
     Recency,
 )
+from headprof.compression.methods.latent import Latent
 from headprof.compression.methods.learned_budget import LearnedBudget
+from headprof.compression.methods.low_rank import LowRank
 from headprof.compression.methods.merging import EvictThenMerge
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.names import method_names
@@ -62,6 +64,8 @@ METHODS: dict[str, Method] = {
     "headkv-r2": Method(_TUNED, ProfileBudget("reasoning"), Evict()),
     "headkv-r2-int8": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int8()),
     "headkv-r2-int4": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Int4()),
+    "lowrank": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=LowRank()),
+    "latent": Method(_TUNED, ProfileBudget("reasoning"), Evict(), representation=Latent()),
     "think": Method(_SNAPKV, UniformBudget(), Evict(), representation=Thin()),
     TUNED: Method(_TUNED, TunedBudget("reasoning"), Evict()),
     REFINED: Method(_TUNED, RefinedBudget(), Evict()),

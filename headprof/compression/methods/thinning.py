@@ -11,6 +11,7 @@ from torch import Tensor
 from headprof.compression.kernels.thinned_rows import ThinnedRows
 from headprof.compression.methods.class_sums import add_by_class
 from headprof.compression.methods.observation import Observation
+from headprof.compression.methods.query_squares import query_squares
 from headprof.compression.methods.representation import Representation, apart
 from headprof.compression.rows import Rows
 from headprof.errors import UsageError
@@ -59,7 +60,7 @@ class Thin(Representation):
         thinned = ThinnedRows.thinned(keys, rows.values[packed], counts, channels, first=first)
         return replace(rows, keys=rows.keys[others], values=rows.values[others], lengths=lengths, packed=thinned)
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int) -> int:
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
         left, in_full, each = self._left(head_dim), in_full + self.residual, 2 * head_dim * bytes_per_element
         for_rows = num_bytes - _CHANNEL * left
         packed = int((for_rows - in_full * each) // ((head_dim + left) * bytes_per_element))
@@ -75,19 +76,8 @@ class Thin(Representation):
         head = torch.arange(len(counts), device=keys.device).repeat_interleave(sizes, output_size=len(keys))
         sums = torch.zeros(1, len(counts), keys.shape[1], device=keys.device)
         sums = add_by_class(sums, head[None], keys.float().square()[None])[0]
-        scores = sums / sizes.clamp(min=1)[:, None] * self._query_squares(observed)
+        scores = sums / sizes.clamp(min=1)[:, None] * query_squares(observed, self.judges)
         return scores.argsort(dim=-1, descending=True, stable=True)[:, :left].sort(dim=-1).values
-
-    def _query_squares(self, observed: Observation) -> Tensor:
-        """Mean square of the newest queries of each head's group, float32 `[N, D]`; 1 where there are none."""
-        batch, num_kv_heads, _, head_dim = observed.keys.shape
-        squares = observed.queries[:, :, -self.judges :].float().square()  # [B, H, n, D]
-        if not squares.shape[2]:
-            return squares.new_ones(batch * num_kv_heads, head_dim)
-        if (valid := observed.valid_queries()) is not None:
-            counting = valid[:, None, -self.judges :, None].float()
-            squares = squares * counting / counting.mean(dim=2, keepdim=True).clamp(min=1e-9)
-        return squares.mean(dim=2).view(batch, num_kv_heads, -1, head_dim).mean(dim=2).flatten(0, 1)
 
 
 _CHANNEL = 2

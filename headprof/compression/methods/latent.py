@@ -1,0 +1,93 @@
+"""Kept rows as latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from headprof.compression.kernels.codes import num_groups
+from headprof.compression.kernels.latent_rows import LatentRows
+from headprof.compression.methods.directions import leading_directions
+from headprof.compression.methods.shared_basis import Packing, SharedBasis
+from headprof.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Latent(SharedBasis):
+    """One latent for key and value, in few bits (after "Lossless KV Cache Compression to 2%", Yang et al. 2024).
+
+    arXiv 2410.15252 (CLLA) trains a model whose layers, in groups, share one latent of each token, and holds it in 4
+    bits. Of that the latent of key and value together and its bits are kept here, without training: the latent is what
+    the packed rows are in their own leading singular vectors, keys and values counting alike. It is not shared over
+    layers, nor over heads, since each keeps other tokens; the basis is shared by heads.
+
+    Attributes:
+        rank: of the latent, as a share of the dimensions of key and value together; above 0, at most 1.
+        bits: of a number of the latent: 8, 4 or 2.
+        group_size: rows of a head that share the scales of their latents.
+    """
+
+    name: ClassVar[str] = "latent"
+    rank: float = 0.5
+    bits: int = 4
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.rank <= 1:
+            raise UsageError("A latent has some of the dimensions of key and value: give rank above 0, to 1.")
+        if self.bits not in (2, 4, 8) or self.group_size < 1:
+            raise UsageError(
+                "Latents are held in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1."
+            )
+
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
+        each, in_full, rank = 2 * head_dim * bytes_per_element, in_full + self.residual, self._rank(head_dim)
+        left = num_bytes - in_full * each - self._beside_rows(head_dim, bytes_per_element, num_kv_heads)
+        left -= _SCALES * rank  # of a last group that is not full
+        packed = int(left // (rank * self.bits / 8 + _SCALES * rank / self.group_size))
+        return max(int(num_bytes // each), in_full + packed)
+
+    def _rank(self, head_dim: int) -> int:
+        """Such that codes fill whole bytes."""
+        step = 8 // self.bits
+        return max(step, round(2 * self.rank * head_dim / step) * step)
+
+    def _basis_numbers(self, head_dim: int) -> int:
+        return 2 * head_dim * self._rank(head_dim)
+
+    def _packed_bytes(self, count: int, head_dim: int, bytes_per_element: int) -> int:
+        rank = self._rank(head_dim)
+        return count * (rank * self.bits // 8) + num_groups([count], self.group_size)[0] * _SCALES * rank
+
+    def _packed(self, packing: Packing) -> LatentRows:
+        rows = torch.cat([packing.keys, packing.values.float()], dim=1)
+        return LatentRows.projected(
+            rows,
+            packing.sharing.counts,
+            packing.sharing.groups,
+            self._bases(packing, rows),
+            packing.turning,
+            first=packing.first,
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=packing.dtype,
+        )
+
+    def _bases(self, packing: Packing, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """By which rows `[P, 2 * D]` become latents and these rows again, `[M, 2 * D, R]` and `[M, R, 2 * D]`."""
+        weights = torch.cat([packing.key_weights, torch.ones_like(packing.key_weights)], dim=1)  # [M, 2 * D]
+        products = packing.grams(rows) * weights[:, :, None] * weights[:, None]
+        squares = products.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=2)  # of keys, of values
+        mean = squares * (len(packing.sharing.bases) / len(rows))
+        sizes = mean.clamp(min=torch.finfo(torch.float32).tiny).sqrt().repeat_interleave(rows.shape[1] // 2, dim=1)
+        directions = leading_directions(products / sizes[:, :, None] / sizes[:, None], self._rank(rows.shape[1] // 2))
+        scales = (weights / sizes)[:, None]
+        return (directions * scales).transpose(1, 2), directions / scales
+
+
+_SCALES = 4
+"""Bytes of a scale and a zero of a channel of a group."""
