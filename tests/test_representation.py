@@ -390,7 +390,7 @@ def test_a_loss_is_measured_beside_the_full_cache_in_full(tiny):
 
 
 def test_tables_show_bytes_where_methods_differ_in_them():
-    def cell(method, budget, cache_bytes):
+    def cell(method, budget, cache_bytes, second_tier_bytes=0):
         return SimpleNamespace(**vars(), task="niah", group="512", questions=3, score=0.5, interval=None)
 
     alike = [cell("full", "", 10**7), cell("snapkv", "16", 1000), cell("h2o", "16", 1040)]
@@ -398,6 +398,8 @@ def test_tables_show_bytes_where_methods_differ_in_them():
     unlike = [*alike, cell("headkv-r2-int4", "16", 600)]
     assert sizes(unlike)[1][1:] == [["snapkv", "1 kB"], ["h2o", "1.04 kB"], ["headkv-r2-int4", "600 B"]]
     assert len(scores(unlike)[1]) == 4
+    recalling = [*alike, cell("clusterkv", "16", 1200, 9000)]
+    assert sizes(recalling)[1][-1] == ["clusterkv", "1.2 kB + 9 kB on the host"]
 
 
 # How it is asked for, and what is refused.
