@@ -215,8 +215,9 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
 
 def _find_turning(model: PreTrainedModel, shape: HeadShape) -> None:
     """Try out how keys are turned, for which the host waits, before any layer is compressed."""
-    for rotary in {rotary_of(model, layer_idx) for layer_idx in range(shape.num_layers)} - {None}:
-        rotary.turning(shape.head_dim)
+    for rotary in {rotary_of(model, layer_idx) for layer_idx in range(shape.num_layers)}:
+        if rotary is not None:
+            rotary.turning(shape.head_dim)
 
 
 def _check_profile(profile: HeadProfile, shape: HeadShape) -> None:

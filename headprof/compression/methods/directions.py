@@ -15,7 +15,10 @@ _FLOOR = 1e-6
 
 
 def grams(rows: Tensor, before: Tensor, most: int, batch: int, heads: int) -> Tensor:
-    """Products `x^T x`, summed over the rows of heads that follow one another, float32 `[B * groups, D, D]`.
+    """Products `x^T x`, summed over the rows of heads that follow one another, float64 `[B * groups, D, D]`.
+
+    Where two directions are about as large, the last bit of a sum decides which of them counts; in float64 it is the
+    same bit in a batch as alone.
 
     Args:
         rows: float `[P, D]`, head by head.
@@ -25,7 +28,7 @@ def grams(rows: Tensor, before: Tensor, most: int, batch: int, heads: int) -> Te
         heads: how many of a sequence's heads are summed together; the last may be fewer.
     """
     index = before[:-1, None].long() + torch.arange(most, device=rows.device)
-    padded = rows[index.clamp(max=len(rows) - 1)].float() * (index < before[1:, None])[..., None]  # [N, most, D]
+    padded = rows[index.clamp(max=len(rows) - 1)].double() * (index < before[1:, None])[..., None]  # [N, most, D]
     return of_groups(padded.transpose(1, 2) @ padded, batch, heads)
 
 

@@ -85,7 +85,7 @@ class Latent(SharedBasis):
         mean = squares * (len(packing.sharing.bases) / len(rows))
         sizes = mean.clamp(min=torch.finfo(torch.float32).tiny).sqrt().repeat_interleave(rows.shape[1] // 2, dim=1)
         directions = leading_directions(products / sizes[:, :, None] / sizes[:, None], self._rank(rows.shape[1] // 2))
-        scales = (weights / sizes)[:, None]
+        scales = (weights / sizes)[:, None].float()
         return (directions * scales).transpose(1, 2), directions / scales
 
 

@@ -15,10 +15,10 @@ def query_squares(observed: Observation, judges: int) -> Tensor:
         judges: how many of the newest count.
     """
     batch, num_kv_heads, _, head_dim = observed.keys.shape
-    squares = observed.queries[:, :, max(0, observed.queries.shape[2] - judges) :].float().square()  # [B, H, n, D]
+    squares = observed.queries[:, :, max(0, observed.queries.shape[2] - judges) :].double().square()  # [B, H, n, D]
     if not squares.shape[2]:
-        return squares.new_ones(batch * num_kv_heads, head_dim)
+        return squares.new_ones(batch * num_kv_heads, head_dim).float()
     if (valid := observed.valid_queries()) is not None:
-        counting = valid[:, None, -squares.shape[2] :, None].float()
+        counting = valid[:, None, -squares.shape[2] :, None].double()
         squares = squares * counting / counting.mean(dim=2, keepdim=True).clamp(min=1e-9)
-    return squares.mean(dim=2).view(batch, num_kv_heads, -1, head_dim).mean(dim=2).flatten(0, 1)
+    return squares.mean(dim=2).view(batch, num_kv_heads, -1, head_dim).mean(dim=2).flatten(0, 1).float()

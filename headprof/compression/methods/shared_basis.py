@@ -72,7 +72,7 @@ class Packing:
     dtype: torch.dtype
 
     def grams(self, rows: Tensor) -> Tensor:
-        """Products `x^T x` of such rows that share each basis, float32 `[M, D, D]`."""
+        """Products `x^T x` of such rows that share each basis, float64 `[M, D, D]`."""
         return self.sharing.of_bases(grams(rows, self.before, max(self.sharing.counts), self.batch, self.heads))
 
 
