@@ -28,6 +28,7 @@ from torch import Tensor
 
 from headprof.compression.step_cache import StepCache
 from headprof.errors import ModelError, UsageError
+from headprof.models.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -369,7 +370,8 @@ def _are_close(logits: Tensor, expected: Tensor) -> bool:
 def recording_for(model: PreTrainedModel) -> Recording | None:
     """What captures this model's steps, if anything can."""
     devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    return CudaGraphs(model.device) if model.device.type == "cuda" and len(devices) <= 1 else None
+    alone = len(devices) <= 1 and HeadShard.of_model(model).is_whole
+    return CudaGraphs(model.device) if model.device.type == "cuda" and alone else None
 
 
 def with_decode_steps(
@@ -378,7 +380,7 @@ def with_decode_steps(
     """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly.
 
     Raises:
-        ModelError: steps are to be captured and cannot be.
+        ModelError: steps are to be captured or compiled and cannot be.
     """
     if step == "eager":
         return None
@@ -387,6 +389,8 @@ def with_decode_steps(
         raise ModelError(
             "Steps of a model on several devices cannot be captured: leave step='graph' (--step graph) away."
         )
+    if step == "compiled" and not HeadShard.of_model(model).is_whole:
+        raise ModelError("Steps of a model that several processes hold cannot be compiled: leave --compile away.")
     if record is None and step != "compiled":
         return None
     steps = DecodeSteps(model, forward, link, step, backend, record)

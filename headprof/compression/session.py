@@ -25,6 +25,7 @@ from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 from headprof.models.token_kinds import TokenKinds
 from headprof.profile.commands import score_command
 from headprof.profile.refined_rows import REFINED_ROWS
@@ -92,6 +93,7 @@ def make_plan(
         decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
         buffer=buffer,
         windows=sliding_windows(model.config),
+        shard=HeadShard.of_model(model),
     )
 
 
