@@ -22,7 +22,7 @@ Report = Callable[[str, int, int], None]
 """Takes a description, the work done and the work in all."""
 
 _LONGEST_WORD, _END_OF_WORD = 300, 20
-_PATIENCE = 5.0
+_PATIENCE = 15.0
 """Seconds within which a launcher ends all processes once one of them has failed."""
 
 

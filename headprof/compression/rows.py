@@ -131,10 +131,15 @@ class Rows:
 
     def to(self, device: torch.device | str) -> Rows:
         """These rows on a device."""
-        columns = {name: column.to(device) for name, column in self.columns.items()}
-        held = (each.to(device) for each in (self.keys, self.values, self.positions))
-        counts, packed = None if self.counts is None else self.counts.to(device), self.packed
-        return Rows(*held, self.lengths, columns, counts, None if packed is None else packed.to(device))
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            positions=self.positions.to(device),
+            columns={name: column.to(device) for name, column in self.columns.items()},
+            counts=None if self.counts is None else self.counts.to(device),
+            packed=None if self.packed is None else self.packed.to(device),
+        )
 
     def of_heads(self, heads: Sequence[int]) -> Rows:
         """Of flat rows those of these heads, in this order; a head may come more than once."""

@@ -129,14 +129,14 @@ def join_in_step(size: int) -> InStep:
     Raises:
         UsageError: the launcher started another number of processes, or there are fewer GPUs than processes.
     """
-    import torch
-
     started = os.environ.get("WORLD_SIZE", "1")
     if started != str(size):
         raise UsageError(
             f"With --tp {size} a model is held by {size} processes, and here {'is' if started == '1' else 'are'} "
             f"{started}: start them with `torchrun --nproc-per-node {size} -m headprof ...`."
         )
+    import torch
+
     if not torch.cuda.is_available():
         return InStep(Team.join())
     rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
