@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from io import BytesIO, TextIOWrapper
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from support.commands import headprof
 from support.observations import as_held_rows, observed_prompt
 from support.profiles import random_profile
 from support.talking import in_step
 from support.tiny_models import TEXT, load_tiny, tiny_model
 
+from headprof.cli.context import standard_input
+from headprof.cli.terminal import Terminal
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.whole_cache import own_cache, whole_cache
 from headprof.compression.document import load_document, save_document
 from headprof.compression.generation import compress_document
+from headprof.compression.inputs import what_to_ask
 from headprof.compression.methods.all_heads import by_content, spread
 from headprof.compression.methods.budget import AdaptiveBudget
 from headprof.compression.methods.expected_attention import ExpectedAttention
@@ -293,3 +299,44 @@ def test_those_in_step_share_no_work():
     assert (team.rank, team.size, team.ranks) == (0, 1, 1)
     assert list(team.claim([1, 2])) == [1, 2] and team.gather("mine") == ["mine"] and team.share(3) == 3
     team.leave()
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "said"),
+    [
+        ("score --tp 2", "score", "with --tp, add --no-tune"),
+        ("score --tp 2 --no-tune --curves", "score", "leave --tp or --curves away"),
+        ("score --tp 2 --surrogate", "score", "leave --tp or --surrogate away"),
+        ("generate --tp 2 --cache a.kv.safetensors --chat", "generate", "leave --chat or --tp away"),
+        ("generate --tp 2 --prompt x", None, "start them with `torchrun --nproc-per-node 2"),
+    ],
+)
+def test_what_processes_together_do_not_do(command, module, said, monkeypatch, tmp_path):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if module is not None:
+        monkeypatch.setattr(f"headprof.cli.{module}.join_ranks", lambda tp: Team())
+    done = headprof(tmp_path, *command.split())
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_a_process_that_is_not_the_first_is_mute(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    terminal = Terminal()
+    terminal.configure(quiet=False, debug=False, mute=True)
+    for say in (terminal.write, terminal.result, terminal.remark, terminal.json):
+        say("a word")
+    terminal.table(["a"], [["b"]])
+    terminal.result_table(["a"], [["b"]])
+    assert capsys.readouterr() == ("", "")
+    terminal.error("It fails alone.")
+    assert waited and capsys.readouterr().err == "Error: It fails alone.\n"
+
+
+def test_the_first_process_reads_the_standard_input_for_all(monkeypatch):
+    team = InStep(Team())
+    team.ranks = 2
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO("Who? Früh.".encode())))
+    given = standard_input(team)
+    assert given is not None and what_to_ask(None, None, given) == (None, "Who? Früh.", False)
+    assert standard_input(Team()) is sys.stdin
