@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -13,7 +12,7 @@ import typer
 
 from headprof.cli.asking import one_line
 from headprof.cli.command import command, given_options
-from headprof.cli.context import load, terminal
+from headprof.cli.context import join_ranks, load, standard_input, terminal
 from headprof.cli.options import (
     Batch,
     CompressOptions,
@@ -27,6 +26,7 @@ from headprof.cli.options import (
     Observe,
     Questions,
     ReadOptions,
+    Tp,
     compression_request,
 )
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
@@ -64,6 +64,7 @@ def compress(
     decoding: DecodingOptions,
     reading: ReadOptions,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Compress a document's cache to a file that answers questions in later processes.
 
@@ -88,6 +89,7 @@ def compress(
     from headprof.compression.request import AUTO, document_method
     from headprof.profile.finding import learning_command
 
+    team = join_ranks(tp)
     given = given_options(context, CompressOptions, KeepOptions)
     answering = ("batch", "max_new_tokens", *(() if max_loss is not None else ("backend", "eager", "compiles")))
     check_answering(given_options(context, *answering), question is not None or questions is not None)
@@ -100,7 +102,8 @@ def compress(
     request = compression_request(compressing, tuning, decoding, reading, given)
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
-    asked += read_questions(questions, sys.stdin) if questions is not None else []
+    if questions is not None:
+        asked += read_questions(questions, standard_input(team) if str(questions) == "-" else None)
     wanted = keeping.keeping(given)
     wanted.check(document)
     target = output or Path(f"{file.stem}.kv.safetensors")
@@ -110,7 +113,7 @@ def compress(
         profile_input(model, request.profile, request.surrogate),
     )
     check_outputs({target: FORMAT}, read)
-    loaded = load(model, loading)
+    loaded = load(model, loading, tp)
     if asked:
         question_tokens(loaded, len(encoded_document(loaded, document, wanted)[0]), asked, max_new_tokens)
     plan = request.plan(loaded)
@@ -134,6 +137,7 @@ def compress(
     if chosen and request.method == "headkv-kvzip":
         command = learning_command(loaded.name, request.profile, loaded.given)
         terminal.remark(f"The profile has no budgets for learned-kvzip: `{command}` learns them.")
+    team.leave()
 
 
 def _show(figures: dict[str, Any], answered: list[tuple[str, str]], json: bool) -> None:

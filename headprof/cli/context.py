@@ -6,8 +6,9 @@ import shlex
 import sys
 import warnings
 from dataclasses import asdict
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from headprof.cli.options import LoadOptions
 from headprof.cli.terminal import Terminal
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 terminal = Terminal()
 
 
-def load(model: str | None, options: LoadOptions) -> LoadedModel:
-    """The model that a command is about."""
+def load(model: str | None, options: LoadOptions, tp: int = 1) -> LoadedModel:
+    """The model that a command is about, which `tp` processes hold together."""
     from headprof.models.loading import load_model
 
     with terminal.progress() as report, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # its notes are remarked, once
-        loaded = load_model(model, **asdict(options), progress=report)
+        loaded = load_model(model, **asdict(options), tp=tp, progress=report)
     for note in loaded.notes:
         terminal.remark(f"Warning: {note}")
     return loaded
@@ -47,6 +48,33 @@ def join_team() -> Team:
     if team.rank:
         terminal.configure(quiet=True, debug=terminal.debug)
     return team
+
+
+def join_ranks(tp: int) -> Team:
+    """The processes that hold one model together, of which only the first one speaks; one alone where `tp` is 1.
+
+    Raises:
+        UsageError: the launcher started another number of them.
+    """
+    from headprof.utils.team import Team, join_in_step
+
+    if tp == 1:
+        return Team()
+    team = join_in_step(tp)
+    if team.rank:
+        terminal.configure(quiet=True, debug=terminal.debug, mute=True)
+    return team
+
+
+def standard_input(team: Team) -> TextIO | None:
+    """The standard input; where several processes hold the model, all that the first one is given, for each."""
+    if team.ranks == 1:
+        return sys.stdin
+    given = None
+    if team.rank == 0 and sys.stdin is not None and not sys.stdin.isatty():
+        given = sys.stdin.buffer.read()
+    given = team.share(given)
+    return None if given is None else TextIOWrapper(BytesIO(given), encoding="utf-8", errors="surrogateescape")
 
 
 def command_line() -> str:

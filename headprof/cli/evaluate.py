@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command
-from headprof.cli.context import command_line, join_team, load, load_profile, terminal
+from headprof.cli.context import command_line, join_ranks, join_team, load, load_profile, terminal
 from headprof.cli.options import (
     BOTH,
     MOST,
@@ -27,6 +27,7 @@ from headprof.cli.options import (
     Profile,
     Seed,
     Surrogate,
+    Tp,
     listed,
     step_of,
 )
@@ -167,6 +168,7 @@ def evaluate(
     tuning: MethodOptions,
     decoding: DecodingOptions,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Compare methods at budgets: on needle probes that no profile was made from, on benchmarks, on texts.
 
@@ -184,12 +186,13 @@ def evaluate(
     """
     from headprof.evaluation.run import EvalRun
 
+    ranks = join_ranks(tp)
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     request = replace(request, surrogate=surrogate, profile=profile, keep=tuple(keep or ()))
     needs_profile = request.check()
     _check_outputs(output, model, profile, data, loading, surrogate)
-    team = join_team()
-    loaded = load(model, loading)
+    team = ranks if tp > 1 else join_team()
+    loaded = load(model, loading, tp)
     head_profile = load_profile(loaded, profile) if needs_profile else None
     with terminal.progress() as report:
         run = EvalRun(

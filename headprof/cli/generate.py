@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ import typer
 
 from headprof.cli.asking import converse, show_answers, show_conversation
 from headprof.cli.command import command, given_options
-from headprof.cli.context import load, terminal
+from headprof.cli.context import join_ranks, load, standard_input, terminal
 from headprof.cli.options import (
     Batch,
     CompressOptions,
@@ -28,6 +27,7 @@ from headprof.cli.options import (
     Questions,
     ReadOptions,
     Seed,
+    Tp,
     compression_request,
 )
 from headprof.cli.outputs import check_outputs, model_inputs
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from headprof.compression.prompts import Prompt
     from headprof.compression.request import CompressionRequest
     from headprof.models.loading import LoadedModel
+    from headprof.utils.team import Team
 
 
 @command
@@ -74,6 +75,7 @@ def generate(
     decoding: DecodingOptions,
     reading: ReadOptions,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Answer a prompt under a key/value-cache budget.
 
@@ -86,16 +88,20 @@ def generate(
     headprof generate --file report.txt --prompt "Who signed it?" --keep "Note 3: names are in full."
     headprof generate --cache report.kv.safetensors --prompt "Who signed it?"
     headprof generate --cache report.kv.safetensors --questions questions.txt
-    headprof generate --cache report.kv.safetensors --chat[/]
+    headprof generate --cache report.kv.safetensors --chat
+    torchrun --nproc-per-node 2 -m headprof generate --model meta-llama/Meta-Llama-3-70B-Instruct --tp 2[/]
     """
     from headprof.compression.generation import check_temperature
     from headprof.compression.inputs import check_asking, check_sources, what_to_ask
     from headprof.compression.prompts import full_cache_bytes, new_prompt, prompt_about
     from headprof.compression.request import AUTO, question_method
 
+    team = join_ranks(tp)
     given = given_options(context, CompressOptions, KeepOptions, MethodOptions)
     check_sources(file, cache, compare, given)
     check_asking(prompt, questions, chat, cache, save)
+    if chat and tp > 1:
+        raise UsageError("A conversation is held by one process: leave --chat or --tp away.")
     if questions is None and given_options(context, "batch"):
         raise UsageError("A single question is no batch: leave --batch away, or give a file of --questions.")
     check_temperature(temperature)
@@ -105,17 +111,19 @@ def generate(
     request = compression_request(compressing, tuning, decoding, reading, given)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if cache is not None and questions is not None:
-        _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading)
+        _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading, team)
         return
     if cache is not None and chat:
         _converse(cache, save, request, options, reading, json, model, loading)
         return
-    document, question, built_in = what_to_ask(file, prompt, sys.stdin, about=cache)
+    document, question, built_in = what_to_ask(
+        file, prompt, standard_input(team) if prompt is None else None, about=cache
+    )
     if built_in:
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
     wanted = keeping.keeping(given)
     wanted.check(document, question)
-    loaded = load(model, loading)
+    loaded = load(model, loading, tp)
     if cache is not None:
         asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
     else:
@@ -129,6 +137,7 @@ def generate(
     made = _answer(loaded, asked, options, (lambda _: None) if json else terminal.write)
     full_bytes = full_cache_bytes(loaded, made, beside.get("full"))
     _show(question, {asked.label: made} | beside, full_bytes, json)
+    team.leave()
 
 
 def _answer_all(
@@ -139,16 +148,18 @@ def _answer_all(
     json: bool,
     model: str | None,
     loading: LoadOptions,
+    team: Team,
 ) -> None:
     """Answer a file of questions, each from a copy of the document."""
     from headprof.compression.batches import answer_each
     from headprof.compression.inputs import read_questions
     from headprof.compression.prompts import document_cache
 
-    asked = read_questions(questions, sys.stdin)
-    loaded = load(model, loading)
+    asked = read_questions(questions, standard_input(team) if str(questions) == "-" else None)
+    loaded = load(model, loading, team.ranks)
     document, label = document_cache(loaded, cache, request.decoding)
     show_answers(label, asked, answer_each(loaded, document, asked, **options), json)
+    team.leave()
 
 
 def _converse(

@@ -61,6 +61,16 @@ Questions = Annotated[
 Batch = Annotated[
     int, typer.Option(min=1, max=1024, help="Questions that are answered at a time; answers are the same.")
 ]
+Tp = Annotated[
+    int,
+    typer.Option(
+        "--tp",
+        min=1,
+        max=1024,
+        help="Processes that hold the model together, each its own heads: torchrun --nproc-per-node N ... --tp N.",
+        rich_help_panel="Model",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel="Model")
 ]

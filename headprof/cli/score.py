@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command, given_options
-from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.context import command_line, join_ranks, join_team, load, terminal
 from headprof.cli.curves import CurveOptions, add_curves, curve_outputs, curve_request, measure
-from headprof.cli.options import MOST, MOST_PROBES, Families, LoadOptions, Model, ProfileOutput, Seed, listed
+from headprof.cli.options import MOST, MOST_PROBES, Families, LoadOptions, Model, ProfileOutput, Seed, Tp, listed
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.reconstruction import (
     LearningOptions,
@@ -108,6 +108,7 @@ def score(
     ] = True,
     output: ProfileOutput = None,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Score every attention head of a model, and write a head profile.
 
@@ -128,6 +129,9 @@ def score(
     headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
+    together = join_ranks(tp)
+    if tp > 1:
+        _check_together(learning, curving, tuning=tuning)
     if learning.surrogate:
         _fit_surrogate(context, model, asked.preset, seed, learning, output, loading)
         return
@@ -148,8 +152,8 @@ def score(
         return
     target = _checked_target(output, model, asked, loading, curves)
     earlier = learned_before(target, model) if resume and not learning.reconstruction else None
-    team = join_team()
-    loaded = load(model, loading)
+    team = together if tp > 1 else join_team()
+    loaded = load(model, loading, tp)
     if earlier is not None and earlier.shape.differences(loaded.shape):
         earlier = None
     if learning.reconstruction:
@@ -169,6 +173,24 @@ def score(
         if tuning:
             profile = tune_scored(loaded, profile, target)
         _show(profile, target, stopping=request.stop is not None)
+
+
+def _check_together(learning: LearningOptions, curving: CurveOptions, *, tuning: bool) -> None:
+    """
+    Raises:
+        UsageError: something is asked for that processes which hold one model together do not do.
+    """
+    asked = {
+        "--surrogate": learning.surrogate,
+        "--reconstruction": learning.reconstruction,
+        "--add-to": learning.add_to is not None,
+        "--no-probes": learning.no_probes,
+        "--curves": curving.curves,
+    }
+    if other := next((name for name, given in asked.items() if given), None):
+        raise UsageError(f"Processes that hold one model together only score probes: leave --tp or {other} away.")
+    if tuning:
+        raise UsageError("A profile is tuned where one process holds the model: with --tp, add --no-tune.")
 
 
 def _fit_surrogate(

@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,6 +22,8 @@ Report = Callable[[str, int, int], None]
 """Takes a description, the work done and the work in all."""
 
 _LONGEST_WORD, _END_OF_WORD = 300, 20
+_PATIENCE = 15.0
+"""Seconds within which a launcher ends all processes once one of them has failed."""
 
 
 class Terminal:
@@ -29,18 +32,20 @@ class Terminal:
     Attributes:
         quiet: no progress, no tables, no remarks; results and errors only.
         debug: let errors through with their traceback.
+        mute: nothing at all, since another process says the same; but for an error that this one meets alone.
         has_failed: whether an error has been said.
     """
 
     def __init__(self, *, quiet: bool = False, debug: bool = False):
         self.configure(quiet=quiet, debug=debug)
 
-    def configure(self, *, quiet: bool, debug: bool) -> None:
+    def configure(self, *, quiet: bool, debug: bool, mute: bool = False) -> None:
         """Begin anew with these."""
-        self.quiet = quiet
+        self.quiet = quiet or mute
         self.debug = debug
+        self.mute = mute
         self.has_failed = False
-        self.stderr = _console(stderr=True, quiet=quiet)
+        self.stderr = _console(stderr=True, quiet=self.quiet)
 
     @contextmanager
     def progress(self) -> Iterator[Report]:
@@ -70,6 +75,8 @@ class Terminal:
 
     def result_table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table on stdout, for commands whose result is a table."""
+        if self.mute:
+            return
         with _standard_output():
             _console().print(_table(columns, rows, title))
 
@@ -87,12 +94,16 @@ class Terminal:
         self._write(printable_json(text) + "\n")
 
     def _write(self, text: str) -> None:
+        if self.mute:
+            return
         with _standard_output():
             sys.stdout.write(text)
 
     def error(self, message: str) -> None:
         """One sentence on stderr, also when quiet."""
         self.has_failed = True
+        if self.mute:  # if the first process fails too, it says so, and the launcher ends this one
+            time.sleep(_PATIENCE)
         words = [_cut(word) for word in printable(message).split(" ")]
         _console(stderr=True).print(f"Error: {' '.join(words)}", markup=False)
 

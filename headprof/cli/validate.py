@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command
-from headprof.cli.context import load, load_profile, terminal
-from headprof.cli.options import MOST, MOST_PROBES, Families, JsonFlag, LoadOptions, Model, ProfileFile, Seed, listed
+from headprof.cli.context import join_ranks, load, load_profile, terminal
+from headprof.cli.options import (
+    MOST,
+    MOST_PROBES,
+    Families,
+    JsonFlag,
+    LoadOptions,
+    Model,
+    ProfileFile,
+    Seed,
+    Tp,
+    listed,
+)
 from headprof.cli.outputs import check_outputs, model_inputs, profile_input
 from headprof.cli.tables.validate import agreements, side_by_side, validation
 from headprof.errors import UsageError
@@ -75,6 +86,7 @@ def validate(
     ] = None,
     json: JsonFlag = False,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Silence the top heads of a profile and see whether the answers go, beside random heads of the same layers.
 
@@ -87,6 +99,7 @@ def validate(
     from headprof.plots.validation import check_picture
     from headprof.validation.findings import check_profile
 
+    team = join_ranks(tp)
     settings = _settings(check, seed, where)
     if csv is not None and not per_head:
         raise UsageError("The figures for --csv are those of --per-head: give both.")
@@ -94,7 +107,7 @@ def validate(
     targets = {path: None for path in (output, csv) if path is not None}
     check_outputs(targets, chain(profile_input(model, profile), beside or (), model_inputs(model, loading)))
     _check_settings(settings, model, [profile, *(beside or ())])
-    loaded = load(model, loading)
+    loaded = load(model, loading, tp)
     head_profile = load_profile(loaded, profile)
     others = _named({path: load_profile(loaded, path) for path in beside or ()})
     with terminal.progress() as report:
@@ -107,7 +120,9 @@ def validate(
             batch_heads=batch_heads,
             on_progress=report,
         )
-    _keep(found, output, csv)
+    team.leave()
+    if team.rank == 0:
+        _keep(found, output, csv)
     _show(found, json)
     terminal.remark(f"The picture is {output}.")
     if not found.confirmed:

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.together import TogetherCache
 from headprof.compression.encoding import question_ids
-from headprof.compression.generation import Generation, ask, token_choice
+from headprof.compression.generation import Generation, ask, held_bytes, token_choice
 from headprof.compression.session import attending_ragged, prefill
 from headprof.errors import UsageError
 from headprof.models.decoder import running_model
@@ -69,7 +69,7 @@ class _Asked:
             text=loaded.tokenizer.decode(self.new, skip_special_tokens=True),
             prompt_tokens=self.prompt_tokens,
             new_tokens=len(self.new),
-            cache_bytes=self.cache.nbytes,
+            cache_bytes=held_bytes(loaded, self.cache),
             prefill_seconds=self.times[0] - self.start,
             decode_seconds=self.times[-1] - self.times[0],
             cached_tokens=cached,

@@ -76,7 +76,7 @@ def said_greedily(
     fed = torch.tensor([[*tail]], device=loaded.device).expand(len(said), -1)
     for _ in range(max_new_tokens):
         logits = loaded.model(fed, past_key_values=stack, use_cache=True, logits_to_keep=1).logits
-        chosen = logits[:, -1].argmax(dim=-1)
+        chosen = loaded.shard.agreed(logits[:, -1].argmax(dim=-1))
         for number, token in zip(running, chosen.tolist(), strict=True):
             if number in finished:
                 continue

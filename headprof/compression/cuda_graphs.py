@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from headprof.models.tensor_parallel import HeadShard
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -46,4 +48,5 @@ class CudaGraphs:
 def recording_for(model: PreTrainedModel) -> Recording | None:
     """What captures this model's steps, if anything can."""
     devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    return CudaGraphs(model.device) if model.device.type == "cuda" and len(devices) <= 1 else None
+    alone = len(devices) <= 1 and HeadShard.of_model(model).is_whole
+    return CudaGraphs(model.device) if model.device.type == "cuda" and alone else None

@@ -29,6 +29,7 @@ from torch import Tensor
 from headprof.compression.cuda_graphs import Recording, recording_for
 from headprof.compression.step_cache import StepCache
 from headprof.errors import ModelError, UsageError
+from headprof.models.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -347,7 +348,7 @@ def with_decode_steps(
     """A model's forward pass, whose decode steps are run as `step` says (see `STEPS`); `None` if plainly.
 
     Raises:
-        ModelError: steps are to be captured and cannot be.
+        ModelError: steps are to be captured or compiled and cannot be.
     """
     if step == "eager":
         return None
@@ -356,6 +357,8 @@ def with_decode_steps(
         raise ModelError(
             "Steps of a model on several devices cannot be captured: leave step='graph' (--step graph) away."
         )
+    if step == "compiled" and not HeadShard.of_model(model).is_whole:
+        raise ModelError("Steps of a model that several processes hold cannot be compiled: leave --compile away.")
     if record is None and step != "compiled":
         return None
     steps = DecodeSteps(model, forward, link, step, backend, record)

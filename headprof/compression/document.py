@@ -31,6 +31,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.second_tier import joined_tiers, without_slots
+from headprof.compression.cache.whole_cache import own_cache, whole_cache
 from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
 from headprof.compression.document_tier import TIER_ROWS, saved_tier, tier_parts
 from headprof.compression.kernels.packed_kinds import as_facts, from_facts
@@ -70,6 +71,8 @@ def save_document(
 ) -> None:
     """Write a compressed cache atomically; free space is left out.
 
+    Where several processes hold the model, each must call this, and the first one writes.
+
     Args:
         cache: filled from a document, on any device.
         path: the file.
@@ -89,12 +92,15 @@ def save_document(
             "entry point of the group headprof.methods."
         )
 
-    tensors = _tensors(cache)
-    metadata = _metadata(cache, loaded)
-    metadata |= notes or {}
-    metadata["checksum"] = checksum(tensors, metadata)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    whole, weights = whole_cache(cache), weights_fingerprint(loaded.model)
+    if whole is not None:
+        tensors = _tensors(whole)
+        metadata = _metadata(whole, loaded, weights)
+        metadata |= notes or {}
+        metadata["checksum"] = checksum(tensors, metadata)
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    loaded.shard.of_first(None)  # no process goes on before the file is there
 
 
 def _budget_facts(budget: Budget) -> dict[str, Any]:
@@ -121,8 +127,8 @@ def _tensors(cache: HeadCache) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
-    """What a file says of a cache."""
+def _metadata(cache: HeadCache, loaded: LoadedModel, weights: str) -> dict[str, str]:
+    """What a file says of a cache that a model with these weights has filled."""
     plan = cache.plan
     packed = [as_facts(layer.storage.rows.packed) for layer in cache.head_layers]
     options = _options(plan)
@@ -131,7 +137,7 @@ def _metadata(cache: HeadCache, loaded: LoadedModel) -> dict[str, str]:
         "format_version": _version(cache, any(packed) or "representation" in options),
         "model": loaded.name,
         "fingerprint": json.dumps(loaded.shape.to_dict()),
-        "weights": weights_fingerprint(loaded.model),
+        "weights": weights,
         "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
         "method": plan.name,
         "options": json.dumps(options),
@@ -221,7 +227,8 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     Continue it inside `attending_ragged(loaded.model)` or `compressed(...)`, with the tokens that follow the document.
 
     Returns:
-        The cache, on the model's devices, and the file's metadata.
+        The cache, on the model's devices, and the file's metadata. Of a model that several processes hold each has its
+        own heads' rows.
 
     Raises:
         CacheError: the file is missing, damaged, altered, no compressed cache, of another version, or made with
@@ -252,7 +259,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
     cache.goes_on_protecting(ProtectedTokens.of(tensors.get("protected")))
     if "ids" in tensors:
         cache.with_tokens(_saved_ids(path, tensors["ids"], cache, loaded))
-    return cache, metadata
+    return own_cache(cache, loaded.shard), metadata
 
 
 def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dict[str, str], DocumentFacts]:

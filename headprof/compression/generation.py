@@ -25,6 +25,7 @@ from headprof.compression.streaming import TimedStreamer
 from headprof.errors import UsageError
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel, require_finite
+from headprof.models.tensor_parallel import HeadShard
 
 LOWEST_TEMPERATURE = 1e-4
 """But for 0, which is greedy decoding; divided by less, logits overflow."""
@@ -42,7 +43,8 @@ class Generation:
         text: the new tokens, decoded at once, without special ones.
         prompt_tokens, new_tokens: tokens read and written.
         cached_tokens: those of the prompt that came from a cache already filled.
-        cache_bytes: bytes that the cache held when the text was done, on the model's devices.
+        cache_bytes: bytes that the cache held when the text was done, on the devices of all processes that hold the
+            model.
         prefill_seconds: until the first token, compression included.
         decode_seconds: from the first token to the last.
         second_tier_bytes: bytes of evicted rows that could be brought back, on the host or in a file, at that time.
@@ -76,6 +78,18 @@ class _FiniteLogits(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         require_finite(scores.amax(dim=-1), scores.dtype)  # some models rule tokens out by -inf
         return scores
+
+
+class _OneVoice(LogitsProcessor):
+    """Lets all processes that hold a model choose by the logits of the first, down to the last bit."""
+
+    looks_at_ids = False
+
+    def __init__(self, shard: HeadShard):
+        self._shard = shard
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return self._shard.agreed(scores)  # type: ignore[return-value]
 
 
 def compress_document(
@@ -176,8 +190,13 @@ def _layer_by_layer(loaded: LoadedModel, on_layer: Callable[[int, int], None], r
             hook.remove()
 
 
+def held_bytes(loaded: LoadedModel, cache: Cache) -> int:
+    """Bytes that a cache holds, in all processes together that hold the model."""
+    return loaded.shard.total(cache_nbytes(cache))
+
+
 def cache_nbytes(cache: Cache) -> int:
-    """Bytes that a cache holds, ours or one of Transformers' dynamic ones."""
+    """Bytes that a cache holds in this process, ours or one of Transformers' dynamic ones."""
     if isinstance(cache, HeadCache):
         return cache.nbytes
     held = [
@@ -266,31 +285,35 @@ def generate_text(
             **token_choice(loaded, max_new_tokens, temperature),
         )
     on_ids(streamer.new_ids)
-    return _made(streamer, start, seen, ids.shape[1], used)
+    evicted = used.second_tier_bytes if isinstance(used, HeadCache) else 0
+    return _made(streamer, start, seen, ids.shape[1], held_bytes(loaded, used), evicted)
 
 
 def token_choice(loaded: LoadedModel, max_new_tokens: int, temperature: float) -> dict[str, Any]:
     """Arguments of `generate` that say how tokens are chosen, and how many."""
+    shard = loaded.shard
     return {
         "max_new_tokens": max_new_tokens,
         "pad_token_id": loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
-        "logits_processor": LogitsProcessorList([_FiniteLogits()]),
+        "logits_processor": LogitsProcessorList([_FiniteLogits(), *([] if shard.is_whole else [_OneVoice(shard)])]),
         **_sampling(temperature),
     }
 
 
-def _made(streamer: TimedStreamer, start: float, seen: int, given: int, cache: Cache) -> Generation:
+def _made(
+    streamer: TimedStreamer, start: float, seen: int, given: int, cache_bytes: int, second_tier_bytes: int
+) -> Generation:
     """What came of `given` tokens after `seen` that the cache held, begun at `start`."""
     times = streamer.token_times
     return Generation(
         text=streamer.text,
         prompt_tokens=seen + given,
         new_tokens=len(times),
-        cache_bytes=cache_nbytes(cache),
+        cache_bytes=cache_bytes,
         prefill_seconds=times[0] - start,
         decode_seconds=times[-1] - times[0],
         cached_tokens=seen,
-        second_tier_bytes=cache.second_tier_bytes if isinstance(cache, HeadCache) else 0,
+        second_tier_bytes=second_tier_bytes,
     )
 
 

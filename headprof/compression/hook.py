@@ -57,6 +57,7 @@ from headprof.models.attention_hook import AttentionFunction, wrap_attention
 from headprof.models.changing import Change, Changes, changed
 from headprof.models.decoder import find_decoder_layers, running_model
 from headprof.models.rotary import Rotary, rotary_of
+from headprof.models.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,12 +161,13 @@ class _Link:
             _run_uncompiled(changes, link.given, self.model)
         if self.prefill_chunk is not None:
             _chunk_layers(changes, self.model, self.prefill_chunk)
-        rotaries, check = _Rotaries(self.model), LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
+        shard, rotaries = HeadShard.of_model(self.model), _Rotaries(self.model)
+        check = LinkCheck(self.model, in_chunks=self.prefill_chunk is not None)
         now = ForwardPass(check)
         wrap_attention(
             changes,
             self.model,
-            lambda base: _linked(base, self.backend, rotaries, check, now),
+            lambda base: _linked(base, self.backend, rotaries, check, now, shard),
             lambda make: _pending(make, now, self.prefill_chunk),
         )
         new_cache = next((link.new_cache for link in reversed(links) if link.new_cache), None)
@@ -316,7 +318,7 @@ def _in_chunks(forward: Callable, chunk: int) -> Callable:
 
 
 def _linked(
-    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: ForwardPass
+    base: AttentionFunction, backend: str, rotaries: _Rotaries, check: LinkCheck, now: ForwardPass, shard: HeadShard
 ) -> AttentionFunction:
     """The model's attention function `base`, linked to the cache layer whose mark the keys carry."""
 
@@ -335,6 +337,7 @@ def _linked(
             sliding_window=kwargs.get("sliding_window"),
             rotary=rotaries.of(module.layer_idx),
             module=module,
+            shard=shard,
         )
         if not cache_layer.is_initialized:
             if cache_layer.segments:

@@ -19,6 +19,7 @@ from torch import Tensor
 from headprof.errors import ModelError
 from headprof.models.decoder import decoder_of, sliding_windows
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -61,7 +62,9 @@ class LinkCheck:
         self._windows = sliding_windows(model.config)
         longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._longest = longest or math.inf
-        self._shape = HeadShape.from_config(model.config)
+        shape, shard = HeadShape.from_config(model.config), HeadShard.of_model(model)
+        self._num_heads, self._num_kv_heads = shard.count(shape.num_heads), shard.count(shape.num_kv_heads)
+        self._head_dim = shape.head_dim
         self._in_chunks = in_chunks
         self._left = {True, False}
         self._in_thread = local()
@@ -154,10 +157,10 @@ class LinkCheck:
             raise self._refused(f"makes other keys of those that the cache returns (layer {layer})")
         if not _same(value, values):
             raise self._refused(f"makes other values of those that the cache returns (layer {layer})")
-        if query.shape[1] != self._shape.num_heads or query.shape[-1] != key.shape[-1]:
+        if query.shape[1] != self._num_heads or query.shape[-1] != key.shape[-1]:
             raise self._refused(
                 f"has {query.shape[1]} query heads of width {query.shape[-1]} in layer {layer} where its configuration "
-                f"says {self._shape.num_heads} of width {key.shape[-1]}"
+                f"says {self._num_heads} of width {key.shape[-1]}"
             )
         self._check_window(layer, options)
         self._check_bias(now, layer, mask, options)
@@ -183,10 +186,10 @@ class LinkCheck:
     def _check_widths(self, layer: int, keys: Tensor, values: Tensor) -> None:
         if keys.shape != values.shape:
             raise self._refused(f"has keys {_heads(keys)} but values {_heads(values)} in layer {layer}")
-        if (keys.shape[1], keys.shape[-1]) != (self._shape.num_kv_heads, self._shape.head_dim):
+        if (keys.shape[1], keys.shape[-1]) != (self._num_kv_heads, self._head_dim):
             raise self._refused(
                 f"has KV heads {_heads(keys)} in layer {layer} where its configuration says "
-                f"{self._shape.num_kv_heads} of width {self._shape.head_dim}"
+                f"{self._num_kv_heads} of width {self._head_dim}"
             )
 
     def _check_window(self, layer: int, options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from headprof.compression.methods.method import Method
 from headprof.compression.protected import ProtectedTokens
 from headprof.errors import UsageError
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import WHOLE, HeadShard
 from headprof.profile.surrogate import Surrogate
 
 BUFFER = 64
@@ -41,6 +42,7 @@ class CompressionPlan:
             where what a prompt holds has decided how many tokens each head kept of it; `None` to share it as the
             method's budget policy says.
         unobserved: of a plan for observers, the method that judges what comes after them.
+        shard: which of the heads this process has; all else that is said here of heads is of all of them.
     """
 
     method: Method
@@ -55,6 +57,7 @@ class CompressionPlan:
     windows: tuple[int | None, ...] = ()
     shares: torch.Tensor | None = None
     unobserved: Method | None = None
+    shard: HeadShard = WHOLE
     _known: list[_Allocation] = field(default_factory=list, repr=False)
 
     @property

@@ -13,7 +13,7 @@ from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import load_document
 from headprof.compression.document_checks import promised_loss
 from headprof.compression.encoding import encoded_prompt, question_ids
-from headprof.compression.generation import Generation, generate_text
+from headprof.compression.generation import Generation, generate_text, held_bytes
 from headprof.compression.keeping import Keeping
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
@@ -130,8 +130,8 @@ def document_figures(loaded: LoadedModel, cache: HeadCache, file: Path) -> dict[
         "method": cache.plan.name,
         "document_tokens": cache.get_seq_length(),
         "protected_tokens": 0 if cache.protected is None else max(cache.protected.count(0)),
-        "tokens_per_head": float(cache.lengths.float().mean()),
-        "cache_bytes": cache.nbytes,
+        "tokens_per_head": float(cache.plan.shard.together(cache.lengths).float().mean()),
+        "cache_bytes": held_bytes(loaded, cache),
         "second_tier_bytes": cache.second_tier_bytes,
         "file_bytes": file.stat().st_size,
         "full_cache_bytes": loaded.full_cache_bytes(cache.get_seq_length()),

@@ -129,6 +129,18 @@ class Rows:
         assert self.counts is not None
         return self.counts.tolist()
 
+    def to(self, device: torch.device | str) -> Rows:
+        """These rows on a device."""
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            positions=self.positions.to(device),
+            columns={name: column.to(device) for name, column in self.columns.items()},
+            counts=None if self.counts is None else self.counts.to(device),
+            packed=None if self.packed is None else self.packed.to(device),
+        )
+
     def of_heads(self, heads: Sequence[int]) -> Rows:
         """Of flat rows those of these heads, in this order; a head may come more than once."""
         held = self.known_lengths()

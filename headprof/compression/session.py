@@ -25,6 +25,7 @@ from headprof.models.output_projection import projecting_modules
 from headprof.models.requirements import require_attention_layers
 from headprof.models.rotary import rotary_of
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 from headprof.models.token_kinds import TokenKinds
 from headprof.profile.commands import score_command
 from headprof.profile.refined_rows import REFINED_ROWS
@@ -80,6 +81,8 @@ def make_plan(
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
+    shard = HeadShard.of_model(model)
+    _check_shard(chosen, name, shard)
     if chosen.representation.needs_turning:
         _find_turning(model, shape)
     if chosen.importance.norms:
@@ -99,6 +102,7 @@ def make_plan(
         decode_budget=None if decode_budget is None else Budget.parse(decode_budget),
         buffer=buffer,
         windows=sliding_windows(model.config),
+        shard=shard,
     )
 
 
@@ -210,6 +214,25 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
         raise ModelError(
             f"{_called(name)} needs rotary embeddings as Transformers' Llama has them, which {type(model).__name__} "
             "has not: choose another method."
+        )
+
+
+def _check_shard(method: Method, name: str, shard: HeadShard) -> None:
+    """
+    Raises:
+        UsageError: heads that several processes have cannot be compressed so.
+    """
+    if shard.is_whole:
+        return
+    if method.recall.is_on:
+        raise UsageError(
+            f"{_called(name)} brings rows back from a second tier, which processes that share a model's heads do not: "
+            "leave --tp away, or give cluster=0."
+        )
+    if not method.representation.is_per_head:
+        raise UsageError(
+            f"{_called(name)} holds rows in a basis of several heads, which processes that share a model's heads do "
+            "not have together: leave --tp away, or give heads=1."
         )
 
 

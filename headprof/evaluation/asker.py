@@ -11,6 +11,7 @@ import torch
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.continuing import ReferenceRun, fed_reference, said_greedily
 from headprof.compression.filling import read_document_into
+from headprof.compression.generation import held_bytes
 from headprof.compression.observers import Observers, repeating_observers, repeats
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
@@ -120,7 +121,7 @@ class Asker:
                 agreement=reference.agreement[index] if reference.agreement else None,
                 text=texts[index],
                 prompt_tokens=caches[index].get_seq_length(),
-                cache_bytes=caches[index].nbytes,
+                cache_bytes=held_bytes(self.loaded, caches[index]),
                 second_tier_bytes=caches[index].second_tier_bytes,
                 depth=question.depth,
                 family=question.family,

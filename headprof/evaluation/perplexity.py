@@ -238,9 +238,8 @@ def _loss(
         part = slice(start, start + chunk)
         total += _nll(model(fed[:, part], past_key_values=cache, use_cache=True).logits[0], predicted[part])
     require_finite(torch.tensor(total), model.dtype)
-    return Loss(
-        number, document.name, candidate.method, candidate.budget, len(document.continuation), total, cache.nbytes
-    )
+    held = cache.plan.shard.total(cache.nbytes)
+    return Loss(number, document.name, candidate.method, candidate.budget, len(document.continuation), total, held)
 
 
 def _nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from headprof.models.tensor_parallel import in_full
+
 _SAMPLES = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,7 +18,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def weights_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     """SHA-256 (hex) of the names and shapes of a model's parameters and of a few numbers from each.
 
-    Two models of one shape, such as a base model and its instruct version, differ in it.
+    Two models of one shape, such as a base model and its instruct version, differ in it. Where several processes hold a
+    model, all of them have to ask.
 
     Args:
         model: a PyTorch module.
@@ -25,7 +28,7 @@ def weights_fingerprint(model: Any, dtype: torch.dtype | None = None) -> str:
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(f"{name}{list(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = in_full(parameter.detach()).reshape(-1)
         if flat.is_meta or flat.numel() == 0:
             continue
         sample = flat[:: max(1, flat.numel() // _SAMPLES)]

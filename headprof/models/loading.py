@@ -25,9 +25,18 @@ from headprof.models.converted import converted
 from headprof.models.embedded import EMBEDDED
 from headprof.models.finding import find_model, model_name
 from headprof.models.gguf_reader import parsed_once
-from headprof.models.placement import ATTENTIONS, DTYPES, attention_order, choose_device, placement
+from headprof.models.placement import (
+    ATTENTIONS,
+    DTYPES,
+    attention_order,
+    choose_device,
+    placement,
+    split_device,
+    split_placement,
+)
 from headprof.models.published import find_shape
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard, check_split
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +75,11 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def shard(self) -> HeadShard:
+        """Which of its heads this process has."""
+        return HeadShard.of_model(self.model)
+
     def full_cache_bytes(self, tokens: int) -> int:
         """Bytes that the full cache of this many tokens of one sequence takes."""
         return self.shape.cache_bytes_per_token(self.dtype.itemsize) * tokens
@@ -80,6 +94,7 @@ def load_model(
     attn: str = "auto",
     trust_remote_code: bool = False,
     chat_template: str | None = None,
+    tp: int = 1,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load a model and its tokenizer.
@@ -92,6 +107,8 @@ def load_model(
         attn: one of `ATTENTIONS`. `auto` is the fastest that is installed and that the architecture supports.
         trust_remote_code: run Python code that comes with the checkpoint.
         chat_template: instead of the tokenizer's own: a file with one, the name of one of the tokenizer's, or `none`.
+        tp: how many processes hold the model together, each its own heads (see `models.tensor_parallel`); they have to
+            be all that `torch.distributed` knows of.
         progress: told about the stages that take time.
 
     Raises:
@@ -106,7 +123,10 @@ def load_model(
     _check_option("dtype", dtype, DTYPES)
     _check_option("attention implementation", attn, ATTENTIONS)
     template = None if chat_template is None else _template_file(chat_template)
-    chosen = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
+    if tp > 1:
+        chosen = split_device(device, has_cuda=torch.cuda.is_available())
+    else:
+        chosen = choose_device(device, num_cuda=torch.cuda.device_count(), has_mps=torch.backends.mps.is_available())
     source = find_model(model, progress or no_progress)
     if source.is_gguf:
         source = converted(source, progress or no_progress)
@@ -114,6 +134,8 @@ def load_model(
         config = read_config(source, trust_remote_code)
         require_decoder(config)
         vocab_size = HeadShape.from_config(config).vocab_size
+        if tp > 1:
+            _check_split(source, config, tp)
         flash = chosen.startswith("cuda") and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
         attention, num_parameters = outline(config, attention_order(attn, flash), trust_remote_code)
         # Before the weights: a missing tokenizer should not cost minutes of loading.
@@ -121,7 +143,10 @@ def load_model(
         _check_vocabulary(source, tokenizer, vocab_size)
         if chat_template is not None:
             tokenizer.chat_template = _chosen_template(tokenizer, chat_template, template)
-        placed = placement(source, config, chosen, dtype, num_parameters)
+        if tp > 1:
+            placed = _placed_alike(split_placement(source, config, chosen, dtype, num_parameters, tp), tp)
+        else:
+            placed = placement(source, config, chosen, dtype, num_parameters)
         loaded, notes = read_model(source, config, trust_remote_code, attn_implementation=attention, **placed)
     if loaded.generation_config is not None and loaded.generation_config.pad_token_id is None:
         loaded.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -130,6 +155,35 @@ def load_model(
         warnings.warn(note, stacklevel=3)  # the caller's line, past the decorator
     longest = _max_positions(config, tokenizer)
     return LoadedModel(loaded, tokenizer, shape, source.name, longest, tuple(notes), model or "")
+
+
+def _check_split(source: Source, config: Any, size: int) -> None:
+    """
+    Raises:
+        ModelError: this checkpoint cannot be held by so many processes together.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() != size:
+        raise ModelError(f"Here are not the {size} processes that are to hold the model: start them with torchrun.")
+    if source.is_gguf:
+        raise ModelError(
+            f"The .gguf file of {source.name} is read as a whole and cannot be split: pass the model as a safetensors "
+            "folder, or leave --tp away."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{source.name} is quantized, and its weights cannot be split: pass the model without quantization, or "
+            "leave --tp away."
+        )
+    check_split(config, source.name, HeadShape.from_config(config), size)
+
+
+def _placed_alike(placed: dict[str, Any], size: int) -> dict[str, Any]:
+    """The same in all processes, which may have found different amounts of memory free."""
+    import torch.distributed as dist
+
+    return placed | {"dtype": HeadShard(dist.get_rank(), size).of_first(placed["dtype"])}
 
 
 def require_finite(numbers: torch.Tensor, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from headprof.errors import ModelError
 from headprof.models.decoder import decoder_of
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,10 +67,15 @@ def _width(projection: Any) -> int | None:
 
 @torch.no_grad()
 def output_weights(attention: torch.nn.Module, num_heads: int) -> Tensor:
-    """By what each head's output is multiplied before all are added up, float32 `[H, D, E]`."""
+    """By what each head's output is multiplied before all are added up, float32 `[H, D, E]`.
+
+    Args:
+        attention: the attention module.
+        num_heads: `H`, of the heads that this process has.
+    """
     projection = projection_of(attention)
     if type(projection) is torch.nn.Linear:
-        return projection.weight.T.float().unflatten(0, (num_heads, -1))
+        return local(projection.weight).T.float().unflatten(0, (num_heads, -1))
     weight, width = next(projection.parameters()), _width(projection)
     assert width is not None  # as the plan has seen to
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
@@ -82,7 +88,7 @@ def stacked_output_weights(attentions: Sequence[torch.nn.Module], num_heads: int
     """`output_weights` of several layers on one device, float32 `[l, E, H * D]`, by few operations."""
     projections = [projection_of(each) for each in attentions]
     if all(type(each) is torch.nn.Linear for each in projections):
-        return torch.stack([each.weight for each in projections]).float()
+        return torch.stack([local(each.weight) for each in projections]).float()
     return torch.stack([output_weights(each, num_heads).flatten(0, 1).T for each in attentions])
 
 

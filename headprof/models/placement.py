@@ -66,6 +66,32 @@ def attention_order(requested: str, flash: bool) -> list[str]:
     return ["flash_attention_2", "sdpa", "eager"] if flash else ["sdpa", "eager"]
 
 
+def split_device(requested: str, *, has_cuda: bool) -> str:
+    """`cuda` or `cpu` for a model that is held by several processes: Transformers takes what there is.
+
+    Raises:
+        UsageError: something else is asked for.
+    """
+    kind = "cuda" if has_cuda else "cpu"
+    if requested not in ("auto", kind):
+        raise UsageError(f"With --tp each process takes its own {kind.upper()} device here: leave --device away.")
+    return kind
+
+
+def split_placement(
+    source: Source, config: Any, device: str, dtype: str, num_parameters: int, size: int
+) -> dict[str, Any]:
+    """As `placement`, for a model of which each of `size` processes holds its part by Transformers' own plan."""
+    import torch
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    here = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    placed = placement(source, config, here, dtype, num_parameters if device == "cpu" else num_parameters // size)
+    if placed["device_map"] == "auto":
+        raise ModelError(f"{source.name} does not fit the memory of {size} GPUs: start more processes.")
+    return {"dtype": placed["dtype"], "distributed_config": DistributedConfig(tp_plan="auto", tp_size=size)}
+
+
 def placement(source: Source, config: Any, device: str, dtype: str, num_parameters: int) -> dict[str, Any]:
     """The `dtype` and `device_map` arguments of `from_pretrained`.
 

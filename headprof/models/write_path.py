@@ -28,6 +28,7 @@ from headprof.models.output_projection import (
     stacked_output_weights,
 )
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import in_full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,6 +227,7 @@ class _Finder:
             raise _Unknown("its output layer is not one table of weights")
         if any(part.device.type == "meta" for part in model.parameters()):
             raise _Unknown("some of its weights are loaded only when they are needed")
+        self.unembedding = in_full(cast(Tensor, self.head.weight))
         self.attended: dict[nn.Module, Tensor] = {}
         self.seen: dict[nn.Module, _Seen] = {}
         self.logits = self._watch()
@@ -238,7 +240,7 @@ class _Finder:
         if norm is None:
             raise _Unknown("what follows its last layer is no norm")
         held = self._held(norm)
-        return WritePath(layers, held, self.head.weight, self._factor(self.seen[norm].after))
+        return WritePath(layers, held, self.unembedding, self._factor(self.seen[norm].after))
 
     def _watch(self) -> Tensor:
         """Read a few tokens, and note what each part does; the logits `[N, vocabulary]`."""
@@ -317,7 +319,7 @@ class _Finder:
             self.seen[self.head].after,
             self.model.config.get_text_config().to_dict().get("final_logit_softcapping"),
         )
-        weight, bias = self.head.weight.float().cpu(), getattr(self.head, "bias", None)
+        weight, bias = self.unembedding.float().cpu(), getattr(self.head, "bias", None)
         expected = last @ weight.T + (0 if bias is None else bias.float().cpu())
         if not self._takes(self.head, last) or not self._alike(made, expected):
             raise _Unknown("its output layer does something else than multiply by its weights")

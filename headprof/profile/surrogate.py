@@ -21,6 +21,7 @@ from torch.nn.functional import gelu
 from headprof.errors import ProfileError
 from headprof.models.fingerprints import are_alike, weights_fingerprints
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import WHOLE, HeadShard
 from headprof.profile.commands import surrogate_command
 from headprof.profile.row_features import RowFeatures
 from headprof.profile.surrogate_checks import (
@@ -69,14 +70,16 @@ class Surrogate:
     metadata: Mapping[str, str] = field(default_factory=dict)
     _placed: dict[tuple[int, torch.device], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
-    def predict(self, layer_idx: int, keys: Tensor, values: Tensor) -> Tensor:
+    def predict(self, layer_idx: int, keys: Tensor, values: Tensor, shard: HeadShard = WHOLE) -> Tensor:
         """Log importance of rows of one layer, float32 `[B, K, T]`.
 
         Args:
             layer_idx: the layer's number.
             keys, values: `[B, K, T, D]` of any type; keys at whatever positions.
+            shard: which of the layer's heads they are of.
         """
-        return predicted(self._on(layer_idx, keys.device), self.features.of(keys, values))
+        parts = [shard.own(part, dim=0) for part in self._on(layer_idx, keys.device)]
+        return predicted(parts, self.features.of(keys, values))
 
     def _on(self, layer_idx: int, device: torch.device) -> tuple[Tensor, ...]:
         """One layer's parts in float32 on a device."""

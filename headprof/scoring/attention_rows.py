@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from headprof.errors import ModelError
 from headprof.models.attention_hook import AttentionFunction, eager_attention, wrapped_attention
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 from headprof.scoring.layer_blocks import Attended, LayerBlocks, in_parts, stacked
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class RowReader:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.base = model.config.get_text_config()._attn_implementation
-        self._shape = HeadShape.from_config(model.config)
+        shape = HeadShape.from_config(model.config)
+        self._num_layers, self._num_heads = shape.num_layers, HeadShard.of_model(model).count(shape.num_heads)
         self._blocks: LayerBlocks | None = None
         self._layers: Counter[int] = Counter()  # how often each has been read
 
@@ -147,8 +149,8 @@ class RowReader:
             self._blocks.finish()
         finally:
             self._blocks = None
-        if self._layers and (len(self._layers) < self._shape.num_layers or len(set(self._layers.values())) > 1):
-            raise self._refused(f"attends {self._layers.total()} times in {self._shape.num_layers} layers")
+        if self._layers and (len(self._layers) < self._num_layers or len(set(self._layers.values())) > 1):
+            raise self._refused(f"attends {self._layers.total()} times in {self._num_layers} layers")
 
     def _refused(self, why: str) -> ModelError:
         return ModelError(
@@ -173,8 +175,8 @@ class RowReader:
     def _take(self, layer: Attended) -> None:
         assert self._blocks is not None
         heads = layer.query.shape[1]
-        if heads != self._shape.num_heads or layer.query.shape[-1] != layer.key.shape[-1]:
-            raise self._refused(f"has {heads} query heads in layer {layer.layer} instead of {self._shape.num_heads}")
+        if heads != self._num_heads or layer.query.shape[-1] != layer.key.shape[-1]:
+            raise self._refused(f"has {heads} query heads in layer {layer.layer} instead of {self._num_heads}")
         self._layers[layer.layer] += 1
         self._blocks.take(layer)
 

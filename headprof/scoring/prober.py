@@ -13,6 +13,7 @@ from headprof.errors import ModelError
 from headprof.models.decoder import end_tokens
 from headprof.models.loading import require_finite
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 from headprof.models.write_path import WritePath, find_write_path
 from headprof.probes.build import Probe, ProbeContext
 from headprof.scoring.attention_rows import RowReader
@@ -162,6 +163,7 @@ class Prober:
             lengths,
             (self.shape.num_layers, self.shape.num_heads),
             path if isinstance(path, WritePath) else None,
+            HeadShard.of_model(self.model),
         )
         beside = path.bytes_per_layer() if isinstance(path, WritePath) else 0
         with self._reader.reading(packed.rows, scores.take, beside=beside), scores.reading():

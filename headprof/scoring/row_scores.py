@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headprof.models.tensor_parallel import WHOLE, HeadShard
 from headprof.models.write_path import WritePath
 from headprof.probes.build import Probe
 from headprof.scoring.attention_rows import RowBlock
@@ -74,6 +75,7 @@ class RowScores:
         lengths: tokens of each context.
         grid: `L` and `H`.
         path: from heads to logits, for write scores; `None` for none.
+        shard: which of these heads the rows are of.
     """
 
     def __init__(
@@ -84,8 +86,10 @@ class RowScores:
         lengths: Sequence[int],
         grid: tuple[int, int],
         path: WritePath | None,
+        shard: HeadShard = WHOLE,
     ):
         self._answers, self._first_kind, device = answers, packed.first_kind, tokens.device
+        self._shard, heads = shard, shard.count(grid[1])
         table = _of_rows(answers, len(packed.rows), lengths).to(device, non_blocking=True)
         spans, needles, self._said, context, *self._shares = table[:2], table[2:4], *table[4:]
         places = torch.arange(tokens.shape[1], device=device)
@@ -96,11 +100,11 @@ class RowScores:
         self._most = max(sizes, default=0)
         ranks = torch.arange(self._most, device=device)
         self._ranked = (ranks < (spans[1] - spans[0])[:, self._first_kind :, None]).float()  # [B, n, most]
-        self._found = torch.zeros(grid[0], len(lengths), grid[1], len(packed.rows), device=device)
+        self._found = torch.zeros(grid[0], len(lengths), heads, len(packed.rows), device=device)
         self._meter = None
         if path is not None:
             weights = contrast_weights((needles[0], needles[1]), context, tokens.shape[1])
-            self._meter = WriteMeter(path, grid[1], packed.rows, self._said, weights)
+            self._meter = WriteMeter(path, heads, packed.rows, self._said, weights)
 
     def take(self, block: RowBlock) -> None:
         """Take attention rows of some layers."""
@@ -140,6 +144,7 @@ class RowScores:
         tables = [_summed(self._found, own / span)]
         if self._meter is not None:
             tables.append(_summed(self._meter.of_rows(), own / count))
+        tables = [self._shard.together(table) for table in tables]
         right = logits.argmax(dim=-1) == self._said.to(logits.device)
         parts = [*tables, right, logits.amax(), peak]
         flat = torch.cat([part.to(tables[0].device, torch.float32).flatten() for part in parts]).cpu()

@@ -101,7 +101,7 @@ def per_head_drops(
             instead = read_whole(shared, context, settings.ablate)
             shared.freeze()
             whole = answers(shared, context.probes)[1]
-            batch = batch_heads or _fitting_batch(loaded, context)
+            batch = batch_heads or loaded.shard.of_first(_fitting_batch(loaded, context))
             silent_log_probs = torch.empty(len(context.probes), shape.num_layers, shape.num_heads)
             for layer in range(shape.num_layers):
                 for heads in torch.arange(shape.num_heads).split(batch):

@@ -17,6 +17,7 @@ import torch
 
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +59,7 @@ class MeanOutputs:
             yield
 
     def of_layer(self, layer: int) -> torch.Tensor:
-        """The means of a layer's heads, float32 `[H, D]`."""
+        """The means of a layer's heads, of those that this process has, float32 `[H, D]`."""
         return self._sums[layer] / self._tokens[layer]
 
 
@@ -96,13 +97,14 @@ def silenced_each(model: PreTrainedModel, silent: torch.Tensor, instead: MeanOut
         ModelError: the model's attention cannot be reached.
     """
     touched = silent.any(dim=2).any(dim=0).tolist()
+    own = HeadShard.of_model(model).own(silent)
 
     def wrap(base: AttentionFunction) -> AttentionFunction:
         def attention(module, *args, **kwargs):
             output, weights = base(module, *args, **kwargs)  # [B, Q, H, D]
             layer = module.layer_idx
             if touched[layer]:
-                mask = silent[:, layer].to(output.device)[:, None, :, None]
+                mask = own[:, layer].to(output.device)[:, None, :, None]
                 put_out = torch.zeros((), device=output.device) if instead is None else instead.of_layer(layer)
                 # Replaced, not multiplied: a head that puts out NaN is silent too.
                 output = torch.where(mask, put_out.to(output), output)

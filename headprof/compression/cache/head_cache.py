@@ -37,7 +37,11 @@ class HeadCache(PromptCache):
     def all_filled(self) -> None:
         """All layers have been filled: go on by what that came to, where the plan does so."""
         if self.plan.goes_by_prompt(self.get_seq_length()):
-            self.continue_with(self.plan.sharing_by(self.lengths.transpose(0, 1)))
+            self._share_by(self.lengths.transpose(0, 1))
+
+    def _share_by(self, counts: torch.Tensor) -> None:
+        """Go on by what this process's heads have kept, int64 `[B, L, K]`, and those of others."""
+        self.continue_with(self.plan.sharing_by(self.plan.shard.together(counts)))
 
     @classmethod
     def of_layers(cls, layers: Sequence[HeadCacheLayer]) -> HeadCache:
@@ -232,7 +236,7 @@ class HeadCache(PromptCache):
 
     def judged_by(self, ranking: RankingCache) -> None:
         verdicts = ranking.verdicts(self.plan, self.protected)
-        self.continue_with(self.plan.sharing_by(torch.stack([each.counts for each in verdicts], dim=1)))
+        self._share_by(torch.stack([each.counts for each in verdicts], dim=1))
         for layer, verdict in zip(self.head_layers, verdicts, strict=True):
             layer.verdict = verdict
 
@@ -244,7 +248,7 @@ class HeadCache(PromptCache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the cache holds; free space, positions and remembered queries included.
+        """Bytes of memory that the cache holds in this process; free space, positions and remembered queries included.
 
         Left out are token ids, which of them are protected, and where each head's rows begin and end and how many are
         packed, 16 to 24 bytes a head of each layer.
@@ -258,7 +262,7 @@ class HeadCache(PromptCache):
 
     @property
     def lengths(self) -> torch.Tensor:
-        """Rows held by each head, int64 `[L, B, K]`."""
+        """Rows held by each head that this process has, int64 `[L, B, K]`."""
         return torch.stack([torch.tensor(layer.lengths).reshape(layer.batch_size, -1) for layer in self.head_layers])
 
 

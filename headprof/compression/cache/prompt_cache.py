@@ -122,20 +122,20 @@ class RankingCache(PromptCache):
             UsageError: the budget is below what every head keeps.
             CacheError: there are no such tokens as those that are protected.
         """
-        method = plan.method
+        method, shard = plan.method, plan.shard
         layers: list[RankingLayer] = self.layers
         if protected is not None:
             protected = protected.for_batch(len(layers[0].marked), layers[0].seen)
             plan.check(layers[0].seen, protected)
-        ranked = [layer.ranked(method, protected) for layer in layers]
+        ranked = [shard.together(layer.ranked(method, protected), dim=1) for layer in layers]
         rows = sum((each > float("-inf")).sum(dim=(1, 2)).cpu() for each in ranked)
         assert isinstance(rows, torch.Tensor)
         totals = [
             min(plan.total(length), there)
             for length, there in zip(layers[0].known_lengths(), rows.tolist(), strict=True)
         ]
-        said = [layer.said[method.importance].importance for layer in layers]
-        counts = method.budget.share_out(said, ranked, totals, method.importance.noise).cpu()
+        said = [shard.together(layer.said[method.importance].importance, dim=1) for layer in layers]
+        counts = shard.own(method.budget.share_out(said, ranked, totals, method.importance.noise).cpu())
         return [
             Verdict(layer.said[method.importance], counts[:, index], layer.by_observers)
             for index, layer in enumerate(layers)

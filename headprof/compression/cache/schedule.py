@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from headprof.compression.cache.second_tier import SecondTier, evicted_rows, joined_tiers
+from headprof.compression.methods.all_heads import by_content
 from headprof.compression.methods.importance import Importance
 from headprof.compression.methods.observation import Assessment, Observation
 from headprof.compression.methods.reduction import Choice, largest
@@ -130,7 +131,8 @@ class LayerSchedule:
         method = self.plan.method
         valid = observed.valid if observed.padded else None
         past = self._past(observed)
-        ranked, counts = method.ranked(assessment.importance, counts, valid, self._protected(observed), past)
+        protected, shard = self._protected(observed), self.plan.shard
+        ranked, counts = method.ranked(assessment.importance, counts, valid, protected, past, shard)
         weights = assessment.importance if assessment.weights is None else assessment.weights
         if observed.is_prompt and self.plan.follows_content:
             counts = HeadCounts.looked_up(self._by_content(ranked, weights, counts.counts))
@@ -148,7 +150,7 @@ class LayerSchedule:
         """How many of a prompt's rows each head keeps by what they are, int64 `[B, K]`; `counts` are the most."""
         if (above := self.plan.budget.above) is not None:
             return counts.minimum((ranked > above).sum(dim=-1))
-        return self.plan.method.budget.by_content(ranked, weights, counts)
+        return by_content(self.plan.method.budget, self.plan.shard, ranked, weights, counts)
 
     def _past(self, observed: Observation) -> torch.Tensor | None:
         """Which held rows the next token cannot see, bool `[B, K, T]`; `None` where it sees all."""
@@ -188,7 +190,7 @@ class LayerSchedule:
             protected = self.plan.protected_of_prompt(self.protected, seen)
             protected *= len(lengths) // len(protected)
         pairs = zip(lengths, protected, strict=True)
-        allotted = torch.stack([self.plan.allocation(*pair)[self.layer_idx] for pair in pairs])
+        allotted = self.plan.shard.own(torch.stack([self.plan.allocation(*pair)[self.layer_idx] for pair in pairs]))
         return HeadCounts.of(allotted.minimum(torch.tensor(visible)[:, None]), observed.valid.device)
 
     def counts_again(self, observed: Observation, held: Sizes, slots: Sequence[int] = ()) -> HeadCounts:
@@ -217,7 +219,7 @@ class LayerSchedule:
     def _targets(self, seen: int, protected: int) -> torch.Tensor:
         """The same where so many tokens of each sequence are protected; one row, if they are alike."""
         allotted = self.plan.decode_allocation(seen, protected)
-        return allotted[..., self.layer_idx, :].view(-1, self.plan.shape.num_kv_heads)
+        return self.plan.shard.own(allotted[..., self.layer_idx, :].view(-1, self.plan.shape.num_kv_heads))
 
     def is_due(self, count: int, seen: int, held: Sizes) -> bool:
         """Whether `count` more tokens would put a head beyond its target and the buffer.
@@ -268,29 +270,36 @@ class LayerSchedule:
         """
         if self._left is None or self.plan.buffer is None:
             return usual, []
-        heads = self.plan.shape.num_kv_heads
-        targets = self.targets(seen, held.num_heads // heads)
+        targets = self.targets(seen, held.num_heads // self.own_heads)
         buffer, left = min(self.plan.buffer, usual), max(0, min(self._left, usual))
         if not self.plan.method.budget.spreads:
             return left, (targets + buffer).flatten().tolist()
         spare = max(self._spare(targets, buffer, held))
-        return max(left, -(-spare // heads)), []
+        return max(left, -(-spare // self.plan.shape.num_kv_heads)), []
 
     def until_due(self, seen: int, held: Sizes) -> int:
-        """How many more tokens the heads take before one of them has outgrown its target and the buffer."""
-        buffer, heads = self.plan.buffer, self.plan.shape.num_kv_heads
+        """How many more tokens the heads take before one of them has outgrown its target and the buffer.
+
+        Where several processes have them, each must ask at the same time.
+        """
+        buffer = self.plan.buffer
         assert buffer is not None
-        targets = self.targets(seen, held.num_heads // heads)
+        targets = self.targets(seen, held.num_heads // self.own_heads)
         if self.plan.method.budget.spreads:  # then a layer's heads have but a sum to keep to
-            return min(self._spare(targets, buffer, held)) // heads
+            return min(self._spare(targets, buffer, held)) // self.plan.shape.num_kv_heads
         allowed = (targets + buffer).flatten().tolist()
-        return min(most - length for most, length in zip(allowed, held.lengths, strict=True))
+        return self.plan.shard.least(min(most - length for most, length in zip(allowed, held.lengths, strict=True)))
 
     def _spare(self, targets: torch.Tensor, buffer: int, held: Sizes) -> list[int]:
-        """Rows that the heads of each sequence together may take on until they have outgrown targets and buffer."""
+        """Rows that all heads of each sequence together may take on until they have outgrown targets and buffer."""
         heads = targets.shape[1]
         allowed = (targets.sum(dim=-1) + buffer * heads).tolist()
-        return [most - there for most, there in zip(allowed, held.sums(heads), strict=True)]
+        return self.plan.shard.sums([most - there for most, there in zip(allowed, held.sums(heads), strict=True)])
+
+    @property
+    def own_heads(self) -> int:
+        """KV heads of the layer that this process has."""
+        return self.plan.shard.count(self.plan.shape.num_kv_heads)
 
 
 def _most(*counts: int | None) -> int | None:

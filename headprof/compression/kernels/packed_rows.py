@@ -104,6 +104,11 @@ class PackedRows(ABC):
         own_keys, own_values = self.at(positions[index], keys.dtype)
         return whole[0].index_copy_(0, index, own_keys), whole[1].index_copy_(0, index, own_values)
 
+    def to(self, device: torch.device | str) -> Self:
+        """The same rows on a device."""
+        moved: dict[str, Any] = {name: each.to(device) for name, each in vars(self).items() if isinstance(each, Tensor)}
+        return replace(self, **moved)
+
     def lasting(self) -> Self:
         """Copies, that may be written to in any mode of torch."""
         with torch.inference_mode(False):

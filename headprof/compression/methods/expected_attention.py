@@ -54,12 +54,14 @@ class ExpectedAttention(Importance):
 
     def score(self, observed: Observation) -> Tensor:
         valid = observed.valid_rows()
-        first = observed.positions.masked_fill(~valid, observed.num_seen).amin(dim=(1, 2))[:, None]  # [B, 1]
+        shard = observed.layer.shard
+        first = shard.together(observed.positions.masked_fill(~valid, observed.num_seen).amin(dim=-1))
+        first = first.amin(dim=-1, keepdim=True)  # [B, 1]
         counted = valid & (observed.positions >= first[..., None] + self.skip_first)
         expected = self._expected(observed, counted, observed.positions_of_queries() >= first + self.skip_first)
         if self.value_norm:
             expected = (expected + self.epsilon) * observed.values.float().norm(dim=-1)
-        highest = expected.masked_fill(~counted, 0.0).flatten(1).amax(dim=1)
+        highest = shard.together(expected.masked_fill(~counted, 0.0).amax(dim=-1)).amax(dim=-1)
         return expected.where(counted, highest[:, None, None])
 
     def _expected(self, observed: Observation, counted: Tensor, asked: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from headprof.compression.methods.all_heads import spread
 from headprof.compression.methods.budget import BudgetPolicy, UniformBudget
 from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.importance import Importance, KeepAll, check_importance
@@ -19,6 +20,7 @@ from headprof.compression.methods.representation import Full, Representation
 from headprof.compression.methods.representations import find_representation
 from headprof.compression.rows import HeadCounts
 from headprof.errors import UsageError
+from headprof.models.tensor_parallel import WHOLE, HeadShard
 
 _SIMPLE = (bool, int, float, str)
 _LONG = {"scores": "profile_scores"}
@@ -154,6 +156,7 @@ class Method:
         valid: Tensor | None,
         protected: Tensor | None = None,
         past: Tensor | None = None,
+        shard: HeadShard = WHOLE,
     ) -> tuple[Tensor, HeadCounts]:
         """Importance with the tokens that each head keeps in any case at infinity, and how many it keeps in all.
 
@@ -165,6 +168,7 @@ class Method:
             protected: tokens that are kept too, bool `[B, K, T]`; `None` for none. Each head is allotted enough.
             past: tokens that no later query sees, bool `[B, K, T]`: kept only where there are no others;
                 `None` for none.
+            shard: which heads these are, where tokens may be handed on to those that other processes have.
 
         Returns:
             float `[B, K, T]`, padding at minus infinity; and how many each head keeps.
@@ -175,7 +179,7 @@ class Method:
         always_kept: Tensor | None = None if protected is None else (ranked == float("inf")).sum(dim=-1)
         if self.budget.spreads:
             kept = self.always_kept if always_kept is None else always_kept
-            counts = self.budget.spread(counts, ranked, valid, kept)
+            counts = spread(self.budget, shard, counts, ranked, valid, kept)
         if self.recent_share:
             others = None if always_kept is None else always_kept - self.keep_last
             last = self.last_tokens_kept(counts.counts, others)

@@ -17,6 +17,7 @@ from headprof.compression.kernels.constants import newer_queries
 from headprof.compression.rows import Rows
 from headprof.compression.segments import segment_positions
 from headprof.models.rotary import Rotary
+from headprof.models.tensor_parallel import WHOLE, HeadShard
 
 NOISE = 2.0**-20
 """Scores that differ by so small a share of themselves are equal: a sum of a dozen numbers varies by less."""
@@ -33,6 +34,7 @@ class AttentionLayer:
         rotary: the layer's rotary embedding, or `None` where it cannot be had.
         module: the attention module; `None` before the first forward pass over a document that was loaded, unless its
             method judges with norms.
+        shard: which of the layer's heads this process has.
     """
 
     scaling: float
@@ -40,6 +42,7 @@ class AttentionLayer:
     sliding_window: int | None = None
     rotary: Rotary | None = None
     module: torch.nn.Module | None = None
+    shard: HeadShard = WHOLE
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,9 @@ class Representation(Protocol):
     needs_turning: ClassVar[bool] = False
     """Whether it asks how a layer's rotary embedding turns keys (`Rotary.turning`), where that can be told."""
 
+    is_per_head: ClassVar[bool] = True
+    """Whether how a head's rows are held is nothing to the other heads of its layer."""
+
     queries: ClassVar[int] = 0
     """How many of the newest queries it looks at, as far as there are so many."""
 

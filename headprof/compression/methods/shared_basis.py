@@ -109,6 +109,10 @@ class SharedBasis(Representation):
         return self.judges
 
     @property
+    def is_per_head(self) -> bool:  # type: ignore[override]
+        return self.heads == 1
+
+    @property
     def needs_turning(self) -> bool:  # type: ignore[override]
         return self.unrotated
 

@@ -50,4 +50,4 @@ class SurrogateImportance(Importance):
     def score(self, observed: Observation) -> Tensor:
         if self.surrogate is None or self.layer_idx is None:
             raise ProfileError("This method judges rows by a surrogate, which it has not: make its plan with one.")
-        return self.surrogate.predict(self.layer_idx, observed.keys, observed.values).exp()
+        return self.surrogate.predict(self.layer_idx, observed.keys, observed.values, observed.layer.shard).exp()

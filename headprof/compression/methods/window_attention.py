@@ -202,9 +202,16 @@ def over_heads(scores: Tensor, observed: Observation) -> Tensor:
         scores: of each head, `[B, K, T]`, zero where there is no row; so is what is returned.
         observed: the rows.
     """
+    shard = observed.layer.shard
     if observed.is_prompt:
-        return scores.mean(dim=1, keepdim=True).expand(scores.shape)
-    index, valid = _numbered(observed.positions.flatten(1)), observed.valid_rows().float()
+        return shard.together(scores, dim=1).mean(dim=1, keepdim=True).expand(scores.shape)
+    of_all = (shard.rows_together(each) for each in (scores, observed.positions, observed.valid_rows().float()))
+    return shard.own(_over_held(*of_all), dim=1)[..., : scores.shape[2]]
+
+
+def _over_held(scores: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """`over_heads` of held rows, from their scores, their positions, and one where there is a row, `[B, K, T]` each."""
+    index = _numbered(positions.flatten(1))
     said = torch.stack([scores * valid, valid], dim=-1).flatten(1, 2)
     total, heads = add_by_class(said.new_zeros(said.shape), index, said).unbind(dim=-1)
     return (total / heads.clamp(min=1)).gather(1, index).view(scores.shape) * valid
