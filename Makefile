@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test test-rest coverage test-gpu gpu test-processes test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
-	profile results wheel clean
+	soak profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
 demo: $(VENV)/.installed
@@ -69,6 +69,10 @@ CURVES ?= profiles/SmolLM2-135M-Instruct.safetensors
 measure-curves: $(VENV)/.installed
 	$(BIN)/python tests/measure_curves.py --profile "$(CURVES)" --question known --allocations 50 -o results/curves
 
+# Eight clients ask a server of a tiny model at once: is each answer the one that it gets alone, are all bytes free again?
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak_server.py -o soak.json $(SOAK)
+
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -129,7 +133,7 @@ wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist demo heads.png .coverage* .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build dist demo heads.png soak.json .coverage* .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

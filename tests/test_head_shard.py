@@ -272,6 +272,20 @@ def test_models_that_cannot_be_split(config, ranks, said):
         check_split(model, "it", HeadShape.from_config(model), ranks)
 
 
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("clusterkv", "give cluster=0"), ("lowrank", "give heads=1"), ("latent", "give heads=1"), ("lowrank:heads=1", "")],
+)
+def test_what_processes_do_not_do_together_is_refused(monkeypatch, method, said):
+    model = tiny_model()
+    monkeypatch.setattr(HeadShard, "of_model", lambda model: HeadShard(0, 2))
+    if not said:
+        assert make_plan(model, random_profile(model), method=method, budget=20).shard.size == 2
+        return
+    with pytest.raises(UsageError, match=f"leave --tp away, or {said}"):
+        make_plan(model, random_profile(model), method=method, budget=20)
+
+
 def test_a_model_is_not_split_without_processes(tiny_folder):
     with pytest.raises(ModelError, match="Here are not the 2 processes"):
         load_model(str(tiny_folder), device="cpu", tp=2)

@@ -20,6 +20,7 @@ from headprof.cli.heatmap import heatmap
 from headprof.cli.lm_eval import PASS_ON, lm_eval
 from headprof.cli.profile import profiles
 from headprof.cli.score import score
+from headprof.cli.serve import serve
 from headprof.cli.tune import tune
 from headprof.cli.validate import validate
 from headprof.errors import InterruptedRun, UsageError
@@ -34,7 +35,7 @@ app = typer.Typer(
     "Without [bold]--model[/], SmolLM2-135M-Instruct is used, which runs on a laptop. "
     "[bold]--quiet[/] (no progress, no remarks) and [bold]--debug[/] (tracebacks) may stand anywhere.",
 )
-for each in (score, tune, heatmap, validate, generate, compress):
+for each in (score, tune, heatmap, validate, generate, compress, serve):
     app.command()(each)
 app.command(name="eval")(evaluate)
 app.command(name="lm-eval", context_settings=PASS_ON)(lm_eval)

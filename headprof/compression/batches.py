@@ -8,73 +8,24 @@ model. What remains is rounding: the same sums over a batch may be taken in anot
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from headprof.compression.answering import Answering, Choosing, begin_answer, next_logits
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.cache.together import TogetherCache
 from headprof.compression.encoding import question_ids
-from headprof.compression.generation import Generation, ask, held_bytes, token_choice
-from headprof.compression.session import attending_ragged, prefill
+from headprof.compression.generation import Generation, ask
+from headprof.compression.session import attending_ragged
 from headprof.errors import UsageError
 from headprof.models.decoder import running_model
 from headprof.models.loading import LoadedModel
 
 BATCH = 8
 """Questions that are answered at a time unless told otherwise."""
-
-
-@dataclass
-class _Asked:
-    """A question that is being answered.
-
-    Attributes:
-        number: its place among the questions.
-        cache: a copy of the document's, with the question in it.
-        prompt_tokens: those of document and question.
-        ids: all that logits processors look at, int64 `[1, T]`.
-        process, stop: how `generate` would choose tokens, and when it would end.
-        times: when each new token came.
-        new: the tokens of the answer so far.
-        start: when the question began to be read.
-    """
-
-    number: int
-    cache: HeadCache
-    prompt_tokens: int
-    ids: torch.Tensor
-    process: LogitsProcessorList
-    stop: StoppingCriteriaList
-    start: float
-    new: list[int] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-
-    def take(self, logits: torch.Tensor) -> bool:
-        """Choose the next token by its logits, `[1, vocabulary]`; whether it was the last."""
-        scores = self.process(self.ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
-        token = scores.argmax(dim=-1)
-        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
-        self.new.append(int(token))
-        self.times.append(time.perf_counter())
-        return bool(torch.as_tensor(self.stop(self.ids, scores)).all())  # type: ignore[arg-type]
-
-    def made(self, loaded: LoadedModel, cached: int) -> Generation:
-        return Generation(
-            text=loaded.tokenizer.decode(self.new, skip_special_tokens=True),
-            prompt_tokens=self.prompt_tokens,
-            new_tokens=len(self.new),
-            cache_bytes=held_bytes(loaded, self.cache),
-            prefill_seconds=self.times[0] - self.start,
-            decode_seconds=self.times[-1] - self.times[0],
-            cached_tokens=cached,
-            second_tier_bytes=self.cache.second_tier_bytes,
-        )
 
 
 def answer_each(
@@ -171,60 +122,34 @@ class _Batches:
     def answers(self) -> Iterator[tuple[int, Generation]]:
         """The number of each question and its answer, as they come."""
         waiting = iter(range(len(self._encoded)))
-        running: list[_Asked] = []
+        running: dict[int, Answering] = {}
         while True:
-            done: list[_Asked] = []
+            done: dict[int, Answering] = {}
             with attending_ragged(self._loaded.model, **self._how), torch.no_grad():
                 while not done and len(running) < self._batch and (number := next(waiting, None)) is not None:
-                    asked, ended = self._begin(number)
-                    (done if ended else running).append(asked)
+                    answer, ended = self._begin(number)
+                    (done if ended else running)[number] = answer
                 if not done and running:
                     done = self._go_on(running)
-                    running = [asked for asked in running if asked not in done]
+                    running = {number: answer for number, answer in running.items() if number not in done}
             if not done:
                 return
-            for asked in done:
-                yield asked.number, asked.made(self._loaded, self._cache.get_seq_length())
+            for number, answer in done.items():
+                yield number, answer.made(self._loaded)
 
-    def _begin(self, number: int) -> tuple[_Asked, bool]:
+    def _begin(self, number: int) -> tuple[Answering, bool]:
         """Read a question and choose the first token of its answer; whether that is the last one too."""
-        start, ids = time.perf_counter(), self._encoded[number].to(self._loaded.device)
-        cache = stack_caches([self._cache])
-        seen = cache.get_seq_length()
-        process, stop, looked_at = self._settings(ids, cache, seen)
-        asked = _Asked(number, cache, seen + ids.shape[1], looked_at, process, stop, start)
-        return asked, asked.take(prefill(self._loaded.model, ids, cache))
+        copy = stack_caches([self._cache])
+        answer, logits = begin_answer(self._loaded, self._encoded[number], copy, Choosing(self._max_new_tokens))
+        return answer, answer.take(logits)
 
-    def _settings(
-        self, ids: torch.Tensor, cache: HeadCache, seen: int
-    ) -> tuple[LogitsProcessorList, StoppingCriteriaList, torch.Tensor]:
-        """How `generate` would choose the tokens of this answer, when it would end, and what ids it would look at."""
-        found: list[Any] = []
-
-        def take(_model, input_ids, logits_processor, stopping_criteria, generation_config, **_others):
-            found.extend((logits_processor, stopping_criteria, input_ids))
-            return input_ids
-
-        self._loaded.model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=ids.new_ones(1, seen + ids.shape[1]),
-            past_key_values=cache,
-            custom_generate=take,
-            **token_choice(self._loaded, self._max_new_tokens, 0.0),
-        )
-        process, stop, looked_at = found
-        return process, stop, looked_at
-
-    def _go_on(self, running: Sequence[_Asked]) -> list[_Asked]:
+    def _go_on(self, running: dict[int, Answering]) -> dict[int, Answering]:
         """Take tokens for all until one has been answered, or several at once."""
-        together = TogetherCache([asked.cache for asked in running])
+        together = TogetherCache([answer.cache for answer in running.values()])
         while True:
-            fed = torch.stack([asked.ids[0, -1:] for asked in running])
-            positions = together.positions.to(fed.device)
-            logits = self._loaded.model(
-                fed, position_ids=positions, past_key_values=together, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
-            done = [asked for asked, own in zip(running, logits.split(1), strict=True) if asked.take(own)]
+            logits = next_logits(self._loaded, together, list(running.values()))
+            pairs = zip(running.items(), logits.split(1), strict=True)
+            done = {number: answer for (number, answer), own in pairs if answer.take(own)}
             if done:
                 together.part()
                 return done

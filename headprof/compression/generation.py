@@ -289,14 +289,16 @@ def generate_text(
     return _made(streamer, start, seen, ids.shape[1], held_bytes(loaded, used), evicted)
 
 
-def token_choice(loaded: LoadedModel, max_new_tokens: int, temperature: float) -> dict[str, Any]:
-    """Arguments of `generate` that say how tokens are chosen, and how many."""
+def token_choice(
+    loaded: LoadedModel, max_new_tokens: int, temperature: float, top_p: float | None = None
+) -> dict[str, Any]:
+    """Arguments of `generate` that say how tokens are chosen, and how many; `top_p` is for sampling alone."""
     shard = loaded.shard
     return {
         "max_new_tokens": max_new_tokens,
         "pad_token_id": loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id or 0,
         "logits_processor": LogitsProcessorList([_FiniteLogits(), *([] if shard.is_whole else [_OneVoice(shard)])]),
-        **_sampling(temperature),
+        **_sampling(temperature, top_p),
     }
 
 
@@ -326,7 +328,9 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def _sampling(temperature: float) -> dict[str, Any]:
-    """Greedy decoding at 0, else sampling from the whole distribution, whatever the model's own settings."""
+def _sampling(temperature: float, top_p: float | None) -> dict[str, Any]:
+    """Greedy decoding at 0, else sampling from all of the distribution that `top_p` leaves, whatever the model's own
+    settings."""
     check_temperature(temperature)
-    return {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": None, "top_k": None}
+    share = top_p if temperature else None
+    return {"do_sample": temperature > 0, "temperature": temperature or None, "top_p": share, "top_k": None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from headprof.errors import ModelError, UsageError
@@ -61,6 +62,35 @@ def template_parts(tokenizer: Any) -> tuple[str, str]:
         )
     before, after = rendered.split(_MARK)
     return before, after
+
+
+def turn_parts(tokenizer: Any, roles: Sequence[str]) -> list[str]:
+    """What the chat template writes before, between and after texts of these roles, one part more than there are texts.
+
+    Raises:
+        UsageError: it takes no such conversation.
+        ModelError: it does not repeat the texts exactly once.
+    """
+    marks = [f"{_MARK}-{number}-" for number in range(len(roles))]
+    try:
+        rendered = _rendered(
+            tokenizer, [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+        )
+    except Exception as error:  # as in `parts_with_system`
+        raise UsageError(
+            f"The model's chat template takes no conversation of the roles {', '.join(roles)} "
+            f"({one_line(error).replace(_MARK, '...')}): give others, or pass --chat-template with one that does."
+        ) from error
+    parts, rest = [], rendered
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        parts.append(before)
+        if not found or rendered.count(mark) != 1:
+            raise ModelError(
+                f"The tokenizer's chat template does not repeat the texts of the roles {', '.join(roles)} exactly "
+                "once: pass a file with another template with --chat-template."
+            )
+    return [*parts, rest]
 
 
 def between_turns(tokenizer: Any) -> str:

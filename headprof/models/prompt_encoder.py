@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from headprof.errors import ProbeError
-from headprof.models.chat_template import between_turns, parts_with_system, template_parts
+from headprof.errors import ProbeError, UsageError
+from headprof.models.chat_template import between_turns, parts_with_system, template_parts, turn_parts
 from headprof.models.encoded import EncodedContext, EncodedQuestion, located
 from headprof.models.text_encoder import Characters, TextEncoder
 
@@ -45,8 +45,9 @@ class PromptEncoder:
 
     The context of probes comes with `encode_context` and `encode_question`, a user's document with `document_ids` and
     `question_ids`; a chat model is given an instruction before the former only. A prompt that is whole by itself comes
-    with `prompt_ids`, or in two parts with `start_ids` and `encode_end`. Only the chat template's own control tokens
-    become such: one that stands in a text is encoded as the characters it is written with.
+    with `prompt_ids`, or in two parts with `start_ids` and `encode_end`, a conversation with `chat_ids`. Only the chat
+    template's own control tokens become such: one that stands in a text is encoded as the characters it is written
+    with.
 
     Args:
         tokenizer: the model's.
@@ -184,6 +185,31 @@ class PromptEncoder:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without a document: in the chat template, or as it was written."""
         return self._first + self._framed(self._before, prompt, self._after)
+
+    def chat_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the model answers.
+
+        Args:
+            messages: the role and the text of each turn.
+
+        Raises:
+            UsageError: the chat template takes no such conversation; without one, it is not a single user's text.
+            ModelError: the template does not repeat the texts exactly once.
+        """
+        roles = [role for role, _ in messages]
+        if not self._templated:
+            if roles != ["user"]:
+                raise UsageError(
+                    "The model has no chat template, and so no turns: give one user's message, or pass --chat-template."
+                )
+            return self.prompt_ids(messages[0][1])
+        first, *later = turn_parts(self._tokenizer, roles)
+        whole, template = first, [(0, len(first))]
+        for (_, text), part in zip(messages, later, strict=True):
+            start = len(whole) + len(text)
+            whole += f"{text}{part}"
+            template.append((start, len(whole)))
+        return self.texts.ids(whole, template)
 
     def start_ids(self, text: str) -> list[int]:
         """Token ids of the beginning of a prompt, of which `encode_end` encodes the rest."""

@@ -90,6 +90,15 @@ class TogetherLayer(PromptLayer):
             self._recent.add(query, valid, schedule.recent_queries, (schedule.at_hand or 0) + FOLD)
             self._recent.layer = layer
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all members hold, as `HeadCacheLayer.nbytes` counts them."""
+        if self._storage is None:
+            return sum(member.nbytes for member in self.members)
+        recents = [self._recent, *(apart.recent for apart in self._apart)]
+        tensors = [*self._storage.rows.tensors, *(tensor for recent in recents for tensor in recent.tensors)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
     def _ready(self) -> RowStorage:
         """Where one more token of each member goes, after those that are due have been compressed again."""
         storage = self._storage
@@ -179,6 +188,11 @@ class TogetherCache(PromptCache):
     def positions(self) -> Tensor:
         """Of the next token of each, int64 `[B, 1]`."""
         return torch.tensor([[cache.get_seq_length()] for cache in self.caches])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all caches hold (see `HeadCache.nbytes`)."""
+        return sum(layer.nbytes for layer in self.layers)
 
     def part(self) -> None:
         """Let each cache hold its own rows again."""

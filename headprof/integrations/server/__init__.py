@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server: plain prompts and saved documents, answered together from compressed caches."""

@@ -1,0 +1,193 @@
+"""Saved documents: compressed caches in a folder, one a file, whose names are checked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headprof.compression.document import FORMAT
+from headprof.errors import CacheError, HeadprofError, UsageError
+from headprof.integrations.server.errors import ApiError
+from headprof.utils.files import FileLock
+from headprof.utils.records import plain
+from headprof.utils.tensor_files import open_tensors
+
+SUFFIX = ".kv.safetensors"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LEFTOVER = re.compile(r"\.[A-Za-z0-9._-]{1,40}\.[0-9a-f]{12}\.partial")
+_MOST_TOKENS = 2**31
+
+
+@dataclass(frozen=True)
+class SavedDocument:
+    """What a saved document's file says of it.
+
+    Attributes:
+        name: by which requests name it.
+        path: its file.
+        model, method: that made it.
+        tokens: of the document, which are the first ones of every prompt about it.
+        file_bytes: of the file; what it holds in memory is not more but for free space.
+        stamp: changes with the file.
+        created: when it was made, in seconds since 1970.
+    """
+
+    name: str
+    path: Path
+    model: str
+    method: str
+    tokens: int
+    file_bytes: int
+    stamp: tuple[int, int, int]
+    created: int
+
+    def listed(self) -> dict[str, Any]:
+        """The same as a response has it."""
+        return {
+            "id": self.name,
+            "object": "document",
+            "created": self.created,
+            "model": self.model,
+            "method": self.method,
+            "tokens": self.tokens,
+            "bytes": self.file_bytes,
+        }
+
+
+class DocumentStore:
+    """The saved documents of a folder, which is one server's alone while it runs. Any thread may use it.
+
+    Args:
+        folder: made if it is not there. What a server that was killed has left half-written is removed.
+
+    Raises:
+        UsageError: another server has the folder, or it is none.
+        HeadprofError: the disk refused.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.folder = folder.resolve(strict=True)
+        except OSError as error:
+            raise UsageError(
+                f"The folder {folder} cannot be used ({error.strerror}): choose another with --cache-dir."
+            ) from error
+        self._lock = FileLock(self.folder / "documents")
+        if not self._lock.take():
+            raise UsageError(f"Another server keeps its documents in {folder}: choose another with --cache-dir.")
+        for leftover in self.folder.glob(".*.partial"):
+            if _LEFTOVER.fullmatch(leftover.name):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        self._lock.release()
+
+    def path(self, name: str) -> Path:
+        """The file of a document, whether it is there or not.
+
+        Raises:
+            ApiError: this is no name.
+        """
+        if not _NAME.fullmatch(name):
+            raise ApiError(
+                400,
+                f"A document cannot be named {plain(name)!r}: use up to 128 letters, digits, dots, - and _, and begin "
+                "with none of . and -.",
+                param="id",
+                code="invalid_document_id",
+            )
+        return self.folder / f"{name}{SUFFIX}"
+
+    def require_new(self, name: str) -> Path:
+        """The file that a new document goes to.
+
+        Raises:
+            ApiError: this is no name, or it is taken.
+        """
+        path = self.path(name)
+        if path.is_symlink() or path.exists():
+            raise ApiError(
+                409,
+                f"There is a document {name} already: delete it first, or choose another id.",
+                param="id",
+                code="document_exists",
+            )
+        return path
+
+    def find(self, name: str) -> SavedDocument:
+        """
+        Raises:
+            ApiError: this is no name, there is no such document, or its file is damaged.
+        """
+        path = self.path(name)
+        if not self._is_own(path):
+            raise ApiError(
+                404,
+                f"There is no document {name}: post it to /v1/documents first.",
+                param="document",
+                code="document_not_found",
+            )
+        try:
+            return self._read(name, path)
+        except CacheError as error:
+            raise ApiError(400, str(error), param="document", code="document_damaged") from error
+
+    def all(self) -> list[SavedDocument]:
+        """All documents that can be read, by name."""
+        found = []
+        for name, path in self._files():
+            with contextlib.suppress(HeadprofError):
+                found.append(self._read(name, path))
+        return found
+
+    def delete(self, name: str) -> None:
+        """
+        Raises:
+            ApiError: this is no name, there is no such document, or the disk refused.
+        """
+        path = self.path(name)
+        if not self._is_own(path):
+            self.find(name)
+        try:
+            path.unlink()
+        except OSError as error:
+            raise ApiError(
+                500, f"The document {name} cannot be deleted ({error.strerror}): see the folder's permissions."
+            ) from error
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            name = path.name.removesuffix(SUFFIX)
+            if _NAME.fullmatch(name) and self._is_own(path):
+                yield name, path
+
+    @staticmethod
+    def _is_own(path: Path) -> bool:
+        """Whether it is a file of this folder: a symbolic link may lead anywhere."""
+        return path.is_file() and not path.is_symlink()
+
+    @staticmethod
+    def _read(name: str, path: Path) -> SavedDocument:
+        mend = "delete it and post the document again"
+        with open_tensors(path, "compressed document", mend, CacheError) as file:
+            facts, status = file.metadata, path.stat()
+        tokens = facts.get("tokens_seen", "")
+        if facts.get("format") != FORMAT or not tokens.isascii() or not tokens.isdecimal() or len(tokens) > 10:
+            raise CacheError(f"{path} is no compressed document: {mend}.")
+        return SavedDocument(
+            name,
+            path,
+            plain(facts.get("model", ""), 200),
+            plain(facts.get("method", ""), 200),
+            min(int(tokens), _MOST_TOKENS),
+            status.st_size,
+            (status.st_mtime_ns, status.st_size, status.st_ino),
+            int(status.st_mtime),
+        )

@@ -1,0 +1,119 @@
+"""Saved documents in memory: loaded when they are asked about, let go when their room is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.prompts import document_cache
+from headprof.integrations.server.admission import Footprint, answer_bytes
+from headprof.integrations.server.documents import SavedDocument
+from headprof.integrations.server.errors import ApiError
+from headprof.integrations.server.jobs import AnswerJob
+from headprof.models.loading import LoadedModel
+from headprof.utils.units import human_bytes
+
+
+def never_fits(needed: int, memory: int) -> ApiError:
+    """For a request that needs more than all memory."""
+    return ApiError(
+        400,
+        f"This request may hold {human_bytes(needed)} of key/value cache where the server has {human_bytes(memory)}: "
+        "ask for less, or raise --memory.",
+        code="memory_exceeded",
+    )
+
+
+class DocumentCaches:
+    """Caches of saved documents, the one that was asked about last at the end. One thread uses them.
+
+    Args:
+        loaded: the model.
+        decoding: `decode_budget` and `buffer` in place of a document's own, as for `make_plan`.
+        memory: bytes that these caches and all requests may hold together.
+
+    Attributes:
+        forgotten: names of documents whose files have gone; any thread may add one.
+    """
+
+    def __init__(self, loaded: LoadedModel, decoding: Mapping[str, Any], memory: int) -> None:
+        self.forgotten: set[str] = set()
+        self._loaded, self._decoding, self._memory = loaded, decoding, memory
+        self._held: dict[str, tuple[HeadCache, SavedDocument]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all of them hold."""
+        return sum(cache.nbytes for cache, _ in self._held.values())
+
+    def let_go(self) -> bool:
+        """Let go of the documents whose files have gone; whether there were any."""
+        gone = [name for name in self._held if name in self.forgotten]
+        self.forgotten.clear()
+        for name in gone:
+            del self._held[name]
+        return bool(gone)
+
+    def make_room(self, needed: int, reserved: int, kept: str | None = None) -> bool:
+        """Have so many bytes free beside those that are set aside for requests, if that can be.
+
+        Documents go for that, those first that nobody has asked about for longest.
+
+        Args:
+            needed, reserved: bytes.
+            kept: a document that is needed itself.
+
+        Returns:
+            Whether there is room; if not, nothing has gone.
+
+        Raises:
+            ApiError: there never is.
+        """
+        own = self._held[kept][0].nbytes if kept in self._held else 0
+        if needed + own > self._memory:
+            raise never_fits(needed + own, self._memory)
+        if needed + own + reserved > self._memory:
+            return False
+        while needed + reserved + self.nbytes > self._memory:
+            del self._held[next(name for name in self._held if name != kept)]
+        return True
+
+    def load(self, document: SavedDocument, reserved: int) -> bool:
+        """Have a document in memory, if there is room for it; whether there is.
+
+        Raises:
+            ApiError: there never is, the document is another one by now, or it brings rows back from a second tier.
+            CacheError: its file cannot be used with this model.
+        """
+        _, known = self._held.get(document.name, (None, None))
+        if known is None or known.stamp != document.stamp:
+            self._held.pop(document.name, None)
+            if not self.make_room(document.file_bytes, reserved):
+                return False
+            cache, _ = document_cache(self._loaded, document.path, self._decoding)
+            if cache.recalls:
+                raise ApiError(
+                    400,
+                    f"The document {document.name} keeps a second tier of rows to bring back, which is not served: "
+                    "compress it by another method.",
+                    param="document",
+                    code="unsupported_document",
+                )
+            if cache.get_seq_length() != document.tokens or cache.batch_size != 1:
+                raise ApiError(409, f"The document {document.name} has just been replaced: ask again.", code="changed")
+            self._held[document.name] = cache, document
+        self._held[document.name] = self._held.pop(document.name)
+        return True
+
+    def footprint(self, job: AnswerJob, name: str) -> Footprint:
+        """What a question about a loaded document will hold."""
+        cache = self._held[name][0]
+        protected = max(cache.plan.protected_later(cache.protected), default=0)
+        new, read = job.asked.choosing.max_new_tokens, len(job.asked.ids)
+        rows = int(cache.lengths.sum())
+        return Footprint(answer_bytes(cache.plan, rows, cache.get_seq_length(), read, new, protected))
+
+    def copy_of(self, name: str) -> HeadCache:
+        """A copy of a loaded document's cache, to be continued."""
+        return stack_caches([self._held[name][0]])
