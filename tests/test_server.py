@@ -292,7 +292,8 @@ def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path):
     (server.store.folder / "theirs.kv.safetensors").unlink()
 
 
-def test_a_document_that_brings_rows_back_is_refused_in_a_sentence(server, loaded):
+def test_a_document_that_brings_rows_back_is_refused_in_a_sentence(server):
+    loaded = load_tiny()  # the server's own is its thread's
     plan = make_plan(loaded.model, None, method="clusterkv", budget=40)
     path = server.store.folder / "tiered.kv.safetensors"
     save_document(compress_document(loaded, TEXT, plan), path, loaded)
