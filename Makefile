@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test coverage test-gpu gpu test-processes test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
+.PHONY: demo test test-rest coverage test-gpu gpu test-processes test-kill test-slow bench-parts bench-reconstruction measure-promise measure-curves check format \
 	profile results wheel clean
 
 # Score the embedded model's heads, draw them, and answer a question under a cache budget of 64 tokens per head.
@@ -13,10 +13,15 @@ demo: $(VENV)/.installed
 	$(BIN)/headprof heatmap demo/SmolLM2-135M-Instruct.safetensors -o heads.png
 	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
 
+# Every test, of those with many cases eight that are spread over them.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --cases spread
 
-# The same tests, slower, with the lines that none of them runs.
+# All other cases; part of .ci/run.
+test-rest: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto --dist worksteal --cases rest
+
+# All of these, slower, with the lines that none of them runs.
 coverage: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov=headprof --cov-report=term --cov-fail-under=90
 

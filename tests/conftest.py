@@ -19,6 +19,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # Triton reads this when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from support.spread import SPREAD, spread
 from support.tiny_models import save_tiny, save_tiny_gguf
 
 from headprof.models.loading import LoadedModel, load_model
@@ -36,11 +37,24 @@ def _copies_of_gguf_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases",
+        choices=("all", "spread", "rest"),
+        default="all",
+        help=f"Of a test with more than {SPREAD} cases: all, so many spread over them, always the same, or the others.",
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests marked `slow` or `processes` unless `-m` names them."""
+    """Leave out tests marked `slow` or `processes` unless `-m` names them, and cases that are not asked for."""
     unasked = [mark for mark in ("slow", "processes") if mark not in config.option.markexpr]
-    left_out = [item for item in items if any(map(item.get_closest_marker, unasked))]
-    config.hook.pytest_deselected(items=left_out)
+    left_out = {item for item in items if any(map(item.get_closest_marker, unasked))}
+    if config.option.cases != "all":
+        asked = [item for item in items if item not in left_out]
+        chosen = spread([item.nodeid for item in asked])
+        left_out |= {item for at, item in enumerate(asked) if (at in chosen) == (config.option.cases == "rest")}
+    config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
 

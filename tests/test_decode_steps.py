@@ -17,7 +17,7 @@ from support.recording import record
 from support.tiny_models import tiny_model
 
 from headprof import compressed
-from headprof.compression import decode_steps, step_cache
+from headprof.compression import cuda_graphs, decode_steps, step_cache
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.storage import RowStorage
 from headprof.compression.session import make_plan, prefill
@@ -421,7 +421,7 @@ def test_graphs_follow_one_another_in_one_pool_and_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", pools.graph)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    graphs = decode_steps.CudaGraphs(torch.device("cpu"))
+    graphs = cuda_graphs.CudaGraphs(torch.device("cpu"))
     for number in range(3):
         replay, output = graphs(lambda number=number: torch.tensor(number))
         assert output == number

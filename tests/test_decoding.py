@@ -287,7 +287,7 @@ COUNTING = {
     "ems": {"window": 5},
     "headkv-ems": {"window": 3},
     "ems:combine=global": {"window": 4, "mass": False},
-    "ems:combine=max:recency=1.0:threshold=1.0": {"window": 1},
+    "ems:combine=max:recency=1.0": {"window": 1, "threshold": 1.0},
 }
 
 

@@ -293,11 +293,11 @@ def test_generation_with_every_method(name):
 
 def test_options_for_several_methods_go_to_those_that_have_them():
     options = {"window": 5, "keep_last": 0, "mass": True, "power": None}
-    dealt = deal_options(["snapkv", "knorm", "ems:mass=false"], options)
+    dealt = deal_options(["snapkv", "knorm", "ems:balance=0.5"], options)
     assert dealt == {
         "snapkv": {"window": 5, "keep_last": 0},
         "knorm": {"keep_last": 0},
-        "ems:mass=false": {"window": 5, "keep_last": 0, "mass": True},
+        "ems:balance=0.5": {"window": 5, "keep_last": 0, "mass": True},
     }
 
 
@@ -310,6 +310,7 @@ def test_options_for_several_methods_go_to_those_that_have_them():
         (["snapkv"], {"kernel": -3}, "A kernel of -3 tokens"),
         (["snapkv"], {"power": float("nan")}, "'power' cannot be nan"),
         (["pyramidkv"], {"taper": float("inf")}, "'taper' cannot be inf"),
+        (["snapkv", "ems:mass=false"], {"mass": True}, "'mass' of 'ems:mass=false' is given once more"),
     ],
 )
 def test_options_that_no_method_can_take(names, options, message):

@@ -222,12 +222,17 @@ def test_the_command_refines_and_shows_it(tmp_path, monkeypatch):
     assert HeadProfile.load(tmp_path / "p.safetensors").refined_rows is None
 
 
-def test_what_cannot_be_refined_is_tuned_all_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize("had", [False, True])
+def test_what_cannot_be_refined_is_tuned_all_the_same(tmp_path, monkeypatch, had):
     loaded = load_tiny()
     said = []
     monkeypatch.setattr(tune_command.terminal, "remark", said.append)
-    monkeypatch.setattr("headprof.tuning.judging.with_tuning", lambda profile, *_, **__: profile)
+    monkeypatch.setattr("headprof.tuning.judging.with_tuning", lambda profile, *_, **__: without)
     profile, target = random_profile(loaded.model), tmp_path / "p.safetensors"
+    without = replace(profile, refined_rows=None)
+    profile = profile if had else without
+    assert (profile.refined_rows is not None) == had
     asked = replace(tune_command._settings(tune_command.TuneOptions(length="320"), 0), budgets=(1,))
-    assert tune_command.tune_profile(loaded, profile, target, asked, refine=True) is profile
-    assert "not refined" in said[0] and HeadProfile.load(target).digest() == profile.digest()
+    assert tune_command.tune_profile(loaded, profile, target, asked, refine=True) is without
+    assert "not refined" in said[0] and HeadProfile.load(target).digest() == without.digest()
+    assert ["go with its earlier parameters" in each for each in said[1:]] == [True] * had

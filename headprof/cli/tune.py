@@ -146,7 +146,12 @@ def tune_profile(
             on_probe=lambda done, total: report(f"Tuning methods to {loaded.name}", done, total),
         )
     tuned.save(target)
-    return _refined(loaded, tuned, target, settings) if refine else tuned
+    if not refine:
+        return tuned
+    refined = _refined(loaded, tuned, target, settings)
+    if refined is tuned and profile.refined_rows is not None:
+        terminal.remark(f"The refined budgets that it had go with its earlier parameters: they are not in {target}.")
+    return refined
 
 
 def _refined(loaded: LoadedModel, tuned: HeadProfile, target: Path, settings: TuneSettings) -> HeadProfile:

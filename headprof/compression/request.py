@@ -137,7 +137,7 @@ class CompressionRequest:
         """
         check_backend(self.backend)
         check_step(self.step)
-        method = find_method(self.method).with_options(**self.options)
+        method = find_method(self.method, **self.options)
         method.check_budget(Budget.parse(self.budget), self.method)
         check_named_files([method], self.profile, self.surrogate)
 
@@ -150,7 +150,7 @@ class CompressionRequest:
     def label(self) -> str:
         """What to call a cache that is made by it."""
         how_much = self.budget if self.budget.startswith("ratio") else f"budget {self.budget}"
-        method = find_method(self.method).with_options(**self.options)
+        method = find_method(self.method, **self.options)
         if (recovery := getattr(method.budget, "recovery", None)) is not None:
             how_much = (
                 f"recovery {recovery:g}" if self.budget == "100%" else f"recovery {recovery:g}, {how_much} at most"

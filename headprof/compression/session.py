@@ -63,14 +63,19 @@ def make_plan(
         options: parameters of the method's parts, such as `window=8`, `keep_last=4`, `pool_factor=1.1`.
 
     Raises:
-        UsageError: no such method or parameter, the budget cannot be read, or the method needs a tokenizer.
+        UsageError: no such method or parameter, one is given twice, the budget cannot be read, or the method needs a
+            tokenizer.
         ProfileError: the method needs a profile or a surrogate and there is none, or it belongs to another model.
         ModelError: the model's layers keep or turn something else than the method can deal with.
     """
     model = running_model(model)
     if not isinstance(method, str | Method):
         raise UsageError(f"{method!r} is no method: give a name or a headprof.Method.")
-    base, name = (method, name_of(method)) if isinstance(method, Method) else (find_method(method), method)
+    if isinstance(method, Method):
+        base, name = method, name_of(method)
+    else:
+        base, name = find_method(method), method
+        find_method(method, **options)  # no parameter is given twice
     chosen = _tuned(base, method, profile).with_options(**options)
     require_attention_layers(model, "its cache cannot be compressed per head")
     shape = HeadShape.from_config(model.config)

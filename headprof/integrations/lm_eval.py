@@ -105,7 +105,7 @@ class HeadprofLM(HFLM):
         check_step(step)
         given = pretrained if isinstance(pretrained, str) else pretrained.name_or_path
         name = model_name(given)
-        chosen = find_method(method).with_options(**settings)  # complaints come before the weights
+        chosen = find_method(method, **settings)  # complaints come before the weights
         if not isinstance(profile, HeadProfile):
             needed = chosen.budget.profile_scores is not None
             profile = find_profile(name, Path(profile) if profile else None, given) if needed else None

@@ -97,14 +97,26 @@ METHODS: dict[str, Method] = {
 """This project's own. Installed packages add others by entry points of the group `headprof.methods`."""
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, /, **options: Any) -> Method:
     """The method of this name, which may be followed by parameters: `ems`, `ems:mass=false:threshold=0.5`.
 
+    Args:
+        name: as the user gives it.
+        options: further parameters, `None` for the method's own value.
+
     Raises:
-        UsageError: there is none; the message lists those there are. Or it has no such parameter.
+        UsageError: there is none; the message lists those there are. Or it has no such parameter, or one is given
+            twice.
     """
-    name, *settings = name.split(":")
-    return _named(name).with_options(**parse_settings(settings))
+    own, *texts = name.split(":")
+    settings = parse_settings(texts)
+    for option in settings:
+        if options.get(option) is not None:
+            raise UsageError(
+                f"The parameter {option!r} of {name!r} is given once more, apart from the method: leave one of them "
+                "away."
+            )
+    return _named(own).with_options(**settings).with_options(**options)
 
 
 def _named(name: str) -> Method:
@@ -158,8 +170,8 @@ def deal_options(names: Iterable[str], options: Mapping[str, Any]) -> dict[str, 
     for option in given:
         if not any(option in own for own in dealt.values()):
             raise UsageError(f"None of the methods has a parameter {option!r}: leave it away, or name one that has it.")
-    for name, method in methods.items():
-        method.with_options(**dealt[name])
+    for name, own in dealt.items():
+        find_method(name, **own)
     return dealt
 
 
