@@ -34,14 +34,21 @@ from headprof.models.shape import HeadShape
 
 SHARING = ("adakv", "adakv-kvzip", "kvzap")  # methods whose heads share a layer's rows anew each time
 MERGING = {"threshold": 0.3, "candidates": 8.0, "coverage": 1.0, "redundancy": 0.0, "merge_keys": True, "mass": True}
-ROUNDED = {"atol": 1.5e-2, "rtol": 1e-2}  # the last bit of a key may decide how it is rounded
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+ROUNDED = {"atol": 5e-3, "rtol": 1e-2}  # the last bit of a key may decide how it is rounded
+TURNED = {"atol": 1.5e-2, "rtol": 1e-2}  # or which way a basis points, where singular values are nearly alike
 
 
 @pytest.fixture(autouse=True)
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+def tolerance(name):
+    """How far logits may be apart where rows have been packed otherwise in their last bits."""
+    held = METHODS[name].representation
+    return CLOSE if held.is_full else TURNED if held.needs_turning else ROUNDED
 
 
 def options_of(name):
@@ -236,7 +243,7 @@ def test_tokens_one_by_one_equal_chunks_of_the_buffer(name):
         for start in range(30, ids.shape[1], 8):
             one = torch.cat([step(model, single, ids[:, i : i + 1]) for i in range(start, start + 8)], dim=1)
             many = step(model, chunked, ids[:, start : start + 8])
-            torch.testing.assert_close(many, one, **(CLOSE if METHODS[name].representation.is_full else ROUNDED))
+            torch.testing.assert_close(many, one, **tolerance(name))
             check_same(single, chunked)
     targets = single.plan.decode_allocation(86).view(-1, 3, 2)[0]  # of the first sequence
     assert name in SHARING or (single.lengths[:, 0] == targets + 8).all()
@@ -265,7 +272,7 @@ def test_a_batch_equals_each_sequence_alone(name):
             together = step(model, batch, ids[:, i : i + 1])
             for entry in range(2):
                 single = step(model, alone[entry], ids[entry : entry + 1, i : i + 1])
-                close = ROUNDED if METHODS[name].representation.needs_turning else CLOSE
+                close = tolerance(name) if METHODS[name].representation.needs_turning else CLOSE
                 torch.testing.assert_close(together[entry], single[0], **close)
         check_same(batch, stack_caches(alone))
 
