@@ -683,6 +683,7 @@ def whole(place) -> HeadProfile:
     return HeadProfile.load(place / "whole.safetensors")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_where_it_stood(place, whole, tmp_path, how):
     (tmp_path / "tiny").symlink_to(place / "tiny")

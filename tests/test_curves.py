@@ -291,6 +291,7 @@ def test_the_command_adds_curves(place):
     assert refused.returncode == 1 and "no influence curves for a question that is unknown" in refused.stderr
 
 
+@pytest.mark.processes
 def test_two_processes_measure_what_one_does(place):
     launcher = [
         sys.executable,

@@ -381,6 +381,7 @@ sys.stdout.buffer.write(ask(loaded, cache, "How many boats?", max_new_tokens=24)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", ["kvzip", "headkv-kvzip"])
 def test_a_document_answers_alike_in_another_process(tiny, tiny_folder, tmp_path, method):
     plan = make_plan(tiny.model, random_profile(tiny.model), method=method, budget=20)

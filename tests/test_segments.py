@@ -619,6 +619,7 @@ def test_each_candidate_is_judged_by_its_own_segments():
     assert answers[0].divergence != answers[2].divergence != answers[3].divergence
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("options", [{}, {"norms": True}])
 def test_a_document_in_segments_answers_alike_in_another_process(tiny, tiny_folder, tmp_path, options):
     plan = make_plan(tiny.model, method="kvzip", budget=20, segment=25, **options)

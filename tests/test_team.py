@@ -52,6 +52,7 @@ def assert_same_file(one: Path, other: Path) -> None:
     assert {**a.metadata, "command": ""} == {**b.metadata, "command": ""}
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_profile_of_one(place):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = run(place, [*launcher, "-m", "headprof", *RUN, "--probes", "90", "-o", "two.safetensors"])
@@ -91,6 +92,7 @@ def test_two_processes_go_on_where_one_was_interrupted_and_stop_at_the_same_prob
     assert_same_file(place / "shared.safetensors", place / "stable.safetensors")
 
 
+@pytest.mark.processes
 def test_a_mistake_stops_all_processes_with_the_sentence(place):
     run(place, [sys.executable, "-m", "headprof", *RUN, "--probes", "8", "-o", "other.safetensors"])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]

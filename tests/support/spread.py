@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from zlib import crc32
 
-SPREAD = 8
+SPREAD = 6
 """Cases of a test that are a spread of them."""
 
 
