@@ -37,7 +37,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed)
 	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) tests/gpu_report.py $(if $(PARTS),--parts $(PARTS)) \
 		-o "$(GPU_OUT)" $(GPU_OPTIONS)
 
-# Whole runs by two processes, and one that is killed three times and resumed; part of .ci/run.
+# Whole runs by processes of their own: two at once, servers, those that are killed or interrupted and resumed; part of .ci/run.
 test-processes: $(VENV)/.installed
 	$(BIN)/python -m pytest -m processes
 
