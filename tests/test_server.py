@@ -221,6 +221,14 @@ def test_a_conversation_about_a_document(server):
         error_of(server.post("/v1/chat/completions", messages=body, document="report"), 400)
 
 
+def test_an_answer_can_be_sent_back_as_it_came(server):
+    messages = [{"role": "user", "content": "Who?"}]
+    for _ in range(2):
+        said = server.openai.chat.completions.create(model=server.model, messages=messages, max_tokens=3)
+        messages += [said.choices[0].message, {"role": "user", "content": "Why?"}]
+    assert said.usage.prompt_tokens > 30
+
+
 # What is refused.
 
 

@@ -73,6 +73,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
         },
         {"user": "me", "metadata": {"a": "b"}, "store": False, "tools": None, "stop": None, "tool_choice": "none"},
         {"temperature": 1, "top_p": 0.5, "seed": 3, "stop": "x", "max_completion_tokens": 5},
+        {"stream": True, "stream_options": {"include_usage": None}},
     ],
 )
 def test_parameters_that_ask_for_nothing_are_taken(values):
