@@ -290,6 +290,19 @@ def test_documents_are_listed_and_deleted(server):
     error_of(server.chat("Who?", document="another"), 404)
 
 
+def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, monkeypatch):
+    """It is deleted after the question has come, and before its turn."""
+    assert server.keep("going", TEXT[:200]).status_code == 201
+    begun, begin = threading.Event(), worker.Worker._begin_next
+    monkeypatch.setattr(worker.Worker, "_begin_next", lambda own: begun.wait(20) and begin(own))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat, "Who?", document="going")
+        wait_until(lambda: len(server.server.worker._waiting) == 1)
+        assert server.http.delete("/v1/documents/going").status_code == 200
+        begun.set()
+        assert error_of(asked.result(), 404)["code"] == "document_not_found"
+
+
 def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path):
     other = load_tiny(seed=3)
     with running_server(other, tmp_path) as elsewhere:

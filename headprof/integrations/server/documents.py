@@ -58,6 +58,16 @@ class SavedDocument:
         }
 
 
+def not_found(name: str) -> ApiError:
+    """For a document that is not there."""
+    return ApiError(
+        404,
+        f"There is no document {name}: post it to /v1/documents first.",
+        param="document",
+        code="document_not_found",
+    )
+
+
 class DocumentStore:
     """The saved documents of a folder, which is one server's alone while it runs. Any thread may use it.
 
@@ -128,12 +138,7 @@ class DocumentStore:
         """
         path = self.path(name)
         if not self._is_own(path):
-            raise ApiError(
-                404,
-                f"There is no document {name}: post it to /v1/documents first.",
-                param="document",
-                code="document_not_found",
-            )
+            raise not_found(name)
         try:
             return self._read(name, path)
         except CacheError as error:
