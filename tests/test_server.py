@@ -146,6 +146,27 @@ def test_logprobs_are_those_of_the_model(server):
     assert [each for chunk in chunks for each in chunk["content"]] == whole
 
 
+def test_logprobs_are_told_of_every_token_but_the_end(server, monkeypatch):
+    """Also of a last one that has no text, as special tokens do, and not of the end beside text that was held back."""
+    said: list[int] = []
+    text = alone(server, QUESTION, 8, on_ids=said.extend).text
+    asked = {"max_tokens": 8, "logprobs": True}
+    loaded = server.served.loaded
+    config = loaded.model.generation_config
+    decode = type(loaded.tokenizer).decode
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(loaded.tokenizer),
+            "decode",
+            lambda own, ids, **how: decode(own, [i for i in ids if i != said[7]], **how),
+        )
+        whole = server.chat(QUESTION, **asked).json()["choices"][0]
+    assert len(whole["logprobs"]["content"]) == 8
+    monkeypatch.setattr(config, "eos_token_id", [said[4]])
+    held = server.chat(QUESTION, stop=[text[:20] + "never said"], **asked).json()["choices"][0]
+    assert len(held["logprobs"]["content"]) == 4 and held["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop_text(server, stream):
     full = text_of(server.chat(QUESTION, max_tokens=40))

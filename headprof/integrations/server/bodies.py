@@ -215,7 +215,7 @@ def _require_text(value: Any) -> None:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the fields that are null, by which clients say that they give none: an answer's `refusal`, say."""
+    """A value without the fields that are null, which say nothing: the `refusal` of an answer sent back, say."""
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     if isinstance(value, list):
