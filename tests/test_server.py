@@ -146,6 +146,27 @@ def test_logprobs_are_those_of_the_model(server):
     assert [each for chunk in chunks for each in chunk["content"]] == whole
 
 
+def test_logprobs_are_told_of_every_token_but_the_end(server, monkeypatch):
+    """Also of a last one that has no text, as special tokens do, and not of the end beside text that was held back."""
+    said: list[int] = []
+    text = alone(server, QUESTION, 8, on_ids=said.extend).text
+    asked = {"max_tokens": 8, "logprobs": True}
+    loaded = server.served.loaded
+    config = loaded.model.generation_config
+    decode = type(loaded.tokenizer).decode
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(loaded.tokenizer),
+            "decode",
+            lambda own, ids, **how: decode(own, [i for i in ids if i != said[7]], **how),
+        )
+        whole = server.chat(QUESTION, **asked).json()["choices"][0]
+    assert len(whole["logprobs"]["content"]) == 8
+    monkeypatch.setattr(config, "eos_token_id", [said[4]])
+    held = server.chat(QUESTION, stop=[text[:20] + "never said"], **asked).json()["choices"][0]
+    assert len(held["logprobs"]["content"]) == 4 and held["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop_text(server, stream):
     full = text_of(server.chat(QUESTION, max_tokens=40))
@@ -221,6 +242,14 @@ def test_a_conversation_about_a_document(server):
         error_of(server.post("/v1/chat/completions", messages=body, document="report"), 400)
 
 
+def test_an_answer_can_be_sent_back_as_it_came(server):
+    messages = [{"role": "user", "content": "Who?"}]
+    for _ in range(2):
+        said = server.openai.chat.completions.create(model=server.model, messages=messages, max_tokens=3)
+        messages += [said.choices[0].message, {"role": "user", "content": "Why?"}]
+    assert said.usage.prompt_tokens > 30
+
+
 # What is refused.
 
 
@@ -280,6 +309,19 @@ def test_documents_are_listed_and_deleted(server):
     wait_until(lambda: server.metric('headprof_cache_bytes{of="documents"}') < held)
     error_of(server.http.get("/v1/documents/another"), 404)
     error_of(server.chat("Who?", document="another"), 404)
+
+
+def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, monkeypatch):
+    """It is deleted after the question has come, and before its turn."""
+    assert server.keep("going", TEXT[:200]).status_code == 201
+    begun, begin = threading.Event(), worker.Worker._begin_next
+    monkeypatch.setattr(worker.Worker, "_begin_next", lambda own: begun.wait(20) and begin(own))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.chat, "Who?", document="going")
+        wait_until(lambda: len(server.server.worker._waiting) == 1)
+        assert server.http.delete("/v1/documents/going").status_code == 200
+        begun.set()
+        assert error_of(asked.result(), 404)["code"] == "document_not_found"
 
 
 def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from support.commands import headprof
 from support.profiles import judging, random_profile
 from support.tiny_models import load_tiny
@@ -24,6 +25,7 @@ from headprof.integrations.server.asked import AskedReader
 from headprof.integrations.server.bodies import ChatBody, CompletionBody, DocumentBody, read_body
 from headprof.integrations.server.documents import DocumentStore
 from headprof.integrations.server.errors import ApiError
+from headprof.integrations.server.incoming import check_key
 from headprof.integrations.server.stopping import StopText
 from headprof.models.prompt_encoder import PromptEncoder
 
@@ -73,6 +75,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
         },
         {"user": "me", "metadata": {"a": "b"}, "store": False, "tools": None, "stop": None, "tool_choice": "none"},
         {"temperature": 1, "top_p": 0.5, "seed": 3, "stop": "x", "max_completion_tokens": 5},
+        {"stream": True, "stream_options": {"include_usage": None}},
     ],
 )
 def test_parameters_that_ask_for_nothing_are_taken(values):
@@ -143,6 +146,18 @@ def test_a_message_in_parts_and_a_prompt_in_a_list():
         body(CompletionBody, prompt=["Hello", "you"])
 
 
+@pytest.mark.parametrize("key", ["plain", "schl\u00fcssel", "\u9375", "from-a-file\n", "\udcff"])
+def test_a_key_is_compared_by_its_bytes(key):
+    def sent(value: bytes) -> Request:
+        return Request({"type": "http", "headers": [(b"authorization", b"Bearer " + value)]})
+
+    check_key(sent(key.strip().encode("utf-8", "surrogateescape")), key)
+    for wrong in (b"", b"?", b"\xfe", key.strip().encode("utf-8", "replace") + b"?"):
+        with pytest.raises(ApiError) as refused:
+            check_key(sent(wrong), key)
+        assert refused.value.status == 401
+
+
 @pytest.mark.parametrize(
     "name", ["..", ".", "a/b", "../a", ".hidden", "-a", "a\\b", "a b", "a\0", "", "ä", "a" * 129, "a\n"]
 )
@@ -181,6 +196,15 @@ def test_links_and_leftovers_are_no_documents(tiny, tmp_path):
     store.delete("broken")
     store.close()
     DocumentStore(folder).close()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_with_its_option(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(UsageError, match=r"is denied: .* with --cache-dir"):
+        DocumentStore(tmp_path)
 
 
 def test_a_conversation_is_read_as_the_chat_template_has_it(tiny):

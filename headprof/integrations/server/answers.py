@@ -43,12 +43,12 @@ class RunningAnswer:
         token, now = self.answering.new[-1], time.monotonic()
         self._metrics.token(now - self._last, first=len(self.answering.new) == 1)
         self._last = now
-        if self.job.asked.logprobs is not None:
+        if self.job.asked.logprobs is not None and not self._is_end(token):
             self._logprobs.append(self._logprob(logits, token, self.job.asked.logprobs))
         self._streamer.put(torch.tensor([token]))
         if ended and not self._stop.found:
             self._streamer.end()
-            self._tell(self._stop.end())
+            self._tell(self._stop.end(), last=not self._stop.found)
         if not (ended or self._stop.found):
             return False
         at_most = len(self.answering.new) >= self.job.asked.choosing.max_new_tokens
@@ -69,8 +69,9 @@ class RunningAnswer:
         if text and not self._stop.found:
             self._tell(self._stop.add(text))
 
-    def _tell(self, text: str) -> None:
-        if text:
+    def _tell(self, text: str, *, last: bool = False) -> None:
+        """Tell a piece of the text; the last tokens are told even if they have none, as special ones do."""
+        if text or (last and self._logprobs):
             self.job.tell(Piece(text, tuple(self._logprobs)))
             self._logprobs.clear()
 

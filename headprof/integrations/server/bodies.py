@@ -190,7 +190,7 @@ def read_body(kind: type[Body], data: bytes) -> Body:
             400, f"The body cannot be read as JSON ({error}): send a JSON object in UTF-8.", code="invalid_json"
         ) from None
     _require_text(values)
-    given = {name: value for name, value in values.items() if value is not None and name not in _WITHOUT_EFFECT}
+    given = {name: value for name, value in _without_nulls(values).items() if name not in _WITHOUT_EFFECT}
     for name in given.keys() - kind.model_fields.keys():
         _require_neutral(name, given[name])
     try:
@@ -212,6 +212,15 @@ def _require_text(value: Any) -> None:
             _require_text(each)
     elif isinstance(value, str) and not is_text(value):
         raise ApiError(400, "The body holds half a character (a lone surrogate): mend its text.", code="invalid_value")
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value without the fields that are null, which say nothing: the `refusal` of an answer sent back, say."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [_without_nulls(each) for each in value]
+    return value
 
 
 def _require_neutral(name: str, value: Any) -> None:

@@ -58,6 +58,21 @@ class SavedDocument:
         }
 
 
+def not_found(name: str) -> ApiError:
+    """For a document that is not there."""
+    return ApiError(
+        404,
+        f"There is no document {name}: post it to /v1/documents first.",
+        param="document",
+        code="document_not_found",
+    )
+
+
+def about_folder(refused: HeadprofError) -> str:
+    """What a disk's refusal says, with the option by which the folder is chosen."""
+    return str(refused).replace("with -o", "with --cache-dir")
+
+
 class DocumentStore:
     """The saved documents of a folder, which is one server's alone while it runs. Any thread may use it.
 
@@ -65,8 +80,7 @@ class DocumentStore:
         folder: made if it is not there. What a server that was killed has left half-written is removed.
 
     Raises:
-        UsageError: another server has the folder, or it is none.
-        HeadprofError: the disk refused.
+        UsageError: another server has the folder, it is none, or the disk refused.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +92,11 @@ class DocumentStore:
                 f"The folder {folder} cannot be used ({error.strerror}): choose another with --cache-dir."
             ) from error
         self._lock = FileLock(self.folder / "documents")
-        if not self._lock.take():
+        try:
+            taken = self._lock.take()
+        except HeadprofError as error:
+            raise UsageError(about_folder(error)) from error
+        if not taken:
             raise UsageError(f"Another server keeps its documents in {folder}: choose another with --cache-dir.")
         for leftover in self.folder.glob(".*.partial"):
             if _LEFTOVER.fullmatch(leftover.name):
@@ -128,12 +146,7 @@ class DocumentStore:
         """
         path = self.path(name)
         if not self._is_own(path):
-            raise ApiError(
-                404,
-                f"There is no document {name}: post it to /v1/documents first.",
-                param="document",
-                code="document_not_found",
-            )
+            raise not_found(name)
         try:
             return self._read(name, path)
         except CacheError as error:

@@ -19,7 +19,8 @@ def check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), key.encode("utf-8", "replace"))
+    sent, own = given.strip().encode("latin-1"), key.strip().encode("utf-8", "surrogateescape")  # bytes as they came
+    right = hmac.compare_digest(sent, own)
     if scheme.lower() != "bearer" or not right:
         raise ApiError(
             401,

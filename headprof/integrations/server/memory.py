@@ -8,7 +8,7 @@ from typing import Any
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.prompts import document_cache
 from headprof.integrations.server.admission import Footprint, answer_bytes
-from headprof.integrations.server.documents import SavedDocument
+from headprof.integrations.server.documents import SavedDocument, not_found
 from headprof.integrations.server.errors import ApiError
 from headprof.integrations.server.jobs import AnswerJob
 from headprof.models.loading import LoadedModel
@@ -83,7 +83,8 @@ class DocumentCaches:
         """Have a document in memory, if there is room for it; whether there is.
 
         Raises:
-            ApiError: there never is, the document is another one by now, or it brings rows back from a second tier.
+            ApiError: there never is, the document has gone or is another one by now, or it brings rows back from a
+                second tier.
             CacheError: its file cannot be used with this model.
         """
         _, known = self._held.get(document.name, (None, None))
@@ -91,6 +92,8 @@ class DocumentCaches:
             self._held.pop(document.name, None)
             if not self.make_room(document.file_bytes, reserved):
                 return False
+            if not document.path.is_file():
+                raise not_found(document.name)
             cache, _ = document_cache(self._loaded, document.path, self._decoding)
             if cache.recalls:
                 raise ApiError(

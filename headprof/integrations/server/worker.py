@@ -23,6 +23,7 @@ from headprof.errors import HeadprofError
 from headprof.integrations.server.admission import Footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
+from headprof.integrations.server.documents import about_folder
 from headprof.integrations.server.errors import ApiError, as_api_error
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Failed, Job, Kept
 from headprof.integrations.server.memory import DocumentCaches, never_fits
@@ -251,8 +252,7 @@ class Worker:
         try:
             save_document(cache, job.path, served.loaded, {"document": job.name})
         except HeadprofError as error:
-            message = str(error).replace("with -o", "with --cache-dir")
-            raise ApiError(507, message, code="cannot_be_kept") from error
+            raise ApiError(507, about_folder(error), code="cannot_be_kept") from error
         job.tell(Kept())
 
     def _publish(self) -> None:
