@@ -122,6 +122,16 @@ MISTAKES = {
         2,
         "The parameter 'ramp' cannot be 'perhaps': give true or false.",
     ),
+    "setting given twice": (
+        (*GENERATE, "--set", "power=2", "--set", "power=1"),
+        2,
+        "The parameter 'power' is given twice, as 'power=1' too: leave one of them away.",
+    ),
+    "setting beside its own option": (
+        (*GENERATE, "--set", "keep_last=3", "--keep-last", "2"),
+        2,
+        "The parameter 'keep_last' is given by --set and by --keep-last: leave one of them away.",
+    ),
     "nothing to compress": (
         ("compress", "--model", "tiny", "--file", "empty.txt"),
         2,

@@ -13,7 +13,8 @@ from headprof.errors import UsageError
 def clustered_slowly(keys, rows, per_cluster, iterations, seed):
     """Of one head, key by key: labels (`None` for a row that is not clustered), and each cluster's mean and size."""
     own = [t for t in range(len(keys)) if rows[t]]
-    order = torch.rand(len(keys), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.rand(len(own), generator=torch.Generator().manual_seed(seed))
+    order = dict(zip(own, drawn.tolist(), strict=True))
     number = -(-len(own) // per_cluster)
     centroids = [keys[t] for t in sorted(own, key=lambda t: -order[t])[:number]]
     for step in range(iterations + 1):
@@ -59,6 +60,17 @@ def test_keys_in_bundles_are_told_apart():
     found = cluster_keys(keys, torch.ones(1, 60, dtype=torch.bool), 10, 5, seed=3)
     for label in found.labels.unique():
         assert len(which[found.labels[0] == label].unique()) == 1
+
+
+def test_padding_changes_nothing():
+    """Wherever in a block the rows of a head stand, the same ones go together."""
+    keys, place = torch.randn(1, 40, 8), torch.randperm(70)[:40].sort().values
+    alone = cluster_keys(keys, torch.ones(1, 40, dtype=torch.bool), 5, 3, 0)
+    padded, rows = torch.randn(1, 70, 8), torch.zeros(1, 70, dtype=torch.bool)
+    padded[:, place], rows[:, place] = keys, True
+    found = cluster_keys(padded, rows, 5, 3, 0)
+    assert torch.equal(found.labels[:, place], alone.labels)
+    assert torch.equal(found.sizes, alone.sizes)
 
 
 def test_blocks_change_nothing(monkeypatch):

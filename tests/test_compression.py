@@ -203,6 +203,12 @@ def test_settings_that_cannot_be_are_refused(text, message):
         find_method("headkv-r2").with_options(**parse_settings([text]))
 
 
+@pytest.mark.parametrize("name", ["clusterkv:cluster=5:cluster=9", "ems:mass=true:window=8:mass=true"])
+def test_a_parameter_that_a_name_gives_twice_is_refused(name):
+    with pytest.raises(UsageError, match=r"is given twice, as '\w+=\w+' too: leave one of them away\.$"):
+        find_method(name)
+
+
 def test_settings_are_read_by_kind():
     settings = parse_settings(["power=3", "ramp=False", "temperature=1", "aggregate=mean"])
     assert settings == {"power": 3, "ramp": False, "temperature": 1, "aggregate": "mean"}

@@ -197,6 +197,17 @@ def test_stacked_caches_go_on_as_they_would_alone():
                 torch.testing.assert_close(logits[1][entry], expected[6:], **CLOSE)
 
 
+def test_a_padded_batch_says_what_each_says_alone():
+    model = three_layers("llama", 2)
+    ids, mask = prompts(70, 33)
+    options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    with compressed(model, random_profile(model), method="clusterkv", cluster=4, budget=24, buffer=6):
+        made = model.generate(ids, attention_mask=mask, **options)
+        for each, length in zip(made, (70, 33), strict=True):
+            alone = model.generate(each[None, 70 - length : 70], **options)
+            assert torch.equal(alone[0], each[70 - length :])
+
+
 def test_copies_of_one_cache_are_compressed_again_as_it_is():
     model = three_layers("llama", 2)
     ids, _ = prompts(100, width=100)

@@ -277,12 +277,22 @@ class MethodOptions:
     ] = None
 
     def chosen(self) -> dict[str, Any]:
-        """Parameters by name; `None` leaves one at its default."""
+        """Parameters by name; `None` leaves one at its default.
+
+        Raises:
+            UsageError: --set cannot be read, or names one that is given already.
+        """
         from headprof.compression.methods.table import parse_settings
 
         named = asdict(self)
-        settings = named.pop("settings")
-        return named | parse_settings(settings or [])
+        settings = parse_settings(named.pop("settings") or [])
+        for name in settings:
+            if named.get(name) is not None:
+                raise UsageError(
+                    f"The parameter {name!r} is given by --set and by --{name.replace('_', '-')}: leave one of them "
+                    "away."
+                )
+        return named | settings
 
 
 @dataclass(frozen=True)

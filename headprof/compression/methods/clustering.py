@@ -57,9 +57,12 @@ def cluster_keys(keys: Tensor, rows: Tensor, rows_per_cluster: int, iterations: 
 
 
 def _drawn(keys: Tensor, rows: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The first centroids of each head, `[N, C, D]`, and which of them it has, bool `[N, C]`."""
+    """The first centroids of each head, `[N, C, D]`, and which of them it has, bool `[N, C]`.
+
+    A number is drawn for a head's first row, for its second, and so on, so that padding between them changes nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(rows.shape[1], generator=generator).to(keys.device).expand(rows.shape)
+    order = torch.rand(rows.shape[1], generator=generator).to(keys.device)[rows.long().cumsum(dim=-1) - 1]
     most = max(1, int(wanted.max()))
     chosen = order.masked_fill(~rows, -1.0).topk(min(most, rows.shape[1]), dim=-1).indices
     used = torch.arange(chosen.shape[1], device=keys.device) < wanted[:, None]

@@ -183,13 +183,15 @@ def parse_settings(texts: Sequence[str]) -> dict[str, Any]:
     """Parameters as the command line takes them: `["power=2", "ramp=true"]` is `{"power": 2, "ramp": True}`.
 
     Raises:
-        UsageError: a text is not `name=value`.
+        UsageError: a text is not `name=value`, or names what another names.
     """
     settings: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or not value:
             raise UsageError(f"A setting of {text!r} cannot be read: write --set name=value, such as --set power=2.")
+        if name in settings:
+            raise UsageError(f"The parameter {name!r} is given twice, as {text!r} too: leave one of them away.")
         settings[name] = _SETTING.get(value.lower(), value)
         for number in (int, float):
             with suppress(ValueError):
