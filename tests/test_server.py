@@ -311,6 +311,18 @@ def test_documents_are_listed_and_deleted(server):
     error_of(server.chat("Who?", document="another"), 404)
 
 
+def test_pages_of_other_sites_are_refused_where_no_key_is_asked_for(server):
+    port = server.http.base_url.port
+    for headers, status in (
+        ({"Host": f"localhost:{port}", "Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "https://example.com"}, 403),
+        ({"Host": "rebound.example.com"}, 403),
+    ):
+        answer = server.http.get("/v1/models", headers=headers)
+        assert answer.status_code == status
+        assert status == 200 or error_of(answer, 403)["code"] == "foreign_origin"
+
+
 def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, monkeypatch):
     """It is deleted after the question has come, and before its turn."""
     assert server.keep("going", TEXT[:200]).status_code == 201

@@ -25,7 +25,7 @@ from headprof.integrations.server.asked import AskedReader
 from headprof.integrations.server.bodies import ChatBody, CompletionBody, DocumentBody, read_body
 from headprof.integrations.server.documents import DocumentStore
 from headprof.integrations.server.errors import ApiError
-from headprof.integrations.server.incoming import check_key
+from headprof.integrations.server.incoming import _is_here, check_key
 from headprof.integrations.server.stopping import StopText
 from headprof.models.prompt_encoder import PromptEncoder
 
@@ -131,6 +131,30 @@ def test_a_body_that_is_no_json_object(data):
     with pytest.raises(ApiError) as refused:
         read_body(ChatBody, data)
     assert (refused.value.status, refused.value.code) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3:8000", True),
+        ("::1", True),
+        ("[::1]:8000", True),
+        ("localhost:8000", True),
+        ("http://localhost:3000", True),
+        ("https://[::1]", True),
+        ("192.168.0.5", False),
+        ("2001:db8::1", False),
+        ("127.0.0.1.example.com", False),
+        ("localhost.example.com:8000", False),
+        ("https://example.com", False),
+        ("http://[", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_what_is_this_machine_seen_from_itself(address, here):
+    assert _is_here(address) == here
 
 
 def test_half_a_character_is_refused():

@@ -1,9 +1,11 @@
-"""Reading a request: its key, and its body, of which neither size nor time is without bound."""
+"""Reading a request: who sends it, and its body, of which neither size nor time is without bound."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -14,9 +16,11 @@ from headprof.utils.units import human_bytes
 def check_key(request: Request, key: str | None) -> None:
     """
     Raises:
-        ApiError: the request does not carry the server's key.
+        ApiError: the request does not carry the server's key, or, where there is none, comes from a page of another
+            site.
     """
     if key is None:
+        _check_page(request)
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     sent, own = given.strip().encode("latin-1"), key.strip().encode("utf-8", "surrogateescape")  # bytes as they came
@@ -28,6 +32,35 @@ def check_key(request: Request, key: str | None) -> None:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
+
+
+def _check_page(request: Request) -> None:
+    """Of a server for this machine alone, whose browser any page of the web can have ask it.
+
+    Raises:
+        ApiError: the request comes from such a page, or by a name that is not this machine's.
+    """
+    if not _is_here((request.scope.get("server") or ("",))[0]):
+        return
+    addresses = (request.headers.get(name) for name in ("host", "origin"))
+    if not all(_is_here(address) for address in addresses if address is not None):
+        raise ApiError(
+            403,
+            "This server asks for no key, so pages of other sites, and other names of it, are refused: start it with "
+            "--api-key.",
+            code="foreign_origin",
+        )
+
+
+def _is_here(address: str) -> bool:
+    """Whether an address, a host with or without a port, or an origin is this machine, seen from itself."""
+    try:
+        if not any(mark in address for mark in "/[") and address.count(":") > 1:
+            return ip_address(address).is_loopback
+        name = urlsplit(address if "//" in address else f"//{address}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 async def read_data(request: Request, most: int, seconds: float) -> bytes:
