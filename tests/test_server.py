@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import socket
@@ -278,6 +279,7 @@ def test_an_answer_can_be_sent_back_as_it_came(server):
         ("/v1/documents", b'{"id": "new", "text": "x", "budget": 5}', 400, "unsupported_parameter"),
         ("/v1/embeddings", b"{}", 404, "not_found"),
         ("/v1/models", b"{}", 405, "method_not_allowed"),
+        ("/v1/completions/", b"{}", 404, "not_found"),
     ],
 )
 def test_bad_requests(server, path, body, status, code):
@@ -309,6 +311,12 @@ def test_documents_are_listed_and_deleted(server):
     wait_until(lambda: server.metric('headprof_cache_bytes{of="documents"}') < held)
     error_of(server.http.get("/v1/documents/another"), 404)
     error_of(server.chat("Who?", document="another"), 404)
+
+
+def test_a_compressed_body_is_refused(server):
+    headers = {"Content-Encoding": "gzip"}
+    answer = server.http.post("/v1/completions", content=gzip.compress(b"{}"), headers=headers)
+    assert error_of(answer, 415)["code"] == "unsupported_encoding"
 
 
 def test_pages_of_other_sites_are_refused_where_no_key_is_asked_for(server):

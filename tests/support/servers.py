@@ -22,8 +22,6 @@ from headprof.integrations.server.run import listening_socket
 from headprof.integrations.server.worker import Served
 from support.profiles import random_profile
 
-_OF_SERVED = {"memory", "max_batch", "max_queue", "decoding", "how"}
-
 
 class Running:
     """A server that runs in a thread.

@@ -71,7 +71,14 @@ class Server:
         self._reader = AskedReader(served.loaded, limits.max_new_tokens)
         self._started = int(time.time())
         self._making: set[str] = set()  # documents that are being compressed
-        self.app = FastAPI(title="headprof", docs_url=None, redoc_url=None, openapi_url=None, lifespan=self._lifespan)
+        self.app = FastAPI(
+            title="headprof",
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            redirect_slashes=False,
+            lifespan=self._lifespan,
+        )
         self.app.add_exception_handler(HTTPException, self._refuse_path)
         for method, path, handler in (
             ("GET", "/v1/models", self._models),

@@ -9,6 +9,7 @@ from inspect import signature
 from headprof.compression.answering import next_logits
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.cache.together import TogetherCache
+from headprof.errors import HeadprofError
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.errors import as_api_error
 from headprof.integrations.server.jobs import Failed
@@ -118,7 +119,8 @@ class Batch:
 
     @staticmethod
     def _fail(answers: list[RunningAnswer], error: Exception) -> None:
-        logger.error("A step failed.", exc_info=error)
+        if not isinstance(error, HeadprofError):
+            logger.error("A step failed.", exc_info=error)
         for answer in answers:
             answer.job.tell(Failed(as_api_error(error)))
 

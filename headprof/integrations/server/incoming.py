@@ -72,8 +72,11 @@ async def read_data(request: Request, most: int, seconds: float) -> bytes:
         seconds: that it may take to come.
 
     Raises:
-        ApiError: it is larger, or slower, or the client has left in the middle.
+        ApiError: it is larger, or slower, or compressed, or the client has left in the middle.
     """
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        message = f"A body in the coding {coding[:40]!r} is not read: send it as it is."
+        raise ApiError(415, message, code="unsupported_encoding")
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:
         raise _too_large(most)
