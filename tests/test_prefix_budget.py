@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.prompts import GREEDY, left_padded, random_ids
 from support.tiny_models import load_tiny, tiny_model
@@ -55,11 +55,12 @@ def units_of(importance, ranked, per):
 def prefix_length(rows, share):
     """The fewest rows whose importance makes up more than this share of all, of those in order; forced ones at least.
 
-    Of a share that some rows make up exactly, the next row comes only when the share is beyond it.
+    Of a share that some rows make up exactly, the next row comes only when the share is beyond it; where nothing is
+    important, none comes.
     """
-    whole = sum(weight for _, weight, _ in rows) or 1
+    whole = sum(weight for _, weight, _ in rows)
     summed, length = Fraction(0), 0
-    while length < len(rows) and (rows[length][2] or summed / whole < share):
+    while length < len(rows) and (rows[length][2] or (whole and summed / whole < share)):
         summed += rows[length][1]
         length += 1
     return length
@@ -109,6 +110,7 @@ def slow_counts(importance, ranked, totals, per):
     seed=st.integers(0, 2**31),
     per=st.sampled_from(["layer", "head"]),
 )
+@example(layers=1, batch=1, heads=2, tokens=7, levels=2, share=0.5, seed=174, per="head")  # nothing important in one
 def test_rows_are_those_that_bisection_finds(layers, batch, heads, tokens, levels, share, seed, per):
     """Of few levels many rows are equal, and some zero; padding goes last, what every head keeps first."""
     generator = torch.Generator().manual_seed(seed)
