@@ -456,7 +456,7 @@ def test_what_a_client_that_leaves_held_is_free_again(server, stream):
     body = {"model": server.model, "prompt": TEXT, "stream": stream, "max_tokens": 3500}
     request = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=20) as client:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(request)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(request)}\r\n\r\n"
         client.sendall(head.encode() + request)
         wait_until(lambda: server.metric('headprof_cache_bytes{of="requests"}') > 0)
     wait_until(lambda: server.metric("headprof_batch_size") == 0)
