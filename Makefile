@@ -39,7 +39,7 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed)
 
 # Whole runs by processes of their own: two at once, servers, those that are killed or interrupted and resumed; part of .ci/run.
 test-processes: $(VENV)/.installed
-	$(BIN)/python -m pytest -m processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m processes
 
 # A scoring run killed three times at random moments and resumed, again and again.
 test-kill: $(VENV)/.installed
