@@ -23,14 +23,12 @@ class Asked:
     Attributes:
         ids: tokens of the prompt; those that follow the document, if there is one.
         choosing: how the tokens of the answer are chosen.
-        document: the saved document that the prompt follows, or `None`.
         stop: texts at which the answer ends.
         logprobs: how many of the likeliest tokens are told beside each; `None` for no log-probabilities.
     """
 
     ids: Sequence[int]
     choosing: Choosing
-    document: str | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
 
@@ -68,7 +66,7 @@ class AskedReader:
             raise too_long(seen + len(ids), most, self._most, self._name, param)
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**63
         choosing = Choosing(most, body.temperature, body.top_p, seed)
-        return Asked(ids, choosing, body.document, tuple(body.stop), body.wants_logprobs)
+        return Asked(ids, choosing, tuple(body.stop), body.wants_logprobs)
 
     def count(self, text: str) -> int:
         """Tokens of a document.

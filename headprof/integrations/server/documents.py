@@ -167,7 +167,7 @@ class DocumentStore:
         """
         path = self.path(name)
         if not self._is_own(path):
-            self.find(name)
+            raise not_found(name)
         try:
             path.unlink()
         except OSError as error:

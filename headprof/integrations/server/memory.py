@@ -47,13 +47,10 @@ class DocumentCaches:
         """Bytes that all of them hold."""
         return sum(cache.nbytes for cache, _ in self._held.values())
 
-    def let_go(self) -> bool:
-        """Let go of the documents whose files have gone; whether there were any."""
-        gone = [name for name in self._held if name in self.forgotten]
-        self.forgotten.clear()
-        for name in gone:
-            del self._held[name]
-        return bool(gone)
+    def let_go(self) -> None:
+        """Let go of the documents whose files have gone."""
+        while self.forgotten:  # to which others may add meanwhile
+            self._held.pop(self.forgotten.pop(), None)
 
     def make_room(self, needed: int, reserved: int, kept: str | None = None) -> bool:
         """Have so many bytes free beside those that are set aside for requests, if that can be.
