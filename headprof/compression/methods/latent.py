@@ -44,12 +44,10 @@ class Latent(SharedBasis):
                 "Latents are held in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1."
             )
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
-        each, in_full, rank = 2 * head_dim * bytes_per_element, in_full + self.residual, self._rank(head_dim)
-        left = num_bytes - in_full * each - self._beside_rows(head_dim, bytes_per_element, num_kv_heads)
-        left -= _SCALES * rank  # of a last group that is not full
-        packed = int(left // (rank * self.bits / 8 + _SCALES * rank / self.group_size))
-        return max(int(num_bytes // each), in_full + packed)
+    def _packed_in(self, num_bytes: float, head_dim: int, bytes_per_element: int) -> int:
+        rank = self._rank(head_dim)
+        num_bytes -= _SCALES * rank  # of a last group that is not full
+        return int(num_bytes // (rank * self.bits / 8 + _SCALES * rank / self.group_size))
 
     def _rank(self, head_dim: int) -> int:
         """Such that codes fill whole bytes."""

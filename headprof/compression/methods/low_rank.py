@@ -33,12 +33,6 @@ class LowRank(SharedBasis):
         if not (0 < self.key_rank <= 1 and 0 < self.value_rank <= 1):
             raise UsageError("Rows are held in some of their dimensions: give key_rank and value_rank above 0, to 1.")
 
-    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
-        each, in_full = 2 * head_dim * bytes_per_element, in_full + self.residual
-        left = num_bytes - in_full * each - self._beside_rows(head_dim, bytes_per_element, num_kv_heads)
-        packed = int(left // self._packed_bytes(1, head_dim, bytes_per_element))
-        return max(int(num_bytes // each), in_full + packed)
-
     def _ranks(self, head_dim: int) -> tuple[int, int]:
         """Of keys and of values."""
         return max(1, round(self.key_rank * head_dim)), max(1, round(self.value_rank * head_dim))
@@ -48,6 +42,9 @@ class LowRank(SharedBasis):
 
     def _packed_bytes(self, count: int, head_dim: int, bytes_per_element: int) -> int:
         return count * sum(self._ranks(head_dim)) * bytes_per_element
+
+    def _packed_in(self, num_bytes: float, head_dim: int, bytes_per_element: int) -> int:
+        return int(num_bytes // self._packed_bytes(1, head_dim, bytes_per_element))
 
     def _packed(self, packing: Packing) -> LowRankRows:
         key_rank, value_rank = self._ranks(packing.keys.shape[1])

@@ -125,8 +125,17 @@ class SharedBasis(Representation):
         """What so many packed rows of a head take, without the basis."""
 
     @abstractmethod
+    def _packed_in(self, num_bytes: float, head_dim: int, bytes_per_element: int) -> int:
+        """How many packed rows a head can surely hold in so many bytes, the basis aside; below 0 if they are short."""
+
+    @abstractmethod
     def _packed(self, packing: Packing) -> PackedRows:
         """Rows packed."""
+
+    def rows_in(self, num_bytes: float, in_full: int, head_dim: int, bytes_per_element: int, num_kv_heads: int) -> int:
+        each, in_full = 2 * head_dim * bytes_per_element, in_full + self.residual
+        left = num_bytes - in_full * each - self._beside_rows(head_dim, bytes_per_element, num_kv_heads)
+        return max(int(num_bytes // each), in_full + self._packed_in(left, head_dim, bytes_per_element))
 
     def hold(self, rows: Rows, observed: Observation, *, first: int, newest: int) -> Rows:
         lengths, head_dim, device = rows.known_lengths(), rows.keys.shape[1], rows.keys.device
