@@ -114,19 +114,26 @@ def test_nothing_is_lost_and_the_device_holds_no_more(way, share):
             assert set(back) <= set(evicted) and len(set(back)) == len(back) > 0
 
 
+def query_of_last(model, ids, cache):
+    """Read all tokens but the last, then that one; its queries in the first layer, `[N, g, D]`."""
+    asked = []
+    with attending_ragged(model), torch.no_grad():
+        prefill(model, ids[:, :-1], cache)
+        held = cache.head_layers[0].held
+        bring = held._bring_back
+        held._bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
+        prefill(model, ids[:, -1:], cache)
+    (query,) = asked
+    return query
+
+
 def test_what_is_brought_back_is_what_the_query_calls_for():
     """Beside the obvious way: clusters by their inner product with the query, row by row until the slots are full."""
     model = tiny_model("llama", layers=1, num_heads=2, num_kv_heads=2)
     ids, _ = prompts(81, width=81)
-    asked = []
     cache = HeadCache(plan_of(model, "clusterkv", budget=30, cluster=6, buffer=None))
-    with attending_ragged(model), torch.no_grad():
-        prefill(model, ids[:, :80], cache)
-        layer = cache.head_layers[0]
-        bring = layer.held._bring_back
-        layer.held._bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
-        prefill(model, ids[:, 80:], cache)
-    (query,), tier = asked, layer.tiers[0]
+    query = query_of_last(model, ids, cache)
+    layer, tier = cache.head_layers[0], cache.head_layers[0].tiers[0]
     rows = tier.parts[0]
     for head in range(2):
         clusters = list(zip(*(each[head] for each in tier.clusters.tensors), strict=True))
@@ -147,17 +154,12 @@ def test_looking_at_rows_one_by_one_brings_back_the_best():
     model = tiny_model("llama", layers=1, num_heads=2, num_kv_heads=2)
     ids, _ = prompts(81, width=81)
     cache = HeadCache(plan_of(model, "clusterkv", budget=30, cluster=20, recall_among=100, buffer=None))
-    asked = []
-    with attending_ragged(model), torch.no_grad():
-        prefill(model, ids[:, :80], cache)
-        layer = cache.head_layers[0]
-        bring = layer.held._bring_back
-        layer.held._bring_back = lambda query, *how: (asked.append(query), bring(query, *how))
-        prefill(model, ids[:, 80:], cache)
+    query = query_of_last(model, ids, cache)
+    layer = cache.head_layers[0]
     for head in range(2):
         back, staying, _ = positions_of(cache, head)[0]
         rows = layer.tiers[0].of_heads([head], 0).in_order()
-        best = (rows.keys @ asked[0][head, 0]).topk(len(back)).indices
+        best = (rows.keys @ query[head, 0]).topk(len(back)).indices
         assert sorted(back) == sorted(rows.positions[best].tolist())
         assert staying == [*range(16), 78, 79, 80]
 

@@ -175,11 +175,15 @@ class SecondTier:
         """Rows of each cluster that a token at this position can see, int64 `[N, C]`: the first ones of it."""
         if self.window is None:
             return self.clusters.sizes
-        positions = torch.cat([part.positions for part in self.parts])
-        seen = (positions > position - self.window).long().cumsum(0)
+        seen = (self._positions > position - self.window).long().cumsum(0)
         before = torch.cat([seen.new_zeros(1), seen]).to(self.clusters.sizes.device)
         starts = self.clusters.starts
         return before[starts + self.clusters.sizes] - before[starts]
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Of all rows, int32."""
+        return torch.cat([part.positions for part in self.parts])
 
     def _rows_at(self, index: Tensor, pinned: bool = False) -> list[Tensor]:
         """Copies of keys, values and positions of these rows, int64 `[M]`, on the host."""
