@@ -13,11 +13,11 @@ demo: $(VENV)/.installed
 	$(BIN)/headprof heatmap demo/SmolLM2-135M-Instruct.safetensors -o heads.png
 	$(BIN)/headprof generate --profile demo/SmolLM2-135M-Instruct.safetensors --budget 64 --compare < /dev/null
 
-# Every test, of those with many cases six that are spread over them.
+# Every test that takes less than five seconds, of those with many cases six that are spread over them.
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --cases spread
 
-# All other cases; part of .ci/run.
+# The others, marked `long`, and all other cases; part of .ci/run.
 test-rest: $(VENV)/.installed
 	$(BIN)/python -m pytest -n auto --dist worksteal --cases rest
 

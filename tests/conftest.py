@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--cases",
         choices=("all", "spread", "rest"),
         default="all",
-        help=f"Of a test with more than {SPREAD} cases: all, so many spread over them, always the same, or the others.",
+        help=f"all; spread: of each test at most {SPREAD} cases, always the same, and none marked `long`; or the rest.",
     )
 
 
@@ -51,9 +51,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unasked = [mark for mark in ("slow", "processes") if mark not in config.option.markexpr]
     left_out = {item for item in items if any(map(item.get_closest_marker, unasked))}
     if config.option.cases != "all":
-        asked = [item for item in items if item not in left_out]
-        chosen = spread([item.nodeid for item in asked])
-        left_out |= {item for at, item in enumerate(asked) if (at in chosen) == (config.option.cases == "rest")}
+        quick = [item for item in items if item not in left_out and not item.get_closest_marker("long")]
+        chosen = {quick[at] for at in spread([item.nodeid for item in quick])}
+        left_out |= chosen if config.option.cases == "rest" else set(items) - chosen
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 

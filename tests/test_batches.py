@@ -149,6 +149,7 @@ def test_a_question_that_is_too_long_is_named_before_any_is_answered(tiny):
         answer_each(tiny, cache, ["Who?"], batch=0)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_a_real_model_says_to_each_what_it_says_alone(smollm2):
     cache = document(smollm2, "kvzip", budget=64)

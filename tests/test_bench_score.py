@@ -201,6 +201,7 @@ def whole_run():
     return result, progress
 
 
+@pytest.mark.long
 def test_all_sides_are_measured_in_turn(whole_run):
     result, progress = whole_run
     assert [(side.length, side.side) for side in result.sides] == [(n, side) for n in (600, 700) for side in SIDES]
@@ -254,6 +255,7 @@ def test_the_sides_of_one_run_agree_where_they_do_the_same(whole_run):
     assert fast == slow  # two ways to the same scores
 
 
+@pytest.mark.long
 def test_our_side_runs_each_packed_context_and_theirs_the_same_taken_apart(monkeypatch):
     loaded, ran = load_tiny(), []
 
@@ -439,6 +441,7 @@ def small_shape(monkeypatch):
     monkeypatch.setitem(SHAPES, "smollm2-135m", numbers)
 
 
+@pytest.mark.long
 def test_random_weights_of_a_shape_are_scored_too(small_shape, capsys):
     assert run_command("--shape", "smollm2-135m", "--device", "cpu", "--lengths", "1500", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
@@ -505,6 +508,7 @@ def test_what_is_issued_is_counted_in_the_first_pass_alone(whole_run):
     assert rows[0][8:] == [f"{packed:.0f}", "-", "-", "-"] and rows[3][8:] == ["-"] * 4
 
 
+@pytest.mark.long
 def test_unpacked_shows_what_packing_changes():
     loaded = load_tiny()
     request = dataclasses.replace(REQUEST, lengths=(700,), sides=("packed", "unpacked"), include_failed=True)

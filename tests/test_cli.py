@@ -380,6 +380,7 @@ def test_a_mistake_gets_one_sentence_and_leaves_nothing_behind(place, mistake):
     assert left <= {"profiles"}, left
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -394,6 +395,7 @@ def test_a_process_of_its_own_says_the_same(place, arguments):
     assert len(alone.stderr.splitlines()) == (0 if alone.returncode == 0 else 1)
 
 
+@pytest.mark.long
 def test_generate_in_a_process_of_its_own(place):
     options = ("generate", "--model", "tiny", "--profile", "tiny.safetensors", "--budget", "12")
     alone, here = (

@@ -177,6 +177,7 @@ def test_torch_in_blocks_of_any_size(num_tokens, share, block, **rest):
     assert_like_slow(arguments, backend="torch", block=block)
 
 
+@pytest.mark.long
 @interpreted
 @settings(max_examples=25, deadline=None)
 @given(

@@ -347,6 +347,7 @@ def test_compiled_steps_are_captured_too(recordings, monkeypatch):
     assert recordings.count == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [8, 1])
 def test_what_was_compiled_serves_caches_of_all_sizes(limit, monkeypatch):
     """Beyond as many kinds of them as PyTorch compiles a function for, it begins anew."""

@@ -448,6 +448,7 @@ def test_mistakes_with_caches(place, monkeypatch, capsys, code, arguments, messa
     assert len(errors.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_full_disk_leaves_no_document(place):
     script = f"ulimit -f 8; exec {sys.executable} -m headprof {' '.join(COMPRESS)} -o full.kv.safetensors"
     plain = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
@@ -457,6 +458,7 @@ def test_a_full_disk_leaves_no_document(place):
     assert len(result.stderr.strip().splitlines()) == 1 and set(place.iterdir()) == before
 
 
+@pytest.mark.long
 def test_an_interrupt_while_writing_leaves_no_document(place):
     """The process interrupts itself as soon as the temporary file is there."""
     script = (

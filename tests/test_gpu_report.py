@@ -61,6 +61,7 @@ def test_without_a_gpu_it_says_so_once_all_is_ready(tmp_path, monkeypatch, capsy
     assert not list((tmp_path / "gpu").iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("make") is None or torch.cuda.is_available(), reason="needs make, and no CUDA device")
 def test_make_gpu_runs_up_to_where_it_needs_the_device(tmp_path):
     command = ["make", "-s", "gpu", f"GPU_PYTHON={sys.executable}", f"GPU_OUT={tmp_path}", "PARTS=steps,tests"]
@@ -180,6 +181,7 @@ def test_the_products_are_those_of_all_matrices(tmp_path):
     assert gpu_report._products_seconds(report.loaded, 0) is None
 
 
+@pytest.mark.long
 def test_gpu_tests_are_counted(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"

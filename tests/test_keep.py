@@ -637,6 +637,7 @@ def test_what_matches_nothing_is_said_before_a_model_is_loaded(tmp_path):
     assert done.returncode == 2 and "There is no match for --keep 'whale'" in " ".join(done.stderr.split())
 
 
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.parametrize("place", ["system", pytest.param("document", marks=pytest.mark.slow)])
 def test_a_rule_that_is_lost_under_a_small_budget_is_followed_when_it_is_kept(smollm2, place):

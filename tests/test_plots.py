@@ -266,6 +266,7 @@ def drawn_with_uncertainty(profile: HeadProfile, kinds=PROBE_KINDS, top: int = 1
     return figure
 
 
+@pytest.mark.long
 def test_the_picture_without_uncertainty_does_not_depend_on_intervals(tmp_path):
     for suffix in ("png", "svg"):
         bare = heatmap(make_profile(), tmp_path / f"a.{suffix}").read_bytes()

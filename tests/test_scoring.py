@@ -301,6 +301,7 @@ def test_too_few_answered_probes_are_an_error(answered):
         make_profile(loaded, ProbeSettings(probes=20), results)
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_smollm2_scores_are_found_in_the_known_place(smollm2):
     """Few heads carry retrieval, they lie in the upper half of the layers, and packed probes are mostly answered."""

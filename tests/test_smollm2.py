@@ -32,6 +32,7 @@ def test_the_shipped_profile_is_found_and_says_how_it_was_made(smollm2, shipped,
     assert shipped.probes_used["retrieval"] > 100 and shipped.probes_used["reasoning"] > 100
 
 
+@pytest.mark.long
 def test_budget_of_the_whole_context_gives_the_full_caches_tokens(smollm2, shipped):
     document, question = demo_document()
     ids = prompt_ids(smollm2, document[:2000], question, 64)
@@ -52,6 +53,7 @@ def test_the_demo_answers_right_under_a_budget_of_64(smollm2, shipped):
     assert made.cache_bytes < 0.083 * full_bytes  # a quarter of it are the queries by which rows are judged next
 
 
+@pytest.mark.long
 def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
     """A small version of the README's table: at budget 32 the gap is far wider than chance among 6 probes."""
     request = EvalRequest(("niah",), ("full", "snapkv", "headkv-r2"), ("32",), 6, (1024,), seed=77)
@@ -61,6 +63,7 @@ def test_the_profile_beats_equal_budgets_on_unseen_probes(smollm2, shipped):
     assert headkv.divergence < snapkv.divergence / 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "tasks",
     [

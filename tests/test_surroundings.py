@@ -116,6 +116,7 @@ def test_json_is_json_whatever_stdout_can_show(place):
     assert result.stdout.isascii() and json.loads(result.stdout)["model"] == "caf\u00e9"
 
 
+@pytest.mark.long
 def test_a_closed_or_full_stdout_is_said_in_one_sentence(place):
     closed = in_process(place, *SHOW, before="os.close(1); sys.stdout = None")
     assert (closed.returncode, closed.stderr.count(b"\n")) == (1, 1) and b"output is closed" in closed.stderr

@@ -174,6 +174,7 @@ def test_what_cannot_be_tuned_is_refused(tmp_path, arguments, said):
     assert (tmp_path / "p.safetensors").read_bytes() == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("length", [400, 9000])
 def test_score_tunes_what_it_has_scored_where_it_can(tmp_path, monkeypatch, length):
     monkeypatch.setattr(judging, "JUDGES", ({"window": 1, "kernel": 1},))
