@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from support.profiles import random_profile
-from support.prompts import GREEDY, padded_ids, random_ids
+from support.prompts import GREEDY, left_padded, padded_ids, random_ids
 from support.tiny_models import ARCHITECTURES, three_layers, tiny_model
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache
@@ -212,6 +212,37 @@ def test_a_positive_crop_says_how_many_tokens_are_kept():
         assert cache.get_seq_length() == 34
         with pytest.raises(CacheError, match="Only the last 0 tokens"):
             HeadCache(plan).crop(-1)
+
+
+@pytest.mark.parametrize("method", ["headkv-r2", "h2o", "adakv"])
+@pytest.mark.parametrize("arch", ["llama", "mistral"])
+def test_each_sequence_of_a_batch_is_held_to_the_budgets_of_its_own_length(arch, method):
+    """Also those that are shorter than what some heads get, in any order and number."""
+    model = tiny_model(arch, num_kv_heads=2, layers=3, **({"sliding_window": 24} if arch == "mistral" else {}))
+    lengths, budget, steps = (44, 9, 16, 9), 12, 24
+    ids, mask = left_padded(random_ids(4, 44), lengths)
+    plan = make_plan(model, random_profile(model), method=method, budget=budget, buffer=1)
+    assert method in ("h2o", "adakv") or int(plan.allocation(44).max()) > 16
+    with attending_ragged(model), torch.no_grad():
+        cache = HeadCache(plan)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        chosen = torch.tensor([2, 1, 0, 3, 1])
+        cache.batch_select_indices(chosen)
+        cache = stack_caches([cache, cache])
+        alone = {}
+        for entry in set(chosen.tolist()):
+            alone[entry] = HeadCache(plan)
+            prefill(model, ids[entry : entry + 1, 44 - lengths[entry] :], alone[entry])
+        chosen, padding = chosen.repeat(2), 44 - torch.tensor(lengths)
+        for token, fed in enumerate(random_ids(4, steps, seed=1).T):
+            seen = torch.nn.functional.pad(mask, (0, token + 1), value=1)[chosen]
+            places = (44 + token - padding)[chosen, None]
+            found = model(fed[chosen, None], attention_mask=seen, position_ids=places, past_key_values=cache).logits
+            for entry, own in alone.items():
+                expected = model(fed[entry].view(1, 1), past_key_values=own).logits
+                for number in (chosen == entry).nonzero().flatten():
+                    torch.testing.assert_close(found[number], expected[0], atol=1e-5, rtol=1e-4)
+                    assert torch.equal(cache.lengths[:, number], own.lengths[:, 0])
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

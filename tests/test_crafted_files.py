@@ -138,6 +138,7 @@ DOCUMENTS = {
     **{f"buffer {text[:9]}": note("buffer", text) for text in (*NUMBERS, "2.5", "0", "{", NESTED) if text != "null"},
     **{f"seen {text[:9]!r}": note("tokens_seen", text) for text in ("", "-1", "0", "2.5", "²", "9" * 5000, "1e3", "3")},
     "no tokens seen": forget("tokens_seen"),
+    **{f"padding {text}": note("padding", text) for text in ("1", "{}", "[-1]", "[0.5]", "[true]", "[9999]", "[1, 1]")},
     "logits of other layers": note("logits", json.dumps([SOUND_LOGITS])),
     "logits no list": note("logits", "{}"),
     "logits no objects": note("logits", "[1, 2]"),

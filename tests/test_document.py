@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.commands import headprof
 from support.profiles import random_profile
-from support.prompts import random_ids
+from support.prompts import left_padded, random_ids
 from support.tiny_models import save_tiny
 
 from headprof.cli import main
@@ -239,6 +239,20 @@ def test_a_batch_with_a_bias_survives_the_file(tiny, tmp_path):
         following = random_ids(2, 4, seed=8)
         expected = tiny.model(following, past_key_values=cache).logits
         torch.testing.assert_close(tiny.model(following, past_key_values=loaded).logits, expected)
+
+
+def test_a_padded_batch_goes_on_from_the_file_as_it_would_have(tiny, tmp_path):
+    """Its sequences are compressed again by their own lengths."""
+    cache = HeadCache(make_plan(tiny.model, random_profile(tiny.model), budget=12, buffer=1))
+    ids, mask = left_padded(random_ids(2, 40), (40, 9))
+    with attending_ragged(tiny.model), torch.no_grad():
+        tiny.model(ids, attention_mask=mask, past_key_values=cache)
+        save_document(cache, tmp_path / "batch.safetensors", tiny)
+        loaded, _ = load_document(tmp_path / "batch.safetensors", tiny)
+        for fed in random_ids(20, 2).split(1):
+            logits = [tiny.model(fed.view(2, 1), past_key_values=each).logits for each in (cache, loaded)]
+            torch.testing.assert_close(*logits)
+            assert torch.equal(cache.lengths, loaded.lengths)
 
 
 def test_size_on_disk_is_that_of_the_cache(tmp_path):

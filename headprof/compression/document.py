@@ -152,6 +152,8 @@ def _metadata(cache: HeadCache, loaded: LoadedModel, weights: str) -> dict[str, 
     left = [layer.schedule.left_to_note(layer.seen, layer.storage) for layer in cache.head_layers]
     if any(each is not None for each in left):
         metadata["left"] = json.dumps(left)
+    if padding := cache.head_layers[0].schedule.padding:
+        metadata["padding"] = json.dumps(padding)
     if any(packed):
         metadata["packed"] = json.dumps(packed)
     return metadata
@@ -254,6 +256,7 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         module = modules[layer.layer_idx] if modules else None
         how = AttentionLayer(**logits, rotary=rotary_of(loaded.model, layer.layer_idx), module=module)
         _restore(layer, own, facts, how)
+        layer.schedule.padding = facts.padding
         layer.schedule.resume(facts.left[layer.layer_idx])
     cache = HeadCache.of_layers(layers)
     cache.goes_on_protecting(ProtectedTokens.of(tensors.get("protected")))

@@ -68,6 +68,7 @@ class DocumentFacts:
         logits: of each layer, what `AttentionLayer` is made of.
         left: of each layer, tokens until it is compressed again, where that was noted; else `None`.
         packed: of each layer, how those of its rows are held that are not held in full; `None` where all are.
+        padding: of each sequence, how many tokens of the prompt are padding; empty where none are.
     """
 
     shape: HeadShape
@@ -81,6 +82,7 @@ class DocumentFacts:
     logits: list[dict[str, Any]]
     left: list[int | None]
     packed: list[dict[str, int] | None]
+    padding: tuple[int, ...] = ()
 
 
 def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
@@ -105,6 +107,7 @@ def read_facts(metadata: Mapping[str, str]) -> DocumentFacts:
             _logits(parse_json(metadata["logits"]), shape.num_layers),
             _left(parse_json(metadata.get("left", "null")), shape.num_layers),
             packed_facts(metadata, shape.num_layers),
+            _padding(parse_json(metadata.get("padding", "[]")), _tokens_seen(metadata["tokens_seen"])),
         )
     except KeyError as error:
         raise ValueError(f"its {error.args[0]} is missing") from None
@@ -129,6 +132,12 @@ def _left(values: Any, num_layers: int) -> list[int | None]:
     if not known or not all(each is None or (type(each) is int and abs(each) < 2**31) for each in values):
         raise ValueError("what it says is left before it is compressed again is no whole number for each layer")
     return values
+
+
+def _padding(values: Any, seen: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(each) is int and 0 <= each <= seen for each in values):
+        raise ValueError("its padding is no number of seen tokens for each sequence")
+    return tuple(values)
 
 
 def _method_name(name: str, options: str) -> str:
@@ -222,6 +231,8 @@ def check_stored(file: TensorFile, facts: DocumentFacts) -> None:
     batch = first.shape[0] if len(first.shape) == 2 else 0
     if not 1 <= batch * shape.num_kv_heads <= _MOST_HEADS:
         raise ValueError("its lengths are not those of sequences and KV heads")
+    if facts.padding and len(facts.padding) != batch:
+        raise ValueError("its padding is no number for each sequence")
     if stored.pop("shares", None) not in (None, Stored("F32", grid), Stored("F32", (batch, *grid))):
         raise ValueError("its shares are not float32, one for each KV head")
     if stored.pop("ids", None) not in (None, Stored("I32", (batch, facts.seen))):

@@ -23,7 +23,6 @@ from headprof.compression.kernels.ragged_rows import RaggedRows
 from headprof.compression.methods.importance import assessed
 from headprof.compression.methods.observation import Assessment, AttentionLayer, Observation
 from headprof.compression.plan import BUFFER, CompressionPlan
-from headprof.compression.protected import ProtectedTokens
 from headprof.compression.rows import HeadCounts, Rows
 from headprof.compression.step_cache import StepLayer
 from headprof.errors import CacheError
@@ -66,7 +65,7 @@ class HeadCacheLayer(PromptLayer):
         self.seen = 0
         self.is_initialized = self.unread = False
         self.schedule.begin_anew()
-        self.schedule.protected = None
+        self.schedule.protected, self.schedule.padding = None, ()
         self.forget_prompt()
 
     @property
@@ -156,6 +155,7 @@ class HeadCacheLayer(PromptLayer):
     def compress(self, observed: Observation, assessment: Assessment) -> None:
         """Keep of the prompt what the plan allots, or a verdict, by what the importance says of it."""
         verdict, self.verdict = self.verdict, None
+        self.schedule.note_padding(observed.lengths or (), self.seen)
         if verdict is None:
             counts = self.schedule.prompt_counts(observed, self.seen)
         else:
@@ -280,7 +280,7 @@ class HeadCacheLayer(PromptLayer):
 
     def continue_with(self, plan: CompressionPlan) -> None:
         """Compress by another plan from now on."""
-        self.schedule = LayerSchedule(plan, self.layer_idx, self.schedule.protected)
+        self.schedule = LayerSchedule(plan, self.layer_idx, self.schedule.protected, self.schedule.padding)
         if self._held is not None and not self.schedule.goes_on:
             self._held.recent = self._held.recent.released()
 
@@ -355,8 +355,7 @@ class HeadCacheLayer(PromptLayer):
         chosen = torch.arange(self.batch_size)[indices.cpu()].tolist()
         self.batch_size = len(chosen)
         self._held = self.held.of_sequences(chosen, self.seen, self.slack)
-        if self.schedule.protected is not None:
-            self.schedule.protected = self.schedule.protected.of_sequences(chosen)
+        self.schedule.choose(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch."""
@@ -371,7 +370,7 @@ class HeadCacheLayer(PromptLayer):
         stack = first.empty_like(sum(sizes))
         stack._held = HeldRows.stacked([layer.held for layer in layers], sizes, first.seen, first.slack)
         stack.is_initialized = True
-        stack.schedule.protected = ProtectedTokens.joined([layer.schedule.protected for layer in layers], sizes)
+        stack.schedule.join([layer.schedule for layer in layers], sizes)
         if any(layer.plan is not first.plan for layer in layers):  # there is no one way to compress them on
             stack.continue_with(replace(first.plan, buffer=None))
         elif any(layer.schedule.left is not None for layer in layers):

@@ -45,13 +45,14 @@ class LayerSchedule:
 
     A prompt is compressed once it has been attended over. While text is generated, the layer is compressed again when a
     head would outgrow its budget by more than the plan's buffer; in a batch that is at the same time for all sequences,
-    so a short one that still had room may go on otherwise than it would alone.
+    so one that still had room may go on otherwise than it would alone.
 
     Attributes:
         plan: for the whole model.
         layer_idx: the layer's number.
         importance: of the plan's method, for the layer.
         protected: tokens that every head keeps, or `None`.
+        padding: how many of a prompt's tokens are padding, of each sequence; empty where none are.
         goes_on: whether the layer is compressed again while text is generated.
         prompt_queries: how many of a prompt's last queries importance, reduction and representation need; `None` for
             all.
@@ -60,9 +61,16 @@ class LayerSchedule:
         at_hand: of all queries, how many of the last must be at hand; `None` for all that are remembered.
     """
 
-    def __init__(self, plan: CompressionPlan, layer_idx: int, protected: ProtectedTokens | None = None):
+    def __init__(
+        self,
+        plan: CompressionPlan,
+        layer_idx: int,
+        protected: ProtectedTokens | None = None,
+        padding: tuple[int, ...] = (),
+    ):
         self.layer_idx = layer_idx
         self.protected = protected
+        self.padding = padding
         self.plan = plan
         self.begin_anew()
 
@@ -85,6 +93,24 @@ class LayerSchedule:
     def window(self) -> int | None:
         """Tokens that the layer's queries see; `None` for all."""
         return self.plan.windows[self.layer_idx] if self.plan.windows else None
+
+    def note_padding(self, lengths: Sequence[int], seen: int) -> None:
+        """Know of a prompt whose sequences have these lengths, and `seen` tokens with their padding."""
+        padding = tuple(seen - length for length in lengths)
+        self.padding = padding if any(padding) else ()
+
+    def choose(self, chosen: Sequence[int]) -> None:
+        """Go on with these sequences of the batch, in this order; one may come more than once."""
+        if self.protected is not None:
+            self.protected = self.protected.of_sequences(chosen)
+        if self.padding:
+            self.padding = tuple(self.padding[number] for number in chosen)
+
+    def join(self, parts: Sequence[LayerSchedule], sizes: Sequence[int]) -> None:
+        """Go on with the sequences of several, so many of each."""
+        self.protected = ProtectedTokens.joined([part.protected for part in parts], sizes)
+        padding = [part.padding or (0,) * size for part, size in zip(parts, sizes, strict=True)]
+        self.padding = sum(padding, ()) if any(map(any, padding)) else ()
 
     def begin_anew(self) -> None:
         """Look again at what the heads hold, since that has changed otherwise than by new tokens."""
@@ -208,12 +234,17 @@ class LayerSchedule:
         return HeadCounts.of(targets.minimum(held_now), device)
 
     def targets(self, seen: int, batch: int = 1) -> torch.Tensor:
-        """Rows that each head of so many sequences is compressed to after so many tokens, int64 `[B, K]`."""
+        """Rows that each head of so many sequences is compressed to after so many tokens, int64 `[B, K]`.
+
+        Padding in the prompt is no token of a sequence.
+        """
         protected = self.plan.protected_later(self.protected)
-        if len(set(protected)) <= 1:
+        if len(set(protected)) <= 1 and not self.padding:
             targets = self._targets(seen, max(protected, default=0))
             return targets.repeat(max(1, batch // len(targets)), 1)
-        each = [self._targets(seen, count) for count in protected]
+        padding, protected = self.padding or (0,) * batch, protected or [0]
+        protected *= len(padding) // len(protected)
+        each = [self._targets(seen - own, count) for own, count in zip(padding, protected, strict=True)]
         return torch.stack([own[number % len(own)] for number, own in enumerate(each)])
 
     def _targets(self, seen: int, protected: int) -> torch.Tensor:

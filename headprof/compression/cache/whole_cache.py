@@ -92,5 +92,6 @@ def _layer_of(layer: HeadCacheLayer, plan: CompressionPlan, rows: Rows, recent: 
     made.num_kv_heads, made.device = len(rows.known_lengths()) // layer.batch_size, rows.keys.device
     made.hold(rows, recent)
     made.storage.hides = layer.storage.hides
+    made.schedule.padding = layer.schedule.padding
     made.schedule.resume(layer.schedule.left)
     return made
