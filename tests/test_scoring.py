@@ -1,6 +1,7 @@
 """The scoring run: shared passes against single ones, every architecture, resuming, and what a profile says of it."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from support.tiny_models import ARCHITECTURES, load_tiny
 
 from headprof.errors import InterruptedRun, ProbeError, UsageError
 from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.probes.families import choose_families
+from headprof.probes.haystack import Haystack
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring import run
 from headprof.scoring import shared_context as asking
@@ -246,6 +249,21 @@ def test_what_differs_from_the_run_before_is_named(tmp_path):
         score_heads(loaded, builder_for(loaded, seed=1), results_path=file, resume=True)
     with pytest.raises(UsageError, match=r"other settings \(needles per context\)"):
         score_heads(loaded, builder_for(loaded, pack=2), results_path=file, resume=True)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.mul_(2)
+    with pytest.raises(UsageError, match=r"other settings \(weights\)"):
+        score_heads(loaded, builder_for(loaded), results_path=file, resume=True)
+
+
+def test_what_a_run_is_made_of_is_named_where_it_is_the_users():
+    tokenizer, settings = load_tiny().tokenizer, ProbeSettings(4, (512,), needles_per_context=1)
+    needles = [family.sample(random.Random(0)) for family in choose_families(None)[:2]]
+    texts = [Haystack(text=["Rain fell on the roof."] * 9), Haystack(text=["Rain fell on the wall."] * 9)]
+    pairs = [(one, two) for one in (None, needles, needles[::-1]) for two in (None, *texts)]
+    made = [ProbeBuilder(tokenizer, settings, max_positions=4096, needles=one, haystack=two) for one, two in pairs]
+    assert made[0].texts == "" and len({each.texts for each in made}) == len(made)
+    again = ProbeBuilder(tokenizer, settings, max_positions=4096, needles=[*needles], haystack=texts[1])
+    assert again.texts == made[pairs.index((needles, texts[1]))].texts
 
 
 def test_ctrl_c_keeps_the_results_and_says_how_to_go_on(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import accumulate
 from math import sqrt
 from typing import Any
@@ -106,6 +107,12 @@ def needles_for(length: int) -> int:
     return max(1, min(_MAX_PACK, round(_PACK_AT_1K * sqrt(length / 1024))))
 
 
+def digest_of_texts(needles: list[Needle] | None, haystack: Haystack | None) -> str:
+    """SHA-256 (hex) of what probes are made of, in order; `None` stands for the package's own."""
+    given = repr((needles, None if haystack is None else haystack.given_text))
+    return sha256(given.encode("utf-8", "backslashreplace")).hexdigest()
+
+
 class ProbeBuilder:
     """Builds the contexts of `settings` one by one.
 
@@ -132,6 +139,8 @@ class ProbeBuilder:
     ) -> None:
         _check_settings(settings, max_positions)
         self.settings = settings
+        self.texts = "" if needles is None and haystack is None else digest_of_texts(needles, haystack)
+        """SHA-256 (hex) of the needles and the haystack that were given; empty where both are the package's own."""
         self._encoder = PromptEncoder(tokenizer, spans=True)
         if needles is not None:
             self._sources = _by_kind(needles, settings.kinds)

@@ -105,6 +105,11 @@ class Haystack:
             )
         return cls(text=sentences)
 
+    @property
+    def given_text(self) -> tuple[str, ...]:
+        """The sentences of a folder, in order; none of the shipped haystack."""
+        return self._text
+
     def sentences(self, rng: random.Random) -> Iterator[str]:
         """Endless filler sentences in an order that `rng` decides.
 

@@ -91,7 +91,7 @@ def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
 def starting_anew(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> str:
     """A remark on what `resume` would take from this very run of before; empty if there is nothing."""
     file = ProbesFile(results_path(target))
-    return KeptResults(run_key(loaded, builder.settings, decode), file).starting_anew()
+    return KeptResults(run_key(loaded, builder, decode), file).starting_anew()
 
 
 def score_to_file(

@@ -11,8 +11,9 @@ from typing import Any
 
 from headprof._version import __version__
 from headprof.errors import UsageError
+from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
-from headprof.probes.build import ProbeBuilder, ProbeSettings
+from headprof.probes.build import ProbeBuilder
 from headprof.profile.head_profile import HeadProfile
 from headprof.scoring.averages import MIN_COUNTED, SEED_OF_RESAMPLES, counted_values, make_profile
 from headprof.scoring.passes import Passes
@@ -164,7 +165,7 @@ class _Run:
         self.include_failed, self.stop, self.on_progress = include_failed, stop, on_progress
         self.together = together
         file = ProbesFile(results_path) if results_path is not None and team.rank == 0 else None
-        self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder.settings, decode), file)
+        self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder, decode), file)
         self.change: dict[str, float] = {}
         self.no_write = "The results kept from before hold no write scores, which a run without --resume finds."
         """Why no probe has write scores, where none has."""
@@ -232,14 +233,17 @@ def clusters_of(builder: ProbeBuilder, contexts: Sequence[int]) -> list[int]:
     return [context // builder.group_size for context in contexts for _ in range(builder.count(context))]
 
 
-def run_key(loaded: LoadedModel, settings: ProbeSettings, decode: str) -> dict[str, Any]:
+def run_key(loaded: LoadedModel, builder: ProbeBuilder, decode: str) -> dict[str, Any]:
     """Everything that a probe's result depends on, as JSON has it; how many are asked is left out."""
-    depends = {name: value for name, value in asdict(settings).items() if name != "probes"}
+    depends = {name: value for name, value in asdict(builder.settings).items() if name != "probes"}
     return {
         "version": __version__,
         "model": loaded.name,
         "fingerprint": loaded.shape.to_dict(),
         "dtype": str(loaded.model.dtype),
+        "weights": weights_fingerprint(loaded.model),
+        "tokenizer": tokenizer_fingerprint(loaded.tokenizer),
+        "needles and haystack": builder.texts,
         "settings": json.loads(json.dumps(depends)),  # without tuples
         "decode": decode,
     }
