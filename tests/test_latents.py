@@ -24,13 +24,14 @@ from headprof.compression.rows import Rows
     head_dim=st.sampled_from([4, 5, 8]),
     heads=st.integers(0, 2),
     rank=st.sampled_from([0.1, 0.25, 0.5, 1.0]),
+    counts=st.sampled_from([1.0, 10.0]),
     bits=st.sampled_from([2, 4, 8]),
     group_size=st.sampled_from([5, 32]),
     seed=st.integers(0, 9),
 )
-def test_latents_are_the_best_of_their_rank_in_codes(lengths, head_dim, heads, rank, bits, group_size, seed):
+def test_latents_are_the_best_of_their_rank_in_codes(lengths, head_dim, heads, rank, counts, bits, group_size, seed):
     """What the twin has before it rounds, head by head and channel by channel, and half a step of error after it."""
-    options = {"heads": heads, "rank": rank, "bits": bits, "group_size": group_size}
+    options = {"heads": heads, "rank": rank, "keys": counts, "bits": bits, "group_size": group_size}
     rows, held_as, observed = held(Latent, lengths, head_dim, seed=seed, **options)
     assert sum(each.nbytes for each in held_as.tensors) <= sum(each.nbytes for each in rows.tensors)
     if held_as.packed is None:
@@ -46,7 +47,7 @@ def test_latents_are_the_best_of_their_rank_in_codes(lengths, head_dim, heads, r
         keys, values = rows.keys[index].double(), rows.values[index].double()
         asking = observed.queries[own[0] // 2, 2 * (first % 2) : 2 * (last % 2) + 2].flatten(0, 1)
         weights = weights_of(asking, None if rotary is None else rotary.partners(head_dim))
-        sizes = (keys * weights).square().mean().sqrt() / weights, values.square().mean().sqrt()
+        sizes = ((keys * weights).square().mean() / counts).sqrt() / weights, values.square().mean().sqrt()
         if rotary is not None:
             keys = rotary.unrotate(keys[None, None].float(), rows.positions[index])[0, 0].double()
         both = torch.cat([keys / sizes[0], values / sizes[1]], dim=1)

@@ -21,17 +21,20 @@ class Latent(SharedBasis):
 
     arXiv 2410.15252 (CLLA) trains a model whose layers, in groups, share one latent of each token, and holds it in 4
     bits. Of that the latent of key and value together and its bits are kept here, without training: the latent is what
-    the packed rows are in their own leading singular vectors, keys and values counting alike. It is not shared over
-    layers, nor over heads, since each keeps other tokens; the basis is shared by heads.
+    the packed rows are in their own leading singular vectors. It is not shared over layers, nor over heads, since each
+    keeps other tokens; the basis is shared by heads.
 
     Attributes:
         rank: of the latent, as a share of the dimensions of key and value together; above 0, at most 1.
+        keys: how many times as much a share of keys' squares that is left out counts as one of values'. Most of a key
+            is alike in all of them, so that a small share of it may be all that tells them apart.
         bits: of a number of the latent: 8, 4 or 2.
         group_size: rows of a head that share the scales of their latents.
     """
 
     name: ClassVar[str] = "latent"
     rank: float = 0.5
+    keys: float = 10.0
     bits: int = 4
     group_size: int = 32
 
@@ -39,6 +42,8 @@ class Latent(SharedBasis):
         super().__post_init__()
         if not 0 < self.rank <= 1:
             raise UsageError("A latent has some of the dimensions of key and value: give rank above 0, to 1.")
+        if not 0 < self.keys < float("inf"):
+            raise UsageError("Both keys and values count: give keys a number above 0.")
         if self.bits not in (2, 4, 8) or self.group_size < 1:
             raise UsageError(
                 "Latents are held in 8, 4 or 2 bits, in groups: give bits of these, and group_size at least 1."
@@ -81,6 +86,7 @@ class Latent(SharedBasis):
         products = packing.grams(rows) * weights[:, :, None] * weights[:, None]
         squares = products.diagonal(dim1=1, dim2=2).unflatten(1, (2, -1)).sum(dim=2)  # of keys, of values
         mean = squares * (len(packing.sharing.bases) / len(rows))
+        mean[:, 0] /= self.keys
         sizes = mean.clamp(min=torch.finfo(torch.float32).tiny).sqrt().repeat_interleave(rows.shape[1] // 2, dim=1)
         directions = leading_directions(products / sizes[:, :, None] / sizes[:, None], self._rank(rows.shape[1] // 2))
         scales = (weights / sizes)[:, None].float()
