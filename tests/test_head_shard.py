@@ -41,7 +41,8 @@ from headprof.models.placement import split_device
 from headprof.models.shape import HeadShape
 from headprof.models.tensor_parallel import WHOLE, HeadShard, check_split
 from headprof.profile.random_scores import random_surrogate
-from headprof.utils.team import InStep, Team, join_in_step
+from headprof.utils.in_step import InStep
+from headprof.utils.team import Team
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 1000))
 
@@ -291,28 +292,11 @@ def test_a_model_is_not_split_without_processes(tiny_folder):
         load_model(str(tiny_folder), device="cpu", tp=2)
 
 
-@pytest.mark.parametrize("started", [None, "3"])
-def test_other_numbers_of_processes_than_asked_for(started, monkeypatch):
-    if started is None:
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-    else:
-        monkeypatch.setenv("WORLD_SIZE", started)
-    with pytest.raises(UsageError, match="start them with `torchrun --nproc-per-node 2 -m headprof"):
-        join_in_step(2)
-
-
 def test_a_device_of_its_own_for_each():
     assert split_device("auto", has_cuda=False) == "cpu" and split_device("cuda", has_cuda=True) == "cuda"
     for device, has_cuda in (("cpu", True), ("cuda:1", True), ("mps", False)):
         with pytest.raises(UsageError, match="leave --device away"):
             split_device(device, has_cuda=has_cuda)
-
-
-def test_those_in_step_share_no_work():
-    team = InStep(Team())
-    assert (team.rank, team.size, team.ranks) == (0, 1, 1)
-    assert list(team.claim([1, 2])) == [1, 2] and team.gather("mine") == ["mine"] and team.share(3) == 3
-    team.leave()
 
 
 @pytest.mark.parametrize(
@@ -328,7 +312,7 @@ def test_those_in_step_share_no_work():
 def test_what_processes_together_do_not_do(command, module, said, monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if module is not None:
-        monkeypatch.setattr(f"headprof.cli.{module}.join_ranks", lambda tp: Team())
+        monkeypatch.setattr(f"headprof.cli.{module}.join_ranks", lambda tp, **_: Team())
     done = headprof(tmp_path, *command.split())
     assert done.returncode == 2 and said in done.stderr, done.stderr
 

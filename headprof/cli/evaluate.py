@@ -186,7 +186,7 @@ def evaluate(
     """
     from headprof.evaluation.run import EvalRun
 
-    ranks = join_ranks(tp)
+    ranks = join_ranks(tp, sharing=True)
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     request = replace(request, surrogate=surrogate, profile=profile, keep=tuple(keep or ()))
     needs_profile = request.check()

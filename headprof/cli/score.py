@@ -129,7 +129,7 @@ def score(
     headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
-    together = join_ranks(tp)
+    together = join_ranks(tp, sharing=True)
     if tp > 1:
         _check_together(learning, curving, tuning=tuning)
     if learning.surrogate:

@@ -1,0 +1,179 @@
+"""Processes that hold one model together: alone, and as groups that share the work."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.commands import invoke
+from support.forked import SILENT, processes
+from support.tiny_models import save_tiny
+from torch.distributed import HashStore, PrefixStore
+
+from headprof.errors import UsageError
+from headprof.profile.head_profile import HeadProfile
+from headprof.utils import in_step
+from headprof.utils.in_step import InStep, StoreTeam, check_started, join_in_step
+from headprof.utils.team import Team
+
+# How work is divided, by threads that meet in a store
+
+
+def in_groups(groups: int, size: int, work: Callable[[InStep], Any]) -> tuple[list[Any], HashStore]:
+    """What each of `groups * size` threads makes of its place, in the order of ranks; and the store where they met."""
+    store = HashStore()
+
+    def member(rank: int) -> Any:
+        number, place = divmod(rank, size)
+        group = StoreTeam(place, size, PrefixStore(f"group {number}", store))
+        return work(InStep(group, StoreTeam(number, groups, PrefixStore("groups", store))))
+
+    with ThreadPoolExecutor(groups * size) as pool:
+        return list(pool.map(member, range(groups * size))), store
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.lists(st.integers(0, 7), max_size=6))
+def test_each_item_goes_to_one_group(groups, size, items):
+    def work(team: InStep) -> Any:
+        twice = [list(team.claim(items)), list(team.claim(items[:2]))]
+        return team.rank, team.size, team.ranks, twice
+
+    found, _ = in_groups(groups, size, work)
+    assert [each[:3] for each in found] == [(rank, groups, size) for rank in range(groups * size)]
+    for first in range(0, len(found), size):
+        assert all(found[first + place][3] == found[first][3] for place in range(size))
+    for number, given_out in enumerate((items, items[:2])):
+        assert sorted(item for each in found[::size] for item in each[3][number]) == sorted(given_out)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 2), (2, 2), (3, 1)])
+@pytest.mark.parametrize("part_bytes", [7, 1 << 20])
+def test_what_groups_find_is_told_to_all(groups, size, part_bytes, monkeypatch):
+    monkeypatch.setattr(in_step, "PART_BYTES", part_bytes)
+
+    def work(team: InStep) -> Any:
+        found = [team.gather({"rank": team.rank, "round": number, "long": "x" * 20}) for number in range(3)]
+        said = team.share(team.rank), team.share(None)
+        team.leave()
+        return found, said
+
+    found, store = in_groups(groups, size, work)
+    expected = [[{"rank": first * size, "round": at, "long": "x" * 20} for first in range(groups)] for at in range(3)]
+    assert all(each == (expected, (0, None)) for each in found)
+    rounds = {1 << 20: 1, 7: 40}[part_bytes] + 2  # parts of the longest, its name, and the word of leaving
+    assert store.num_keys() <= groups * size * 2 * rounds, "what all have heard is forgotten"
+
+
+def test_those_of_one_group_share_no_work():
+    team = InStep(Team())
+    assert (team.rank, team.size, team.ranks) == (0, 1, 1)
+    assert list(team.claim([1, 2])) == [1, 2] and team.gather("mine") == ["mine"] and team.share(3) == 3
+    team.leave()
+
+
+# How many processes there have to be
+
+
+@pytest.mark.parametrize(("started", "sharing"), [("2", False), ("2", True), ("4", True), ("6", True)])
+def test_numbers_of_processes_that_hold_models_of_two(started, sharing):
+    check_started(started, 2, sharing=sharing)
+
+
+@pytest.mark.parametrize(
+    ("started", "sharing", "said"),
+    [
+        ("1", False, "here is 1: start them with `torchrun --nproc-per-node 2 -m headprof"),
+        ("4", False, "here are 4: start them with"),
+        ("3", True, "here are 3: start 2, or a multiple of that, with `torchrun --nproc-per-node 2"),
+        ("1", True, "here is 1: start 2, or a multiple of that"),
+        ("0", True, "here are 0"),
+        ("x", True, "here are x"),
+    ],
+)
+def test_other_numbers_of_processes(started, sharing, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with pytest.raises(UsageError, match=said):
+        join_in_step(2, sharing=sharing)
+
+
+@pytest.mark.parametrize(("command", "said"), [("score", "multiple"), ("eval", "multiple"), ("validate", "start them")])
+def test_commands_say_how_many_processes_they_take(command, said, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    ended = invoke(command, "--tp", "2")
+    assert ended.exit_code == 2 and "held by 2 processes, and here are 3" in ended.stderr and said in ended.stderr
+
+
+def test_there_is_a_gpu_for_each_process_of_a_machine(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="Each of the 4 processes here needs a GPU, and here are 2: start fewer"):
+        join_in_step(2, sharing=True)
+
+
+# Whole runs of two groups of two processes
+
+SCORE = ["score", "--model", "tiny", "--include-failed", "--lengths", "450", "--pack", "2", "--no-tune"]
+EVAL = ["eval", "--model", "tiny", "--methods", "snapkv,tova", "--budgets", "8", "--lengths", "300", "--probes", "6"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("groups")
+    save_tiny(folder / "tiny", "llama", chat=True, num_heads=4, num_kv_heads=2, layers=2)
+    return folder
+
+
+@pytest.fixture
+def place(model_folder, monkeypatch):
+    """The folder that commands run in, on one thread each; pictures are not drawn."""
+    monkeypatch.setattr("headprof.plots.results_folder.drawings", lambda found: {})
+    monkeypatch.setattr("headprof.plots.results_folder.write_report", lambda found, path: path)
+    monkeypatch.setattr("headprof.cli.terminal._PATIENCE", 0.0)
+    monkeypatch.chdir(model_folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield model_folder
+    torch.set_num_threads(threads)
+
+
+def answers_in(file: Path) -> tuple[list[dict[str, str]], list[float]]:
+    """A run's answers, and apart from them how far each is from the full cache's, which is subject to rounding."""
+    with file.open(newline="") as lines:
+        answers = list(csv.DictReader(lines))
+    return answers, [float(each.pop("divergence")) for each in answers]
+
+
+@pytest.mark.processes
+def test_two_groups_make_the_profile_of_one_process(place):
+    assert invoke(*SCORE, "--probes", "12", "-o", "alone.safetensors").exit_code == 0
+    assert invoke(*SCORE, "--probes", "6", "-o", "groups.safetensors").exit_code == 0
+    first, *others = processes(4, *SCORE, "--probes", "12", "--resume", "--tp", "2", "-o", "groups.safetensors")
+    assert (first.exit_code, first.stdout) == (0, "groups.safetensors\n") and others == [SILENT] * 3
+    one, other = (HeadProfile.load(place / f"{name}.safetensors") for name in ("alone", "groups"))
+    assert one.scores.keys() == other.scores.keys() and one.probes_used == other.probes_used
+    for kind in one.scores:
+        torch.testing.assert_close(one.scores[kind], other.scores[kind], rtol=1e-4, atol=1e-5)
+    assert {**one.metadata, "command": ""} == {**other.metadata, "command": ""}
+
+
+@pytest.mark.processes
+def test_two_groups_answer_as_one_process(place):
+    assert invoke(*EVAL, "-o", "one").exit_code == 0
+    first, *others = processes(4, *EVAL, "--tp", "2", "-o", "groups")
+    assert first.exit_code == 0 and "tova" in first.stdout and others == [SILENT] * 3
+    assert "6 prompts were read" in first.stderr
+    (alone, lost_alone), (found, lost) = (answers_in(place / folder / "answers.csv") for folder in ("one", "groups"))
+    assert found == alone and len(alone) == 6 * 3
+    assert lost == pytest.approx(lost_alone, abs=1e-5) and max(lost) > 0.1
+    for ended in processes(4, *EVAL, "--seed", "7", "--resume", "--tp", "2", "-o", "groups"):
+        assert (ended.exit_code, ended.stdout) == (2, "") and "other settings (seed)" in ended.stderr
