@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch.distributed import HashStore, PrefixStore
 
 from headprof.errors import UsageError
 from headprof.profile.head_profile import HeadProfile
+from headprof.tuning import judging, mixing, refining_known
+from headprof.tuning.judging import TuneSettings
+from headprof.tuning.refining_known import RefineSettings
 from headprof.utils import in_step
 from headprof.utils.in_step import InStep, StoreTeam, check_started, join_in_step
 from headprof.utils.team import Team
@@ -177,3 +181,41 @@ def test_two_groups_answer_as_one_process(place):
     assert lost == pytest.approx(lost_alone, abs=1e-5) and max(lost) > 0.1
     for ended in processes(4, *EVAL, "--seed", "7", "--resume", "--tp", "2", "-o", "groups"):
         assert (ended.exit_code, ended.stdout) == (2, "") and "other settings (seed)" in ended.stderr
+
+
+# What a profile learns beside scores
+
+SCORE_ALL = [word for word in SCORE if word != "--no-tune"] + ["--probes", "12", "--no-refine"]
+SCORE_ALL += ["--curves", "--question", "known", "--curve-probes", "4", "--curve-length", "300", "--others", "64"]
+SCORE_ALL += ["--reconstruction", "--texts", "2", "--text-lengths", "64,96"]
+
+
+@pytest.fixture
+def little_work(monkeypatch):
+    """Few parameters and mixes are tried, on few and short probes."""
+    monkeypatch.setattr(judging, "JUDGES", ({"window": 1, "kernel": 1}, {"shared": True}))
+    short = partial(TuneSettings, budgets=(16,), length=320, rounds=((2, 1),))
+    monkeypatch.setattr(judging, "TuneSettings", short)
+    monkeypatch.setattr(refining_known, "RefineSettings", partial(RefineSettings, probes=1, checks=1, steps=(0.5,)))
+    monkeypatch.setattr(mixing, "PROBES", 2)
+    monkeypatch.setattr(mixing, "LENGTH", 320)
+
+
+@pytest.mark.processes
+def test_groups_learn_what_one_process_learns(place, little_work):
+    alone = invoke(*SCORE_ALL, "-o", "learned-alone.safetensors")
+    assert alone.exit_code == 0, alone.output
+    first, *others = processes(4, *SCORE_ALL, "--tp", "2", "-o", "learned.safetensors")
+    assert (first.exit_code, first.stdout) == (0, "learned.safetensors\n"), first.stderr
+    assert others == [SILENT] * 3
+    assert "Budgets are not refined for tiny. Gradients are taken where one process holds the model" in first.stderr
+    one, other = (HeadProfile.load(place / f"{name}.safetensors") for name in ("learned-alone", "learned"))
+    assert one.scores.keys() == other.scores.keys() and "reconstruction" in one.scores
+    for kind in one.scores:
+        torch.testing.assert_close(one.scores[kind], other.scores[kind], rtol=1e-4, atol=1e-5)
+    assert one.kept_shares is not None and other.kept_shares is not None
+    torch.testing.assert_close(one.kept_shares, other.kept_shares, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.curves["known"].losses, other.curves["known"].losses, rtol=1e-3, atol=1e-5)
+    assert one.curves["known"].losses.abs().max() > 1e-3
+    assert one.tuned == other.tuned
+    assert one.refined_rows is not None and other.refined_rows is None

@@ -71,6 +71,17 @@ def join_ranks(tp: int, *, sharing: bool = False) -> Team:
     return join_in_step(tp, sharing=sharing)
 
 
+def join_sharing(ranks: Team) -> Team:
+    """Those that share the work: the groups of `join_ranks`, or each process by itself where it holds a whole model."""
+    return ranks if ranks.ranks > 1 else join_team()
+
+
+def save_profile(profile: HeadProfile, loaded: LoadedModel, target: Path) -> None:
+    """Write a profile; of processes that hold the model together, the first one does."""
+    if loaded.shard.rank == 0:
+        profile.save(target)
+
+
 def standard_input(team: Team) -> TextIO | None:
     """The standard input; where several processes hold the model, all that the first one is given, for each."""
     if team.ranks == 1:

@@ -82,7 +82,7 @@ def make_plan(
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
     shard = HeadShard.of_model(model)
-    _check_shard(chosen, name, shard)
+    check_ranks(chosen, name, shard.size)
     if chosen.representation.needs_turning:
         _find_turning(model, shape)
     if chosen.importance.norms:
@@ -217,12 +217,17 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
         )
 
 
-def _check_shard(method: Method, name: str, shard: HeadShard) -> None:
+def check_ranks(method: Method, name: str, ranks: int) -> None:
     """
+    Args:
+        method: the method, with its parameters.
+        name: what it is called; may be empty.
+        ranks: how many processes hold the model together.
+
     Raises:
         UsageError: heads that several processes have cannot be compressed so.
     """
-    if shard.is_whole:
+    if ranks == 1:
         return
     if method.recall.is_on:
         raise UsageError(

@@ -93,6 +93,15 @@ class InStep(Team):
         if self._group.rank == 0:
             self._groups.leave()
 
+    def dismiss(self) -> bool:
+        if self._group.rank == 0:
+            self._groups.leave()
+        stays = self._groups.rank == 0
+        if not stays:
+            self._group.leave()
+        self.size, self._groups = 1, Team()
+        return stays
+
     def claim(self, items: Sequence[Item]) -> Iterator[Item]:
         """Items for this group alone, for each of its processes the same ones."""
         numbers = iter(self._groups.claim(range(len(items))))

@@ -60,6 +60,16 @@ class Team:
             dist.barrier()
             dist.destroy_process_group()
 
+    def dismiss(self) -> bool:
+        """Part with those that only shared work, once all have come this far.
+
+        Returns:
+            Whether this process goes on, alone or with those that hold process 0's model with it.
+        """
+        self.leave()
+        self.size, self._store = 1, None
+        return self.rank == 0
+
     def claim(self, items: Sequence[Item]) -> Iterator[Item]:
         """Items for this process alone: each item goes to the process that asks first, so that none waits long.
 
