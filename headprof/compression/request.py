@@ -13,7 +13,8 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.table import REFINED, TUNED, find_method
 from headprof.compression.plan import CompressionPlan
-from headprof.compression.session import check_ranks, make_plan
+from headprof.compression.ranks_check import check_ranks
+from headprof.compression.session import make_plan
 from headprof.errors import ProfileError, UsageError
 from headprof.models.finding import model_name
 from headprof.models.loading import LoadedModel
@@ -142,7 +143,7 @@ class CompressionRequest:
         check_step(self.step)
         method = find_method(self.method, **self.options)
         method.check_budget(Budget.parse(self.budget), self.method)
-        check_ranks(method, self.method, ranks)
+        check_ranks(method, f"The method {self.method!r}", ranks)
         check_named_files([method], self.profile, self.surrogate)
 
     @property

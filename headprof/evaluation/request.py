@@ -13,8 +13,9 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER
+from headprof.compression.ranks_check import check_ranks
 from headprof.compression.request import check_named_files
-from headprof.compression.session import check_ranks, make_plan
+from headprof.compression.session import make_plan
 from headprof.errors import UsageError
 from headprof.evaluation.methods_at_budgets import Candidate
 from headprof.evaluation.perplexity import PerplexitySettings
@@ -209,7 +210,7 @@ class EvalRequest:
             for method in self.methods:
                 find_method(method).check_budget(budget, method)
         for name, parameters in deal_options(self.methods, self.options).items():
-            check_ranks(find_method(name, **parameters), name, ranks)
+            check_ranks(find_method(name, **parameters), f"The method {name!r}", ranks)
         methods = [find_method(method) for method in self.methods]
         check_named_files(methods, self.profile, self.surrogate)
         return any(method.budget.profile_scores for method in methods)
