@@ -41,6 +41,7 @@ from headprof.models.placement import split_device
 from headprof.models.shape import HeadShape
 from headprof.models.tensor_parallel import WHOLE, HeadShard, check_split
 from headprof.profile.random_scores import random_surrogate
+from headprof.tuning import refining, refining_known
 from headprof.utils.in_step import InStep
 from headprof.utils.team import Team
 
@@ -301,6 +302,14 @@ def test_documents_that_processes_do_not_read_together(method, tmp_path, monkeyp
 def test_a_model_is_not_split_without_processes(tiny_folder):
     with pytest.raises(ModelError, match="Here are not the 2 processes"):
         load_model(str(tiny_folder), device="cpu", tp=2)
+
+
+@pytest.mark.parametrize("refine", [refining.refine, refining_known.refine])
+def test_budgets_are_not_refined_by_some_heads_gradients(refine, monkeypatch):
+    loaded = load_tiny()
+    monkeypatch.setattr(HeadShard, "of_model", lambda model: HeadShard(0, 2))
+    with pytest.raises(ModelError, match="where one process holds the model"):
+        refine(loaded, random_profile(loaded.model))
 
 
 def test_a_device_of_its_own_for_each():

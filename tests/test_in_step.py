@@ -76,6 +76,25 @@ def test_what_groups_find_is_told_to_all(groups, size, part_bytes, monkeypatch):
     assert store.num_keys() <= groups * size * 2 * rounds, "what all have heard is forgotten"
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_the_first_group_goes_on_when_the_others_are_dismissed(groups):
+    def work(team: InStep) -> Any:
+        stays = team.dismiss()
+        alone = stays and [team.size, list(team.claim("abc")), team.gather(team.rank), team.share(team.rank)]
+        if stays:
+            team.leave()
+        return alone
+
+    found, _ = in_groups(groups, 2, work)
+    assert found[:2] == [[1, ["a", "b", "c"], [0], 0]] * 2 and found[2:] == [False] * (2 * groups - 2)
+
+
+def test_one_process_alone_stays():
+    team = Team()
+    assert team.dismiss() and team.gather("mine") == ["mine"]
+    team.leave()
+
+
 def test_those_of_one_group_share_no_work():
     team = InStep(Team())
     assert (team.rank, team.size, team.ranks) == (0, 1, 1)
