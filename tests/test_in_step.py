@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.commands import invoke
 from support.forked import SILENT, processes
+from support.profiles import random_profile
 from support.tiny_models import save_tiny
 from torch.distributed import HashStore, PrefixStore
 
 from headprof.errors import UsageError
+from headprof.models.loading import load_model
 from headprof.profile.head_profile import HeadProfile
 from headprof.tuning import judging, mixing, refining_known
 from headprof.tuning.judging import TuneSettings
@@ -76,6 +79,21 @@ def test_what_groups_find_is_told_to_all(groups, size, part_bytes, monkeypatch):
     assert store.num_keys() <= groups * size * 2 * rounds, "what all have heard is forgotten"
 
 
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 2), (3, 1)])
+def test_what_each_item_comes_to_is_known_to_all(groups, size):
+    def work(team: InStep) -> Any:
+        heard: list[tuple[int, int]] = []
+        told = team.telling(lambda *now: heard.append(now), 4)
+        return team.each("abcd", lambda item: told(item * 2)), heard, team.rank
+
+    found, _ = in_groups(groups, size, work)
+    for each, heard, rank in found:
+        assert each == ["aa", "bb", "cc", "dd"]
+        assert heard == sorted(heard) and all(done <= total == 4 for done, total in heard)
+        assert rank == 0 or not heard
+    assert groups > 1 or found[0][1] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_the_first_group_goes_on_when_the_others_are_dismissed(groups):
     def work(team: InStep) -> Any:
@@ -127,10 +145,16 @@ def test_other_numbers_of_processes(started, sharing, said, monkeypatch):
         join_in_step(2, sharing=sharing)
 
 
-@pytest.mark.parametrize(("command", "said"), [("score", "multiple"), ("eval", "multiple"), ("validate", "start them")])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        *((command, "or a multiple of that") for command in ("score", "eval", "validate", "tune")),
+        *((command, "start them") for command in ("generate", "compress --file a.txt")),
+    ],
+)
 def test_commands_say_how_many_processes_they_take(command, said, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    ended = invoke(command, "--tp", "2")
+    ended = invoke(*command.split(), "--tp", "2")
     assert ended.exit_code == 2 and "held by 2 processes, and here are 3" in ended.stderr and said in ended.stderr
 
 
@@ -200,6 +224,30 @@ def test_two_groups_answer_as_one_process(place):
     assert lost == pytest.approx(lost_alone, abs=1e-5) and max(lost) > 0.1
     for ended in processes(4, *EVAL, "--seed", "7", "--resume", "--tp", "2", "-o", "groups"):
         assert (ended.exit_code, ended.stdout) == (2, "") and "other settings (seed)" in ended.stderr
+
+
+@pytest.mark.processes
+def test_two_groups_judge_a_profile_as_one_process(place, monkeypatch):
+    monkeypatch.setattr("headprof.validation.causal_check.MIN_RIGHT", 0)
+    monkeypatch.setattr(
+        "headprof.plots.validation.validation_plot", lambda result, file, compared: file.write_text("x")
+    )
+    loaded = load_model("tiny", device="cpu")
+    random_profile(loaded.model, name="tiny").save(place / "p.safetensors")
+    command = ["validate", "p.safetensors", "--model", "tiny", "--probes", "8", "--length", "450", "--pack", "2"]
+    command += ["--top", "2", "--draws", "1", "--per-head", "--json", "-o"]
+    alone = invoke(*command, "alone.png")
+    for count, more in ((4, ["--tp", "2"]), (2, [])):
+        first, *others = processes(count, *command, f"{count}.png", *more)
+        assert (
+            alone.exit_code in (0, 1) and first.exit_code == alone.exit_code and (place / f"{count}.png").is_file()
+        ), first.stderr
+        assert others == [SILENT] * (count - 1)
+        found, expected = json.loads(first.stdout), json.loads(alone.stdout)
+        assert found.keys() == expected.keys()
+        for kind, drops in expected["per_head"]["drops"].items():
+            assert torch.tensor(drops).abs().max() > 1e-3
+            torch.testing.assert_close(found["per_head"]["drops"][kind], drops, rtol=1e-3, atol=1e-4)
 
 
 # What a profile learns beside scores

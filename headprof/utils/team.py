@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headprof.errors import UsageError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 PATIENCE = timedelta(days=2)
 """How long a process waits for the others; if one dies, the launcher stops them all."""
@@ -81,6 +83,27 @@ class Team:
         self._rounds += 1
         while (number := self._store.add(f"round {self._rounds}", 1) - 1) < len(items):
             yield items[number]
+
+    def each(self, items: Sequence[Item], work: Callable[[Item], Done]) -> list[Done]:
+        """What `work` makes of each item, in their order, for all processes; one of them does it, as with `claim`."""
+        mine = {number: work(items[number]) for number in self.claim(range(len(items)))}
+        found = {number: done for theirs in self.gather(mine) for number, done in theirs.items()}
+        return [found[number] for number in range(len(items))]
+
+    def telling(self, on_progress: Callable[[int, int], None], total: int) -> Callable[[Done], Done]:
+        """What hands on each part that was done, once `on_progress` has heard of it from process 0.
+
+        It hears the number done and that of all, as if the other processes were as far.
+        """
+        parts = count(1)
+
+        def told(part: Done) -> Done:
+            done = next(parts)
+            if self.rank == 0:
+                on_progress(min(done * self.size, total), total)
+            return part
+
+        return told
 
     def gather(self, mine: Any) -> list[Any]:
         """What each process brings, in the order of their ranks, for all of them."""
