@@ -2,16 +2,15 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import re
-import socket
 import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from support.commands import invoke as headprof
+from support.forked import SILENT, processes
 from support.hub_data import write_hub_data
 from support.profiles import random_profile
 from support.tiny_models import load_tiny, save_tiny, tiny_tokenizer
@@ -632,42 +631,15 @@ def test_leaving_out_the_only_method_is_refused(place):
 # Several processes
 
 
-def member(rank, port, arguments, pipe):
-    """One process of two; forked, since importing everything anew takes seconds. Tensors may be used on one thread."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ended = headprof(*arguments)
-    pipe.send((ended.exit_code, ended.stdout, " ".join(ended.stderr.split())))
-
-
-def two_processes(*arguments):
-    """Exit code, stdout and stderr of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    pipes = [fork.Pipe(duplex=False) for _ in range(2)]
-    members = [fork.Process(target=member, args=(rank, port, arguments, pipes[rank][1])) for rank in range(2)]
-    try:
-        for process in members:
-            process.start()
-        assert all(receiver.poll(120) for receiver, _ in pipes)
-        return [receiver.recv() for receiver, _ in pipes]
-    finally:
-        for process in members:
-            process.join(5)
-            process.kill()
-
-
 def test_two_processes_find_what_one_finds(place):
     results = ("answers.csv", "cells.csv")
     assert headprof(*TWO_TASKS, "-o", "one").exit_code == 0
-    (code, said, _), silent = two_processes(*TWO_TASKS, "-o", "two")
-    assert code == 0 and said.count("snapkv") and silent == (0, "", "")
+    first, second = processes(2, *TWO_TASKS, "-o", "two")
+    assert first.exit_code == 0 and first.stdout.count("snapkv") and second == SILENT
     # Two more probes, each by whoever is free, and of those kept not one again.
     assert headprof(*TWO_TASKS, "--probes", "4", "-o", "more").exit_code == 0
-    (code, _, remarks), silent = two_processes(*TWO_TASKS, "--resume", "-o", "more")
-    assert code == 0 and "2 prompts were read" in remarks and silent == (0, "", "")
+    first, second = processes(2, *TWO_TASKS, "--resume", "-o", "more")
+    assert first.exit_code == 0 and "2 prompts were read" in first.stderr and second == SILENT
     for folder in ("two", "more"):
         for name in results:
             assert (place / folder / name).read_text() == (place / "one" / name).read_text()
@@ -675,6 +647,5 @@ def test_two_processes_find_what_one_finds(place):
 
 def test_two_processes_stop_at_the_same_mistake(place):
     assert headprof(*ONE_PROBE, "-o", "kept").exit_code == 0
-    ended = two_processes(*ONE_PROBE, "--seed", "7", "--resume", "-o", "kept")
-    for code, stdout, stderr in ended:
-        assert (code, stdout) == (2, "") and "other settings (seed)" in stderr
+    for ended in processes(2, *ONE_PROBE, "--seed", "7", "--resume", "-o", "kept"):
+        assert (ended.exit_code, ended.stdout) == (2, "") and "other settings (seed)" in ended.stderr

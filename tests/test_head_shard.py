@@ -41,7 +41,9 @@ from headprof.models.placement import split_device
 from headprof.models.shape import HeadShape
 from headprof.models.tensor_parallel import WHOLE, HeadShard, check_split
 from headprof.profile.random_scores import random_surrogate
-from headprof.utils.team import InStep, Team, join_in_step
+from headprof.tuning import refining, refining_known
+from headprof.utils.in_step import InStep
+from headprof.utils.team import Team
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 1000))
 
@@ -286,19 +288,28 @@ def test_what_processes_do_not_do_together_is_refused(monkeypatch, method, said)
         make_plan(model, random_profile(model), method=method, budget=20)
 
 
+@pytest.mark.parametrize("method", ["headkv-cluster", "lowrank"])
+def test_documents_that_processes_do_not_read_together(method, tmp_path, monkeypatch):
+    loaded = load_tiny()
+    plan = make_plan(loaded.model, random_profile(loaded.model), method=method, budget=24)
+    save_document(compress_document(loaded, TEXT, plan), tmp_path / "one.kv.safetensors", loaded)
+    load_document(tmp_path / "one.kv.safetensors", loaded)
+    monkeypatch.setattr(HeadShard, "of_model", lambda model: HeadShard(0, 2))
+    with pytest.raises(UsageError, match=r"The document .* processes that share a model's heads .*: leave --tp away\."):
+        load_document(tmp_path / "one.kv.safetensors", loaded)
+
+
 def test_a_model_is_not_split_without_processes(tiny_folder):
     with pytest.raises(ModelError, match="Here are not the 2 processes"):
         load_model(str(tiny_folder), device="cpu", tp=2)
 
 
-@pytest.mark.parametrize("started", [None, "3"])
-def test_other_numbers_of_processes_than_asked_for(started, monkeypatch):
-    if started is None:
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-    else:
-        monkeypatch.setenv("WORLD_SIZE", started)
-    with pytest.raises(UsageError, match="start them with `torchrun --nproc-per-node 2 -m headprof"):
-        join_in_step(2)
+@pytest.mark.parametrize("refine", [refining.refine, refining_known.refine])
+def test_budgets_are_not_refined_by_some_heads_gradients(refine, monkeypatch):
+    loaded = load_tiny()
+    monkeypatch.setattr(HeadShard, "of_model", lambda model: HeadShard(0, 2))
+    with pytest.raises(ModelError, match="where one process holds the model"):
+        refine(loaded, random_profile(loaded.model))
 
 
 def test_a_device_of_its_own_for_each():
@@ -308,28 +319,23 @@ def test_a_device_of_its_own_for_each():
             split_device(device, has_cuda=has_cuda)
 
 
-def test_those_in_step_share_no_work():
-    team = InStep(Team())
-    assert (team.rank, team.size, team.ranks) == (0, 1, 1)
-    assert list(team.claim([1, 2])) == [1, 2] and team.gather("mine") == ["mine"] and team.share(3) == 3
-    team.leave()
-
-
 @pytest.mark.parametrize(
     ("command", "module", "said"),
     [
-        ("score --tp 2", "score", "with --tp, add --no-tune"),
-        ("score --tp 2 --no-tune --curves", "score", "leave --tp or --curves away"),
         ("score --tp 2 --surrogate", "score", "leave --tp or --surrogate away"),
+        ("score --tp 2 --reconstruction --refine", "score", "leave --tp or --refine away"),
         ("generate --tp 2 --cache a.kv.safetensors --chat", "generate", "leave --chat or --tp away"),
+        ("generate --tp 2 --prompt x --method clusterkv", "generate", "leave --tp away, or give cluster=0"),
+        ("compress --tp 2 --file a.txt --set cluster=8", "compress", "leave --tp away, or give cluster=0"),
+        ("eval --tp 2 --methods snapkv,lowrank", "evaluate", "leave --tp away, or give heads=1"),
         ("generate --tp 2 --prompt x", None, "start them with `torchrun --nproc-per-node 2"),
     ],
 )
 def test_what_processes_together_do_not_do(command, module, said, monkeypatch, tmp_path):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if module is not None:
-        monkeypatch.setattr(f"headprof.cli.{module}.join_ranks", lambda tp: Team())
-    done = headprof(tmp_path, *command.split())
+        monkeypatch.setattr(f"headprof.cli.{module}.join_ranks", lambda tp, **_: Team())
+    done = headprof(tmp_path, *command.split(), "--model", "not-there")  # complaints come before the weights
     assert done.returncode == 2 and said in done.stderr, done.stderr
 
 

@@ -99,7 +99,7 @@ def compress(
     chosen = compressing.method == AUTO
     if chosen:
         compressing = replace(compressing, method=document_method(model, compressing.profile, observe))
-    request = compression_request(compressing, tuning, decoding, reading, given)
+    request = compression_request(compressing, tuning, decoding, reading, given, tp)
     document = read_document(file)
     asked = [checked_prompt(each, "--question") for each in question or []]
     if questions is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import warnings
@@ -50,20 +51,35 @@ def join_team() -> Team:
     return team
 
 
-def join_ranks(tp: int) -> Team:
+def join_ranks(tp: int, *, sharing: bool = False) -> Team:
     """The processes that hold one model together, of which only the first one speaks; one alone where `tp` is 1.
+
+    Args:
+        tp: how many hold one model.
+        sharing: whether there may be several such groups, which share the work.
 
     Raises:
         UsageError: the launcher started another number of them.
     """
-    from headprof.utils.team import Team, join_in_step
+    from headprof.utils.in_step import join_in_step
+    from headprof.utils.team import Team
 
     if tp == 1:
         return Team()
-    team = join_in_step(tp)
-    if team.rank:
+    if os.environ.get("RANK", "0") != "0":
         terminal.configure(quiet=True, debug=terminal.debug, mute=True)
-    return team
+    return join_in_step(tp, sharing=sharing)
+
+
+def join_sharing(ranks: Team) -> Team:
+    """Those that share the work: the groups of `join_ranks`, or each process by itself where it holds a whole model."""
+    return ranks if ranks.ranks > 1 else join_team()
+
+
+def save_profile(profile: HeadProfile, loaded: LoadedModel, target: Path) -> None:
+    """Write a profile; of processes that hold the model together, the first one does."""
+    if loaded.shard.rank == 0:
+        profile.save(target)
 
 
 def standard_input(team: Team) -> TextIO | None:

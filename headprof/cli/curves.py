@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.context import command_line, join_sharing, load, terminal
 from headprof.cli.options import MOST_PROBES, LoadOptions
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.errors import UsageError
@@ -120,6 +120,7 @@ def add_curves(
     model: str | None,
     loading: LoadOptions,
     request: CurveRequest,
+    ranks: Team,
     *,
     resume: bool,
     more: Callable[[LoadedModel, HeadProfile], object] | None = None,
@@ -131,8 +132,9 @@ def add_curves(
         target: the file that is written.
         model, loading: of the model.
         request: what is to be measured.
+        ranks: the processes that hold the model together, of one group or several.
         resume: begin with what has been kept of it.
-        more: what the first process does then, with the profile that has the curves.
+        more: what the first process does then, with those that hold its model, and the profile that has the curves.
     """
     from headprof.profile.head_profile import HeadProfile
     from headprof.profile.profile_checks import FORMAT
@@ -141,12 +143,12 @@ def add_curves(
     HeadProfile.load(profile, model_name=model)  # complaints come before the weights
     check_outputs({target: FORMAT, **curve_outputs(target, request)}, model_inputs(model, loading))
     check_writable(target)
-    team = join_team()
-    loaded = load(model, loading)
+    team = join_sharing(ranks)
+    loaded = load(model, loading, team.ranks)
     known = HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name)
     known = measure(loaded, known, request, target, team, resume=resume)
-    team.leave()
-    if team.rank == 0:
+    if team.dismiss():
         if more is not None:
             more(loaded, known)
         terminal.result(str(target))
+        team.leave()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command
-from headprof.cli.context import command_line, join_ranks, join_team, load, load_profile, terminal
+from headprof.cli.context import command_line, join_ranks, join_sharing, load, load_profile, terminal
 from headprof.cli.options import (
     BOTH,
     MOST,
@@ -186,12 +186,12 @@ def evaluate(
     """
     from headprof.evaluation.run import EvalRun
 
-    ranks = join_ranks(tp)
+    ranks = join_ranks(tp, sharing=True)
     request = _request(what, caches, data, seed, observe, tuning, decoding)
     request = replace(request, surrogate=surrogate, profile=profile, keep=tuple(keep or ()))
-    needs_profile = request.check()
+    needs_profile = request.check(tp)
     _check_outputs(output, model, profile, data, loading, surrogate)
-    team = ranks if tp > 1 else join_team()
+    team = join_sharing(ranks)
     loaded = load(model, loading, tp)
     head_profile = load_profile(loaded, profile) if needs_profile else None
     with terminal.progress() as report:

@@ -108,7 +108,7 @@ def generate(
     if compressing.method == AUTO:
         method = "headkv-r2" if cache is not None else question_method(model, compressing.profile)
         compressing = replace(compressing, method=method)
-    request = compression_request(compressing, tuning, decoding, reading, given)
+    request = compression_request(compressing, tuning, decoding, reading, given, tp)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if cache is not None and questions is not None:
         _answer_all(cache, questions, request, options | {"batch": batch} | reading.how(), json, model, loading, team)

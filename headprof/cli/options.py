@@ -364,11 +364,12 @@ def compression_request(
     decoding: DecodingOptions,
     read: ReadOptions,
     given: Sequence[str],
+    tp: int = 1,
 ) -> CompressionRequest:
     """What these groups ask for together, checked; `given` are the options that were given, as `--name`."""
     from headprof.compression.request import CompressionRequest
 
     options = {"recovery": compress.recovery} | method.chosen()
     request = CompressionRequest(**compress.asked(given), **read.how(), options=options, decoding=decoding.chosen())
-    request.check()
+    request.check(tp)
     return request

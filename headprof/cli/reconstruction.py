@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headprof.cli.context import command_line, join_team, load, terminal
+from headprof.cli.context import command_line, join_sharing, load, save_profile, terminal
 from headprof.cli.options import MOST_PROBES, LoadOptions
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.profile import learned_budgets, ranked_heads
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
     from headprof.profile.head_profile import HeadProfile
     from headprof.scoring.calibration import CalibrationSettings
+    from headprof.utils.team import Team
 
 
 @dataclass(frozen=True)
@@ -139,26 +140,38 @@ def add_reconstruction(
     model: str | None,
     loading: LoadOptions,
     settings: CalibrationSettings,
+    ranks: Team,
     *,
     refine: bool | None,
 ) -> None:
-    """Add what is learned from repeated texts to a profile that is there; of several processes, the first one does."""
+    """Add what is learned from repeated texts to a profile that is there.
+
+    Of several processes, or of several groups that hold a model together (`ranks`), the first one does.
+    """
     from headprof.profile.head_profile import HeadProfile
     from headprof.profile.profile_checks import FORMAT
+    from headprof.utils.files import check_writable
 
     HeadProfile.load(profile, model_name=model)  # complaints come before the weights
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
-    loaded = _load_once(target, model, loading)
-    if loaded is None:
+    check_writable(target)
+    team = join_sharing(ranks)
+    if not team.dismiss():
         return
+    loaded = load(model, loading, team.ranks)
     before = HeadProfile.load(profile, loaded.shape, loaded.given or loaded.name)
     learned = learn(loaded, before, settings, target, refine=refine)
     show_learned(learned)
     terminal.result(str(target))
+    team.leave()
 
 
-def without_probes(output: Path | None, model: str | None, loading: LoadOptions, settings: CalibrationSettings) -> None:
-    """Make a profile of repeated texts alone; of several processes, the first one does.
+def without_probes(
+    output: Path | None, model: str | None, loading: LoadOptions, settings: CalibrationSettings, ranks: Team
+) -> None:
+    """Make a profile of repeated texts alone.
+
+    Of several processes, or of several groups that hold a model together (`ranks`), the first one does.
 
     Raises:
         UsageError: there are scores from probes where it would be written.
@@ -167,6 +180,7 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
     from headprof.profile.finding import default_output, find_profile
     from headprof.profile.profile_checks import FORMAT
     from headprof.scoring.reconstruction import RECONSTRUCTION, reconstruction_profile
+    from headprof.utils.files import check_writable
 
     target = output or default_output(model_name(model))
     check_outputs({target: FORMAT}, chain(_texts_of(settings), model_inputs(model, loading)))
@@ -184,9 +198,11 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
                 f"{place} holds scores from probes, which would {loss}: give {adding} in place of --no-probes, or name "
                 "another file with -o."
             )
-    loaded = _load_once(target, model, loading)
-    if loaded is None:
+    check_writable(target)
+    team = join_sharing(ranks)
+    if not team.dismiss():
         return
+    loaded = load(model, loading, team.ranks)
     with terminal.progress() as report:
         profile = reconstruction_profile(
             loaded,
@@ -194,19 +210,10 @@ def without_probes(output: Path | None, model: str | None, loading: LoadOptions,
             command=command_line(),
             on_text=lambda done, total: report(f"Repeating texts with {loaded.name}", done, total),
         )
-    profile.save(target)
+    save_profile(profile, loaded, target)
     show_learned(profile)
     terminal.result(str(target))
-
-
-def _load_once(target: Path, model: str | None, loading: LoadOptions) -> LoadedModel | None:
-    """The model, once the target is known to be writable; `None` in all but the first of several processes."""
-    from headprof.utils.files import check_writable
-
-    check_writable(target)
-    team = join_team()
     team.leave()
-    return None if team.rank else load(model, loading)
 
 
 def _texts_of(settings: CalibrationSettings) -> list[Path]:
@@ -247,7 +254,7 @@ def learn(
                 learned = with_mixing(learned, loaded, partial(report, f"Mixing budgets with {loaded.name}"))
             except UsageError as error:  # the model's context is too short
                 unmixed = str(error).rstrip(".")
-    learned.save(target)
+    save_profile(learned, loaded, target)
     if unmixed:
         terminal.remark(f"{unmixed}: the learned budgets are not mixed with those of headkv-r2.")
     if refine is False or (refine is None and unmixed):
@@ -262,7 +269,7 @@ def learn(
             raise type(error)(f"Learned budgets cannot be refined for {loaded.name} ({why}): {mend}.") from error
         terminal.remark(f"Learned budgets are not refined for {loaded.name}. {error}")
         return learned
-    learned.save(target)
+    save_profile(learned, loaded, target)
     return learned
 
 

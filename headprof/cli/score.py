@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command, given_options
-from headprof.cli.context import command_line, join_ranks, join_team, load, terminal
+from headprof.cli.context import command_line, join_ranks, join_sharing, load, terminal
 from headprof.cli.curves import CurveOptions, add_curves, curve_outputs, curve_request, measure
 from headprof.cli.options import MOST, MOST_PROBES, Families, LoadOptions, Model, ProfileOutput, Seed, Tp, listed
 from headprof.cli.outputs import check_outputs, model_inputs
@@ -129,9 +129,9 @@ def score(
     headprof score --surrogate
     torchrun --nproc-per-node 8 -m headprof score --model meta-llama/Meta-Llama-3-8B-Instruct[/]
     """
-    together = join_ranks(tp)
+    ranks = join_ranks(tp, sharing=True)
     if tp > 1:
-        _check_together(learning, curving, tuning=tuning)
+        _check_ranks(learning)
     if learning.surrogate:
         _fit_surrogate(context, model, asked.preset, seed, learning, output, loading)
         return
@@ -144,15 +144,15 @@ def score(
     if learning.add_to is not None:
         done = "asked" if curves is None else "scored"
         _refuse_probe_options(context, f"With --add-to no probes are {done}", resuming=curves is not None)
-        _add(learning, output or learning.add_to, model, loading, settings, curves, resume=resume)
+        _add(learning, output or learning.add_to, model, loading, settings, curves, ranks, resume=resume)
         return
     if learning.no_probes:
         _refuse_probe_options(context, "With --no-probes no probes are asked")
-        without_probes(output, model, loading, settings)
+        without_probes(output, model, loading, settings, ranks)
         return
     target = _checked_target(output, model, asked, loading, curves)
     earlier = learned_before(target, model) if resume and not learning.reconstruction else None
-    team = together if tp > 1 else join_team()
+    team = join_sharing(ranks)
     loaded = load(model, loading, tp)
     if earlier is not None and earlier.shape.differences(loaded.shape):
         earlier = None
@@ -166,31 +166,26 @@ def score(
     profile = _score(loaded, request, target, team, earlier, resume=resume)
     if curves is not None:
         profile = measure(loaded, profile, curves, target, team, resume=resume)
-    team.leave()
-    if team.rank == 0:
+    if team.dismiss():
         if learning.reconstruction:
             profile = learn(loaded, profile, settings, target, refine=learning.refine)
         if tuning:
             profile = tune_scored(loaded, profile, target)
         _show(profile, target, stopping=request.stop is not None)
+        team.leave()
 
 
-def _check_together(learning: LearningOptions, curving: CurveOptions, *, tuning: bool) -> None:
+def _check_ranks(learning: LearningOptions) -> None:
     """
     Raises:
         UsageError: something is asked for that processes which hold one model together do not do.
     """
-    asked = {
-        "--surrogate": learning.surrogate,
-        "--reconstruction": learning.reconstruction,
-        "--add-to": learning.add_to is not None,
-        "--no-probes": learning.no_probes,
-        "--curves": curving.curves,
-    }
+    asked = {"--surrogate": learning.surrogate, "--refine": bool(learning.refine)}
     if other := next((name for name, given in asked.items() if given), None):
-        raise UsageError(f"Processes that hold one model together only score probes: leave --tp or {other} away.")
-    if tuning:
-        raise UsageError("A profile is tuned where one process holds the model: with --tp, add --no-tune.")
+        raise UsageError(
+            f"Processes that hold one model together neither fit surrogates nor refine budgets: leave --tp or {other} "
+            "away."
+        )
 
 
 def _fit_surrogate(
@@ -227,17 +222,18 @@ def _add(
     loading: LoadOptions,
     settings: CalibrationSettings,
     curves: CurveRequest | None,
+    ranks: Team,
     *,
     resume: bool,
 ) -> None:
     """Add what is asked for to a profile that is there: curves first, since several processes share them."""
     assert learning.add_to is not None
     if curves is None:
-        add_reconstruction(learning.add_to, target, model, loading, settings, refine=learning.refine)
+        add_reconstruction(learning.add_to, target, model, loading, settings, ranks, refine=learning.refine)
         return
     learns = partial(learn, settings=settings, target=target, refine=learning.refine)
     more = learns if learning.reconstruction else None
-    add_curves(learning.add_to, target, model, loading, curves, resume=resume, more=more)
+    add_curves(learning.add_to, target, model, loading, curves, ranks, resume=resume, more=more)
 
 
 def _what_goes(target: Path, made: Mapping[str, bool], situations: Sequence[str]) -> Iterator[str]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command
-from headprof.cli.context import command_line, join_team, load, terminal
-from headprof.cli.options import LoadOptions, Model, ProfileFile, Seed
+from headprof.cli.context import command_line, join_ranks, join_sharing, load, save_profile, terminal
+from headprof.cli.options import LoadOptions, Model, ProfileFile, Seed, Tp
 from headprof.cli.outputs import check_outputs, model_inputs
 from headprof.cli.tables.tune import refined_budgets, tuned_parameters
 from headprof.errors import ModelError, ProfileError, UsageError
@@ -54,6 +54,7 @@ def tune(
         ),
     ] = None,
     loading: LoadOptions,
+    tp: Tp = 1,
 ) -> None:
     """Find the parameters of headkv-r2 that serve a model best, and keep them in its profile, for headkv-tuned.
 
@@ -71,6 +72,7 @@ def tune(
     from headprof.utils.assets import asset_dir
     from headprof.utils.files import check_writable
 
+    ranks = join_ranks(tp, sharing=True)
     settings = _settings(trying, seed)
     found = find_profile(model_name(model), profile, model)
     shipped = profile is None and found.resolve().parent == asset_dir("profiles").resolve()
@@ -79,11 +81,10 @@ def tune(
     HeadProfile.load(found).scores_of("reasoning")  # complaints come before the weights
     check_outputs({target: FORMAT}, read if target == found else chain([found], read))
     check_writable(target)
-    team = join_team()
-    team.leave()
-    if team.rank:
+    team = join_sharing(ranks)
+    if not team.dismiss():
         return
-    loaded = load(model, loading)
+    loaded = load(model, loading, tp)
     before = HeadProfile.load(found, loaded.shape, loaded.name)
     if before.model_name != loaded.name:
         terminal.remark(f"The scores in {found} are {before.model_name}'s; what is found for {loaded.name} joins them.")
@@ -94,6 +95,7 @@ def tune(
         if table is not None:
             terminal.table(*table)
     terminal.result(str(target))
+    team.leave()
 
 
 def _settings(trying: TuneOptions, seed: int) -> TuneSettings:
@@ -145,7 +147,7 @@ def tune_profile(
             command=command_line(),
             on_probe=lambda done, total: report(f"Tuning methods to {loaded.name}", done, total),
         )
-    tuned.save(target)
+    save_profile(tuned, loaded, target)
     if not refine:
         return tuned
     refined = _refined(loaded, tuned, target, settings)
@@ -170,5 +172,5 @@ def _refined(loaded: LoadedModel, tuned: HeadProfile, target: Path, settings: Tu
     except (ModelError, UsageError) as error:
         terminal.remark(f"Budgets are not refined for {loaded.name}. {error}")
         return tuned
-    refined.save(target)
+    save_profile(refined, loaded, target)
     return refined

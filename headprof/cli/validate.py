@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headprof.cli.command import command
-from headprof.cli.context import join_ranks, load, load_profile, terminal
+from headprof.cli.context import join_ranks, join_sharing, load, load_profile, terminal
 from headprof.cli.options import (
     MOST,
     MOST_PROBES,
@@ -91,6 +91,7 @@ def validate(
     """Silence the top heads of a profile and see whether the answers go, beside random heads of the same layers.
 
     All kinds of score that the profile holds are put side by side. Ends with code 1 when one of them is not confirmed.
+    With torchrun or accelerate launch, several processes share the work.
 
     [dim]headprof validate
     headprof validate --ablate mean --families nonliteral
@@ -99,7 +100,7 @@ def validate(
     from headprof.plots.validation import check_picture
     from headprof.validation.findings import check_profile
 
-    team = join_ranks(tp)
+    ranks = join_ranks(tp, sharing=True)
     settings = _settings(check, seed, where)
     if csv is not None and not per_head:
         raise UsageError("The figures for --csv are those of --per-head: give both.")
@@ -107,6 +108,7 @@ def validate(
     targets = {path: None for path in (output, csv) if path is not None}
     check_outputs(targets, chain(profile_input(model, profile), beside or (), model_inputs(model, loading)))
     _check_settings(settings, model, [profile, *(beside or ())])
+    team = join_sharing(ranks)
     loaded = load(model, loading, tp)
     head_profile = load_profile(loaded, profile)
     others = _named({path: load_profile(loaded, path) for path in beside or ()})
@@ -118,11 +120,13 @@ def validate(
             others=others,
             per_head=per_head,
             batch_heads=batch_heads,
+            team=team,
             on_progress=report,
         )
     team.leave()
-    if team.rank == 0:
-        _keep(found, output, csv)
+    if team.rank:  # a code other than 0 would have the launcher end the first process before it has written
+        return
+    _keep(found, output, csv)
     _show(found, json)
     terminal.remark(f"The picture is {output}.")
     if not found.confirmed:

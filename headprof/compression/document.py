@@ -41,6 +41,7 @@ from headprof.compression.methods.observation import AttentionLayer
 from headprof.compression.methods.table import find_method
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.protected import ProtectedTokens
+from headprof.compression.ranks_check import check_ranks
 from headprof.compression.rows import COLUMNS, Rows
 from headprof.errors import CacheError
 from headprof.models.decoder import layer_device, sliding_windows
@@ -236,9 +237,11 @@ def load_document(path: str | Path, loaded: LoadedModel) -> tuple[HeadCache, dic
         CacheError: the file is missing, damaged, altered, no compressed cache, of another version, or made with
             another model, tokenizer or dtype.
         ModelError: it was judged with norms, for which the model's output projections cannot be had.
+        UsageError: its rows cannot be shared by the processes that hold the model together.
     """
     path = Path(path)
     tensors, metadata, facts = _read(path, loaded)
+    check_ranks(facts.method, f"The document {path}", loaded.shard.size, is_made=True)
     plan = _saved_plan(loaded, facts, tensors["scores"], tensors.get("shares"))
     if facts.method.importance.needs_surrogate:
         plan = _judging_by(plan, _saved_surrogate(path, tensors, metadata, loaded))

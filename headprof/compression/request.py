@@ -13,6 +13,7 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.method import Method
 from headprof.compression.methods.table import REFINED, TUNED, find_method
 from headprof.compression.plan import CompressionPlan
+from headprof.compression.ranks_check import check_ranks
 from headprof.compression.session import make_plan
 from headprof.errors import ProfileError, UsageError
 from headprof.models.finding import model_name
@@ -128,17 +129,21 @@ class CompressionRequest:
     prefill_chunk: int | None = None
     step: str = "auto"
 
-    def check(self) -> None:
+    def check(self, ranks: int = 1) -> None:
         """Find mistakes that need no model.
+
+        Args:
+            ranks: how many processes are to hold it together.
 
         Raises:
             UsageError: the backend cannot be used here, there is no such method or parameter, the budget cannot be
-                read, or a file is named that is not there or not needed.
+                read, a file is named that is not there or not needed, or so many processes cannot do it.
         """
         check_backend(self.backend)
         check_step(self.step)
         method = find_method(self.method, **self.options)
         method.check_budget(Budget.parse(self.budget), self.method)
+        check_ranks(method, f"The method {self.method!r}", ranks)
         check_named_files([method], self.profile, self.surrogate)
 
     @property

@@ -19,6 +19,7 @@ from headprof.compression.methods.method import Method
 from headprof.compression.methods.table import TUNED, find_method, name_of, parse_settings
 from headprof.compression.plan import BUFFER, CompressionPlan
 from headprof.compression.protected import Keep, ProtectedTokens
+from headprof.compression.ranks_check import check_ranks
 from headprof.errors import ModelError, ProfileError, UsageError
 from headprof.models.decoder import running_model, sliding_windows
 from headprof.models.output_projection import projecting_modules
@@ -82,7 +83,7 @@ def make_plan(
     shape = HeadShape.from_config(model.config)
     _check_rotary(model, chosen, name, shape)
     shard = HeadShard.of_model(model)
-    _check_shard(chosen, name, shard)
+    check_ranks(chosen, _called(name), shard.size)
     if chosen.representation.needs_turning:
         _find_turning(model, shape)
     if chosen.importance.norms:
@@ -214,25 +215,6 @@ def _check_rotary(model: PreTrainedModel, method: Method, name: str, shape: Head
         raise ModelError(
             f"{_called(name)} needs rotary embeddings as Transformers' Llama has them, which {type(model).__name__} "
             "has not: choose another method."
-        )
-
-
-def _check_shard(method: Method, name: str, shard: HeadShard) -> None:
-    """
-    Raises:
-        UsageError: heads that several processes have cannot be compressed so.
-    """
-    if shard.is_whole:
-        return
-    if method.recall.is_on:
-        raise UsageError(
-            f"{_called(name)} brings rows back from a second tier, which processes that share a model's heads do not: "
-            "leave --tp away, or give cluster=0."
-        )
-    if not method.representation.is_per_head:
-        raise UsageError(
-            f"{_called(name)} holds rows in a basis of several heads, which processes that share a model's heads do "
-            "not have together: leave --tp away, or give heads=1."
         )
 
 

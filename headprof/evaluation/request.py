@@ -13,6 +13,7 @@ from headprof.compression.methods.given_budget import Budget
 from headprof.compression.methods.table import deal_options, find_method
 from headprof.compression.observers import repeats, text_observers
 from headprof.compression.plan import BUFFER
+from headprof.compression.ranks_check import check_ranks
 from headprof.compression.request import check_named_files
 from headprof.compression.session import make_plan
 from headprof.errors import UsageError
@@ -167,12 +168,15 @@ class EvalRequest:
     profile: Path | None = None
     keep: tuple[str, ...] = ()
 
-    def check(self) -> bool:
+    def check(self, ranks: int = 1) -> bool:
         """Find mistakes that need no model; returns whether a head profile is needed.
+
+        Args:
+            ranks: how many processes are to hold it together.
 
         Raises:
             UsageError: an unknown task or method, a budget or a pattern that cannot be read, no texts for perplexity,
-                or a file that is not there or not needed.
+                a file that is not there or not needed, or a method that so many processes cannot do.
         """
         check_patterns(self.keep)
         if not self.all_tasks or not self.methods:
@@ -205,7 +209,8 @@ class EvalRequest:
         for budget in map(Budget.parse, self.budgets):
             for method in self.methods:
                 find_method(method).check_budget(budget, method)
-        deal_options(self.methods, self.options)
+        for name, parameters in deal_options(self.methods, self.options).items():
+            check_ranks(find_method(name, **parameters), f"The method {name!r}", ranks)
         methods = [find_method(method) for method in self.methods]
         check_named_files(methods, self.profile, self.surrogate)
         return any(method.budget.profile_scores for method in methods)

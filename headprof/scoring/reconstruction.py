@@ -51,6 +51,7 @@ def largest_attention(loaded: LoadedModel, document: Sequence[int], repetition: 
     repeat_document(loaded.model, loaded.shape, document, repetition, take)
     device = of_layers[0].device
     largest = torch.stack([of_layers[index].to(device) for index in range(loaded.shape.num_layers)]).cpu()
+    largest = loaded.shard.together(largest, dim=1)
     if not bool(largest.isfinite().all()):
         raise ModelError(f"The numbers of {loaded.name} overflow in {loaded.dtype}: load it with --dtype float32.")
     return largest

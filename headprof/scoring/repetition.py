@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache
 from headprof.errors import ModelError
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.shape import HeadShape
+from headprof.models.tensor_parallel import HeadShard
 from headprof.scoring.attention_rows import attention_rows, causal_visibility
 from headprof.scoring.layer_blocks import Attended, LayerBlocks, in_parts, stacked
 
@@ -65,6 +66,7 @@ def repeat_document(
         ModelError: the layers do not attend once each, with as many heads as the configuration says.
     """
     count, layers = len(document), Counter[int]()
+    own_heads = HeadShard.of_model(model).count(shape.num_heads)
 
     def work(block: Sequence[Attended], most: int) -> None:
         for each, largest in zip(block, _largest(block, count, most), strict=True):
@@ -75,7 +77,7 @@ def repeat_document(
     def wrap(base: AttentionFunction) -> AttentionFunction:
         def attention(module, query, key, value, attention_mask, **kwargs):
             output = base(module, query, key, value, attention_mask, **kwargs)
-            if query.shape[1] != shape.num_heads or query.shape[-1] != key.shape[-1]:
+            if query.shape[1] != own_heads or query.shape[-1] != key.shape[-1]:
                 raise _refused(model)
             layers[module.layer_idx] += 1
             blocks.take(Attended.of(module.layer_idx, query, key, value, None, kwargs))

@@ -58,7 +58,8 @@ class Asked:
     def __init__(self, loaded: LoadedModel, hider: HidingModel, answer: Answering, batch: int | None = None):
         self._hider, self._answer = hider, answer
         self._tokens = torch.tensor(answer.reference, device=loaded.device)
-        self._batch = batch or _fitting_batch(loaded, hider.prompt_length, answer)
+        self._shard = loaded.shard
+        self._batch = batch or self._shard.least(_fitting_batch(loaded, hider.prompt_length, answer))
         self.whole = torch.full((loaded.shape.num_layers, loaded.shape.num_kv_heads), hider.prompt_length)
         logits = self._logits(self.whole[None])[0]
         require_finite(logits.amax(), logits.dtype)
@@ -80,7 +81,7 @@ class Asked:
             for each in self._logits(part, layer):  # one by one, to hold no second copy of all logits
                 drop = (self._own - self._said(each.float().log_softmax(dim=-1))).mean()
                 found.append(torch.stack([divergences(self._full, each).mean().float(), drop]))
-        return torch.stack(found).cpu()
+        return self._shard.agreed(torch.stack(found).cpu())
 
     def _logits(self, counts: Tensor, layer: int = 0) -> Tensor:
         return self._hider.logits(self._answer.fed, len(self._answer.reference), counts, layer)

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from headprof.models.attention_hook import AttentionFunction, wrapped_attention
 from headprof.models.copies import copied_from
+from headprof.models.tensor_parallel import HeadShard
 from headprof.tuning.reading import RankedRows
 
 
@@ -58,7 +59,7 @@ class HidingModel:
 
     Attributes:
         model: the model.
-        rows: of each layer of the prompt that is asked about.
+        rows: of each layer of the prompt that is asked about; of the heads that this process has.
         watch: called in each layer with its number, what attention put out, `[C, Q, H, D]`, and a function that says
             what it would have put out had the heads seen so many rows, int64 `[1, K]`; what it returns takes the
             output's place. `None` for nobody.
@@ -68,6 +69,7 @@ class HidingModel:
         self.model = model
         self.rows: Sequence[RankedRows] = ()
         self.watch: Watch | None = None
+        self._shard = HeadShard.of_model(model)
         self._counts: Sequence[Tensor] = ()
 
     @property
@@ -86,7 +88,7 @@ class HidingModel:
         Returns:
             `[C, N, vocabulary]`.
         """
-        copies = len(counts)
+        copies, counts = len(counts), self._shard.own(counts)
         alike = (counts == counts[:1]).all(dim=2).all(dim=0).tolist()
         self._counts = [each[:1] if same else each for each, same in zip(counts.unbind(1), alike, strict=True)]
         ids = self._side_by_side([tail])
@@ -104,7 +106,7 @@ class HidingModel:
         Returns:
             Of each, `[N, vocabulary]`.
         """
-        self._counts = counts[:, None].unbind()
+        self._counts = self._shard.own(counts)[:, None].unbind()
         ids, lengths = self._side_by_side(tails), [len(tail) for tail in tails]
         first = min(length - last for length, last in zip(lengths, lasts, strict=True))
         logits = self.model(

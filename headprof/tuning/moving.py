@@ -24,6 +24,7 @@ from torch import Tensor
 
 from headprof.compression.continuing import divergences
 from headprof.compression.methods.allocation import normalized, water_filled
+from headprof.errors import ModelError
 from headprof.models.loading import LoadedModel
 from headprof.tuning.exams import Answering
 from headprof.tuning.hidden_rows import HidingModel, hiding
@@ -55,6 +56,15 @@ class MoveSettings:
     steps: tuple[float, ...] = (0.5, 0.4, 0.3, 0.3)
     length: int = 1024
     seed: int = 0
+
+
+def require_gradients(loaded: LoadedModel) -> None:
+    """
+    Raises:
+        ModelError: several processes hold the model, each of which would have the gradients of its own heads alone.
+    """
+    if not loaded.shard.is_whole:
+        raise ModelError("Gradients are taken where one process holds the model: refine without --tp.")
 
 
 def counting(on_step: Callable[[int, int], None], total: int) -> Callable[[], None]:

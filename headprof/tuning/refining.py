@@ -23,7 +23,7 @@ from headprof.profile.learning import NOTE
 from headprof.tuning.exams import PROBE, Answering
 from headprof.tuning.hidden_rows import hiding
 from headprof.tuning.mixing import LARGEST, with_shares
-from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting
+from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting, require_gradients
 from headprof.tuning.reading import PromptReader
 from headprof.utils.records import parse_object
 
@@ -84,8 +84,9 @@ def refine(
     Raises:
         UsageError: such documents do not fit into the model's context, or cannot be repeated there.
         ProfileError: the profile holds no learned budgets.
-        ModelError: the model's attention cannot be reached.
+        ModelError: the model's attention cannot be reached, or several processes hold it.
     """
+    require_gradients(loaded)
     kept = profile.reconstruction.double()
     shares = [share for share in kept.mean(dim=(1, 2)).tolist() if share < LARGEST]
     told = counting(on_round, len(shares) * len(settings.steps))

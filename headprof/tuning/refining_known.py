@@ -21,7 +21,7 @@ from headprof.profile.head_profile import HeadProfile
 from headprof.profile.tuned import NOTE, Refined, Tuned
 from headprof.tuning.exams import JUDGES, Exam, Exams, ExamSettings
 from headprof.tuning.hidden_rows import hiding
-from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting
+from headprof.tuning.moving import Mover, MoveSettings, ReadPrompt, allotted, counting, require_gradients
 from headprof.tuning.reading import PromptReader
 from headprof.utils.memory import free_bytes
 
@@ -84,8 +84,9 @@ def refine(
     Raises:
         UsageError: prompts of this length do not fit into the model's context, or no budget leaves anything out.
         ProfileError: the profile is not tuned, or lacks the scores that budgets follow.
-        ModelError: the model's attention cannot be reached.
+        ModelError: the model's attention cannot be reached, or several processes hold it.
     """
+    require_gradients(loaded)
     method = find_method(TUNED).with_options(**profile.tuned)
     budgets = [each for each in settings.budgets if method.always_kept < each < settings.length]
     if not budgets:

@@ -64,4 +64,4 @@ def known_losses(loaded: LoadedModel, plans: Sequence[CompressionPlan], context:
         if not tail:  # something is read after the compression and before the answer
             prompt, tail = prompt[:-1], prompt[-1:]
         found += divergences(loaded, plans, prompt, Observers(()), [(tail, probe.answer_ids)])
-    return torch.tensor(found, dtype=torch.float64)
+    return loaded.shard.agreed(torch.tensor(found, dtype=torch.float64))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from headprof.errors import UsageError
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Item = TypeVar("Item")
+Done = TypeVar("Done")
 
-_PATIENCE = timedelta(days=2)
+PATIENCE = timedelta(days=2)
 """How long a process waits for the others; if one dies, the launcher stops them all."""
 
 
@@ -23,8 +25,8 @@ class Team:
 
     Attributes:
         rank: number of this process, from 0; process 0 reads and writes the files.
-        size: how many there are.
-        ranks: how many hold one model together (`InStep`).
+        size: how many share the work; those that hold one model together (`in_step.InStep`) count as one.
+        ranks: how many hold one model together.
     """
 
     ranks = 1
@@ -36,26 +38,20 @@ class Team:
         self._rounds = 0
 
     @classmethod
-    def join(cls, backend: str = "gloo") -> Team:
+    def join(cls) -> Team:
         """Meet the other processes that the launcher's environment variables name; without them, a team of one.
 
         Messages go through `gloo`, so that no process needs a GPU, and each one uses its own.
 
-        Args:
-            backend: of `torch.distributed`, where tensors on GPUs go from process to process too.
+        Raises:
+            UsageError: no launcher made these variables.
         """
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
         import torch.distributed as dist
 
-        try:
-            store, rank, size = next(iter(dist.rendezvous("env://", timeout=_PATIENCE)))
-        except ValueError as error:
-            raise UsageError(
-                f"The environment has WORLD_SIZE, but is not that of a launcher ({error}): start with torchrun, or "
-                "unset WORLD_SIZE."
-            ) from None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        store, rank, size = meet()
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
         return cls(rank, size, dist.PrefixStore("headprof", store))
 
     def leave(self) -> None:
@@ -65,6 +61,16 @@ class Team:
 
             dist.barrier()
             dist.destroy_process_group()
+
+    def dismiss(self) -> bool:
+        """Part with those that only shared work, once all have come this far.
+
+        Returns:
+            Whether this process goes on, alone or with those that hold process 0's model with it.
+        """
+        self.leave()
+        self.size, self._store = 1, None
+        return self.rank == 0
 
     def claim(self, items: Sequence[Item]) -> Iterator[Item]:
         """Items for this process alone: each item goes to the process that asks first, so that none waits long.
@@ -77,6 +83,27 @@ class Team:
         self._rounds += 1
         while (number := self._store.add(f"round {self._rounds}", 1) - 1) < len(items):
             yield items[number]
+
+    def each(self, items: Sequence[Item], work: Callable[[Item], Done]) -> list[Done]:
+        """What `work` makes of each item, in their order, for all processes; one of them does it, as with `claim`."""
+        mine = {number: work(items[number]) for number in self.claim(range(len(items)))}
+        found = {number: done for theirs in self.gather(mine) for number, done in theirs.items()}
+        return [found[number] for number in range(len(items))]
+
+    def telling(self, on_progress: Callable[[int, int], None], total: int) -> Callable[[Done], Done]:
+        """What hands on each part that was done, once `on_progress` has heard of it from process 0.
+
+        It hears the number done and that of all, as if the other processes were as far.
+        """
+        parts = count(1)
+
+        def told(part: Done) -> Done:
+            done = next(parts)
+            if self.rank == 0:
+                on_progress(min(done * self.size, total), total)
+            return part
+
+        return told
 
     def gather(self, mine: Any) -> list[Any]:
         """What each process brings, in the order of their ranks, for all of them."""
@@ -99,53 +126,21 @@ class Team:
         return box[0]
 
 
-class InStep(Team):
-    """The processes that hold one model together: each does all of the work, in step with the others.
-
-    What one of them finds they all find, so to those who share work they are one.
-    """
-
-    def __init__(self, team: Team):
-        super().__init__(team.rank)
-        self.ranks = team.size
-        self._team = team
-
-    def leave(self) -> None:
-        self._team.leave()
-
-    def gather(self, mine: Any) -> list[Any]:
-        """What the first one brings, which is what they all should."""
-        return [self.share(mine)]
-
-    def share(self, value: Any) -> Any:
-        return self._team.share(value)
-
-
-def join_in_step(size: int) -> InStep:
-    """The `size` processes that `torchrun` started to hold one model together, each on the GPU of its local rank.
-
-    Call it before CUDA is used.
+def meet() -> tuple[Store, int, int]:
+    """The store that all processes of a launcher reach, the number of this process, and how many there are.
 
     Raises:
-        UsageError: the launcher started another number of processes, or there are fewer GPUs than processes.
+        UsageError: the environment is not that of a launcher.
     """
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(size):
-        raise UsageError(
-            f"With --tp {size} a model is held by {size} processes, and here {'is' if started == '1' else 'are'} "
-            f"{started}: start them with `torchrun --nproc-per-node {size} -m headprof ...`."
-        )
-    import torch
+    import torch.distributed as dist
 
-    if not torch.cuda.is_available():
-        return InStep(Team.join())
-    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if rank >= gpus:
+    try:
+        return next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    except ValueError as error:
         raise UsageError(
-            f"Each of the {size} processes needs a GPU, and here are {gpus}: start fewer, with a smaller --tp."
-        )
-    torch.cuda.set_device(rank)
-    return InStep(Team.join("cpu:gloo,cuda:nccl"))
+            f"The environment has WORLD_SIZE, but is not that of a launcher ({error}): start with torchrun, or unset "
+            "WORLD_SIZE."
+        ) from None
 
 
 def join_with_gpus() -> Team:

@@ -17,6 +17,7 @@ from headprof.probes.build import ProbeContext
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
+from headprof.utils.team import Team
 from headprof.validation.asking import AskedProbe, answers, asked_probes, asking, build_probes, read_whole
 from headprof.validation.head_sets import NOTHING, CheckedScores, HeadSet, checked_scores, choose_sets
 from headprof.validation.settings import ValidationSettings
@@ -93,6 +94,7 @@ def validate(
     settings: ValidationSettings,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     others: Mapping[str, HeadProfile] | None = None,
+    team: Team | None = None,
 ) -> Validation:
     """Ask a model fresh probes while the top, random and bottom heads of its profile are silent.
 
@@ -102,8 +104,10 @@ def validate(
         loaded: the model.
         profile: of this model.
         settings: what to ask.
-        on_progress: called after each context and set of heads, with the number done and the number of all.
+        on_progress: called by process 0 after each context and set of heads, with the number done and the number of
+            all; of several processes, as if the others were as far.
         others: profiles of the same model whose scores choose heads too, by the names that they go by.
+        team: the processes that share the contexts; each must call this with the same arguments.
 
     Raises:
         UsageError: the settings do not fit the model.
@@ -115,23 +119,24 @@ def validate(
     scores = checked_scores(profile, others)
     sets = [NOTHING, *choose_sets(scores, settings)]
     to_run = list(dict.fromkeys(frozenset(each.heads) for each in sets))
-    found: dict[frozenset[Head], list[torch.Tensor]] = {heads: [] for heads in to_run}
     probes = asked_probes(contexts)
-    total = len(to_run) * len(contexts)
-
-    def note(heads: frozenset[Head], answer: torch.Tensor) -> None:
-        found[heads].append(answer)
-        on_progress(sum(map(len, found.values())), total)
+    team = team or Team()
+    told = team.telling(on_progress, len(to_run) * len(contexts))
 
     with asking(loaded.model, SharedContext) as shared:
-        for context in contexts:
+
+        def whole(context: ProbeContext) -> torch.Tensor:
             shared.read(context.context_ids)
-            note(to_run[0], answers(shared, context.probes))
-        _check_answered(probes, torch.cat(found[to_run[0]], dim=1)[0], scores)
-        for context in contexts:
-            for heads, answer in zip(to_run[1:], _silent_answers(shared, context, to_run[1:], settings), strict=True):
-                note(heads, answer)
-    right, log_probs = torch.stack([torch.cat(found[frozenset(each.heads)], dim=1) for each in sets], dim=1)
+            return told(answers(shared, context.probes))
+
+        def silent(context: ProbeContext) -> list[torch.Tensor]:
+            return [told(each) for each in _silent_answers(shared, context, to_run[1:], settings)]
+
+        unsilenced = team.each(contexts, whole)
+        _check_answered(probes, torch.cat(unsilenced, dim=1)[0], scores)
+        of_sets = [unsilenced, *zip(*team.each(contexts, silent), strict=True)]
+    found = {heads: torch.cat(list(parts), dim=1) for heads, parts in zip(to_run, of_sets, strict=True)}
+    right, log_probs = torch.stack([found[frozenset(each.heads)] for each in sets], dim=1)
     return Validation(loaded.name, scores, settings, tuple(sets), probes, right.bool(), log_probs)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from headprof.models.loading import LoadedModel
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.influence import InfluenceCurves
+from headprof.utils.team import Team
 from headprof.validation import head_drops, verdict
 from headprof.validation.causal_check import Validation, validate
 from headprof.validation.head_drops import HeadDrops, per_head_drops
@@ -77,6 +78,7 @@ def check_profile(
     others: Mapping[str, HeadProfile] | None = None,
     per_head: bool = False,
     batch_heads: int | None = None,
+    team: Team | None = None,
     on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
 ) -> Findings:
     """Silence the heads of a profile, and every single head too if `per_head`.
@@ -88,16 +90,17 @@ def check_profile(
         others: profiles of the same model to compare it with, by the names that they go by.
         per_head: whether to find out what each head costs alone.
         batch_heads: as for `per_head_drops`.
-        on_progress: called with what is going on, the work done and the work in all.
+        team: the processes that share the work; each must call this with the same arguments.
+        on_progress: called by process 0 with what is going on, the work done and the work in all.
 
     Raises:
         HeadprofError: as `validate` and `per_head_drops`.
     """
     what = f"Silencing heads of {loaded.name}"
-    result = validate(loaded, profile, settings, lambda done, total: on_progress(what, done, total), others)
+    result = validate(loaded, profile, settings, lambda done, total: on_progress(what, done, total), others, team)
     drops = None
     if per_head:
         drops = per_head_drops(
-            loaded, settings, batch_heads, lambda done, total: on_progress("Silencing single heads", done, total)
+            loaded, settings, batch_heads, lambda done, total: on_progress("Silencing single heads", done, total), team
         )
     return Findings(result, drops, profile.curves)

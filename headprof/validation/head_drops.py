@@ -20,6 +20,7 @@ from headprof.profile.kinds import PROBE_KINDS
 from headprof.scoring.shared_context import SharedContext
 from headprof.utils.bootstrap import standard_error
 from headprof.utils.memory import free_bytes
+from headprof.utils.team import Team
 from headprof.validation.asking import (
     AskedProbe,
     answers,
@@ -77,6 +78,7 @@ def per_head_drops(
     settings: ValidationSettings,
     batch_heads: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    team: Team | None = None,
 ) -> HeadDrops:
     """Silence one head after the other from the question on, and see what the right answers lose.
 
@@ -87,17 +89,20 @@ def per_head_drops(
         loaded: the model.
         settings: which probes to ask, and what silent heads put out; how many are silent, and where, does not matter.
         batch_heads: copies that run at once; `None` to choose by the free memory.
-        on_progress: called after each layer of each context, with the number done and the number of all.
+        on_progress: called by process 0 after each layer of each context, with the number done and the number of all;
+            of several processes, as if the others were as far.
+        team: the processes that share the contexts; each must call this with the same arguments.
 
     Raises:
         UsageError: the settings do not fit the model.
         ModelError: the model's attention cannot be reached.
     """
     contexts = list(build_probes(loaded, settings))
-    shape = loaded.shape
-    drops = []
+    shape, team = loaded.shape, team or Team()
+    told = team.telling(on_progress, len(contexts) * shape.num_layers)
     with asking(loaded.model, _CopiedContext) as shared:
-        for number, context in enumerate(contexts):
+
+        def lost(context: ProbeContext) -> torch.Tensor:
             instead = read_whole(shared, context, settings.ablate)
             shared.freeze()
             whole = answers(shared, context.probes)[1]
@@ -107,8 +112,10 @@ def per_head_drops(
                 for heads in torch.arange(shape.num_heads).split(batch):
                     silent = _only(layer, heads, shape)
                     silent_log_probs[:, layer, heads] = _log_probs_without(shared, context, layer, silent, instead)
-                on_progress(number * shape.num_layers + layer + 1, len(contexts) * shape.num_layers)
-            drops.append(whole[:, None, None] - silent_log_probs)
+                told(layer)
+            return whole[:, None, None] - silent_log_probs
+
+        drops = team.each(contexts, lost)
     return HeadDrops(torch.cat(drops), asked_probes(contexts))
 
 

@@ -19,7 +19,7 @@ from headprof.compression.generation import ask, compress_document, generate_tex
 from headprof.compression.session import make_plan
 from headprof.models.loading import LoadedModel, load_model
 from headprof.scoring.request import ScoreRequest, build_probes, score_to_file
-from headprof.utils.team import InStep, join_in_step
+from headprof.utils.in_step import InStep, join_in_step
 from headprof.validation.head_drops import per_head_drops
 from headprof.validation.settings import ValidationSettings
 from support.profiles import random_profile, random_surrogate
