@@ -29,7 +29,7 @@ from headprof.probes.build import ProbeBuilder, ProbeSettings
 from headprof.profile.head_profile import HeadProfile
 from headprof.profile.tuned import NOTE, Tuned
 from headprof.tuning import refining_known
-from headprof.tuning.judging import BUDGETS
+from headprof.tuning.judging import BUDGETS, TuneSettings
 from headprof.tuning.refining_known import RefineSettings, refine, with_refined_rows
 from headprof.utils.tensor_files import with_checksum
 
@@ -205,7 +205,7 @@ def test_a_profile_says_what_it_brought():
 def test_the_command_refines_and_shows_it(tmp_path, monkeypatch):
     monkeypatch.setattr("headprof.tuning.judging.JUDGES", ({"window": 4},))
     monkeypatch.setattr("headprof.tuning.judging.BUDGETS", ({"temperature": 1.0},))
-    monkeypatch.setattr("headprof.tuning.judging.TuneSettings.rounds", ((1, 1),))
+    monkeypatch.setattr("headprof.tuning.judging.TuneSettings", partial(TuneSettings, rounds=((1, 1),)))
     short = partial(RefineSettings, probes=2, checks=1, steps=(0.5,))
     monkeypatch.setattr(refining_known, "RefineSettings", short)
     save_tiny(tmp_path / "tiny", chat=True)

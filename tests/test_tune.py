@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_only_what_is_not_usual_is_kept():
 def test_the_command_tunes_and_generate_uses_it(tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "JUDGES", ({"window": 1, "kernel": 1},))
     monkeypatch.setattr(judging, "BUDGETS", ())
-    monkeypatch.setattr(judging.TuneSettings, "rounds", ((1, 1),), raising=False)
+    monkeypatch.setattr(judging, "TuneSettings", partial(TuneSettings, rounds=((1, 1),)))
     save_tiny(tmp_path / "tiny", chat=True)
     replace(random_profile(tiny_model(), name="tiny"), metadata={"date": "x"}).save(tmp_path / "p.safetensors")
     asked = ("--model", "tiny", "--prompt", "Where is the boat?", "--profile", "p.safetensors", "--max-new-tokens", "2")

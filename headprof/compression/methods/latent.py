@@ -33,7 +33,7 @@ class Latent(SharedBasis):
     """
 
     name: ClassVar[str] = "latent"
-    rank: float = 0.5
+    rank: float = 0.75
     keys: float = 10.0
     bits: int = 4
     group_size: int = 32

@@ -26,7 +26,7 @@ class LowRank(SharedBasis):
 
     name: ClassVar[str] = "lowrank"
     key_rank: float = 0.375
-    value_rank: float = 0.625
+    value_rank: float = 0.75
 
     def __post_init__(self) -> None:
         super().__post_init__()
