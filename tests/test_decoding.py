@@ -497,7 +497,7 @@ def test_a_budget_too_small_for_generating_is_refused_before_any_work(tiny, monk
 
 @pytest.mark.parametrize("buffer", [0, -3])
 def test_a_buffer_takes_at_least_one_token(buffer):
-    with pytest.raises(UsageError, match=rf"A buffer of {buffer} tokens takes none: give --buffer at least 1"):
+    with pytest.raises(UsageError, match=rf"A buffer of {buffer} tokens takes none: give at least 1, or None"):
         plan_for(tiny_model(), "ems", buffer=buffer)
 
 

@@ -67,7 +67,7 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         if self.buffer is not None and self.buffer < 1:
-            raise UsageError(f"A buffer of {self.buffer} tokens takes none: give --buffer at least 1.")
+            raise UsageError(f"A buffer of {self.buffer} tokens takes none: give at least 1, or None for no bound.")
         self.method.check_budget(self.budget, self.name)
         held = self.method.representation
         if fault := held.fault(self.shape.head_dim):
