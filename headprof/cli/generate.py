@@ -174,7 +174,8 @@ def _converse(
 ) -> None:
     """Answer standard input line by line, and keep the conversation where that is asked for."""
     from headprof.compression.conversation import Conversation
-    from headprof.compression.document import FORMAT, save_document
+    from headprof.compression.document import save_document
+    from headprof.compression.document_origin import FORMAT
     from headprof.compression.prompts import document_cache
 
     if save is not None:

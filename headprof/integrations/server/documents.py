@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headprof.compression.document import FORMAT
+from headprof.compression.document_origin import FORMAT
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.integrations.server.errors import ApiError
 from headprof.utils.files import FileLock
@@ -20,6 +20,9 @@ SUFFIX = ".kv.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LEFTOVER = re.compile(r"\.[A-Za-z0-9._-]{1,40}\.[0-9a-f]{12}\.partial")
 _MOST_TOKENS = 2**31
+
+Stamp = tuple[int, int, int]
+"""What of a file's state changes with its content: when it was written, its bytes, and its number on the disk."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class SavedDocument:
     method: str
     tokens: int
     file_bytes: int
-    stamp: tuple[int, int, int]
+    stamp: Stamp
     created: int
 
     def listed(self) -> dict[str, Any]:
@@ -56,6 +59,11 @@ class SavedDocument:
             "tokens": self.tokens,
             "bytes": self.file_bytes,
         }
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file in this state."""
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def not_found(name: str) -> ApiError:
@@ -155,9 +163,20 @@ class DocumentStore:
     def all(self) -> list[SavedDocument]:
         """All documents that can be read, by name."""
         found = []
-        for name, path in self._files():
+        for name in sorted(self.stamps()):
             with contextlib.suppress(HeadprofError):
-                found.append(self._read(name, path))
+                found.append(self._read(name, self.path(name)))
+        return found
+
+    def stamps(self) -> dict[str, Stamp]:
+        """The state of each file that may be a document, by name; none is opened."""
+        found = {}
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(SUFFIX)
+                if name != entry.name and _NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(OSError):  # it has gone meanwhile
+                        found[name] = stamp_of(entry.stat(follow_symlinks=False))
         return found
 
     def delete(self, name: str) -> None:
@@ -174,12 +193,6 @@ class DocumentStore:
             raise ApiError(
                 500, f"The document {name} cannot be deleted ({error.strerror}): see the folder's permissions."
             ) from error
-
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            name = path.name.removesuffix(SUFFIX)
-            if _NAME.fullmatch(name) and self._is_own(path):
-                yield name, path
 
     @staticmethod
     def _is_own(path: Path) -> bool:
@@ -201,6 +214,6 @@ class DocumentStore:
             plain(facts.get("method", ""), 200),
             min(int(tokens), _MOST_TOKENS),
             status.st_size,
-            (status.st_mtime_ns, status.st_size, status.st_ino),
+            stamp_of(status),
             int(status.st_mtime),
         )

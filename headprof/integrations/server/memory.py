@@ -8,7 +8,7 @@ from typing import Any
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.prompts import document_cache
 from headprof.integrations.server.admission import Footprint, answer_bytes
-from headprof.integrations.server.documents import SavedDocument, not_found
+from headprof.integrations.server.documents import SavedDocument, not_found, stamp_of
 from headprof.integrations.server.errors import ApiError
 from headprof.integrations.server.jobs import AnswerJob
 from headprof.models.loading import LoadedModel
@@ -100,11 +100,19 @@ class DocumentCaches:
                     param="document",
                     code="unsupported_document",
                 )
-            if cache.get_seq_length() != document.tokens or cache.batch_size != 1:
+            if self._has_changed(document) or cache.get_seq_length() != document.tokens or cache.batch_size != 1:
                 raise ApiError(409, f"The document {document.name} has just been replaced: ask again.", code="changed")
             self._held[document.name] = cache, document
         self._held[document.name] = self._held.pop(document.name)
         return True
+
+    @staticmethod
+    def _has_changed(document: SavedDocument) -> bool:
+        """Whether its file is not the one any more that it was when the request came."""
+        try:
+            return stamp_of(document.path.stat()) != document.stamp
+        except OSError:
+            return True
 
     def footprint(self, job: AnswerJob, name: str) -> Footprint:
         """What a question about a loaded document will hold."""

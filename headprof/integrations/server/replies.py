@@ -44,11 +44,13 @@ class Reply:
         model: its name.
         with_usage: whether a stream ends with what the answer took.
         logprobs: whether log-probabilities are told.
+        document: name of the saved document that it started from; `None` for none.
     """
 
     model: str
     with_usage: bool = False
     logprobs: bool = False
+    document: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -88,6 +90,7 @@ class Reply:
             "created": self.created,
             "model": self.model,
             "choices": choices,
+            **({} if self.document is None else {"document": self.document}),
         }
 
     def _choice(self, said: dict[str, Any], told: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class ServeRequest:
         max_queue: most requests that wait.
         grace: seconds that requests under way have when the server is to end.
         limits: of requests.
+        match_documents: as for `Server`.
     """
 
     prompts: CompressionRequest
@@ -53,6 +54,7 @@ class ServeRequest:
     max_queue: int
     grace: float
     limits: Limits
+    match_documents: bool = True
 
     def memory_bytes(self, loaded: LoadedModel) -> int:
         """Most bytes of key/value caches."""
@@ -133,7 +135,7 @@ class Reserved:
             dict(reading.decoding),
             {"backend": reading.backend, "prefill_chunk": reading.prefill_chunk, "step": reading.step},
         )
-        server = Server(served, self.store, request.limits)
+        server = Server(served, self.store, request.limits, match_documents=request.match_documents)
         serve(server, self.listening, request.grace, lambda: on_start(memory))
 
 

@@ -19,8 +19,8 @@ from headprof.compression.document import save_document
 from headprof.compression.generation import compress_document
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged
-from headprof.errors import HeadprofError
-from headprof.integrations.server.admission import Footprint
+from headprof.errors import CacheError, HeadprofError
+from headprof.integrations.server.admission import Footprint, prompt_footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
 from headprof.integrations.server.documents import about_folder
@@ -216,6 +216,28 @@ class Worker:
 
     def _room_for(self, job: Job) -> Footprint | None:
         """What a job will hold, for which there is room now; `None` where it has to wait for others to end.
+
+        One that has not named its document is read plainly if that cannot be used.
+
+        Raises:
+            HeadprofError: as `_room_as_asked`.
+        """
+        try:
+            return self._room_as_asked(job)
+        except HeadprofError as error:
+            if not isinstance(job, AnswerJob) or job.plain is None:
+                raise
+            logger.warning("A prompt begins with a document and is read without it: %s", error)
+            if isinstance(error, CacheError):
+                job.plain.pass_over()
+            asked = job.plain.asked
+            job.leave_document(
+                prompt_footprint(self._served.prompt_plan, len(asked.ids), asked.choosing.max_new_tokens)
+            )
+            return self._room_as_asked(job)
+
+    def _room_as_asked(self, job: Job) -> Footprint | None:
+        """As `_room_for`, of a job as it stands.
 
         Raises:
             ApiError: it can never be served.
