@@ -344,13 +344,14 @@ def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, 
         assert error_of(asked.result(), 404)["code"] == "document_not_found"
 
 
-def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path):
+def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path, caplog):
     other = load_tiny(seed=3)
     with running_server(other, tmp_path) as elsewhere:
         assert elsewhere.keep("theirs", TEXT).status_code == 201
     shutil.copy(tmp_path / "theirs.kv.safetensors", server.store.folder)
     error = error_of(server.chat("Who?", document="theirs"), 400)
-    assert "made with another model" in error["message"]
+    assert error["code"] == "document_unusable" and "made with another model" in error["message"]
+    assert str(server.store.folder) not in error["message"] and str(server.store.folder) in caplog.text
     (server.store.folder / "theirs.kv.safetensors").unlink()
 
 
@@ -372,6 +373,7 @@ def test_a_full_disk_leaves_nothing(server, monkeypatch):
     before = sorted(server.store.folder.iterdir())
     error = error_of(server.keep("full", TEXT), 507)
     assert "no space left" in error["message"] and "--cache-dir" in error["message"]
+    assert str(server.store.folder) not in error["message"]
     assert sorted(server.store.folder.iterdir()) == before
     error_of(server.http.get("/v1/documents/full"), 404)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ from typing import Any
 from headprof.compression.document_origin import FORMAT
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.integrations.server.errors import ApiError
-from headprof.utils.files import FileLock
+from headprof.utils.files import DiskError, FileLock
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import open_tensors
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".kv.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LEFTOVER = re.compile(r"\.[A-Za-z0-9._-]{1,40}\.[0-9a-f]{12}\.partial")
 _MOST_TOKENS = 2**31
+FOLDER_OPTION = "--cache-dir"
+"""By which the folder of documents is chosen."""
 
 Stamp = tuple[int, int, int]
 """What of a file's state changes with its content: when it was written, its bytes, and its number on the disk."""
@@ -76,9 +81,23 @@ def not_found(name: str) -> ApiError:
     )
 
 
-def about_folder(refused: HeadprofError) -> str:
-    """What a disk's refusal says, with the option by which the folder is chosen."""
-    return str(refused).replace("with -o", "with --cache-dir")
+class UnusableDocument(ApiError):
+    """A document whose file is damaged, or of another model.
+
+    Args:
+        name: of the document.
+        fault: what is wrong, with the path of the file, which is told to the log alone.
+    """
+
+    def __init__(self, name: str, fault: CacheError) -> None:
+        logger.warning("The document %s cannot be used: %s", name, fault)
+        super().__init__(
+            400,
+            f"The document {name} is damaged, or was made with another model, tokenizer or dtype: delete it "
+            "and post it again.",
+            param="document",
+            code="document_unusable",
+        )
 
 
 class DocumentStore:
@@ -102,8 +121,8 @@ class DocumentStore:
         self._lock = FileLock(self.folder / "documents")
         try:
             taken = self._lock.take()
-        except HeadprofError as error:
-            raise UsageError(about_folder(error)) from error
+        except DiskError as error:
+            raise UsageError(error.about(self.folder, FOLDER_OPTION)) from error
         if not taken:
             raise UsageError(f"Another server keeps its documents in {folder}: choose another with --cache-dir.")
         for leftover in self.folder.glob(".*.partial"):
@@ -158,7 +177,7 @@ class DocumentStore:
         try:
             return self._read(name, path)
         except CacheError as error:
-            raise ApiError(400, str(error), param="document", code="document_damaged") from error
+            raise UnusableDocument(name, error) from error
 
     def all(self) -> list[SavedDocument]:
         """All documents that can be read, by name."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
 from headprof.compression.prompts import document_cache
+from headprof.errors import CacheError
 from headprof.integrations.server.admission import Footprint, answer_bytes
-from headprof.integrations.server.documents import SavedDocument, not_found, stamp_of
+from headprof.integrations.server.documents import SavedDocument, UnusableDocument, not_found, stamp_of
 from headprof.integrations.server.errors import ApiError
 from headprof.integrations.server.jobs import AnswerJob
 from headprof.models.loading import LoadedModel
@@ -80,9 +81,8 @@ class DocumentCaches:
         """Have a document in memory, if there is room for it; whether there is.
 
         Raises:
-            ApiError: there never is, the document has gone or is another one by now, or it brings rows back from a
-                second tier.
-            CacheError: its file cannot be used with this model.
+            ApiError: there never is, the document has gone or is another one by now, its file cannot be used with this
+                model, or it brings rows back from a second tier.
         """
         _, known = self._held.get(document.name, (None, None))
         if known is None or known.stamp != document.stamp:
@@ -91,7 +91,10 @@ class DocumentCaches:
                 return False
             if not document.path.is_file():
                 raise not_found(document.name)
-            cache, _ = document_cache(self._loaded, document.path, self._decoding)
+            try:
+                cache, _ = document_cache(self._loaded, document.path, self._decoding)
+            except CacheError as error:
+                raise UnusableDocument(document.name, error) from error
             if cache.recalls:
                 raise ApiError(
                     400,

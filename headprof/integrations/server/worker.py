@@ -19,17 +19,18 @@ from headprof.compression.document import save_document
 from headprof.compression.generation import compress_document
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged
-from headprof.errors import CacheError, HeadprofError
+from headprof.errors import HeadprofError
 from headprof.integrations.server.admission import Footprint, prompt_footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
-from headprof.integrations.server.documents import about_folder
+from headprof.integrations.server.documents import FOLDER_OPTION, UnusableDocument
 from headprof.integrations.server.errors import ApiError, as_api_error
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Failed, Job, Kept
 from headprof.integrations.server.memory import DocumentCaches, never_fits
 from headprof.integrations.server.metrics import Metrics
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel
+from headprof.utils.files import DiskError
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ class Worker:
             if not isinstance(job, AnswerJob) or job.plain is None:
                 raise
             logger.warning("A prompt begins with a document and is read without it: %s", error)
-            if isinstance(error, CacheError):
+            if isinstance(error, UnusableDocument):
                 job.plain.pass_over()
             asked = job.plain.asked
             job.leave_document(
@@ -240,8 +241,7 @@ class Worker:
         """As `_room_for`, of a job as it stands.
 
         Raises:
-            ApiError: it can never be served.
-            CacheError: its document cannot be used with this model.
+            ApiError: it can never be served, or its document cannot.
         """
         reserved, about = self._batch.reserved, None
         footprint = job.footprint
@@ -273,8 +273,8 @@ class Worker:
         cache = compress_document(served.loaded, job.text, served.document_plan, **reading)
         try:
             save_document(cache, job.path, served.loaded, {"document": job.name})
-        except HeadprofError as error:
-            raise ApiError(507, about_folder(error), code="cannot_be_kept") from error
+        except DiskError as error:
+            raise ApiError(507, error.about(job.path.name, FOLDER_OPTION), code="cannot_be_kept") from error
         job.tell(Kept())
 
     def _publish(self) -> None:
