@@ -86,7 +86,8 @@ def serve(
         for_prompts, for_documents, cache_dir, host, port, memory, max_batch, max_queue, grace, limits, match_documents
     )
     with reserved(request) as place:
-        loaded = load(model, loading)
+        with place.not_yet():
+            loaded = load(model, loading)
 
         def on_start(memory_bytes: int) -> None:
             if place.is_open:

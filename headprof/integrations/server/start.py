@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -20,6 +20,7 @@ _PARTS = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 try:
     from headprof.integrations.server.app import Limits, Server
     from headprof.integrations.server.documents import DocumentStore
+    from headprof.integrations.server.loading import not_yet
     from headprof.integrations.server.run import is_loopback, listening_socket, serve
     from headprof.integrations.server.worker import Served
 except ModuleNotFoundError as missing:
@@ -112,6 +113,10 @@ class Reserved:
     def is_open(self) -> bool:
         """Whether other machines can reach it, and it asks for no key."""
         return not is_loopback(self.listening) and self.request.limits.api_key is None
+
+    def not_yet(self) -> AbstractContextManager[None]:
+        """While this is entered, whoever asks is told that the model is being loaded."""
+        return not_yet(self.listening)
 
     def serve(self, loaded: LoadedModel, on_start: Callable[[int], None]) -> None:
         """Serve until the process is told to end.
