@@ -15,17 +15,33 @@ from headprof.integrations.server.errors import ApiError
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
+class TokenChance:
     """How likely a token was.
 
     Attributes:
-        text, logprob: the token's own.
-        likeliest: texts and log-probabilities of the likeliest tokens.
+        text: it; where it is a part of a character `bytes:` and its bytes, escaped.
+        written: its bytes in the text; `None` for one that texts are shown without.
+        logprob: of the model's own distribution.
     """
 
     text: str
+    written: bytes | None
     logprob: float
-    likeliest: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer.
+
+    Attributes:
+        own: how likely it was.
+        offset: characters of the text before it, or before the one that it is a part of.
+        likeliest: the likeliest tokens.
+    """
+
+    own: TokenChance
+    offset: int
+    likeliest: Sequence[TokenChance] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headprof.integrations.server.errors import ApiError
-from headprof.integrations.server.jobs import Done, Piece, TokenLogprob
+from headprof.integrations.server.jobs import Done, Piece, TokenChance, TokenLogprob
 
 LAST = b"data: [DONE]\n\n"
 """What ends a stream."""
@@ -123,16 +123,14 @@ class ChatReply(Reply):
 
     def _told(self, told: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = [
-            self._token(each.text, each.logprob)
-            | {"top_logprobs": [self._token(text, value) for text, value in each.likeliest]}
-            for each in told
+            self._token(each.own) | {"top_logprobs": [self._token(other) for other in each.likeliest]} for each in told
         ]
         return {"content": content, "refusal": None}
 
     @staticmethod
-    def _token(text: str, logprob: float) -> dict[str, Any]:
-        whole = "\ufffd" not in text  # else it is a part of a character
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+    def _token(chance: TokenChance) -> dict[str, Any]:
+        written = None if chance.written is None else list(chance.written)
+        return {"token": chance.text, "logprob": chance.logprob, "bytes": written}
 
 
 class CompletionReply(Reply):
@@ -140,22 +138,15 @@ class CompletionReply(Reply):
 
     prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    _offset = 0
-    """Characters of the tokens that have been told so far."""
-
     def _text(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     _delta = _text
 
     def _told(self, told: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for each in told:
-            offsets.append(self._offset)
-            self._offset += len(each.text)
         return {
-            "tokens": [each.text for each in told],
-            "token_logprobs": [each.logprob for each in told],
-            "top_logprobs": [dict(each.likeliest) for each in told],
-            "text_offset": offsets,
+            "tokens": [each.own.text for each in told],
+            "token_logprobs": [each.own.logprob for each in told],
+            "top_logprobs": [{other.text: other.logprob for other in each.likeliest} for each in told],
+            "text_offset": [each.offset for each in told],
         }

@@ -30,6 +30,7 @@ from headprof.integrations.server.memory import DocumentCaches, never_fits
 from headprof.integrations.server.metrics import Metrics
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel
+from headprof.models.token_bytes import TokenBytes
 from headprof.utils.files import DiskError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Worker:
         self._served, self._metrics = served, metrics
         self._caches = DocumentCaches(served.loaded, served.decoding, served.memory)
         self._batch = Batch(served.loaded)
+        self._token_bytes = TokenBytes(served.loaded.tokenizer)
         self._waiting: deque[Job] = deque()
         self._wakes = threading.Condition()
         self._cut_off: float | None = None  # when what is under way ends, as `time.monotonic`; then nothing is begun
@@ -262,7 +264,7 @@ class Worker:
         cache = HeadCache(self._served.prompt_plan) if about is None else self._caches.copy_of(about.name)
         ids = torch.tensor([job.asked.ids])
         answering, logits = begin_answer(self._served.loaded, ids, cache, job.asked.choosing)
-        answer = RunningAnswer(self._served.loaded, job, answering, footprint, self._metrics)
+        answer = RunningAnswer(self._served.loaded, job, answering, footprint, self._metrics, self._token_bytes)
         if not answer.take(logits):
             self._batch.add(answer)
 
