@@ -32,15 +32,15 @@ from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.second_tier import joined_tiers, without_slots
 from headprof.compression.cache.whole_cache import own_cache, whole_cache
-from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored
 from headprof.compression.document_origin import (
     FORMAT,
     FORMAT_VERSION,
     MEND,
     READABLE,
     Origin,
-    check_format,
     check_origin,
+    header_facts,
 )
 from headprof.compression.document_tier import TIER_ROWS, saved_tier, tier_parts
 from headprof.compression.kernels.packed_kinds import as_facts, from_facts
@@ -270,9 +270,8 @@ def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dic
     """
     with open_tensors(path, "compressed document", MEND, CacheError) as file:
         metadata = file.metadata
-        check_format(path, metadata)
+        facts = header_facts(path, metadata)
         try:
-            facts = read_facts(metadata)
             check_stored(file, facts)
         except ValueError as error:
             raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {MEND}.") from error

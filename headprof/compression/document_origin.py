@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from headprof.compression.document_checks import read_facts
+from headprof.compression.document_checks import DocumentFacts, read_facts
 from headprof.errors import CacheError
 from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from headprof.models.loading import LoadedModel
@@ -50,10 +50,11 @@ class Origin:
         return cls(loaded.name, loaded.shape, loaded.dtype, weights, tokenizer)
 
 
-def check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    """
+def header_facts(path: Path, metadata: Mapping[str, str]) -> DocumentFacts:
+    """What the metadata of a file say of the document in it.
+
     Raises:
-        CacheError: the file is no compressed document, or of another version.
+        CacheError: the file is no compressed document, of another version, or damaged.
     """
     if metadata.get("format") != FORMAT:
         raise CacheError(f"{path} is a safetensors file but not a compressed document: {MEND}.")
@@ -62,6 +63,20 @@ def check_format(path: Path, metadata: Mapping[str, str]) -> None:
             f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
             f"{', '.join(READABLE[:-1])} and {READABLE[-1]}: update headprof, or {MEND}."
         )
+    try:
+        return read_facts(metadata)
+    except ValueError as error:
+        raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {MEND}.") from error
+
+
+def document_facts(path: Path) -> DocumentFacts:
+    """What a document's file says of it; no tensor is read, and no model needed.
+
+    Raises:
+        CacheError: the file is missing, damaged, no compressed document, or of another version.
+    """
+    with open_tensors(path, "compressed document", MEND, CacheError) as file:
+        return header_facts(path, file.metadata)
 
 
 def check_origin(
@@ -115,11 +130,7 @@ def document_tokens(path: Path, origin: Origin) -> list[int] | None:
             model, tokenizer or dtype.
     """
     with open_tensors(path, "compressed document", MEND, CacheError) as file:
-        check_format(path, file.metadata)
-        try:
-            facts = read_facts(file.metadata)
-        except ValueError as error:
-            raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {MEND}.") from error
+        facts = header_facts(path, file.metadata)
         dtype = _DTYPES.get(file.stored.get("layers.0.keys", Stored("", ())).dtype)
         check_origin(path, file.metadata, facts.shape, dtype, origin)
         if facts.method.recall.is_on or file.stored.get("ids") != Stored("I32", (1, facts.seen)):
