@@ -20,10 +20,10 @@ from headprof.compression.generation import compress_document
 from headprof.compression.plan import CompressionPlan
 from headprof.compression.session import attending_ragged
 from headprof.errors import HeadprofError
-from headprof.integrations.server.admission import Footprint, prompt_footprint
+from headprof.integrations.server.admission import Footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
-from headprof.integrations.server.documents import FOLDER_OPTION, UnusableDocument
+from headprof.integrations.server.documents import FOLDER_OPTION
 from headprof.integrations.server.errors import ApiError, as_api_error
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Failed, Job, Kept
 from headprof.integrations.server.memory import DocumentCaches, never_fits
@@ -80,7 +80,7 @@ class Worker:
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self._served, self._metrics = served, metrics
-        self._caches = DocumentCaches(served.loaded, served.decoding, served.memory)
+        self._caches = DocumentCaches(served.loaded, served.prompt_plan, served.decoding, served.memory)
         self._batch = Batch(served.loaded)
         self._token_bytes = TokenBytes(served.loaded.tokenizer)
         self._waiting: deque[Job] = deque()
@@ -203,7 +203,7 @@ class Worker:
         if job is None or (isinstance(job, AnswerJob) and len(self._batch) >= self._served.max_batch):
             return
         try:
-            footprint = self._room_for(job)
+            footprint = self._caches.room_for(job, self._batch.reserved)
             if footprint is None:
                 return
             with _interruptible(self._served.loaded, lambda: self._is_over(job)):
@@ -216,44 +216,6 @@ class Worker:
             job.tell(Failed(as_api_error(error)))
         with self._wakes:
             self._waiting.popleft()
-
-    def _room_for(self, job: Job) -> Footprint | None:
-        """What a job will hold, for which there is room now; `None` where it has to wait for others to end.
-
-        One that has not named its document is read plainly if that cannot be used.
-
-        Raises:
-            HeadprofError: as `_room_as_asked`.
-        """
-        try:
-            return self._room_as_asked(job)
-        except HeadprofError as error:
-            if not isinstance(job, AnswerJob) or job.plain is None:
-                raise
-            logger.warning("A prompt begins with a document and is read without it: %s", error)
-            if isinstance(error, UnusableDocument):
-                job.plain.pass_over()
-            asked = job.plain.asked
-            job.leave_document(
-                prompt_footprint(self._served.prompt_plan, len(asked.ids), asked.choosing.max_new_tokens)
-            )
-            return self._room_as_asked(job)
-
-    def _room_as_asked(self, job: Job) -> Footprint | None:
-        """As `_room_for`, of a job as it stands.
-
-        Raises:
-            ApiError: it can never be served, or its document cannot.
-        """
-        reserved, about = self._batch.reserved, None
-        footprint = job.footprint
-        if isinstance(job, AnswerJob) and job.document is not None:
-            if not self._caches.load(job.document, reserved):
-                return None
-            about = job.document.name
-            footprint = self._caches.footprint(job, about)
-        assert footprint is not None
-        return footprint if self._caches.make_room(footprint.most, reserved, about) else None
 
     def _do(self, job: Job, footprint: Footprint) -> None:
         if isinstance(job, DocumentJob):
