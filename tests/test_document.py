@@ -453,10 +453,11 @@ def test_a_question_that_is_asked_twice_is_answered_twice(place):
     ],
 )
 def test_mistakes_with_caches(place, monkeypatch, capsys, code, arguments, message):
+    """They show before a model is loaded."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(SystemExit) as ended:
-        main(["generate", "--model", "tiny", *arguments])
+        main(["generate", "--model", "no/such-model", *arguments])
     errors = capsys.readouterr().err
     assert ended.value.code == code and message in errors
     assert len(errors.strip().splitlines()) == 1

@@ -123,7 +123,8 @@ def test_completions_continue_a_text_as_it_is(server):
     said = server.openai.completions.create(model=server.model, prompt=TEXT, logprobs=2)
     assert said.choices[0].text == expected.text and said.usage.completion_tokens == 16
     told = said.choices[0].logprobs
-    assert "".join(told.tokens) == expected.text or "\ufffd" in "".join(told.tokens)
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        assert expected.text[offset:].startswith(token) or token.startswith("bytes:\\x")
     assert all(len(each) <= 2 for each in told.top_logprobs) and max(told.token_logprobs) <= 0
     about = server.openai.completions.create(model=server.model, prompt="Who?", extra_body={"document": "report"})
     assert about.choices[0].text == alone(server, "Who?", 16, "report").text
@@ -131,8 +132,9 @@ def test_completions_continue_a_text_as_it_is(server):
 
 def test_logprobs_are_those_of_the_model(server):
     asked = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
-    whole = server.post("/v1/chat/completions", **asked).json()["choices"][0]["logprobs"]["content"]
-    assert len(whole) == 12
+    choice = server.post("/v1/chat/completions", **asked).json()["choices"][0]
+    text, whole = choice["message"]["content"], choice["logprobs"]["content"]
+    assert len(whole) == 12 and bytes(byte for each in whole for byte in each["bytes"]) == text.encode()
     for each in whole:  # greedy decoding takes the likeliest
         assert each["top_logprobs"][0]["logprob"] == each["logprob"] <= 0
         assert [top["logprob"] for top in each["top_logprobs"]] == sorted(
@@ -166,6 +168,17 @@ def test_logprobs_are_told_of_every_token_but_the_end(server, monkeypatch):
     monkeypatch.setattr(config, "eos_token_id", [said[4]])
     held = server.chat(QUESTION, stop=[text[:20] + "never said"], **asked).json()["choices"][0]
     assert len(held["logprobs"]["content"]) == 4 and held["finish_reason"] == "stop"
+
+
+def test_logprobs_end_with_the_token_in_which_a_stop_text_begins(server):
+    full = server.chat(QUESTION, max_tokens=40, logprobs=True).json()["choices"][0]
+    text, tokens = full["message"]["content"], full["logprobs"]["content"]
+    for place in (len(text) // 3, len(text) // 2):
+        stop = text[place : place + 4]
+        cut = len(text[: text.index(stop)].encode())
+        said = server.chat(QUESTION, max_tokens=40, logprobs=True, stop=stop).json()["choices"][0]
+        starts = [sum(len(each["bytes"]) for each in tokens[:number]) for number in range(len(tokens))]
+        assert said["logprobs"]["content"] == tokens[: sum(start < cut for start in starts)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -344,13 +357,14 @@ def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, 
         assert error_of(asked.result(), 404)["code"] == "document_not_found"
 
 
-def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path):
+def test_a_document_of_another_model_is_refused_in_a_sentence(server, tmp_path, caplog):
     other = load_tiny(seed=3)
     with running_server(other, tmp_path) as elsewhere:
         assert elsewhere.keep("theirs", TEXT).status_code == 201
     shutil.copy(tmp_path / "theirs.kv.safetensors", server.store.folder)
     error = error_of(server.chat("Who?", document="theirs"), 400)
-    assert "made with another model" in error["message"]
+    assert error["code"] == "document_unusable" and "made with another model" in error["message"]
+    assert str(server.store.folder) not in error["message"] and str(server.store.folder) in caplog.text
     (server.store.folder / "theirs.kv.safetensors").unlink()
 
 
@@ -372,6 +386,7 @@ def test_a_full_disk_leaves_nothing(server, monkeypatch):
     before = sorted(server.store.folder.iterdir())
     error = error_of(server.keep("full", TEXT), 507)
     assert "no space left" in error["message"] and "--cache-dir" in error["message"]
+    assert str(server.store.folder) not in error["message"]
     assert sorted(server.store.folder.iterdir()) == before
     error_of(server.http.get("/v1/documents/full"), 404)
 

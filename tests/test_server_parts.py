@@ -125,7 +125,10 @@ def test_what_would_be_answered_otherwise_is_refused(values, param):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"[]", b'"text"', b"{", b'{"model": NaN}', b"[" * 5000, b'{"a": ' * 100, b"\xff\xfe", b'{"x": 1e999}'],
+    [
+        *(b"", b"[]", b'"text"', b"{", b'{"model": NaN}', b"[" * 5000, b'{"a": ' * 100, b"\xff\xfe", b'{"x": 1e999}'),
+        *(b'{"model": "a", "model": "a"}', b'{"messages": [{"role": "user", "content": "", "content": ""}]}'),
+    ],
 )
 def test_a_body_that_is_no_json_object(data):
     with pytest.raises(ApiError) as refused:
@@ -205,10 +208,10 @@ def test_links_and_leftovers_are_no_documents(tiny, tmp_path):
     (folder / "link.kv.safetensors").symlink_to(secret)
     store = DocumentStore(folder)
     assert store.all() == [] and not list(folder.glob("*.partial")) and not list(folder.glob(".*.partial"))
-    for name, code in (("link", "document_not_found"), ("broken", "document_damaged")):
+    for name, code in (("link", "document_not_found"), ("broken", "document_unusable")):
         with pytest.raises(ApiError) as error:
             store.find(name)
-        assert error.value.code == code
+        assert error.value.code == code and str(tmp_path) not in error.value.message
     with pytest.raises(ApiError) as error:
         store.delete("link")
     assert error.value.status == 404
@@ -227,8 +230,9 @@ def test_a_folder_that_cannot_be_written_is_refused_with_its_option(tmp_path, mo
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-    with pytest.raises(UsageError, match=r"is denied: .* with --cache-dir"):
-        DocumentStore(tmp_path)
+    folder = tmp_path / "chosen with -o"
+    with pytest.raises(UsageError, match=r"chosen with -o is denied: .* with --cache-dir"):
+        DocumentStore(folder)
 
 
 def test_a_conversation_is_read_as_the_chat_template_has_it(tiny):

@@ -80,7 +80,8 @@ def compress(
     headprof compress --file report.txt --keep "Note 3: names are in full." --system "Answer in one word."[/]
     """
     from headprof.compression.batches import answer_each, question_tokens
-    from headprof.compression.document import FORMAT, save_document
+    from headprof.compression.document import save_document
+    from headprof.compression.document_origin import FORMAT
     from headprof.compression.encoding import encoded_document
     from headprof.compression.generation import compress_document
     from headprof.compression.inputs import check_answering, checked_prompt, read_document, read_questions

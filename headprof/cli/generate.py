@@ -123,7 +123,7 @@ def generate(
         terminal.remark(f"No prompt given; asking a built-in question about a built-in document: {question}\n")
     wanted = keeping.keeping(given)
     wanted.check(document, question)
-    loaded = load(model, loading, tp)
+    loaded = _load_for(cache, model, loading, tp)
     if cache is not None:
         asked = prompt_about(loaded, cache, question, request.decoding, max_new_tokens)
     else:
@@ -138,6 +138,15 @@ def generate(
     full_bytes = full_cache_bytes(loaded, made, beside.get("full"))
     _show(question, {asked.label: made} | beside, full_bytes, json)
     team.leave()
+
+
+def _load_for(cache: Path | None, model: str | None, loading: LoadOptions, tp: int = 1) -> LoadedModel:
+    """The model, once it is known that a document, if there is one, is such a file."""
+    from headprof.compression.document_origin import document_facts
+
+    if cache is not None:
+        document_facts(cache)
+    return load(model, loading, tp)
 
 
 def _answer_all(
@@ -156,7 +165,7 @@ def _answer_all(
     from headprof.compression.prompts import document_cache
 
     asked = read_questions(questions, standard_input(team) if str(questions) == "-" else None)
-    loaded = load(model, loading, team.ranks)
+    loaded = _load_for(cache, model, loading, team.ranks)
     document, label = document_cache(loaded, cache, request.decoding)
     show_answers(label, asked, answer_each(loaded, document, asked, **options), json)
     team.leave()
@@ -174,12 +183,13 @@ def _converse(
 ) -> None:
     """Answer standard input line by line, and keep the conversation where that is asked for."""
     from headprof.compression.conversation import Conversation
-    from headprof.compression.document import FORMAT, save_document
+    from headprof.compression.document import save_document
+    from headprof.compression.document_origin import FORMAT
     from headprof.compression.prompts import document_cache
 
     if save is not None:
         check_outputs({save: FORMAT}, chain([cache], model_inputs(model, loading)))
-    loaded = load(model, loading)
+    loaded = _load_for(cache, model, loading)
     document, label = document_cache(loaded, cache, request.decoding)
     conversation = Conversation(loaded, document, **reading.how())
     turns = converse(conversation, options, json)

@@ -30,6 +30,9 @@ def serve(
     model: Model = None,
     compressing: CompressOptions = CompressOptions(method="auto", budget="256"),
     cache_dir: Annotated[Path, typer.Option("--cache-dir", help="Folder of saved documents.")] = Path("documents"),
+    match_documents: Annotated[
+        bool, typer.Option(help="Start prompts that begin with a saved document from its cache, named or not.")
+    ] = True,
     host: Annotated[str, typer.Option(help="Address to listen at; others than this machine reach 0.0.0.0.")] = (
         "127.0.0.1"
     ),
@@ -80,10 +83,11 @@ def serve(
     )
     limits = Limits(timeout, max_request_bytes, max_new_tokens, api_key)
     request = ServeRequest(
-        for_prompts, for_documents, cache_dir, host, port, memory, max_batch, max_queue, grace, limits
+        for_prompts, for_documents, cache_dir, host, port, memory, max_batch, max_queue, grace, limits, match_documents
     )
     with reserved(request) as place:
-        loaded = load(model, loading)
+        with place.not_yet():
+            loaded = load(model, loading)
 
         def on_start(memory_bytes: int) -> None:
             if place.is_open:

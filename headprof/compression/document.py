@@ -32,7 +32,16 @@ from headprof.compression.cache.head_layer import HeadCacheLayer
 from headprof.compression.cache.recent_queries import RecentQueries
 from headprof.compression.cache.second_tier import joined_tiers, without_slots
 from headprof.compression.cache.whole_cache import own_cache, whole_cache
-from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored, read_facts
+from headprof.compression.document_checks import SURROGATE, DocumentFacts, check_numbers, check_stored
+from headprof.compression.document_origin import (
+    FORMAT,
+    FORMAT_VERSION,
+    MEND,
+    READABLE,
+    Origin,
+    check_origin,
+    header_facts,
+)
 from headprof.compression.document_tier import TIER_ROWS, saved_tier, tier_parts
 from headprof.compression.kernels.packed_kinds import as_facts, from_facts
 from headprof.compression.kernels.packed_rows import PackedRows
@@ -48,23 +57,14 @@ from headprof.models.decoder import layer_device, sliding_windows
 from headprof.models.fingerprints import tokenizer_fingerprint, weights_fingerprint, weights_fingerprints
 from headprof.models.output_projection import projecting_modules
 from headprof.models.rotary import rotary_of
-from headprof.models.shape import HeadShape
 from headprof.models.token_kinds import TokenKinds
 from headprof.profile.surrogate import Surrogate
 from headprof.profile.surrogate_checks import check_parts
 from headprof.utils.files import atomic_write
-from headprof.utils.records import plain
 from headprof.utils.tensor_files import checksum, open_tensors
 
 if TYPE_CHECKING:
     from headprof.models.loading import LoadedModel
-
-FORMAT = "headprof.cache"
-FORMAT_VERSION = "6"
-"""Version 3 knew no `shares`, `protected` and surrogates, 4 no packed rows, 5 no second tier; they are still read, and
-written where they say all."""
-_READABLE = ("3", "4", "5", FORMAT_VERSION)
-_MEND = "make it again with `headprof compress`"
 
 
 def save_document(
@@ -166,10 +166,10 @@ def _version(cache: HeadCache, of_representation: bool) -> str:
     if plan.method.recall.is_on or find_method(plan.name).recall.is_on:
         return FORMAT_VERSION
     if of_representation:
-        return _READABLE[2]
+        return READABLE[2]
     new = plan.shares, plan.surrogate, cache.protected
     beyond_third = plan.scores.ndim > 2 or any(each is not None for each in new)
-    return _READABLE[1] if beyond_third else _READABLE[0]
+    return READABLE[1] if beyond_third else READABLE[0]
 
 
 def _options(plan: CompressionPlan) -> dict[str, Any]:
@@ -274,33 +274,22 @@ def _read(path: Path, loaded: LoadedModel) -> tuple[dict[str, torch.Tensor], dic
     Raises:
         CacheError: as `load_document`.
     """
-    with open_tensors(path, "compressed document", _MEND, CacheError) as file:
+    with open_tensors(path, "compressed document", MEND, CacheError) as file:
         metadata = file.metadata
-        _check_format(path, metadata)
+        facts = header_facts(path, metadata)
         try:
-            facts = read_facts(metadata)
             check_stored(file, facts)
         except ValueError as error:
-            raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {_MEND}.") from error
+            raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {MEND}.") from error
         tensors = file.read_all()
     if checksum(tensors, metadata) != metadata.get("checksum"):
-        raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {_MEND}.")
+        raise CacheError(f"The compressed document {path} has been altered since it was made: restore it, or {MEND}.")
     try:
         check_numbers(tensors, facts)
     except ValueError as error:
-        raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {_MEND}.") from error
-    _check_model(path, metadata, loaded, facts.shape, tensors["layers.0.keys"].dtype)
+        raise CacheError(f"The compressed document {path} is damaged ({error}): restore it, or {MEND}.") from error
+    check_origin(path, metadata, facts.shape, tensors["layers.0.keys"].dtype, Origin.of(loaded))
     return tensors, metadata, facts
-
-
-def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise CacheError(f"{path} is a safetensors file but not a compressed document: {_MEND}.")
-    if (version := metadata.get("format_version")) not in _READABLE:
-        raise CacheError(
-            f"The compressed document {path} has format version {plain(str(version))} where this headprof reads "
-            f"{', '.join(_READABLE[:-1])} and {_READABLE[-1]}: update headprof, or {_MEND}."
-        )
 
 
 def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedModel) -> torch.Tensor:
@@ -308,7 +297,7 @@ def _saved_ids(path: Path, ids: torch.Tensor, cache: HeadCache, loaded: LoadedMo
     size = loaded.shape.vocab_size
     right_shape = ids.dtype == torch.int32 and tuple(ids.shape) == (cache.batch_size, cache.get_seq_length())
     if not right_shape or bool(((ids < 0) | (ids >= size)).any()):
-        raise CacheError(f"The compressed document {path} holds token ids that are not those of its tokens: {_MEND}.")
+        raise CacheError(f"The compressed document {path} holds token ids that are not those of its tokens: {MEND}.")
     return ids.long().to(loaded.device)
 
 
@@ -349,9 +338,7 @@ def _saved_surrogate(
         {name: part for name, part in parts.items() if name != "partner"},
     )
     if surrogate.digest() != metadata.get("surrogate"):
-        raise CacheError(
-            f"The compressed document {path} holds another surrogate than it says: restore it, or {_MEND}."
-        )
+        raise CacheError(f"The compressed document {path} holds another surrogate than it says: restore it, or {MEND}.")
     return surrogate
 
 
@@ -382,28 +369,3 @@ def _restore(
     recall = facts.method.recall
     layer.hold(rows, recent, tier=saved_tier(parts, recall, layer.schedule.window) if recall.is_on else None)
     layer.storage.hides = "bias" in columns and bool(columns["bias"].isneginf().any())
-
-
-def _check_model(
-    path: Path, metadata: Mapping[str, str], loaded: LoadedModel, shape: HeadShape, dtype: torch.dtype
-) -> None:
-    made_with = plain(metadata.get("model", "an unnamed one"), 200)
-    mend = f"load that model with --model, or {_MEND}"
-    if differences := shape.differences(loaded.shape):
-        raise CacheError(
-            f"The compressed document {path} was made with another model, {made_with} ({', '.join(differences)}): "
-            f"{mend}."
-        )
-    if dtype != loaded.dtype:
-        was = str(dtype).removeprefix("torch.")
-        raise CacheError(f"The compressed document {path} was made in {was}: load the model with --dtype {was}.")
-    if metadata.get("weights") != weights_fingerprint(loaded.model):
-        raise CacheError(
-            f"The compressed document {path} was made with another model, {made_with} (same shape, other weights): "
-            f"{mend}."
-        )
-    if metadata.get("tokenizer") != tokenizer_fingerprint(loaded.tokenizer):
-        raise CacheError(
-            f"The compressed document {path} was made with another tokenizer or chat template than this one of "
-            f"{loaded.name}: {mend}."
-        )

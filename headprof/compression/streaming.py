@@ -56,6 +56,11 @@ class TimedStreamer(BaseStreamer):
         self._hand_on(self.text[len(self._handed_on) :])
 
     @property
+    def holds_words_back(self) -> bool:
+        """Whether a piece may end within a token."""
+        return self._cleans_up
+
+    @property
     def new_ids(self) -> tuple[int, ...]:
         """All new tokens."""
         return tuple(self._ids)

@@ -133,6 +133,10 @@ class PromptEncoder:
             return [*self._encode_together(GAP, question, "", "").asked]
         return self._framed(*self._asked(question))
 
+    def reply_ids(self) -> list[int]:
+        """Token ids between the user's text and the model's reply; none if the template has but white space there."""
+        return self._framed("", "", self._after) if self._after.strip() else []
+
     def next_turn_ids(self) -> list[int]:
         """Token ids between what the model has said and the user's next question, which `question_ids` encodes.
 

@@ -11,6 +11,8 @@ from headprof.errors import UsageError
 
 _PIECE = 4096  # characters
 _SURELY = 1.1
+_BYTE = "<0x"
+"""What the name of a token begins with that stands for a single byte, where characters have names of their own."""
 
 Characters = tuple[int, int]
 """`[start, stop)` in a text."""
@@ -115,6 +117,19 @@ class TextEncoder:
     def has_control(self, text: str) -> bool:
         """Whether something in a text looks like a control token."""
         return self._control is not None and self._control.search(text) is not None
+
+    def spelled(self, ids: Sequence[int]) -> list[bytes]:
+        """What each token is written with: what a text comes to, joined, wherever the tokenizer parts it.
+
+        Control tokens, and those that stand for single bytes, are spelled by their numbers, as no text is.
+        """
+        names = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return [
+            b"\xff%d\xff" % token  # in no UTF-8
+            if name is None or token in self.control_ids or name.startswith(_BYTE)
+            else name.encode("utf-8", "surrogatepass")
+            for token, name in zip(ids, names, strict=True)
+        ]
 
     def _pieces(self, text: str, template: Sequence[Characters]) -> Iterator[tuple[int, str, bool]]:
         """The text cut around what only looks like a control token: where each piece begins, and whether it is that."""

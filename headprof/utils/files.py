@@ -20,25 +20,51 @@ from headprof.errors import HeadprofError, UsageError
 from headprof.utils.units import human_bytes
 
 _MENDS = {
-    errno.ENOSPC: "There is no space left on the disk that holds {path}: free some or choose another place with -o.",
-    errno.EACCES: "Permission to write {path} is denied: change its permissions or choose another place with -o.",
-    errno.EROFS: "The disk that holds {path} is read-only: choose another place with -o.",
-    errno.EFBIG: "{path} would be larger than this disk or account allows: choose another place with -o.",
-    errno.EIO: "The disk that holds {path} failed while it was written: choose another place with -o.",
-    errno.EISDIR: "{path} is a folder: choose the name of a file with -o.",
-    errno.ENODEV: "{path} is a device, not a file: choose the name of a file with -o.",
-    errno.ENOTDIR: "{path} cannot be written because one of its folders is a file: choose another place with -o.",
-    errno.ENAMETOOLONG: "The name {path} is too long for this disk: choose a shorter one with -o.",
+    errno.ENOSPC: (
+        "There is no space left on the disk that holds {path}: free some or choose another place with {option}."
+    ),
+    errno.EACCES: "Permission to write {path} is denied: change its permissions or choose another place with {option}.",
+    errno.EROFS: "The disk that holds {path} is read-only: choose another place with {option}.",
+    errno.EFBIG: "{path} would be larger than this disk or account allows: choose another place with {option}.",
+    errno.EIO: "The disk that holds {path} failed while it was written: choose another place with {option}.",
+    errno.EISDIR: "{path} is a folder: choose the name of a file with {option}.",
+    errno.ENODEV: "{path} is a device, not a file: choose the name of a file with {option}.",
+    errno.ENOTDIR: "{path} cannot be written because one of its folders is a file: choose another place with {option}.",
+    errno.ENAMETOOLONG: "The name {path} is too long for this disk: choose a shorter one with {option}.",
 }
 _MENDS |= {errno.EDQUOT: _MENDS[errno.ENOSPC], errno.EPERM: _MENDS[errno.EACCES], errno.EEXIST: _MENDS[errno.ENOTDIR]}
 PROBES_FORMAT = "headprof.probes"
 _LARGEST_TEXT = 1_000_000_000  # bytes
 _LARGEST_HEADER = 100_000_000  # bytes; what the safetensors library itself allows
 
-_OTHER_MEND = "{path} cannot be written ({reason}): choose another place with -o."
+_OTHER_MEND = "{path} cannot be written ({reason}): choose another place with {option}."
+_NO_LOCKS = "The disk that holds {path} cannot keep two runs from writing it: choose another place with {option}."
 
 # safetensors raises its own exception and leaves the number of the system's error in the text alone.
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+class DiskError(HeadprofError):
+    """A file that the disk refused to write.
+
+    Args:
+        path: of the file, as the user knows it.
+        sentence: what is told, with places for the `path`, the `option` that chooses another, and the `reason`.
+        reason: the system's.
+    """
+
+    def __init__(self, path: str | Path, sentence: str, reason: str = "") -> None:
+        self._sentence, self._reason = sentence, reason
+        super().__init__(self.about(path, "-o"))
+
+    @classmethod
+    def of(cls, number: int, path: str | Path) -> DiskError:
+        """That of the system's error of this number."""
+        return cls(path, _MENDS.get(number, _OTHER_MEND), os.strerror(number))
+
+    def about(self, path: str | Path, option: str) -> str:
+        """The sentence, for a file that is called so and whose place is chosen by such an option."""
+        return self._sentence.format(path=path, option=option, reason=self._reason)
 
 
 @contextlib.contextmanager
@@ -137,7 +163,7 @@ def _explained(target: Path, path: str | Path) -> Iterator[Path]:
         number = _os_error_number(error, temporary, target)
         if number is None:
             raise
-        raise HeadprofError(_explain(number, path)) from error
+        raise DiskError.of(number, path) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -199,7 +225,7 @@ def append_text(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise HeadprofError(_explain(error.errno or errno.EIO, path)) from error
+        raise DiskError.of(error.errno or errno.EIO, path) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -247,11 +273,9 @@ class FileLock:
         except Timeout:
             return False
         except NotImplementedError as error:
-            raise HeadprofError(
-                f"The disk that holds {self.path} cannot keep two runs from writing it: choose another place with -o."
-            ) from error
+            raise DiskError(self.path, _NO_LOCKS) from error
         except OSError as error:
-            raise HeadprofError(_explain(error.errno or errno.EIO, self.path)) from error
+            raise DiskError.of(error.errno or errno.EIO, self.path) from error
         self._lock = lock
         return True
 
@@ -308,7 +332,3 @@ def _os_error_number(error: Exception, temporary: Path, target: Path) -> int | N
         return error.errno if error.errno in _MENDS else None
     ours = {str(temporary), str(target), *map(str, target.parents)}
     return error.errno if str(error.filename) in ours else None
-
-
-def _explain(number: int, path: str | Path) -> str:
-    return _MENDS.get(number, _OTHER_MEND).format(path=path, reason=os.strerror(number))

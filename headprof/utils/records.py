@@ -16,13 +16,15 @@ _DEEPEST = 32
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says, if every number in it is finite.
+    """What a JSON text says, if every number in it is finite and every object has each name once.
 
     Raises:
-        ValueError: it is no JSON, nested too deep, or holds a number that no file needs.
+        ValueError: it is no JSON, nested too deep, gives a name twice, or holds a number that no file needs.
     """
     try:
-        value = json.loads(text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole)
+        value = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole, object_pairs_hook=_each_once
+        )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     _check_depth(value, _DEEPEST)
@@ -106,6 +108,16 @@ def _check_depth(value: Any, most: int) -> None:
             raise ValueError("it is nested too deep")
         for each in value.values() if isinstance(value, dict) else value:
             _check_depth(each, most - 1)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object with these names and values."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it gives {shortened(name)} twice")
+        values[name] = value
+    return values
 
 
 def _no_number(text: str) -> Any:

@@ -62,7 +62,8 @@ class Running:
 
 @contextmanager
 def running_server(loaded: Any, folder: Path, limits: Limits = Limits(), **options: Any) -> Iterator[Running]:
-    """A server of a model in memory; options are those of `Served`, and of `make_plan`."""
+    """A server of a model in memory; options are those of `Served`, of `Server`, and of `make_plan`."""
+    matching = {"match_documents": options.pop("match_documents", True)}
     own = {
         name: options.pop(name) for name in ("memory", "max_batch", "max_queue", "decoding", "how") if name in options
     }
@@ -72,7 +73,7 @@ def running_server(loaded: Any, folder: Path, limits: Limits = Limits(), **optio
     ]
     served = Served(loaded, *plans, **({"memory": 10**9} | own))
     with closing(DocumentStore(folder)) as store, closing(listening_socket("127.0.0.1", 0)) as listening:
-        server = Server(served, store, limits)
+        server = Server(served, store, limits, **matching)
         config = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=5)
         runner = uvicorn.Server(config)
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listening]}, daemon=True)

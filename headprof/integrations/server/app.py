@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from headprof.compression.document_origin import Origin
 from headprof.errors import HeadprofError
 from headprof.integrations.server.admission import document_footprint, prompt_footprint
 from headprof.integrations.server.asked import AskedReader
@@ -24,8 +26,9 @@ from headprof.integrations.server.bodies import Asking, ChatBody, CompletionBody
 from headprof.integrations.server.documents import DocumentStore
 from headprof.integrations.server.errors import ApiError, as_api_error
 from headprof.integrations.server.incoming import check_key, read_data
-from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Done, Event, Failed, Job, Kept, Piece
+from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Done, Event, Failed, Job, Kept, Piece, Plain
 from headprof.integrations.server.metrics import Metrics
+from headprof.integrations.server.prefixes import DocumentPrefixes
 from headprof.integrations.server.replies import ChatReply, CompletionReply, Reply, error_event
 from headprof.integrations.server.worker import Served, Worker
 
@@ -58,17 +61,24 @@ class Server:
         served: the model, and how its caches are compressed.
         store: the saved documents.
         limits: of requests.
+        match_documents: whether a prompt that begins with a saved document starts from its cache unnamed.
 
     Attributes:
         app: to be run by an ASGI server.
         worker: which owns the model.
     """
 
-    def __init__(self, served: Served, store: DocumentStore, limits: Limits = Limits()) -> None:
+    def __init__(
+        self, served: Served, store: DocumentStore, limits: Limits = Limits(), *, match_documents: bool = True
+    ) -> None:
         self._served, self._store, self._limits = served, store, limits
         self.metrics = Metrics(served.memory)
         self.worker = Worker(served, self.metrics)
         self._reader = AskedReader(served.loaded, limits.max_new_tokens)
+        self._prefixes: DocumentPrefixes | None = None
+        if match_documents:
+            loaded = served.loaded
+            self._prefixes = DocumentPrefixes(store, Origin.of(loaded), self._reader, loaded.max_positions)
         self._started = int(time.time())
         self._making: set[str] = set()  # documents that are being compressed
         self.app = FastAPI(
@@ -169,18 +179,20 @@ class Server:
         data = await read_data(request, self._limits.max_request_bytes, self._limits.timeout)
         events: asyncio.Queue[Event] = asyncio.Queue()
         body, job = await run_in_threadpool(self._answer_job, kind, data, _sender(events))
+        self.worker.submit(job)
+        said = await self._next(request, job, events)
         reply = form(
             self._served.loaded.name,
             with_usage=body.stream_options is not None and body.stream_options.include_usage,
             logprobs=job.asked.logprobs is not None,
+            document=None if job.document is None else job.document.name,
         )
-        self.worker.submit(job)
         if body.stream:
-            first = await self._next(request, job, events)
-            return _Stream(job, reply, first, events)
+            return _Stream(job, reply, said, events)
         pieces: list[Piece] = []
-        while isinstance(said := await self._next(request, job, events), Piece):
+        while isinstance(said, Piece):
             pieces.append(said)
+            said = await self._next(request, job, events)
         assert isinstance(said, Done)
         return JSONResponse(reply.whole(pieces, said))
 
@@ -188,13 +200,19 @@ class Server:
         """What a body asks, as a job; in a thread, since texts are encoded."""
         body = read_body(kind, data)
         self._require_model(body.model)
-        document = None if body.document is None else self._store.find(body.document)
-        asked = self._reader.read(body, 0 if document is None else document.tokens)
-        footprint = None
-        if document is None:
+        job = functools.partial(AnswerJob, emit, time.monotonic() + self._limits.timeout)
+        if isinstance(body.document, str):
+            document = self._store.find(body.document)
+            return body, job(asked=self._reader.read(body, document.tokens), document=document)
+        asked = self._reader.read(body, 0)
+        prefixes = None if body.document is False else self._prefixes
+        begun = None if prefixes is None else prefixes.find(asked.ids)
+        if prefixes is None or begun is None or begun.document.tokens > begun.tokens:  # for which there may be no room
             footprint = prompt_footprint(self._served.prompt_plan, len(asked.ids), asked.choosing.max_new_tokens)
-        deadline = time.monotonic() + self._limits.timeout
-        return body, AnswerJob(emit, deadline, footprint, asked=asked, document=document)
+            return body, job(footprint, asked=asked)
+        plain = Plain(asked, functools.partial(prefixes.pass_over, begun.document))
+        rest = replace(asked, ids=asked.ids[begun.tokens :])
+        return body, job(asked=rest, document=begun.document, plain=plain)
 
     async def _next(self, request: Request, job: Job, events: asyncio.Queue[Event]) -> Event:
         """What the worker says next of a job; the job is cancelled when the client leaves before.

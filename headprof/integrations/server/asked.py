@@ -50,6 +50,7 @@ class AskedReader:
         tokenizer = copy.deepcopy(loaded.tokenizer)  # one is used by one thread at a time
         self._lock = threading.Lock()
         self._chat, self._raw = PromptEncoder(tokenizer), PromptEncoder(tokenizer, raw=True)
+        self._answers = b"".join(self._chat.texts.spelled(self._chat.reply_ids()))
 
     def read(self, body: Asking, seen: int) -> Asked:
         """What a body asks, about a document of `seen` tokens if it names one.
@@ -85,6 +86,15 @@ class AskedReader:
                 code="context_length_exceeded",
             )
         return count
+
+    def spelled(self, ids: Sequence[int]) -> list[bytes]:
+        """What each token is written with, as `TextEncoder.spelled` has it."""
+        with self._lock:
+            return self._chat.texts.spelled(ids)
+
+    def is_answered(self, spelling: bytes) -> bool:
+        """Whether tokens that are spelled so hold a question already, after which the chat template has an answer."""
+        return self._answers != b"" and self._answers in spelling
 
     def _ids(self, body: Asking) -> tuple[list[int], str]:
         """Token ids, and the field that they come from."""

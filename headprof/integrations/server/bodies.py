@@ -77,7 +77,7 @@ class Asking(_Body):
     """What requests for an answer have in common."""
 
     model: str
-    document: str | None = None
+    document: str | Literal[False] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=_MOST)] | None = None
@@ -85,6 +85,13 @@ class Asking(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)] = []
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+    @field_validator("document", mode="before")
+    @classmethod
+    def _named(cls, document: Any) -> Any:
+        if not isinstance(document, str) and document is not False:
+            raise ValueError("it is the id of a document, or false for none")
+        return document
 
     @field_validator("stop", mode="before")
     @classmethod

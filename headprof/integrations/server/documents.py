@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headprof.compression.document import FORMAT
+from headprof.compression.document_origin import FORMAT
 from headprof.errors import CacheError, HeadprofError, UsageError
 from headprof.integrations.server.errors import ApiError
-from headprof.utils.files import FileLock
+from headprof.utils.files import DiskError, FileLock
 from headprof.utils.records import plain
 from headprof.utils.tensor_files import open_tensors
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".kv.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LEFTOVER = re.compile(r"\.[A-Za-z0-9._-]{1,40}\.[0-9a-f]{12}\.partial")
 _MOST_TOKENS = 2**31
+FOLDER_OPTION = "--cache-dir"
+"""By which the folder of documents is chosen."""
+
+Stamp = tuple[int, int, int]
+"""What of a file's state changes with its content: when it was written, its bytes, and its number on the disk."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class SavedDocument:
     method: str
     tokens: int
     file_bytes: int
-    stamp: tuple[int, int, int]
+    stamp: Stamp
     created: int
 
     def listed(self) -> dict[str, Any]:
@@ -58,6 +66,11 @@ class SavedDocument:
         }
 
 
+def stamp_of(status: os.stat_result) -> Stamp:
+    """The stamp of a file in this state."""
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def not_found(name: str) -> ApiError:
     """For a document that is not there."""
     return ApiError(
@@ -68,9 +81,23 @@ def not_found(name: str) -> ApiError:
     )
 
 
-def about_folder(refused: HeadprofError) -> str:
-    """What a disk's refusal says, with the option by which the folder is chosen."""
-    return str(refused).replace("with -o", "with --cache-dir")
+class UnusableDocument(ApiError):
+    """A document whose file is damaged, or of another model.
+
+    Args:
+        name: of the document.
+        fault: what is wrong, with the path of the file, which is told to the log alone.
+    """
+
+    def __init__(self, name: str, fault: CacheError) -> None:
+        logger.warning("The document %s cannot be used: %s", name, fault)
+        super().__init__(
+            400,
+            f"The document {name} is damaged, or was made with another model, tokenizer or dtype: delete it "
+            "and post it again.",
+            param="document",
+            code="document_unusable",
+        )
 
 
 class DocumentStore:
@@ -94,8 +121,8 @@ class DocumentStore:
         self._lock = FileLock(self.folder / "documents")
         try:
             taken = self._lock.take()
-        except HeadprofError as error:
-            raise UsageError(about_folder(error)) from error
+        except DiskError as error:
+            raise UsageError(error.about(self.folder, FOLDER_OPTION)) from error
         if not taken:
             raise UsageError(f"Another server keeps its documents in {folder}: choose another with --cache-dir.")
         for leftover in self.folder.glob(".*.partial"):
@@ -150,14 +177,25 @@ class DocumentStore:
         try:
             return self._read(name, path)
         except CacheError as error:
-            raise ApiError(400, str(error), param="document", code="document_damaged") from error
+            raise UnusableDocument(name, error) from error
 
     def all(self) -> list[SavedDocument]:
         """All documents that can be read, by name."""
         found = []
-        for name, path in self._files():
+        for name in sorted(self.stamps()):
             with contextlib.suppress(HeadprofError):
-                found.append(self._read(name, path))
+                found.append(self._read(name, self.path(name)))
+        return found
+
+    def stamps(self) -> dict[str, Stamp]:
+        """The state of each file that may be a document, by name; none is opened."""
+        found = {}
+        with contextlib.suppress(OSError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(SUFFIX)
+                if name != entry.name and _NAME.fullmatch(name) and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(OSError):  # it has gone meanwhile
+                        found[name] = stamp_of(entry.stat(follow_symlinks=False))
         return found
 
     def delete(self, name: str) -> None:
@@ -174,12 +212,6 @@ class DocumentStore:
             raise ApiError(
                 500, f"The document {name} cannot be deleted ({error.strerror}): see the folder's permissions."
             ) from error
-
-    def _files(self) -> Iterator[tuple[str, Path]]:
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
-            name = path.name.removesuffix(SUFFIX)
-            if _NAME.fullmatch(name) and self._is_own(path):
-                yield name, path
 
     @staticmethod
     def _is_own(path: Path) -> bool:
@@ -201,6 +233,6 @@ class DocumentStore:
             plain(facts.get("method", ""), 200),
             min(int(tokens), _MOST_TOKENS),
             status.st_size,
-            (status.st_mtime_ns, status.st_size, status.st_ino),
+            stamp_of(status),
             int(status.st_mtime),
         )

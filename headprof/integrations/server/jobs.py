@@ -15,17 +15,33 @@ from headprof.integrations.server.errors import ApiError
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
+class TokenChance:
     """How likely a token was.
 
     Attributes:
-        text, logprob: the token's own.
-        likeliest: texts and log-probabilities of the likeliest tokens.
+        text: it; where it is a part of a character `bytes:` and its bytes, escaped.
+        written: its bytes in the text; `None` for one that texts are shown without.
+        logprob: of the model's own distribution.
     """
 
     text: str
+    written: bytes | None
     logprob: float
-    likeliest: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer.
+
+    Attributes:
+        own: how likely it was.
+        offset: characters of the text before it, or before the one that it is a part of.
+        likeliest: the likeliest tokens.
+    """
+
+    own: TokenChance
+    offset: int
+    likeliest: Sequence[TokenChance] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,19 @@ class Job:
         return time.monotonic() > self.deadline
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A prompt that begins with a document without naming it, as it is read where that cannot be used.
+
+    Attributes:
+        asked: all of it.
+        pass_over: called when the document's file is of no use, so that it is found no more.
+    """
+
+    asked: Asked
+    pass_over: Callable[[], None]
+
+
 @dataclass(eq=False)
 class AnswerJob(Job):
     """A prompt to be answered.
@@ -101,10 +130,17 @@ class AnswerJob(Job):
     Attributes:
         asked: the prompt.
         document: that it is about, as it was when the request came.
+        plain: the prompt without that; `None` where it names its document, or has none.
     """
 
     asked: Asked = field(kw_only=True)
     document: SavedDocument | None = field(kw_only=True, default=None)
+    plain: Plain | None = field(kw_only=True, default=None)
+
+    def leave_document(self, footprint: Footprint) -> None:
+        """Read the prompt plainly, which holds so much."""
+        assert self.plain is not None
+        self.asked, self.footprint, self.document, self.plain = self.plain.asked, footprint, None, None
 
 
 @dataclass(eq=False)

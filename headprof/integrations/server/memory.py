@@ -1,18 +1,23 @@
-"""Saved documents in memory: loaded when they are asked about, let go when their room is needed."""
+"""What there is room for: saved documents, loaded when they are asked about and let go for others, and requests."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from headprof.compression.cache.head_cache import HeadCache, stack_caches
+from headprof.compression.plan import CompressionPlan
 from headprof.compression.prompts import document_cache
-from headprof.integrations.server.admission import Footprint, answer_bytes
-from headprof.integrations.server.documents import SavedDocument, not_found
+from headprof.errors import CacheError, HeadprofError
+from headprof.integrations.server.admission import Footprint, answer_bytes, prompt_footprint
+from headprof.integrations.server.documents import SavedDocument, UnusableDocument, not_found, stamp_of
 from headprof.integrations.server.errors import ApiError
-from headprof.integrations.server.jobs import AnswerJob
+from headprof.integrations.server.jobs import AnswerJob, Job
 from headprof.models.loading import LoadedModel
 from headprof.utils.units import human_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def never_fits(needed: int, memory: int) -> ApiError:
@@ -30,6 +35,7 @@ class DocumentCaches:
 
     Args:
         loaded: the model.
+        plan: how prompts without a document are compressed.
         decoding: `decode_budget` and `buffer` in place of a document's own, as for `make_plan`.
         memory: bytes that these caches and all requests may hold together.
 
@@ -37,9 +43,9 @@ class DocumentCaches:
         forgotten: names of documents whose files have gone; any thread may add one.
     """
 
-    def __init__(self, loaded: LoadedModel, decoding: Mapping[str, Any], memory: int) -> None:
+    def __init__(self, loaded: LoadedModel, plan: CompressionPlan, decoding: Mapping[str, Any], memory: int) -> None:
         self.forgotten: set[str] = set()
-        self._loaded, self._decoding, self._memory = loaded, decoding, memory
+        self._loaded, self._plan, self._decoding, self._memory = loaded, plan, decoding, memory
         self._held: dict[str, tuple[HeadCache, SavedDocument]] = {}
 
     @property
@@ -52,7 +58,42 @@ class DocumentCaches:
         while self.forgotten:  # to which others may add meanwhile
             self._held.pop(self.forgotten.pop(), None)
 
-    def make_room(self, needed: int, reserved: int, kept: str | None = None) -> bool:
+    def room_for(self, job: Job, reserved: int) -> Footprint | None:
+        """What a job will hold, for which there is room now; `None` where it has to wait for others to end.
+
+        Its document is in memory then. One that has not named its document is read plainly if that cannot be used.
+
+        Args:
+            job: the request.
+            reserved: bytes that are set aside for others.
+
+        Raises:
+            HeadprofError: it can never be served, or its document cannot.
+        """
+        try:
+            return self._room_as_asked(job, reserved)
+        except HeadprofError as error:
+            if not isinstance(job, AnswerJob) or job.plain is None:
+                raise
+            logger.warning("A prompt begins with a document and is read without it: %s", error)
+            if isinstance(error, UnusableDocument):
+                job.plain.pass_over()
+            asked = job.plain.asked
+            job.leave_document(prompt_footprint(self._plan, len(asked.ids), asked.choosing.max_new_tokens))
+            return self._room_as_asked(job, reserved)
+
+    def _room_as_asked(self, job: Job, reserved: int) -> Footprint | None:
+        """As `room_for`, of a job as it stands."""
+        footprint, about = job.footprint, None
+        if isinstance(job, AnswerJob) and job.document is not None:
+            if not self._load(job.document, reserved):
+                return None
+            about = job.document.name
+            footprint = self._footprint(job, about)
+        assert footprint is not None
+        return footprint if self._make_room(footprint.most, reserved, about) else None
+
+    def _make_room(self, needed: int, reserved: int, kept: str | None = None) -> bool:
         """Have so many bytes free beside those that are set aside for requests, if that can be.
 
         Documents go for that, those first that nobody has asked about for longest.
@@ -76,22 +117,24 @@ class DocumentCaches:
             del self._held[next(name for name in self._held if name != kept)]
         return True
 
-    def load(self, document: SavedDocument, reserved: int) -> bool:
+    def _load(self, document: SavedDocument, reserved: int) -> bool:
         """Have a document in memory, if there is room for it; whether there is.
 
         Raises:
-            ApiError: there never is, the document has gone or is another one by now, or it brings rows back from a
-                second tier.
-            CacheError: its file cannot be used with this model.
+            ApiError: there never is, the document has gone or is another one by now, its file cannot be used with this
+                model, or it brings rows back from a second tier.
         """
         _, known = self._held.get(document.name, (None, None))
         if known is None or known.stamp != document.stamp:
             self._held.pop(document.name, None)
-            if not self.make_room(document.file_bytes, reserved):
+            if not self._make_room(document.file_bytes, reserved):
                 return False
             if not document.path.is_file():
                 raise not_found(document.name)
-            cache, _ = document_cache(self._loaded, document.path, self._decoding)
+            try:
+                cache, _ = document_cache(self._loaded, document.path, self._decoding)
+            except CacheError as error:
+                raise UnusableDocument(document.name, error) from error
             if cache.recalls:
                 raise ApiError(
                     400,
@@ -100,13 +143,21 @@ class DocumentCaches:
                     param="document",
                     code="unsupported_document",
                 )
-            if cache.get_seq_length() != document.tokens or cache.batch_size != 1:
+            if self._has_changed(document) or cache.get_seq_length() != document.tokens or cache.batch_size != 1:
                 raise ApiError(409, f"The document {document.name} has just been replaced: ask again.", code="changed")
             self._held[document.name] = cache, document
         self._held[document.name] = self._held.pop(document.name)
         return True
 
-    def footprint(self, job: AnswerJob, name: str) -> Footprint:
+    @staticmethod
+    def _has_changed(document: SavedDocument) -> bool:
+        """Whether its file is not the one any more that it was when the request came."""
+        try:
+            return stamp_of(document.path.stat()) != document.stamp
+        except OSError:
+            return True
+
+    def _footprint(self, job: AnswerJob, name: str) -> Footprint:
         """What a question about a loaded document will hold."""
         cache = self._held[name][0]
         protected = max(cache.plan.protected_later(cache.protected), default=0)

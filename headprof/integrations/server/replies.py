@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headprof.integrations.server.errors import ApiError
-from headprof.integrations.server.jobs import Done, Piece, TokenLogprob
+from headprof.integrations.server.jobs import Done, Piece, TokenChance, TokenLogprob
 
 LAST = b"data: [DONE]\n\n"
 """What ends a stream."""
@@ -44,11 +44,13 @@ class Reply:
         model: its name.
         with_usage: whether a stream ends with what the answer took.
         logprobs: whether log-probabilities are told.
+        document: name of the saved document that it started from; `None` for none.
     """
 
     model: str
     with_usage: bool = False
     logprobs: bool = False
+    document: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     name: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -88,6 +90,7 @@ class Reply:
             "created": self.created,
             "model": self.model,
             "choices": choices,
+            **({} if self.document is None else {"document": self.document}),
         }
 
     def _choice(self, said: dict[str, Any], told: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
@@ -120,16 +123,14 @@ class ChatReply(Reply):
 
     def _told(self, told: Sequence[TokenLogprob]) -> dict[str, Any]:
         content = [
-            self._token(each.text, each.logprob)
-            | {"top_logprobs": [self._token(text, value) for text, value in each.likeliest]}
-            for each in told
+            self._token(each.own) | {"top_logprobs": [self._token(other) for other in each.likeliest]} for each in told
         ]
         return {"content": content, "refusal": None}
 
     @staticmethod
-    def _token(text: str, logprob: float) -> dict[str, Any]:
-        whole = "\ufffd" not in text  # else it is a part of a character
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+    def _token(chance: TokenChance) -> dict[str, Any]:
+        written = None if chance.written is None else list(chance.written)
+        return {"token": chance.text, "logprob": chance.logprob, "bytes": written}
 
 
 class CompletionReply(Reply):
@@ -137,22 +138,15 @@ class CompletionReply(Reply):
 
     prefix, whole_kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    _offset = 0
-    """Characters of the tokens that have been told so far."""
-
     def _text(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     _delta = _text
 
     def _told(self, told: Sequence[TokenLogprob]) -> dict[str, Any]:
-        offsets = []
-        for each in told:
-            offsets.append(self._offset)
-            self._offset += len(each.text)
         return {
-            "tokens": [each.text for each in told],
-            "token_logprobs": [each.logprob for each in told],
-            "top_logprobs": [dict(each.likeliest) for each in told],
-            "text_offset": offsets,
+            "tokens": [each.own.text for each in told],
+            "token_logprobs": [each.own.logprob for each in told],
+            "top_logprobs": [{other.text: other.logprob for other in each.likeliest} for each in told],
+            "text_offset": [each.offset for each in told],
         }

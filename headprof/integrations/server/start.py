@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -20,6 +20,7 @@ _PARTS = ("fastapi", "prometheus_client", "starlette", "uvicorn")
 try:
     from headprof.integrations.server.app import Limits, Server
     from headprof.integrations.server.documents import DocumentStore
+    from headprof.integrations.server.loading import not_yet
     from headprof.integrations.server.run import is_loopback, listening_socket, serve
     from headprof.integrations.server.worker import Served
 except ModuleNotFoundError as missing:
@@ -41,6 +42,7 @@ class ServeRequest:
         max_queue: most requests that wait.
         grace: seconds that requests under way have when the server is to end.
         limits: of requests.
+        match_documents: as for `Server`.
     """
 
     prompts: CompressionRequest
@@ -53,6 +55,7 @@ class ServeRequest:
     max_queue: int
     grace: float
     limits: Limits
+    match_documents: bool = True
 
     def memory_bytes(self, loaded: LoadedModel) -> int:
         """Most bytes of key/value caches."""
@@ -111,6 +114,10 @@ class Reserved:
         """Whether other machines can reach it, and it asks for no key."""
         return not is_loopback(self.listening) and self.request.limits.api_key is None
 
+    def not_yet(self) -> AbstractContextManager[None]:
+        """While this is entered, whoever asks is told that the model is being loaded."""
+        return not_yet(self.listening)
+
     def serve(self, loaded: LoadedModel, on_start: Callable[[int], None]) -> None:
         """Serve until the process is told to end.
 
@@ -133,7 +140,7 @@ class Reserved:
             dict(reading.decoding),
             {"backend": reading.backend, "prefill_chunk": reading.prefill_chunk, "step": reading.step},
         )
-        server = Server(served, self.store, request.limits)
+        server = Server(served, self.store, request.limits, match_documents=request.match_documents)
         serve(server, self.listening, request.grace, lambda: on_start(memory))
 
 

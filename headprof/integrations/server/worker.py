@@ -23,13 +23,15 @@ from headprof.errors import HeadprofError
 from headprof.integrations.server.admission import Footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
-from headprof.integrations.server.documents import about_folder
+from headprof.integrations.server.documents import FOLDER_OPTION
 from headprof.integrations.server.errors import ApiError, as_api_error
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Failed, Job, Kept
 from headprof.integrations.server.memory import DocumentCaches, never_fits
 from headprof.integrations.server.metrics import Metrics
 from headprof.models.decoder import find_decoder_layers
 from headprof.models.loading import LoadedModel
+from headprof.models.token_bytes import TokenBytes
+from headprof.utils.files import DiskError
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +80,9 @@ class Worker:
 
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self._served, self._metrics = served, metrics
-        self._caches = DocumentCaches(served.loaded, served.decoding, served.memory)
+        self._caches = DocumentCaches(served.loaded, served.prompt_plan, served.decoding, served.memory)
         self._batch = Batch(served.loaded)
+        self._token_bytes = TokenBytes(served.loaded.tokenizer)
         self._waiting: deque[Job] = deque()
         self._wakes = threading.Condition()
         self._cut_off: float | None = None  # when what is under way ends, as `time.monotonic`; then nothing is begun
@@ -200,7 +203,7 @@ class Worker:
         if job is None or (isinstance(job, AnswerJob) and len(self._batch) >= self._served.max_batch):
             return
         try:
-            footprint = self._room_for(job)
+            footprint = self._caches.room_for(job, self._batch.reserved)
             if footprint is None:
                 return
             with _interruptible(self._served.loaded, lambda: self._is_over(job)):
@@ -214,23 +217,6 @@ class Worker:
         with self._wakes:
             self._waiting.popleft()
 
-    def _room_for(self, job: Job) -> Footprint | None:
-        """What a job will hold, for which there is room now; `None` where it has to wait for others to end.
-
-        Raises:
-            ApiError: it can never be served.
-            CacheError: its document cannot be used with this model.
-        """
-        reserved, about = self._batch.reserved, None
-        footprint = job.footprint
-        if isinstance(job, AnswerJob) and job.document is not None:
-            if not self._caches.load(job.document, reserved):
-                return None
-            about = job.document.name
-            footprint = self._caches.footprint(job, about)
-        assert footprint is not None
-        return footprint if self._caches.make_room(footprint.most, reserved, about) else None
-
     def _do(self, job: Job, footprint: Footprint) -> None:
         if isinstance(job, DocumentJob):
             self._keep(job)
@@ -240,7 +226,7 @@ class Worker:
         cache = HeadCache(self._served.prompt_plan) if about is None else self._caches.copy_of(about.name)
         ids = torch.tensor([job.asked.ids])
         answering, logits = begin_answer(self._served.loaded, ids, cache, job.asked.choosing)
-        answer = RunningAnswer(self._served.loaded, job, answering, footprint, self._metrics)
+        answer = RunningAnswer(self._served.loaded, job, answering, footprint, self._metrics, self._token_bytes)
         if not answer.take(logits):
             self._batch.add(answer)
 
@@ -251,8 +237,8 @@ class Worker:
         cache = compress_document(served.loaded, job.text, served.document_plan, **reading)
         try:
             save_document(cache, job.path, served.loaded, {"document": job.name})
-        except HeadprofError as error:
-            raise ApiError(507, about_folder(error), code="cannot_be_kept") from error
+        except DiskError as error:
+            raise ApiError(507, error.about(job.path.name, FOLDER_OPTION), code="cannot_be_kept") from error
         job.tell(Kept())
 
     def _publish(self) -> None:
