@@ -7,28 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import tiny_tokenizer
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from support.vocabularies import of_characters
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from headprof.compression.streaming import TimedStreamer
 from headprof.integrations.server.told_tokens import Chosen, ToldTokens, shared
 from headprof.models.token_bytes import BYTE_OF, TokenBytes
-
-SPACE = "\u2581"
-
-
-def of_characters() -> PreTrainedTokenizerFast:
-    """As SentencePiece's: blanks are characters, one stands before each text, what is unknown is parted in bytes."""
-    pieces = [SPACE, *"abcdefgh.,é", "ab", "cd", f"{SPACE}ab", f"{SPACE}cd", f"{SPACE}."]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocab = {name: number for number, name in enumerate(names)}
-    merges = [("a", "b"), ("c", "d"), (SPACE, "ab"), (SPACE, "cd"), (SPACE, ".")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(parts)
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def cleaning_up() -> PreTrainedTokenizerFast:
