@@ -134,7 +134,7 @@ def test_logprobs_are_those_of_the_model(server):
     asked = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12, "logprobs": True, "top_logprobs": 3}
     choice = server.post("/v1/chat/completions", **asked).json()["choices"][0]
     text, whole = choice["message"]["content"], choice["logprobs"]["content"]
-    assert len(whole) == 12 and bytes(byte for each in whole for byte in each["bytes"]) == text.encode()
+    assert len(whole) == 12 and bytes(byte for each in whole for byte in each["bytes"] or []) == text.encode()
     for each in whole:  # greedy decoding takes the likeliest
         assert each["top_logprobs"][0]["logprob"] == each["logprob"] <= 0
         assert [top["logprob"] for top in each["top_logprobs"]] == sorted(
@@ -170,14 +170,16 @@ def test_logprobs_are_told_of_every_token_but_the_end(server, monkeypatch):
     assert len(held["logprobs"]["content"]) == 4 and held["finish_reason"] == "stop"
 
 
-def test_logprobs_end_with_the_token_in_which_a_stop_text_begins(server):
+@pytest.mark.parametrize("cleans_up", [False, True])
+def test_logprobs_end_with_the_token_in_which_a_stop_text_begins(server, monkeypatch, cleans_up):
+    monkeypatch.setattr(server.served.loaded.tokenizer, "clean_up_tokenization_spaces", cleans_up)
     full = server.chat(QUESTION, max_tokens=40, logprobs=True).json()["choices"][0]
     text, tokens = full["message"]["content"], full["logprobs"]["content"]
     for place in (len(text) // 3, len(text) // 2):
         stop = text[place : place + 4]
         cut = len(text[: text.index(stop)].encode())
         said = server.chat(QUESTION, max_tokens=40, logprobs=True, stop=stop).json()["choices"][0]
-        starts = [sum(len(each["bytes"]) for each in tokens[:number]) for number in range(len(tokens))]
+        starts = [sum(len(each["bytes"] or []) for each in tokens[:number]) for number in range(len(tokens))]
         assert said["logprobs"]["content"] == tokens[: sum(start < cut for start in starts)]
 
 

@@ -109,6 +109,7 @@ def test_parameters_that_ask_for_nothing_are_taken(values):
         ({"stream_options": {"include_usage": True}}, None),
         ({"stream": True, "stream_options": {"speed": 1}}, "stream_options.speed"),
         ({"document": 5}, "document"),
+        ({"document": True}, "document"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.profiles import random_profile
 from support.servers import running_server
-from support.tiny_models import BOS, CHAT_TEMPLATE, EOS, PAD, load_tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from support.tiny_models import CHAT_TEMPLATE, EOS, load_tiny
+from support.vocabularies import merging_line_ends, of_characters
 
 from headprof.compression.cache.head_cache import HeadCache
 from headprof.compression.document import save_document
@@ -147,26 +146,9 @@ def test_it_can_be_turned_off(tmp_path):
         assert ask(server, QUESTION, document="report")[3] == "report"
 
 
-def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """One that makes single tokens of line ends that follow one another, as far as its words reach."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([f"{TEXT.strip()}\n\n\n"] * 3, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    made.chat_template = CHAT_TEMPLATE
-    return made
-
-
 def test_tokens_across_the_documents_end(tmp_path):
     """Its blank line is found in whatever tokens, but not where one of them is more than that."""
-    loaded = replace(load_tiny(), tokenizer=merging_tokenizer())
+    loaded = replace(load_tiny(), tokenizer=merging_line_ends(TEXT))
     encoder = PromptEncoder(loaded.tokenizer)
     document, prompt = encoder.document_ids(TEXT.strip()), encoder.prompt_ids(ABOUT)
     assert prompt[: len(document)] != document  # one token where nothing follows, else two
@@ -176,6 +158,17 @@ def test_tokens_across_the_documents_end(tmp_path):
         across = f"{TEXT.strip()}\n\n\n"
         assert "ĊĊĊ" in loaded.tokenizer.convert_ids_to_tokens(encoder.texts.ids(across))
         assert ask(server, across) == ask(server, across, document=False)
+
+
+def test_a_vocabulary_of_characters(tmp_path):
+    """It puts a blank before each text: the question's own first token is another one in the prompt."""
+    tokenizer = of_characters()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with running_server(replace(load_tiny(), tokenizer=tokenizer), tmp_path) as server:
+        assert server.keep("report", TEXT).status_code == 201
+        named, found = ask(server, QUESTION, document="report"), ask(server)
+        assert found[2:] == named[2:] == (server.store.find("report").tokens, "report")
+        assert found[1] == named[1] - 1
 
 
 # What is followed, and what is passed over.
@@ -352,5 +345,5 @@ def test_no_text_is_spelled_as_a_control_token():
 
 def load_tokenizer(known=[]):  # noqa: B006
     if not known:
-        known.append(merging_tokenizer())
+        known.append(merging_line_ends(TEXT))
     return known[0]

@@ -72,9 +72,10 @@ class TimedStreamer(BaseStreamer):
 
     def _newest(self) -> str:
         """What the newest tokens add to the text; nothing while a character or a row of single bytes is unfinished."""
-        if self._ids[-1] in self._special:  # which is left out, and may stand inside a row of bytes
+        name = self._tokenizer.convert_ids_to_tokens(self._ids[-1])
+        if name is None or self._ids[-1] in self._special:  # which is left out, and may stand inside a row of bytes
             return ""
-        if _BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(self._ids[-1]))):
+        if _BYTE.fullmatch(name):
             return ""
         known, whole = self._decode(self._before, self._read), self._decode(self._before, len(self._ids))
         if whole.endswith(_UNFINISHED) or len(whole) <= len(known) or not whole.startswith(known):

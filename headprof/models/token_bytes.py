@@ -15,7 +15,7 @@ _SPACE = "\u0120"
 
 
 class TokenBytes:
-    """The bytes of tokens, as far as their names tell them; special tokens have none.
+    """The bytes of tokens, as far as their names tell them; special tokens have none, nor ids without a name.
 
     Texts may have fewer: tokenizers leave the blank away with which a text begins, or those before punctuation.
 
@@ -33,11 +33,11 @@ class TokenBytes:
 
     def is_special(self, token: int) -> bool:
         """Whether texts are shown without it."""
-        return token in self._special
+        return token in self._special or not self.name(token)
 
     def name(self, token: int) -> str:
-        """How the vocabulary writes it."""
-        return str(self._tokenizer.convert_ids_to_tokens(token))
+        """How the vocabulary writes it; nothing where it ends before, as some do before the model's."""
+        return self._tokenizer.convert_ids_to_tokens(token) or ""
 
     def of(self, token: int) -> bytes:
         """The bytes that it stands for."""

@@ -82,7 +82,10 @@ class RunningAnswer:
     def _hand_on(self, text: str) -> None:
         if text and not self._stop.found:
             self._settle(text)
-            self._tell(self._stop.add(text))
+            piece = self._stop.add(text)
+            if self._stop.found:
+                self._settle("", last=True)
+            self._tell(piece)
 
     def _settle(self, text: str, *, last: bool = False) -> None:
         """Have the tokens of a piece of the text, which is final, be told with what is told next."""

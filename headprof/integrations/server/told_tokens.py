@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from headprof.integrations.server.jobs import TokenChance, TokenLogprob
 from headprof.models.token_bytes import TokenBytes
+
+_NO_CHARACTER = "\ufffd".encode()
+"""What a text shows for bytes that make no character."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class ToldTokens:
 
     Args:
         known: bytes of tokens.
-        lags: whether the text that has become final may end within a token.
+        lags: whether the text that has become final may end within a token; then all are told with the last of it.
     """
 
     def __init__(self, known: TokenBytes, *, lags: bool) -> None:
@@ -46,10 +50,9 @@ class ToldTokens:
     def take(self, text: str, *, last: bool = False) -> list[TokenLogprob]:
         """The tokens whose bytes are known when so much more of the text, or all of it, is final."""
         self._text += text.encode("utf-8", "replace")
-        if not (text or last):
+        if not last and (self._lags or not text):
             return []
-        raws = [self._known.of(each.token) for each in self._waiting]
-        parts = begun(self._text, raws) if self._lags and not last else shared(self._text, raws)
+        parts = shared(self._text, [self._known.of(each.token) for each in self._waiting])
         return [self._told(self._waiting.popleft(), own) for own in parts]
 
     def _told(self, chosen: Chosen, own: bytes) -> TokenLogprob:
@@ -73,27 +76,44 @@ class ToldTokens:
             return TokenChance("bytes:" + "".join(f"\\x{byte:02x}" for byte in own), own, logprob)
 
 
-def begun(text: bytes, raws: Sequence[bytes]) -> list[bytes]:
-    """As `shared`, of a text of which more may come: what the first tokens have, as far as that is sure."""
-    parts, at = [], 0
-    for raw in raws:
-        if len(text) - at < len(raw) or (own := _own(text, at, raw)) is None:
-            break
-        parts.append(own)
-        at += len(own)
-    return parts
-
-
 def shared(text: bytes, raws: Sequence[bytes]) -> list[bytes]:
     """What each token has of a text that is theirs; joined, it is the text.
 
-    Tokens have the bytes that they stand for, or all but a leading blank. Bytes that no token stands for, as those of
-    the character that is shown in the place of bytes that make none, go to the first token that has not its own.
+    Tokens have the bytes that they stand for, or all but a leading blank. The character that is shown in the place of
+    bytes that make none is the token's in which these begin. Of a text that is none of this, what no token stands for
+    goes to the first token that has not its own.
 
     Args:
-        text: the bytes.
+        text: the bytes, of the first tokens or of all.
         raws: bytes that each token stands for.
     """
+    joined = b"".join(raws)
+    ends = [0, *accumulate(map(len, raws))]
+    for left_out in (0, 1) if joined.startswith(b" ") else (0,):
+        shown = [b""] * left_out + _shown(joined[left_out:])
+        if b"".join(shown).startswith(text):
+            places = [0, *accumulate(map(len, shown))]
+            return [text[places[start] : places[stop]] for start, stop in pairwise(ends)]
+    return _found(text, raws)
+
+
+def _shown(raw: bytes) -> list[bytes]:
+    """What a text has for each of these bytes: where some make no character, the first has one in their place."""
+    shown: list[bytes] = []
+    while len(shown) < len(raw):
+        at = len(shown)
+        start = stop = len(raw)
+        try:
+            raw[at:].decode()
+        except UnicodeDecodeError as error:
+            start, stop = at + error.start, at + error.end
+        shown += [bytes([byte]) for byte in raw[at:start]]
+        shown += [_NO_CHARACTER, *[b""] * (stop - start - 1)] if stop > start else []
+    return shown
+
+
+def _found(text: bytes, raws: Sequence[bytes]) -> list[bytes]:
+    """The same by looking for each token's bytes, from the beginning on, then from the end on."""
     parts, at = [], 0
     for raw in raws:
         if (own := _own(text, at, raw)) is None:
