@@ -17,7 +17,9 @@ from support.profiles import random_profile
 from support.talking import in_step
 from support.tiny_models import TEXT, load_tiny, tiny_model
 
+from headprof.cli import generate
 from headprof.cli.context import standard_input
+from headprof.cli.options import LoadOptions
 from headprof.cli.terminal import Terminal
 from headprof.compression.cache.schedule import LayerSchedule
 from headprof.compression.cache.whole_cache import own_cache, whole_cache
@@ -297,6 +299,8 @@ def test_documents_that_processes_do_not_read_together(method, tmp_path, monkeyp
     monkeypatch.setattr(HeadShard, "of_model", lambda model: HeadShard(0, 2))
     with pytest.raises(UsageError, match=r"The document .* processes that share a model's heads .*: leave --tp away\."):
         load_document(tmp_path / "one.kv.safetensors", loaded)
+    with pytest.raises(UsageError, match=r": leave --tp away\."):  # before a model is looked for
+        generate._load_for(tmp_path / "one.kv.safetensors", "no such model", LoadOptions(), 2)
 
 
 def test_a_model_is_not_split_without_processes(tiny_folder):

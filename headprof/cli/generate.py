@@ -141,11 +141,12 @@ def generate(
 
 
 def _load_for(cache: Path | None, model: str | None, loading: LoadOptions, tp: int = 1) -> LoadedModel:
-    """The model, once it is known that a document, if there is one, is such a file."""
+    """The model, once it is known that a document, if there is one, is such a file, and one for so many processes."""
     from headprof.compression.document_origin import document_facts
+    from headprof.compression.ranks_check import check_ranks
 
     if cache is not None:
-        document_facts(cache)
+        check_ranks(document_facts(cache).method, f"The document {cache}", tp, is_made=True)
     return load(model, loading, tp)
 
 

@@ -13,11 +13,10 @@ from headprof.probes.families import choose_families
 from headprof.probes.haystack import Haystack
 from headprof.probes.needles import load_needles
 from headprof.profile.head_profile import HeadProfile
-from headprof.scoring.probe_results import ProbesFile, results_path
+from headprof.scoring.probe_results import results_path
 from headprof.scoring.reconstruction import with_learned_of
-from headprof.scoring.run import PRESETS, Progress, StopRule, run_key, score_heads
+from headprof.scoring.run import PRESETS, Progress, StopRule, kept_results, score_heads
 from headprof.utils.files import check_writable, remove_leftovers
-from headprof.utils.resuming import KeptResults
 from headprof.utils.team import Team
 
 _DEPTHS_PER_FILLER = 8
@@ -90,8 +89,7 @@ def build_probes(loaded: LoadedModel, request: ScoreRequest) -> ProbeBuilder:
 
 def starting_anew(loaded: LoadedModel, builder: ProbeBuilder, target: Path, decode: str) -> str:
     """A remark on what `resume` would take from this very run of before; empty if there is nothing."""
-    file = ProbesFile(results_path(target))
-    return KeptResults(run_key(loaded, builder, decode), file).starting_anew()
+    return kept_results(loaded, builder, decode, results_path(target)).starting_anew()
 
 
 def score_to_file(

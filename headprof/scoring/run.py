@@ -164,8 +164,7 @@ class _Run:
         self.loaded, self.builder, self.decode, self.team = loaded, builder, decode, team
         self.include_failed, self.stop, self.on_progress = include_failed, stop, on_progress
         self.together = together
-        file = ProbesFile(results_path) if results_path is not None and team.rank == 0 else None
-        self.kept: KeptResults[int, list[ProbeResult]] = KeptResults(run_key(loaded, builder, decode), file)
+        self.kept = kept_results(loaded, builder, decode, results_path if team.rank == 0 else None)
         self.change: dict[str, float] = {}
         self.no_write = "The results kept from before hold no write scores, which a run without --resume finds."
         """Why no probe has write scores, where none has."""
@@ -231,6 +230,18 @@ class _Run:
 def clusters_of(builder: ProbeBuilder, contexts: Sequence[int]) -> list[int]:
     """For each probe of `contexts`, the number of the filler that it shares with others."""
     return [context // builder.group_size for context in contexts for _ in range(builder.count(context))]
+
+
+def kept_results(
+    loaded: LoadedModel, builder: ProbeBuilder, decode: str, path: Path | None
+) -> KeptResults[int, list[ProbeResult]]:
+    """What a run has found so far, and the file, if there is a path, in which that is kept."""
+    key = run_key(loaded, builder, decode)
+    return KeptResults(key, None if path is None else ProbesFile(path), unsaid=_UNSAID)
+
+
+_UNSAID = ("weights", "tokenizer", "needles and haystack")
+"""Entries of `run_key` that the first files did not have."""
 
 
 def run_key(loaded: LoadedModel, builder: ProbeBuilder, decode: str) -> dict[str, Any]:

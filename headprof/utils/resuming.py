@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -88,12 +88,16 @@ class KeptResults(Generic[Part, Found]):
     Attributes:
         key: everything that all results depend on, as JSON has it.
         file: where they are kept; `None` to keep none, as in all processes of a team but the first.
+        unsaid: entries of the key that files from before do not have, and then are not asked for.
         results: of the parts that are done.
     """
 
-    def __init__(self, key: dict[str, Any], file: ResultsFile[Part, Found] | None = None):
+    def __init__(
+        self, key: dict[str, Any], file: ResultsFile[Part, Found] | None = None, *, unsaid: Collection[str] = ()
+    ):
         self.key = key
         self.file = file
+        self.unsaid = unsaid
         self.results: dict[Part, Found] = {}
         self._lock = None if file is None else FileLock(file.path)
 
@@ -148,14 +152,19 @@ class KeptResults(Generic[Part, Found]):
         if self.file is None or _is_missing(self.file.path):
             return
         earlier, words = self.file.read(), self.file.words
-        if earlier.key != self.key:
+        if earlier.key != (wanted := self._wanted(earlier)):
             raise UsageError(
                 f"The {words.results} in {self.file.path} are of another model or other settings "
-                f"({first_difference(earlier.key, self.key)}): give the same options again, choose another "
+                f"({first_difference(earlier.key, wanted)}): give the same options again, choose another "
                 f"{words.target} with -o, or run without --resume to start anew."
             )
         self.file.accept(earlier)
         self.results |= earlier.results
+
+    def _wanted(self, earlier: Earlier[Part, Found]) -> dict[str, Any]:
+        """The key that a file's results must have, as far as a file like that says it."""
+        unsaid = set(self.unsaid) - earlier.key.keys()
+        return {name: value for name, value in self.key.items() if name not in unsaid}
 
     def add(self, results: dict[Part, Found]) -> None:
         """Keep these too; raises `HeadprofError` when the disk refuses."""
@@ -203,7 +212,7 @@ class KeptResults(Generic[Part, Found]):
             return 0
         with contextlib.suppress(UsageError):
             earlier = self.file.read()
-            return self.file.count(earlier.results) if earlier.key == self.key else 0
+            return self.file.count(earlier.results) if earlier.key == self._wanted(earlier) else 0
         return 0
 
 
