@@ -11,9 +11,11 @@ from tokenizers.processors import TemplateProcessing
 from headprof.compression.encoding import prompt_ids, question_ids
 from headprof.compression.generation import compress_document
 from headprof.compression.session import make_plan
+from headprof.errors import ModelError
 from headprof.evaluation.questions import ExampleQuestions
 from headprof.evaluation.request import EvalRequest
 from headprof.evaluation.tasks import Example
+from headprof.models.chat_template import turn_parts
 from headprof.models.prompt_encoder import GAP, INSTRUCTION, OBSERVATION, PromptEncoder
 from headprof.models.random_weights import byte_tokenizer
 
@@ -241,3 +243,23 @@ def test_words_and_white_space_of_the_template_are_ordinary_text():
     encoder = PromptEncoder(tokenizer)
     assert not encoder.texts.has_control(text)
     assert encoder.texts.ids(text) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 301])
+def test_what_stands_around_each_of_many_texts(count):
+    tokenizer = tiny_tokenizer(chat=True)
+    roles = [("user", "assistant")[number % 2] for number in range(count)]
+    texts = [f"<{number}>" for number in range(count)]
+    parts = turn_parts(tokenizer, roles)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "".join(part + text for part, text in zip(parts, [*texts, ""], strict=True)) == whole
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] * 2 }}", "{{ messages[-1]['content'] }}", "nothing"])
+def test_a_template_that_does_not_repeat_each_text_once_is_refused_in_short(template):
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError, match=r"exactly once") as refused:
+        turn_parts(tokenizer, ["user"] * 500)
+    assert len(str(refused.value)) < 300

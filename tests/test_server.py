@@ -25,6 +25,7 @@ from headprof.compression.prompts import document_cache
 from headprof.compression.session import make_plan
 from headprof.integrations.server import batch, worker
 from headprof.integrations.server.app import Limits
+from headprof.models.prompt_encoder import PromptEncoder
 from headprof.utils import files
 
 TEXT = "The lighthouse keeper counted nine grey boats before breakfast, and her brother sold rope in the harbor. " * 3
@@ -278,6 +279,7 @@ def test_an_answer_can_be_sent_back_as_it_came(server):
         ("/v1/completions", b'{"model": "gpt", "prompt": "x"}', 404, "model_not_found"),
         ("/v1/completions", b'{"model": "tiny-llama", "prompt": ""}', 400, "invalid_value"),
         ("/v1/completions", b'{"model": "tiny-llama", "prompt": 5}', 400, "invalid_value"),
+        ("/v1/completions", b'{"model": "tiny-llama", "prompt": "x", "prompt": "x"}', 400, "invalid_json"),
         ("/v1/completions", b'{"model": "tiny-llama", "prompt": "x", "echo": true}', 400, "unsupported_parameter"),
         ("/v1/completions", b'{"model": "tiny-llama", "prompt": "x", "document": "no"}', 404, "document_not_found"),
         ("/v1/completions", b'{"model": "tiny-llama", "prompt": "x", "document": "../x"}', 400, "invalid_document_id"),
@@ -299,6 +301,14 @@ def test_an_answer_can_be_sent_back_as_it_came(server):
 )
 def test_bad_requests(server, path, body, status, code):
     assert error_of(server.http.post(path, content=body), status)["code"] == code
+
+
+@pytest.mark.parametrize(("count", "text"), [(4097, ""), (40_000, "a"), (90, "word " * 400)])
+def test_too_many_messages_are_refused_before_any_is_encoded(server, monkeypatch, count, text):
+    monkeypatch.setattr(PromptEncoder, "chat_ids", lambda *_: pytest.fail("They were encoded."))
+    body = {"model": server.model, "messages": [{"role": "user", "content": text}] * count}
+    error = error_of(server.http.post("/v1/chat/completions", json=body), 400)
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
 
 
 def test_a_document_that_is_too_long_is_refused_at_once(server):
@@ -344,6 +354,18 @@ def test_pages_of_other_sites_are_refused_where_no_key_is_asked_for(server):
         answer = server.http.get("/v1/models", headers=headers)
         assert answer.status_code == status
         assert status == 200 or error_of(answer, 403)["code"] == "foreign_origin"
+
+
+def test_a_document_that_goes_at_the_wrong_moment_is_not_found(server, monkeypatch):
+    """Whoever deletes it while it is looked at, deleted or just made."""
+    name, store = "gone", server.store
+    monkeypatch.setattr(store, "_is_own", lambda path: True)
+    for refused in (server.http.delete(f"/v1/documents/{name}"), server.http.get(f"/v1/documents/{name}")):
+        assert error_of(refused, 404)["code"] == "document_not_found"
+    monkeypatch.undo()
+    find = store.find
+    monkeypatch.setattr(store, "find", lambda *about: store.delete(name) or find(*about))
+    assert error_of(server.keep(name, TEXT[:200]), 409)["code"] == "document_deleted"
 
 
 def test_a_document_that_goes_while_a_question_waits_is_not_found(server, gate, monkeypatch):

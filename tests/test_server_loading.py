@@ -26,7 +26,12 @@ def test_every_path_is_refused_at_once(listening):
     with not_yet(listening):
         health = httpx.get(f"{url(listening)}/health")
         assert (health.status_code, health.json()) == (503, {"status": "the model is being loaded"})
-        for method, path, body in (("POST", "/v1/completions", b"x" * 200_000), ("GET", "/v1/models", None)):
+        asked = (
+            ("POST", "/v1/completions", b"x" * 3_000_000),
+            ("GET", "/v1/models", None),
+            ("PATCH", "/v1/models", b"x"),
+        )
+        for method, path, body in asked:
             answer = httpx.request(method, f"{url(listening)}{path}", content=body)
             assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
             assert answer.json()["error"]["code"] == "loading"

@@ -13,6 +13,9 @@ _MARK, _SYSTEM_MARK = "HEADPROF-CONTENT", "HEADPROF-SYSTEM"
 # question from its answer; templates that know neither ignore both.
 _TEMPLATE_OPTIONS: dict[str, Any] = {"date_string": "01 Jan 2025", "enable_thinking": False}
 
+_MOST_NAMED = 8
+"""Roles of a conversation that a message names."""
+
 
 def parts_with_system(tokenizer: Any, templated: bool) -> tuple[str, str, str]:
     """What the chat template writes before a system message, between that and the user's text, and after it.
@@ -78,19 +81,24 @@ def turn_parts(tokenizer: Any, roles: Sequence[str]) -> list[str]:
         )
     except Exception as error:  # as in `parts_with_system`
         raise UsageError(
-            f"The model's chat template takes no conversation of the roles {', '.join(roles)} "
+            f"The model's chat template takes no conversation of the roles {_listed(roles)} "
             f"({one_line(error).replace(_MARK, '...')}): give others, or pass --chat-template with one that does."
         ) from error
-    parts, rest = [], rendered
-    for mark in marks:
-        before, found, rest = rest.partition(mark)
-        parts.append(before)
-        if not found or rendered.count(mark) != 1:
+    parts, read, once = [], 0, rendered.count(_MARK) == len(marks)
+    for mark in marks:  # each is looked for from the last one on: a conversation may have very many turns
+        start = rendered.find(mark, read)
+        parts.append(rendered[read:start])
+        read = start + len(mark)
+        if start < 0 or not once:
             raise ModelError(
-                f"The tokenizer's chat template does not repeat the texts of the roles {', '.join(roles)} exactly "
+                f"The tokenizer's chat template does not repeat the texts of the roles {_listed(roles)} exactly "
                 "once: pass a file with another template with --chat-template."
             )
-    return [*parts, rest]
+    return [*parts, rendered[read:]]
+
+
+def _listed(roles: Sequence[str]) -> str:
+    return ", ".join(roles[:_MOST_NAMED]) + ", ..." * (len(roles) > _MOST_NAMED)
 
 
 def between_turns(tokenizer: Any) -> str:

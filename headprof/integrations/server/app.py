@@ -23,8 +23,8 @@ from headprof.errors import HeadprofError
 from headprof.integrations.server.admission import document_footprint, prompt_footprint
 from headprof.integrations.server.asked import AskedReader
 from headprof.integrations.server.bodies import Asking, ChatBody, CompletionBody, DocumentBody, read_body
-from headprof.integrations.server.documents import DocumentStore
-from headprof.integrations.server.errors import ApiError, as_api_error
+from headprof.integrations.server.documents import DocumentNotFound, DocumentStore
+from headprof.integrations.server.errors import ApiError, about_to_end, as_api_error
 from headprof.integrations.server.incoming import check_key, read_data
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Done, Event, Failed, Job, Kept, Piece, Plain
 from headprof.integrations.server.metrics import Metrics
@@ -125,6 +125,8 @@ class Server:
                 if not isinstance(error, HeadprofError):
                     logger.error("A request failed.", exc_info=error)
                 response = self._error(as_api_error(error))
+            except asyncio.CancelledError:  # by the end of the time that a server which ends gives
+                response = self._error(about_to_end())
             self.metrics.response(path, response.status_code)
             return response
 
@@ -202,7 +204,7 @@ class Server:
         self._require_model(body.model)
         job = functools.partial(AnswerJob, emit, time.monotonic() + self._limits.timeout)
         if isinstance(body.document, str):
-            document = self._store.find(body.document)
+            document = self._store.find(body.document, "document")
             return body, job(asked=self._reader.read(body, document.tokens), document=document)
         asked = self._reader.read(body, 0)
         prefixes = None if body.document is False else self._prefixes
@@ -246,12 +248,18 @@ class Server:
             raise ApiError(409, message, param="id", code="document_exists")
         self._making.add(job.name)
         try:
+            await run_in_threadpool(self._store.require_new, job.name)  # it may have been made meanwhile
             self.worker.submit(job)
             said = await self._next(request, job, events)
         finally:
             self._making.discard(job.name)
         assert isinstance(said, Kept)
-        return JSONResponse((await run_in_threadpool(self._store.find, job.name)).listed(), 201)
+        try:
+            made = await run_in_threadpool(self._store.find, job.name)
+        except DocumentNotFound:
+            message = f"The document {job.name} was made, and has been deleted since: post it again."
+            raise ApiError(409, message, param="id", code="document_deleted") from None
+        return JSONResponse(made.listed(), 201)
 
     def _document_job(self, data: bytes, emit: Callable[[Event], None]) -> DocumentJob:
         body = read_body(DocumentBody, data)

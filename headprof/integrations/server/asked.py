@@ -104,8 +104,15 @@ class AskedReader:
             return encode(body.prompt), "prompt"
         assert isinstance(body, ChatBody)
         turns = [message.turn for message in body.messages]
-        for _, text in turns:
-            self._check_length(text, "messages")
+        if len(turns) > self._most:  # each is at least a token, and all are laid out before any is counted
+            raise ApiError(
+                400,
+                f"The {len(turns)} messages have more tokens than the {self._most} that {self._name} can read: leave "
+                "some away.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        self._check_length("".join(text for _, text in turns), "messages")
         try:
             return (self._about_document(turns) if body.document else self._chat.chat_ids(turns)), "messages"
         except UsageError as error:

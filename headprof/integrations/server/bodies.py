@@ -194,7 +194,9 @@ def read_body(kind: type[Body], data: bytes) -> Body:
         values = parse_object(data)
     except ValueError as error:
         raise ApiError(
-            400, f"The body cannot be read as JSON ({error}): send a JSON object in UTF-8.", code="invalid_json"
+            400,
+            f"The body cannot be read as JSON ({error}): send a JSON object in UTF-8 that gives each name once.",
+            code="invalid_json",
         ) from None
     _require_text(values)
     given = {name: value for name, value in _without_nulls(values).items() if name not in _WITHOUT_EFFECT}
@@ -251,6 +253,6 @@ def _explained(error: ValidationError) -> ApiError:
     param = without_lone_surrogates(".".join(str(part) for part in fault["loc"]))[:100] or None
     if fault["type"] == "missing":
         return ApiError(400, f"The parameter {param} is missing: add it.", param=param, code="missing_parameter")
-    what = fault["msg"].removeprefix("Value error, ").rstrip(".")
+    what = fault["msg"].removeprefix("Value error, ").replace(" after validation", "").rstrip(".")
     where = f"The parameter {param}" if param else "The body"
     return ApiError(400, f"{where} cannot be used ({what}): mend it.", param=param, code="invalid_value")

@@ -53,6 +53,14 @@ class SavedDocument:
     stamp: Stamp
     created: int
 
+    @property
+    def is_as_found(self) -> bool:
+        """Whether its file has neither gone nor been replaced since."""
+        try:
+            return stamp_of(self.path.stat()) == self.stamp
+        except OSError:
+            return False
+
     def listed(self) -> dict[str, Any]:
         """The same as a response has it."""
         return {
@@ -71,14 +79,16 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def not_found(name: str) -> ApiError:
-    """For a document that is not there."""
-    return ApiError(
-        404,
-        f"There is no document {name}: post it to /v1/documents first.",
-        param="document",
-        code="document_not_found",
-    )
+class DocumentNotFound(ApiError):
+    """A document that is not there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            404,
+            f"There is no document {name}: post it to /v1/documents first.",
+            param="document",
+            code="document_not_found",
+        )
 
 
 class UnusableDocument(ApiError):
@@ -98,6 +108,11 @@ class UnusableDocument(ApiError):
             param="document",
             code="document_unusable",
         )
+
+
+def unusable(name: str, path: Path, fault: CacheError) -> ApiError:
+    """Why a document could not be read: it has gone meanwhile, or there is a fault in its file."""
+    return UnusableDocument(name, fault) if path.exists() else DocumentNotFound(name)
 
 
 class DocumentStore:
@@ -134,8 +149,12 @@ class DocumentStore:
         """Leave the folder to others."""
         self._lock.release()
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, param: str = "id") -> Path:
         """The file of a document, whether it is there or not.
+
+        Args:
+            name: of the document.
+            param: the field of the request that names it.
 
         Raises:
             ApiError: this is no name.
@@ -143,9 +162,9 @@ class DocumentStore:
         if not _NAME.fullmatch(name):
             raise ApiError(
                 400,
-                f"A document cannot be named {plain(name)!r}: use up to 128 letters, digits, dots, - and _, and begin "
+                f"A document cannot be named '{plain(name)}': use up to 128 letters, digits, dots, - and _, and begin "
                 "with none of . and -.",
-                param="id",
+                param=param,
                 code="invalid_document_id",
             )
         return self.folder / f"{name}{SUFFIX}"
@@ -166,18 +185,20 @@ class DocumentStore:
             )
         return path
 
-    def find(self, name: str) -> SavedDocument:
-        """
+    def find(self, name: str, param: str = "id") -> SavedDocument:
+        """A saved document; arguments as for `path`.
+
         Raises:
-            ApiError: this is no name, there is no such document, or its file is damaged.
+            ApiError: this is no name, or its file is damaged.
+            DocumentNotFound: there is no such document.
         """
-        path = self.path(name)
+        path = self.path(name, param)
         if not self._is_own(path):
-            raise not_found(name)
+            raise DocumentNotFound(name)
         try:
             return self._read(name, path)
         except CacheError as error:
-            raise UnusableDocument(name, error) from error
+            raise unusable(name, path, error) from error
 
     def all(self) -> list[SavedDocument]:
         """All documents that can be read, by name."""
@@ -201,13 +222,16 @@ class DocumentStore:
     def delete(self, name: str) -> None:
         """
         Raises:
-            ApiError: this is no name, there is no such document, or the disk refused.
+            ApiError: this is no name, or the disk refused.
+            DocumentNotFound: there is no such document.
         """
         path = self.path(name)
         if not self._is_own(path):
-            raise not_found(name)
+            raise DocumentNotFound(name)
         try:
             path.unlink()
+        except FileNotFoundError:
+            raise DocumentNotFound(name) from None
         except OSError as error:
             raise ApiError(
                 500, f"The document {name} cannot be deleted ({error.strerror}): see the folder's permissions."

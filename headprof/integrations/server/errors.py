@@ -60,3 +60,8 @@ def too_long(tokens: int, new_tokens: int, most: int, model: str, param: str) ->
         param=param,
         code="context_length_exceeded",
     )
+
+
+def about_to_end() -> ApiError:
+    """For what comes, or is under way, when the server ends."""
+    return ApiError(503, "The server is about to end: ask again when it is back.", code="shutting_down")

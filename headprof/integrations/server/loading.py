@@ -14,15 +14,17 @@ from headprof.integrations.server.errors import ApiError
 
 _SLOWEST = 5.0
 """Seconds in which a request has to come."""
-_READ = 2**20
-"""Bytes of its body that are read, since a client may write all of it before it looks for an answer."""
+_READ, _PART = 2**26, 2**20
+"""Bytes of its body that are read, part by part, since a client may write all of it before it looks for an answer."""
 
 
 class _NotYet(BaseHTTPRequestHandler):
     timeout = _SLOWEST
 
     def do_GET(self) -> None:
-        self.rfile.read(min(_READ, self._length()))
+        left = min(_READ, self._length())
+        while left > 0 and (read := self.rfile.read(min(_PART, left))):
+            left -= len(read)
         error = ApiError(503, "The model is being loaded: ask again soon.", code="loading")
         said = {"status": "the model is being loaded"} if self.path == "/health" else error.body
         data = json.dumps(said).encode()
@@ -33,7 +35,7 @@ class _NotYet(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_GET
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_GET
 
     def _length(self) -> int:
         given = self.headers.get("Content-Length", "")

@@ -11,7 +11,7 @@ from headprof.compression.plan import CompressionPlan
 from headprof.compression.prompts import document_cache
 from headprof.errors import CacheError, HeadprofError
 from headprof.integrations.server.admission import Footprint, answer_bytes, prompt_footprint
-from headprof.integrations.server.documents import SavedDocument, UnusableDocument, not_found, stamp_of
+from headprof.integrations.server.documents import DocumentNotFound, SavedDocument, UnusableDocument, unusable
 from headprof.integrations.server.errors import ApiError
 from headprof.integrations.server.jobs import AnswerJob, Job
 from headprof.models.loading import LoadedModel
@@ -130,11 +130,11 @@ class DocumentCaches:
             if not self._make_room(document.file_bytes, reserved):
                 return False
             if not document.path.is_file():
-                raise not_found(document.name)
+                raise DocumentNotFound(document.name)
             try:
                 cache, _ = document_cache(self._loaded, document.path, self._decoding)
             except CacheError as error:
-                raise UnusableDocument(document.name, error) from error
+                raise unusable(document.name, document.path, error) from error
             if cache.recalls:
                 raise ApiError(
                     400,
@@ -143,19 +143,11 @@ class DocumentCaches:
                     param="document",
                     code="unsupported_document",
                 )
-            if self._has_changed(document) or cache.get_seq_length() != document.tokens or cache.batch_size != 1:
+            if not document.is_as_found or cache.get_seq_length() != document.tokens or cache.batch_size != 1:
                 raise ApiError(409, f"The document {document.name} has just been replaced: ask again.", code="changed")
             self._held[document.name] = cache, document
         self._held[document.name] = self._held.pop(document.name)
         return True
-
-    @staticmethod
-    def _has_changed(document: SavedDocument) -> bool:
-        """Whether its file is not the one any more that it was when the request came."""
-        try:
-            return stamp_of(document.path.stat()) != document.stamp
-        except OSError:
-            return True
 
     def _footprint(self, job: AnswerJob, name: str) -> Footprint:
         """What a question about a loaded document will hold."""

@@ -99,6 +99,8 @@ class DocumentPrefixes:
             ids = document_tokens(document.path, self._origin) if document.tokens <= self._most else None
         except HeadprofError:
             return stamp, None
+        if document.stamp != stamp or not document.is_as_found:  # there is another, which the next look finds
+            return stamp, None
         spelling = b"" if ids is None else b"".join(self._reader.spelled(ids))
         if not spelling or self._reader.is_answered(spelling):
             return stamp, None

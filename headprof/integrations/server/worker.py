@@ -24,7 +24,7 @@ from headprof.integrations.server.admission import Footprint
 from headprof.integrations.server.answers import RunningAnswer
 from headprof.integrations.server.batch import Batch
 from headprof.integrations.server.documents import FOLDER_OPTION
-from headprof.integrations.server.errors import ApiError, as_api_error
+from headprof.integrations.server.errors import ApiError, about_to_end, as_api_error
 from headprof.integrations.server.jobs import AnswerJob, DocumentJob, Failed, Job, Kept
 from headprof.integrations.server.memory import DocumentCaches, never_fits
 from headprof.integrations.server.metrics import Metrics
@@ -109,7 +109,7 @@ class Worker:
             raise never_fits(job.footprint.most, self._served.memory)
         with self._wakes:
             if self._cut_off is not None or not self.is_alive:
-                raise _ending()
+                raise about_to_end()
             if len(self._waiting) >= self._served.max_queue:
                 raise ApiError(
                     429,
@@ -152,7 +152,7 @@ class Worker:
             with self._wakes:
                 self._ends = True
             for job in [*self._waiting, *(answer.job for answer in self._batch)]:
-                job.tell(Failed(_ending()))
+                job.tell(Failed(about_to_end()))
 
     def _work(self) -> None:
         published, known = 0.0, -1
@@ -194,7 +194,7 @@ class Worker:
             message = "The request has taken longer than the server lets it: ask for less, or raise --timeout."
             job.tell(Failed(ApiError(504, message, code="timeout")))
         else:
-            job.tell(Failed(_ending()))
+            job.tell(Failed(about_to_end()))
 
     def _begin_next(self) -> None:
         """Begin with the first job that waits, if there is room for it."""
@@ -247,10 +247,6 @@ class Worker:
         with self._wakes:
             waiting = len(self._waiting)
         self._metrics.load(waiting=waiting, running=len(self._batch))
-
-
-def _ending() -> ApiError:
-    return ApiError(503, "The server is about to end: ask again when it is back.", code="shutting_down")
 
 
 @contextmanager
