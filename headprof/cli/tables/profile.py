@@ -96,10 +96,14 @@ def learned_budgets(profile: HeadProfile) -> tuple[list[str], Rows, str] | None:
 
 
 def _refining(learning: Learning, number: int) -> list[str]:
-    """What was lost at a share on probes that moved nothing, before budgets were moved and after."""
+    """What was lost at a share on probes that moved nothing, before budgets were moved and after.
+
+    They stay where they were if they would have lost more.
+    """
     if number >= len(learning.refined):
         return ["-", "-"]
-    return [f"{learning.refined[number][0]:.3g}", f"{learning.refined[number][-1]:.3g}"]
+    before, after = learning.refined[number][0], learning.refined[number][-1]
+    return [f"{before:.3g}", f"{after:.3g}" if after < before else f"(not moved: {after:.3g})"]
 
 
 def family_accuracy(profile: HeadProfile) -> tuple[list[str], Rows]:
