@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,17 +85,13 @@ def turn_parts(tokenizer: Any, roles: Sequence[str]) -> list[str]:
             f"The model's chat template takes no conversation of the roles {_listed(roles)} "
             f"({one_line(error).replace(_MARK, '...')}): give others, or pass --chat-template with one that does."
         ) from error
-    parts, read, once = [], 0, rendered.count(_MARK) == len(marks)
-    for mark in marks:  # each is looked for from the last one on: a conversation may have very many turns
-        start = rendered.find(mark, read)
-        parts.append(rendered[read:start])
-        read = start + len(mark)
-        if start < 0 or not once:
-            raise ModelError(
-                f"The tokenizer's chat template does not repeat the texts of the roles {_listed(roles)} exactly "
-                "once: pass a file with another template with --chat-template."
-            )
-    return [*parts, rendered[read:]]
+    any_mark = re.compile(rf"{_MARK}-\d+-")
+    if any_mark.findall(rendered) != marks:
+        raise ModelError(
+            f"The tokenizer's chat template does not repeat the texts of the roles {_listed(roles)} exactly "
+            "once: pass a file with another template with --chat-template."
+        )
+    return any_mark.split(rendered)
 
 
 def _listed(roles: Sequence[str]) -> str:
