@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import shutil
@@ -15,6 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
+from starlette.requests import Request
 from support.servers import running_server
 from support.tiny_models import load_tiny
 
@@ -535,6 +537,15 @@ def test_a_server_that_is_to_end_finishes_within_its_time(tmp_path, gate):
         gate.clear()  # or the model might end the long one by itself in time
         error_of(ending.chat("Hello"), 503)
         assert error_of(long.result(), 503)["code"] == "shutting_down"
+
+
+def test_a_request_that_the_end_cuts_off_is_told_so(server):
+    async def cut_off(request):
+        raise asyncio.CancelledError
+
+    asked = Request({"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]})
+    response = asyncio.run(server.server._guarded("/", cut_off)(asked))
+    assert response.status_code == 503 and b"shutting_down" in response.body
 
 
 def test_curl(server):
