@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 _BLANK, _BYTE = "\u2581", re.compile(r"<0x([0-9A-F]{2})>")
 """How vocabularies of characters write a blank, and single bytes."""
-_AS_THEY_ARE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
-_OTHERS = sorted(set(range(256)) - set(_AS_THEY_ARE))
-BYTE_OF = {chr(byte): byte for byte in _AS_THEY_ARE} | {chr(256 + number): byte for number, byte in enumerate(_OTHERS)}
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 """How vocabularies of bytes write them, each as a character that can be seen."""
 _SPACE = "\u0120"
 
